@@ -1,0 +1,397 @@
+"""Typed configuration: a dataclass tree per stage, filled from YAML and dotted overrides.
+
+Values come, later over earlier, from ``configs/STAGE/default.yaml``, the named preset or file, and ``key=value``
+overrides. The dataclasses give names and types alone; numbers and their sources stand in the YAML files.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, file or preset and what to do."""
+
+
+# --- parts shared by several stages -----------------------------------------------------------------------------
+
+
+@dataclass
+class Optimizer:
+    """AdamW and its schedule. ``lr`` rises over ``warmup`` steps, then stays or falls as a cosine to zero."""
+
+    lr: float
+    betas: list[float]
+    weight_decay: float
+    warmup: int
+    schedule: str  # constant | cosine
+    clip: float  # largest gradient norm; 0 switches clipping off
+
+
+@dataclass
+class Training:
+    """How long, in what batches, and what is kept."""
+
+    epochs: int
+    batch: int  # samples per step over all workers together, whatever their number
+    accumulate: int  # micro-batches per step and worker
+    validate_every: int  # epochs
+    checkpoint_every: int  # steps
+    keep: int  # checkpoints
+    log_every: int  # steps
+    seed: int
+
+
+@dataclass
+class Compute:
+    """Where it runs. One worker runs in the process itself, more run through Ray Train and DeepSpeed."""
+
+    workers: int
+    zero_stage: int  # 0-3, DeepSpeed ZeRO
+    precision: str  # float32 | bfloat16
+    device: str  # auto | cpu | cuda
+    threads: int  # per worker; 0 divides the cores among the workers
+    retries: int  # restarts of killed workers from the last checkpoint
+
+
+@dataclass
+class Tracking:
+    """The MLflow store; an empty ``uri`` means ``mlflow.db`` (sqlite) beside the run folder."""
+
+    uri: str
+    experiment: str
+
+
+# --- data stages ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PhantomConfig:
+    """`shards phantom`: procedural brains as a BIDS tree."""
+
+    out: str
+    subjects: int
+    shape: list[int]
+    seed: int
+    tracking: Tracking
+
+
+@dataclass
+class PackConfig:
+    """`shards pack`: a BIDS tree or CSV -> canonical volumes in shards."""
+
+    source: str
+    out: str
+    format: str  # zarr | webdataset
+    schema: str  # name under configs/schema or a YAML file
+    spacing: float  # mm
+    shape: list[int]  # voxels
+    max_rejects: str  # "5%" or a count
+    split: list[float]  # train, validation, test
+    group: str  # participants column whose equal values stay on one side; "" for none
+    folds: int  # also record this many cross-validation folds; 0 for none
+    seed: int
+    workers: int
+    tracking: Tracking
+
+
+# --- the autoencoder --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Autoencoder:
+    """MONAI AutoencoderKL; as many levels as ``channels`` has entries, each after the first halving every axis."""
+
+    channels: list[int]
+    latent_channels: int
+    res_blocks: int
+    norm_groups: int
+    checkpointing: bool
+
+
+@dataclass
+class VAELoss:
+    """MAISI's loss: weights of its terms, and the perceptual network's local weight files."""
+
+    l1: float
+    kl: float
+    perceptual: float
+    adversarial: float
+    slices: float  # share of the slices per axis that the perceptual term sees
+    backbone: str  # SqueezeNet 1.1 weights (torchvision's file)
+    heads: str  # LPIPS linear heads for it
+    discriminator_channels: int
+    discriminator_layers: int
+
+
+@dataclass
+class VAEConfig:
+    """`mvhpc train vae`."""
+
+    out: str
+    data: str
+    split: str
+    model: Autoencoder
+    loss: VAELoss
+    flip: float  # probability of mirroring left and right in training
+    optimizer: Optimizer
+    discriminator_lr: float
+    training: Training
+    compute: Compute
+    tracking: Tracking
+
+
+@dataclass
+class EncodeConfig:
+    """`mvhpc encode`: posterior means of all volumes -> a store of latents."""
+
+    out: str
+    data: str
+    vae: str
+    split: str  # which split's training side the latent scale is measured on
+    flip: bool  # also store the latents of mirrored volumes of the training side
+    batch: int
+    compute: Compute
+    tracking: Tracking
+
+
+# --- the joint model --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Denoiser:
+    """3D U-Net of latent diffusion; scalars enter as input channels and cross-attention tokens."""
+
+    channels: list[int]
+    attention: list[bool]
+    res_blocks: int
+    head_channels: int
+    norm_groups: int
+    embedding: int  # width of time and scalar embeddings
+    dropout: float
+    checkpointing: bool
+
+
+@dataclass
+class Diffusion:
+    """The forward processes and what the network is asked to predict."""
+
+    steps: int  # T
+    beta_start: float
+    beta_end: float
+    time: str  # shared | independent
+    shared_fraction: float  # of steps, in independent time, that draw one common t
+    clean_fraction: float  # probability, per variable, of resting at t = 0
+    noise_fraction: float  # probability, per variable, of resting at t = T
+    volume: str  # eps | v | x0
+    continuous: str  # eps | v | x0
+    weights: dict[str, float]  # loss weight per variable, 1 where not named
+
+
+@dataclass
+class JointConfig:
+    """`mvhpc train joint`."""
+
+    out: str
+    latents: str
+    vae: str
+    split: str
+    schema: str  # name under configs/schema, a YAML file, or "" for the schema the data were packed with
+    model: Denoiser
+    diffusion: Diffusion
+    ema: float  # decay per step
+    optimizer: Optimizer
+    training: Training
+    compute: Compute
+    tracking: Tracking
+
+
+# --- inference --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sampling:
+    """How a conditional is sampled."""
+
+    conditioning: str  # repaint | clean
+    steps: int  # DDIM steps of volumes and continuous variables
+    stride: int  # of categorical variables, in units of t
+
+
+@dataclass
+class PredictConfig:
+    """`mvhpc predict`: any variables given, any wanted."""
+
+    out: str  # a TSV file
+    model: str
+    data: str
+    split: str  # train | validation | test | all
+    split_name: str  # which recorded split
+    given: list[str]
+    want: list[str]
+    samples: int
+    batch: int
+    seed: int
+    sampling: Sampling
+    compute: Compute
+    tracking: Tracking
+
+
+@dataclass
+class GenerateConfig:
+    """`mvhpc generate`: synthetic people as a BIDS tree."""
+
+    out: str
+    model: str
+    count: int
+    given: dict[str, str]
+    batch: int
+    seed: int
+    sampling: Sampling
+    compute: Compute
+    tracking: Tracking
+
+
+@dataclass
+class InpaintConfig:
+    """`mvhpc inpaint`: fill in the part of a volume that a mask does not call known."""
+
+    out: str  # a NIfTI file
+    model: str
+    image: str  # NIfTI
+    mask: str  # NIfTI, non-zero where the image is known
+    variable: str  # which volume variable; "" where there is one
+    given: dict[str, str]
+    samples: int
+    seed: int
+    sampling: Sampling
+    compute: Compute
+    tracking: Tracking
+
+
+SCHEMAS: dict[str, type] = {
+    "phantom": PhantomConfig,
+    "pack": PackConfig,
+    "vae": VAEConfig,
+    "encode": EncodeConfig,
+    "joint": JointConfig,
+    "predict": PredictConfig,
+    "generate": GenerateConfig,
+    "inpaint": InpaintConfig,
+}
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+C = TypeVar("C")
+
+
+def nearest(word: str, known: Iterable[str], what: str) -> str:
+    """The sentence that refuses ``word``: the nearest known one, and all there are."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.4)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"unknown {what} {word!r}.{hint} Known: {', '.join(names) or 'none'}."
+
+
+def choose(word: str, known: Sequence[str], what: str) -> str:
+    """``word`` where it is one of ``known``.
+
+    Raises:
+        ConfigError: naming the nearest known word.
+    """
+    if word not in known:
+        raise ConfigError(nearest(word, known, what))
+    return word
+
+
+def config_file(folder: str, name: str) -> Path:
+    """The YAML file of a preset name under ``configs/folder``, or of a path.
+
+    Raises:
+        ConfigError: where neither exists.
+    """
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
+        if not path.is_file():
+            raise ConfigError(f"no configuration file {name}")
+        return path
+    presets = {p.stem: p for p in (CONFIGS / folder).glob("*.yaml")}
+    if name not in presets:
+        raise ConfigError(nearest(name, presets, f"{folder} preset"))
+    return presets[name]
+
+
+def _keys(kind: type, prefix: str = "") -> Iterable[str]:
+    for field in dataclasses.fields(kind):
+        yield prefix + field.name
+        if dataclasses.is_dataclass(field.type) and isinstance(field.type, type):
+            yield from _keys(field.type, f"{prefix}{field.name}.")
+
+
+def load_config(kind: type[C], folder: str, name: str = "default", overrides: Sequence[str] = ()) -> C:
+    """Build a configuration of type ``kind``.
+
+    Args:
+        kind: the dataclass.
+        folder: the stage's folder under ``configs/``.
+        name: a preset of that folder or a YAML file; laid over the folder's ``default.yaml``.
+        overrides: ``dotted.key=value``, values in YAML's syntax.
+
+    Raises:
+        ConfigError: an unknown preset, a misspelt key (naming the nearest right one), a value of the wrong type, or a
+            key left without value; each names its file or override.
+    """
+    node = OmegaConf.structured(kind)
+    layers: list[tuple[str, Any]] = []
+    for path in dict.fromkeys([config_file(folder, "default"), config_file(folder, name)]):
+        try:
+            layers.append((str(path), OmegaConf.load(path)))
+        except Exception as error:
+            raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"{override!r}: an override has the form key=value")
+        try:
+            layers.append((override, OmegaConf.from_dotlist([override])))
+        except Exception as error:
+            raise ConfigError(f"{override!r}: {error}") from error
+    for source, layer in layers:
+        try:
+            node = OmegaConf.merge(node, layer)
+        except ConfigKeyError as error:
+            key = str(getattr(error, "full_key", None) or getattr(error, "key", ""))
+            raise ConfigError(f"{source}: {nearest(key, _keys(kind), 'key')}") from error
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
+    try:
+        OmegaConf.to_container(node, throw_on_missing=True)
+        return OmegaConf.to_object(node)  # type: ignore[return-value]
+    except MissingMandatoryValue as error:
+        key = getattr(error, "full_key", None) or str(error)
+        raise ConfigError(f"{folder}: give a value for {key}, as {key}=VALUE") from error
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain nested dictionaries."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Any) -> str:
+    """A configuration as YAML, readable again by :func:`load_config`."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def fingerprint(*parts: Any) -> str:
+    """SHA-256 (16 hex digits) of configurations and other JSON-able parts."""
+    plain = [to_dict(p) if dataclasses.is_dataclass(p) and not isinstance(p, type) else p for p in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
