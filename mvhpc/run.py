@@ -1,0 +1,152 @@
+"""A run folder and what surrounds every stage: configuration, journal, log, tracking, and the mark of completeness."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mvhpc.config import fingerprint, to_dict, to_yaml
+from mvhpc.journal import Journal
+from shards.index import Index
+from shards.files import write_text
+
+FOLDERS = {"vae", "joint"}  # stages whose output is the run folder itself
+
+
+class Run:
+    """What a stage writes to beside its result.
+
+    Attributes:
+        folder: the run folder.
+        journal: metrics and figures in the order they came; the tracker and the progress bar follow it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.journal = Journal(folder)
+
+    @contextlib.contextmanager
+    def figure(self, name: str, step: int = 0) -> Iterator[Path]:
+        """The path of ``figures/NAME`` to write a picture to; journalled once it is written."""
+        path = self.folder / "figures" / name
+        path.parent.mkdir(exist_ok=True)
+        yield path
+        self.journal.write("artifact", step=step, path=str(path.relative_to(self.folder)))
+
+
+def run_folder(stage: str, out: str) -> Path:
+    """Where a stage keeps its configuration, journal and log: its output folder, or ``OUT.run`` beside the output."""
+    path = Path(out)
+    return path if stage in FOLDERS else path.with_name(path.stem + ".run" if path.suffix else path.name + ".run")
+
+
+def identity(path: str | Path) -> str:
+    """What the content of an input is, whatever it is called: shards, a trained model, a BIDS tree or a file.
+
+    Raises:
+        FileNotFoundError: naming the path, where there is nothing.
+    """
+    path = Path(path)
+    if (path / "index.json").is_file():
+        return Index.load(path).digest
+    for model in (path / "model" / "model.json", path / "model.json", path):
+        if model.is_file():
+            return hashlib.sha256(model.read_bytes()).hexdigest()[:16]
+    if path.is_dir():
+        files = sorted((str(p.relative_to(path)), p.stat().st_size) for p in path.rglob("*") if p.is_file())
+        table = path / "participants.tsv"
+        return fingerprint(files, table.read_text() if table.is_file() else "")
+    raise FileNotFoundError(f"{path}: no such file or folder")
+
+
+def stage_fingerprint(stage: str, config: Any, inputs: dict[str, str]) -> str:
+    """Identifies a stage's result: its configuration less what cannot change the result, and its inputs' content."""
+    decisive = {k: v for k, v in to_dict(config).items() if k not in {"out", "tracking", *inputs}}
+    decisive.get("compute", {}).pop("retries", None)
+    return fingerprint(stage, decisive, inputs)
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The content of ``stage.json`` of a stage that ended well, or None."""
+    path = folder / "stage.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+@contextlib.contextmanager
+def library_noise(log: Path) -> Iterator[None]:
+    """Send warnings and log records of libraries to ``log`` instead of the screen."""
+    handler = logging.FileHandler(log)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    before = root.handlers[:]
+    root.handlers[:] = [handler]
+    logging.captureWarnings(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            yield
+    finally:
+        logging.captureWarnings(False)
+        root.handlers[:] = before
+        handler.close()
+
+
+def execute(stage: str, config: Any) -> dict[str, Any]:
+    """Run one stage whole: prepare its folder, do it, track it, and mark it complete.
+
+    Args:
+        stage: a name in :data:`mvhpc.stages.STAGES`.
+        config: its configuration.
+
+    Returns:
+        The stage's summary: metric name -> number.
+
+    Raises:
+        whatever the stage raises; its traceback is in the run folder's ``log.txt``.
+    """
+    from mvhpc.stages import STAGES
+    from mvhpc.tracking import Tracker
+
+    definition = STAGES[stage]
+    inputs = {name: identity(getattr(config, name)) for name in definition.inputs if getattr(config, name)}
+    folder = run_folder(stage, config.out)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (folder / "stage.json").unlink(missing_ok=True)
+    write_text(folder / "config.yaml", to_yaml(config))
+    run = Run(folder)
+    start = time.time()
+    with library_noise(folder / "log.txt"):
+        tracker = Tracker(
+            stage,
+            config,
+            folder,
+            uri=config.tracking.uri,
+            experiment=config.tracking.experiment,
+            inputs=inputs,
+            data=getattr(config, "latents", None) or getattr(config, "data", None),
+        )
+        try:
+            with tracker:
+                summary = definition.function()(config, run)
+                run.journal.write("summary", metrics=summary)
+        except BaseException:
+            with (folder / "log.txt").open("a") as log:
+                log.write(traceback.format_exc())
+            raise
+    record = {
+        "stage": stage,
+        "fingerprint": stage_fingerprint(stage, config, inputs),
+        "inputs": inputs,
+        "summary": summary,
+        "seconds": round(time.time() - start, 1),
+        "process": os.getpid(),
+    }
+    write_text(folder / "stage.json", json.dumps(record, indent=1))
+    return summary
