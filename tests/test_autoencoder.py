@@ -1,0 +1,79 @@
+"""The autoencoder: its factor, its determinism, and the closed form of its KL term."""
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from mvhpc import config
+from mvhpc.models.autoencoder import Autoencoder
+from mvhpc.models.autoencoder import kl_divergence as kl
+
+
+def tiny(levels: int = 4, latent: int = 3) -> Autoencoder:
+    torch.manual_seed(0)
+    return Autoencoder(
+        config.Autoencoder(
+            channels=[8] * levels, latent_channels=latent, res_blocks=1, norm_groups=4, checkpointing=False
+        )
+    ).eval()
+
+
+@pytest.mark.parametrize("levels", [1, 2, 4])
+def test_latent_is_smaller_by_the_factor_on_every_axis(levels: int) -> None:
+    network = tiny(levels)
+    x = torch.rand(2, 1, 8, 16, 24)
+    mean, sigma = network.encode(x)
+    f = network.factor
+    assert f == 2 ** (levels - 1)
+    assert mean.shape == sigma.shape == (2, 3, 8 // f, 16 // f, 24 // f)
+    assert mean.shape[1:] == network.latent_shape(x.shape[2:])
+    assert network.decode(mean).shape == x.shape
+    assert (sigma > 0).all()
+
+
+def test_a_shape_that_does_not_divide_is_refused_with_the_next_multiples() -> None:
+    with pytest.raises(ValueError, match=r"\(30, 32, 41\).*\(32, 32, 48\)"):
+        tiny().encode(torch.rand(1, 1, 30, 32, 41))
+
+
+def test_widths_must_divide_by_the_groups() -> None:
+    with pytest.raises(ValueError, match="norm_groups"):
+        Autoencoder(config.Autoencoder([8, 12], 3, 1, 8, False))
+
+
+def test_encoding_and_decoding_are_deterministic_and_independent_of_the_batch() -> None:
+    network = tiny()
+    x = torch.rand(3, 1, 16, 16, 16)
+    mean, _ = network.encode(x)
+    assert torch.equal(mean, network.encode(x)[0])
+    torch.testing.assert_close(mean[1:2], network.encode(x[1:2])[0], rtol=1e-5, atol=1e-6)
+
+
+def test_zero_noise_reconstructs_from_the_mean_and_noise_moves_it_by_sigma() -> None:
+    network = tiny()
+    x = torch.rand(1, 1, 16, 16, 16)
+    noise = torch.randn(1, 3, 2, 2, 2)
+    reconstruction, mean, sigma = network(x, torch.zeros_like(noise))
+    assert torch.equal(reconstruction, network.decode(mean))
+    assert torch.equal(network(x, noise)[0], network.decode(mean + sigma * noise))
+
+
+def test_kl_equals_the_closed_form_of_torch_distributions() -> None:
+    draws = torch.Generator().manual_seed(1)
+    mean = torch.randn(4, 3, 2, 2, 2, generator=draws)
+    sigma = torch.rand(4, 3, 2, 2, 2, generator=draws) * 3 + 0.01
+    expected = kl_divergence(Normal(mean, sigma), Normal(0.0, 1.0)).flatten(1).sum(1)
+    torch.testing.assert_close(kl(mean, sigma), expected)
+    assert torch.equal(kl(torch.zeros(2, 1, 1, 1, 1), torch.ones(2, 1, 1, 1, 1)), torch.zeros(2))
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    x, noise = torch.rand(1, 1, 16, 16, 16), torch.randn(1, 3, 2, 2, 2)
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        network = Autoencoder(config.Autoencoder([8] * 4, 3, 1, 4, checkpointing))
+        network(x, noise)[0].sum().backward()
+        gradients.append([p.grad for p in network.parameters() if p.grad is not None])
+    for plain, saved in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, saved)
