@@ -10,7 +10,7 @@ from mvhpc import config
 
 
 class Autoencoder(nn.Module):
-    """Single-channel 3D KL-VAE without attention: MONAI's AutoencoderKL (Rombach et al. 2022, arXiv:2112.10752).
+    """Single-channel 3D KL-VAE without attention: MONAI's AutoencoderKL (Rombach et al., arXiv:2112.10752).
 
     Args:
         cfg: widths of the levels (every level after the first halves each axis), latent channels, residual
@@ -53,8 +53,8 @@ class Autoencoder(nn.Module):
         if len(shape) != 3 or any(n % self.factor or n <= 0 for n in shape):
             fits = tuple(max(1, math.ceil(n / self.factor)) * self.factor for n in shape)
             raise ValueError(
-                f"a volume of shape {tuple(shape)} does not divide by {self.factor}, the autoencoder's factor "
-                f"per axis; pack the volumes to the next multiples, {fits}"
+                f"a volume of shape {tuple(shape)} does not divide by {self.factor}, the autoencoder's "
+                f"factor per axis; pack the volumes to the next multiples, {fits}"
             )
         return (self.latent_channels, *(n // self.factor for n in shape))
 
