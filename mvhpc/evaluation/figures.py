@@ -1,0 +1,202 @@
+"""Figures as PNG files: brains on black, and predicted against true values.
+
+Volumes are arrays (H, W, D) in [0, 1] with axes to the right, to the front and upwards (RAS). Slices are drawn as
+neurologists hold them: the person's left on the left, front or top up.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from shards.files import whole_file
+
+PAPER, INK, FAINT = "#000000", "#e8e6e3", "#8a8f98"
+PANEL_INCHES = 1.35  # height of one brain
+
+
+def axial(volume: NDArray) -> NDArray:
+    """The middle axial slice of a volume (H, W, D) as an image (W, H), front up."""
+    return np.rot90(volume[:, :, volume.shape[2] // 2])
+
+
+def coronal(volume: NDArray) -> NDArray:
+    """The middle coronal slice of a volume (H, W, D) as an image (D, H), top up."""
+    return np.rot90(volume[:, volume.shape[1] // 2, :])
+
+
+def sagittal(volume: NDArray) -> NDArray:
+    """The middle sagittal slice of a volume (H, W, D) as an image (D, W), top up, front to the right.
+
+    A twelfth of the width beside the midline, where the ventricles and both kinds of tissue are seen.
+    """
+    return np.rot90(volume[volume.shape[0] * 5 // 12, :, :])
+
+
+def slices(
+    volume: NDArray, views: Sequence[Callable[[NDArray], NDArray]] = (axial, coronal, sagittal)
+) -> NDArray:
+    """Slices of a volume side by side in one image, all at the same scale.
+
+    Args:
+        volume: (H, W, D) in [0, 1].
+        views: which slices.
+
+    Returns:
+        An image (rows, columns), for ``imshow(..., cmap="gray", vmin=0, vmax=1)``.
+    """
+    images = [view(np.asarray(volume, np.float32)) for view in views]
+    height = max(image.shape[0] for image in images)
+    padded = []
+    for image in images:
+        missing = height - image.shape[0]
+        padded.append(np.pad(image, ((missing // 2, missing - missing // 2), (0, 0))))
+    return np.concatenate(padded, axis=1)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    with whole_file(path) as part:
+        figure.savefig(part, format="png", dpi=160, facecolor=figure.get_facecolor())
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), facecolor=PAPER, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03, wspace=0.0, hspace=0.0)  # type: ignore[union-attr]
+    return figure
+
+
+def gallery(
+    rows: Sequence[Sequence[NDArray]],
+    path: Path,
+    captions: Sequence[Sequence[str]] | None = None,
+    columns: Sequence[str] = (),
+    title: str = "",
+) -> None:
+    """A grid of grey images on black.
+
+    Args:
+        rows: images (h, w) in [0, 1], or (h, w, 3) in colour, row by row; rows may differ in length.
+        path: PNG file.
+        captions: a line under each image.
+        columns: a heading over each column.
+        title: a line over everything.
+    """
+    across = max(len(row) for row in rows)
+    shapes = [image.shape for row in rows for image in row]
+    aspect = max(w / h for h, w, *_ in shapes)
+    line = 0.22  # inches of one line of text
+    width = across * (PANEL_INCHES * aspect + 0.06)
+    height = len(rows) * (PANEL_INCHES + (line if captions else 0.05)) + line * (
+        bool(columns) + 1.3 * bool(title)
+    )
+    figure = _figure(width, height)
+    axes = figure.subplots(len(rows), across, squeeze=False)
+    for r, row in enumerate(axes):
+        for c, ax in enumerate(row):
+            ax.set_axis_off()
+            if c >= len(rows[r]):
+                continue
+            ax.imshow(rows[r][c], cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
+            if captions:
+                ax.text(
+                    0.5,
+                    -0.03,
+                    captions[r][c],
+                    transform=ax.transAxes,
+                    ha="center",
+                    va="top",
+                    color=INK,
+                    size=8,
+                )
+            if columns and r == 0:
+                ax.set_title(columns[c], color=FAINT, size=8, pad=3)
+    if title:
+        figure.suptitle(title, color=INK, size=10)
+    save(figure, path)
+
+
+def people(volumes: Sequence[NDArray], captions: Sequence[str], path: Path, across: int = 6) -> None:
+    """A grid of people, each an axial, a coronal and a sagittal slice with a caption.
+
+    Args:
+        volumes: (H, W, D) in [0, 1], one a person.
+        captions: one a person.
+        path: PNG file.
+        across: people in a row, at most; wide volumes or few people make fewer.
+    """
+    across = max(1, min(across, round(len(volumes) ** 0.5)))
+    images = [slices(volume) for volume in volumes]
+    cut = range(0, len(images), across)
+    gallery([images[i : i + across] for i in cut], path, [captions[i : i + across] for i in cut])
+
+
+def shade(image: NDArray, known: NDArray) -> NDArray:
+    """An image (h, w) in colour (h, w, 3) with what is not ``known`` (h, w) painted over."""
+    veil = np.array([0.10, 0.22, 0.27])  # dark cyan: neither brain nor background
+    return np.where(known[..., None], np.clip(image, 0, 1)[..., None], veil)
+
+
+def inpainting(
+    original: NDArray,
+    known: NDArray,
+    completions: Sequence[NDArray],
+    path: Path,
+    captions: Sequence[str] = (),
+) -> None:
+    """Original, what was shown to the model, and completions, one column each; axial, coronal, sagittal rows.
+
+    Args:
+        original: (H, W, D) in [0, 1].
+        known: (H, W, D) bool.
+        completions: each (H, W, D).
+        path: PNG file.
+        captions: one for each completion.
+    """
+    rows = [
+        [view(original), shade(view(original), view(known))] + [view(np.asarray(c)) for c in completions]
+        for view in (axial, coronal, sagittal)
+    ]
+    names = list(captions) or [f"completion {i + 1}" for i in range(len(completions))]
+    gallery(rows, path, columns=["original", "known", *names])
+
+
+def predicted_against_true(
+    true: NDArray, predicted: NDArray, sd: NDArray, path: Path, name: str, unit: str = "", note: str = ""
+) -> None:
+    """Scatter of predicted against true values with a bar of one SD each way, and the diagonal.
+
+    Args:
+        true, predicted, sd: (N,), in the variable's unit; NaN in ``sd`` draws no bar.
+        path: PNG file.
+        name, unit: of the variable.
+        note: a line in the corner (the error, say).
+    """
+    figure = Figure(figsize=(4.2, 4.2), facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    ax = figure.add_subplot()
+    low, high = float(np.nanmin([true, predicted])), float(np.nanmax([true, predicted]))
+    margin = 0.06 * ((high - low) or 1.0)
+    limits = (low - margin, high + margin)
+    ax.plot(limits, limits, color=FAINT, lw=1, zorder=0)
+    ax.errorbar(
+        true,
+        predicted,
+        yerr=np.nan_to_num(sd),
+        fmt="o",
+        ms=4,
+        color="#14708a",
+        ecolor="#a9d3de",
+        elinewidth=1,
+        markeredgecolor="white",
+        markeredgewidth=0.4,
+    )
+    label = f"{name} ({unit})" if unit else name
+    ax.set(xlim=limits, ylim=limits, xlabel=f"true {label}", ylabel=f"predicted {label}", aspect="equal")
+    ax.text(0.03, 0.97, note, transform=ax.transAxes, va="top", size=9)
+    ax.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
