@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -338,7 +338,13 @@ def _keys(kind: type, prefix: str = "") -> Iterable[str]:
             yield from _keys(field.type, f"{prefix}{field.name}.")
 
 
-def load_config(kind: type[C], folder: str, name: str = "default", overrides: Sequence[str] = ()) -> C:
+def load_config(
+    kind: type[C],
+    folder: str,
+    name: str = "default",
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> C:
     """Build a configuration of type ``kind``.
 
     Args:
@@ -346,6 +352,7 @@ def load_config(kind: type[C], folder: str, name: str = "default", overrides: Se
         folder: the stage's folder under ``configs/``.
         name: a preset of that folder or a YAML file; laid over the folder's ``default.yaml``.
         overrides: ``dotted.key=value``, values in YAML's syntax.
+        values: dotted key -> value as it is, laid over everything.
 
     Raises:
         ConfigError: an unknown preset, a misspelt key (naming the nearest right one), a value of the wrong type, or a
@@ -365,6 +372,10 @@ def load_config(kind: type[C], folder: str, name: str = "default", overrides: Se
             layers.append((override, OmegaConf.from_dotlist([override])))
         except Exception as error:
             raise ConfigError(f"{override!r}: {error}") from error
+    for key, value in (values or {}).items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        layers.append((key, value))
     for source, layer in layers:
         try:
             node = OmegaConf.merge(node, layer)

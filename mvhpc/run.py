@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import time
 import traceback
 import warnings
@@ -14,8 +13,8 @@ from typing import Any
 
 from mvhpc.config import fingerprint, to_dict, to_yaml
 from mvhpc.journal import Journal
-from shards.index import Index
 from shards.files import write_text
+from shards.index import Index
 
 FOLDERS = {"vae", "joint"}  # stages whose output is the run folder itself
 
@@ -73,10 +72,10 @@ def stage_fingerprint(stage: str, config: Any, inputs: dict[str, str]) -> str:
     return fingerprint(stage, decisive, inputs)
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
-    """The content of ``stage.json`` of a stage that ended well, or None."""
+def record(folder: Path) -> dict[str, Any]:
+    """The content of a run folder's ``stage.json``; empty where no stage was ever started there."""
     path = folder / "stage.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 @contextlib.contextmanager
@@ -118,7 +117,8 @@ def execute(stage: str, config: Any) -> dict[str, Any]:
     inputs = {name: identity(getattr(config, name)) for name in definition.inputs if getattr(config, name)}
     folder = run_folder(stage, config.out)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    (folder / "stage.json").unlink(missing_ok=True)
+    mark = {"stage": stage, "fingerprint": stage_fingerprint(stage, config, inputs), "inputs": inputs}
+    write_text(folder / "stage.json", json.dumps({**mark, "status": "running"}, indent=1))
     write_text(folder / "config.yaml", to_yaml(config))
     run = Run(folder)
     start = time.time()
@@ -140,13 +140,6 @@ def execute(stage: str, config: Any) -> dict[str, Any]:
             with (folder / "log.txt").open("a") as log:
                 log.write(traceback.format_exc())
             raise
-    record = {
-        "stage": stage,
-        "fingerprint": stage_fingerprint(stage, config, inputs),
-        "inputs": inputs,
-        "summary": summary,
-        "seconds": round(time.time() - start, 1),
-        "process": os.getpid(),
-    }
-    write_text(folder / "stage.json", json.dumps(record, indent=1))
+    mark |= {"status": "finished", "summary": summary, "seconds": round(time.time() - start, 1)}
+    write_text(folder / "stage.json", json.dumps(mark, indent=1))
     return summary

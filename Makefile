@@ -1,0 +1,29 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Needs Python 3.11 or 3.12, make and a C++ compiler.
+PYTHON ?= $(firstword $(shell command -v python3.12 python3.11 python3))
+VENV := .venv
+
+.PHONY: install demo test lint clean
+
+install: $(VENV)/.installed
+
+# torch first and by itself, so that nothing else chooses its build
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install
+	$(VENV)/bin/mvhpc run --config demo
+
+test: install
+	$(VENV)/bin/python -m pytest
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache
