@@ -1,7 +1,7 @@
 """Figures as PNG files: brains on black, and predicted against true values.
 
-Volumes are arrays (H, W, D) in [0, 1] with axes to the right, to the front and upwards (RAS). Slices are drawn as
-neurologists hold them: the person's left on the left, front or top up.
+Volumes are arrays (H, W, D) in [0, 1] with axes to the right, to the front and upwards (RAS). Slices are
+drawn as neurologists hold them: the person's left on the left, front or top up.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
 from shards.files import whole_file
@@ -64,9 +65,9 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), facecolor=PAPER, layout="constrained")
+    tight = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03, wspace=0.0, hspace=0.0)
+    figure = Figure(figsize=(width, height), facecolor=PAPER, layout=tight)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03, wspace=0.0, hspace=0.0)  # type: ignore[union-attr]
     return figure
 
 

@@ -10,7 +10,7 @@ from scipy.stats import bootstrap
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over ``n`` subjects and its confidence interval; ``low`` and ``high`` are NaN below two subjects."""
+    """A mean over ``n`` subjects and its confidence interval, NaN below two subjects."""
 
     value: float
     low: float
@@ -51,8 +51,8 @@ def mean_over_subjects(
 ) -> Estimate:
     """Mean of per-row values and its percentile bootstrap interval (Efron & Tibshirani 1993, chapter 13).
 
-    Whole subjects are drawn, so that several rows of one person (sessions, repeated folds) do not make the interval
-    too narrow.
+    Whole subjects are drawn, so that several rows of one person (sessions, repeated folds) do not make the
+    interval too narrow.
 
     Args:
         values: (N,) errors or hits; rows with NaN are left out.
