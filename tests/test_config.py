@@ -1,0 +1,90 @@
+"""Every preset resolves; what is misspelt is refused with the nearest right name."""
+
+from pathlib import Path
+
+import pytest
+
+from mvhpc.cli import main
+from mvhpc.config import CONFIGS, SCHEMAS, ConfigError, JointConfig, fingerprint, load_config, to_yaml
+from mvhpc.stages import STAGES
+
+MANDATORY = {"out", "data", "source", "vae", "latents", "model", "image", "mask", "given", "want"}
+PRESETS = [(p.parent.name, p.stem) for p in sorted(CONFIGS.glob("*/*.yaml")) if p.parent.name in SCHEMAS]
+JOINT = ["out=o", "latents=l", "vae=v"]
+
+
+@pytest.mark.parametrize(("stage", "preset"), PRESETS)
+def test_preset_fills_every_key_but_places(stage: str, preset: str) -> None:
+    """A preset leaves open at most where things are and what is asked."""
+    fields = SCHEMAS[stage].__dataclass_fields__
+    places = {
+        name: [] if "list" in str(fields[name].type) else {} if "dict" in str(fields[name].type) else "x"
+        for name in MANDATORY & set(fields)
+        if fields[name].type in (str, list[str], dict[str, str])
+    }
+    config = load_config(SCHEMAS[stage], stage, preset, (), places)
+    assert type(config) is SCHEMAS[stage]
+
+
+def test_later_layers_win_and_round_trip(tmp_path: Path) -> None:
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("ema: 0.5\ntraining: {epochs: 3, batch: 7}\n")
+    config = load_config(JointConfig, "joint", str(preset), [*JOINT, "training.epochs=4"], {"training.batch": 8})
+    assert (config.ema, config.training.epochs, config.training.batch) == (0.5, 4, 8)
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(to_yaml(config))
+    assert load_config(JointConfig, "joint", str(resolved)) == config
+
+
+def test_fingerprint_sees_every_value() -> None:
+    base = load_config(JointConfig, "joint", "demo", JOINT)
+    other = load_config(JointConfig, "joint", "demo", [*JOINT, "optimizer.lr=0.5"])
+    assert fingerprint(base) == fingerprint(load_config(JointConfig, "joint", "demo", JOINT)) != fingerprint(other)
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "message"),
+    [
+        ("demo", [*JOINT, "training.epohcs=3"], "training.epochs"),
+        ("demo", [*JOINT, "optimiser.lr=3"], "optimizer"),
+        ("dmeo", JOINT, "'demo'"),
+        ("demo", [*JOINT, "training.epochs=many"], "training.epochs=many"),
+        ("demo", [*JOINT, "epochs"], "key=value"),
+        ("demo", ["out=o", "vae=v"], "latents"),
+        ("nowhere/x.yaml", JOINT, "nowhere/x.yaml"),
+    ],
+)
+def test_what_is_wrong_is_named(preset: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(JointConfig, "joint", preset, overrides)
+
+
+def test_yaml_cannot_make_objects(tmp_path: Path) -> None:
+    """A configuration from outside is data: tags that would call Python are refused."""
+    file, witness = tmp_path / "evil.yaml", tmp_path / "witness"
+    file.write_text(f"out: !!python/object/apply:os.mkdir ['{witness}']\n")
+    with pytest.raises(ConfigError, match="evil"):
+        load_config(JointConfig, "joint", str(file))
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["pedict"], "'predict'"),
+        (["train", "jiont"], "'train joint'"),
+        (["run", "--config", "dmeo"], "'demo'"),
+        (["run", "vae.training.epohcs=3"], "training.epochs"),
+        (["train", "joint", *JOINT, "emma=3"], "'ema'"),
+    ],
+)
+def test_command_line_names_the_nearest(arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_help_covers_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for stage in set(STAGES) - {"phantom", "pack"}:
+        assert stage in text
