@@ -1,0 +1,234 @@
+"""Trained models on disk: a run's ``model/`` folder, self-contained and free to be moved.
+
+``model.json`` says what to build (configurations, schema, latents, grid) and names each network's safetensors file
+with its SHA-256. It is renamed into place after the weights it names, so that a reader finds the old model or the new
+one, never a mixture. A joint model's folder holds its autoencoder too.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from mvhpc import config
+from mvhpc.models.autoencoder import Autoencoder
+from shards.files import whole_file, write_text
+
+if TYPE_CHECKING:
+    from mvhpc.diffusion.joint import JointDiffusion
+    from mvhpc.models.denoiser import JointDenoiser
+    from mvhpc.variables import Variables
+    from shards.schema import Schema
+
+FORMAT = 1
+MANIFEST = "model.json"
+
+
+class ModelError(ValueError):
+    """A model folder that cannot be used; the message names the file."""
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder that holds ``model.json``: ``path`` itself, or its ``model`` where ``path`` is a run folder.
+
+    Raises:
+        ModelError: where neither holds one.
+    """
+    for folder in (Path(path) / "model", Path(path)):
+        if (folder / MANIFEST).is_file():
+            return folder
+    raise ModelError(f"{path}: no trained model there (no {MANIFEST}); give a run folder whose training has ended")
+
+
+def _manifest(folder: Path, kind: str) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        meta = json.loads(path.read_text())
+        found = meta["format"], meta["kind"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: damaged: {error!r}; train the model again or copy the folder again") from error
+    if found != (FORMAT, kind):
+        raise ModelError(f"{path}: holds {found[1]!r} in format {found[0]}; needed is {kind!r} in format {FORMAT}")
+    return meta
+
+
+def _save(folder: Path, meta: dict[str, Any], networks: Mapping[str, bytes]) -> None:
+    """Write ``networks`` (safetensors bytes by name), then ``model.json``, then drop what it no longer names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for name, data in networks.items():
+        digest = hashlib.sha256(data).hexdigest()
+        files[name] = {"file": f"{name}-{digest[:12]}.safetensors", "sha256": digest}
+        with whole_file(folder / files[name]["file"]) as part:
+            part.write_bytes(data)
+    write_text(folder / MANIFEST, json.dumps({"format": FORMAT, **meta, "networks": files}, indent=1))
+    named = {entry["file"] for entry in files.values()}
+    for path in folder.glob("*.safetensors"):
+        if path.name not in named:
+            path.unlink()
+
+
+def _weights(folder: Path, meta: dict[str, Any], name: str) -> bytes:
+    """The bytes of a network's weights file, checked against ``model.json``."""
+    entry = meta["networks"][name]
+    path = folder / entry["file"]
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: weights missing ({error.strerror}); copy the whole model folder again") from error
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise ModelError(f"{path}: damaged, its SHA-256 is not the one in {MANIFEST}; copy it again")
+    return data
+
+
+def _bytes(state: Mapping[str, Tensor]) -> bytes:
+    return save({name: value.detach().cpu().contiguous() for name, value in state.items()})
+
+
+def _build(network: nn.Module, data: bytes, device: torch.device | str) -> None:
+    network.load_state_dict(load(data))
+    network.to(device).eval().requires_grad_(False)
+
+
+def save_autoencoder(
+    folder: Path, network: Autoencoder, model: config.Autoencoder, extra: Mapping[str, Any] | None = None
+) -> None:
+    """Write an autoencoder whole, in place of any older one.
+
+    Args:
+        folder: the ``model`` folder.
+        network: its weights are stored bit for bit.
+        model: the configuration that builds it again.
+        extra: JSON-able facts to keep beside it (grid, metrics).
+    """
+    meta = {"kind": "autoencoder", "autoencoder": dataclasses.asdict(model), "extra": dict(extra or {})}
+    _save(folder, meta, {"autoencoder": _bytes(network.state_dict())})
+
+
+def load_autoencoder(folder: str | Path, device: torch.device | str = "cpu") -> tuple[Autoencoder, dict[str, Any]]:
+    """An autoencoder ready to use, and its ``model.json``.
+
+    Args:
+        folder: a run folder of stage ``vae``, or its ``model`` folder.
+        device: where to put it.
+
+    Returns:
+        The network in evaluation mode, without gradients; the content of ``model.json`` and, as ``sha256``, the hash
+        of the weights, which identifies it.
+
+    Raises:
+        ModelError: no model there, another kind of model, or a missing or damaged file, each naming it.
+    """
+    folder = model_folder(folder)
+    meta = _manifest(folder, "autoencoder")
+    network = Autoencoder(config.Autoencoder(**meta["autoencoder"]))
+    _build(network, _weights(folder, meta, "autoencoder"), device)
+    return network, {**meta, "sha256": meta["networks"]["autoencoder"]["sha256"]}
+
+
+@dataclass(frozen=True)
+class JointModel:
+    """A trained joint model with all that sampling and decoding need.
+
+    Attributes:
+        variables: the variables in the schema's order, with the latents' shapes and scales.
+        schema: the schema it was trained with.
+        diffusion: the forward processes and the parameterisation.
+        denoiser: the network, with averaged weights.
+        autoencoder: turns volumes into latents and back.
+        grid: ``spacing`` (mm), ``shape`` (voxels) and ``affine`` (4 x 4) of the volumes.
+        meta: the content of ``model.json``.
+    """
+
+    variables: "Variables"
+    schema: "Schema"
+    diffusion: "JointDiffusion"
+    denoiser: "JointDenoiser"
+    autoencoder: Autoencoder
+    grid: dict[str, Any]
+    meta: dict[str, Any]
+
+    def encode(self, name: str, voxels: Tensor) -> Tensor:
+        """The scaled latent (B, C, h, w, d) of variable ``name``: posterior means of volumes (B, 1, H, W, D)."""
+        return self.variables[name].encode(self.autoencoder.encode(voxels)[0])
+
+    def decode(self, name: str, z: Tensor) -> Tensor:
+        """Volumes (B, 1, H, W, D) in [0, 1] from scaled latents (B, C, h, w, d) of variable ``name``."""
+        return self.autoencoder.decode(self.variables[name].decode(z)).clamp(0, 1)
+
+
+def save_joint(
+    folder: Path,
+    denoiser: Mapping[str, Tensor],
+    vae: str | Path,
+    *,
+    model: config.Denoiser,
+    diffusion: config.Diffusion,
+    schema: "Schema",
+    latent: Mapping[str, Any],
+    grid: Mapping[str, Any],
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a joint model whole, with a copy of its autoencoder, in place of any older one.
+
+    Args:
+        folder: the ``model`` folder.
+        denoiser: full state of the denoiser (the averaged weights), stored bit for bit.
+        vae: a run folder of stage ``vae``, or its ``model`` folder.
+        model, diffusion: the configurations that build the denoiser and the diffusion again.
+        schema: of the variables.
+        latent: volume variable -> {"shape": [C, h, w, d], "scale": 1/std}.
+        grid: ``spacing``, ``shape`` and ``affine`` of the volumes.
+        extra: JSON-able facts to keep beside it.
+
+    Raises:
+        ModelError: where ``vae`` holds no sound autoencoder.
+    """
+    vae = model_folder(vae)
+    autoencoder = _manifest(vae, "autoencoder")
+    meta = {
+        "kind": "joint",
+        "schema": schema.to_dict(),
+        "latent": {name: dict(facts) for name, facts in latent.items()},
+        "grid": dict(grid),
+        "autoencoder": autoencoder["autoencoder"],
+        "denoiser": dataclasses.asdict(model),
+        "diffusion": dataclasses.asdict(diffusion),
+        "extra": dict(extra or {}),
+    }
+    _save(folder, meta, {"autoencoder": _weights(vae, autoencoder, "autoencoder"), "denoiser": _bytes(denoiser)})
+
+
+def load_joint(folder: str | Path, device: torch.device | str = "cpu") -> JointModel:
+    """A joint model ready to sample from.
+
+    Args:
+        folder: a run folder of stage ``joint``, or its ``model`` folder.
+        device: where to put its networks and tables.
+
+    Raises:
+        ModelError: no model there, another kind of model, or a missing or damaged file, each naming it.
+    """
+    from mvhpc.diffusion.joint import JointDiffusion
+    from mvhpc.models.denoiser import JointDenoiser
+    from mvhpc.variables import Variables
+    from shards.schema import Schema
+
+    folder = model_folder(folder)
+    meta = _manifest(folder, "joint")
+    schema = Schema.from_dict(meta["schema"])
+    settings = config.Diffusion(**meta["diffusion"])
+    variables = Variables.from_schema(schema, meta["latent"], settings)
+    autoencoder = Autoencoder(config.Autoencoder(**meta["autoencoder"]))
+    _build(autoencoder, _weights(folder, meta, "autoencoder"), device)
+    denoiser = JointDenoiser(variables, config.Denoiser(**meta["denoiser"]))
+    _build(denoiser, _weights(folder, meta, "denoiser"), device)
+    diffusion = JointDiffusion(variables, settings).to(device)
+    return JointModel(variables, schema, diffusion, denoiser, autoencoder, meta["grid"], meta)
