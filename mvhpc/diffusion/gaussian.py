@@ -1,0 +1,60 @@
+"""Gaussian diffusion of volumes and continuous variables (paper, eq. 1): z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps.
+
+Every level ``t``, ``s`` is an int or an int64 tensor (B,) of one level per row.
+"""
+
+from torch import Tensor, nn
+
+TARGETS = ("eps", "v", "x0")  # what a network may be asked to predict
+
+
+class Gaussian(nn.Module):
+    """The forward process, the three parameterisations and the deterministic reverse step.
+
+    Args:
+        abar: signal share by level, (T + 1,), abar[0] = 1.
+    """
+
+    abar: Tensor
+
+    def __init__(self, abar: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("abar", abar.double(), persistent=False)
+
+    def coefficients(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(abar_t) and sqrt(1 - abar_t), in the type of ``like`` and shaped to multiply it."""
+        abar = self.abar[t].reshape(-1, *[1] * (like.ndim - 1))  # (B or 1, 1, ...)
+        return abar.sqrt().to(like.dtype), (1 - abar).sqrt().to(like.dtype)
+
+    def add_noise(self, z0: Tensor, t: int | Tensor, eps: Tensor) -> Tensor:
+        """z_t by eq. 1."""
+        a, b = self.coefficients(t, z0)
+        return a * z0 + b * eps
+
+    def target(self, z0: Tensor, eps: Tensor, t: int | Tensor, kind: str) -> Tensor:
+        """What the network should say: eps, z_0, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) z_0."""
+        if kind == "eps":
+            return eps
+        if kind == "x0":
+            return z0
+        a, b = self.coefficients(t, z0)
+        return a * eps - b * z0
+
+    def x0(self, output: Tensor, z_t: Tensor, t: int | Tensor, kind: str) -> Tensor:
+        """z_0 as the network's output means it, not clipped: latents and scaled scalars have no hard bounds.
+
+        From ``eps`` this divides by sqrt(abar_t), about 0.01 at T: exact for an exact eps, useless for a learned one.
+        """
+        if kind == "x0":
+            return output
+        a, b = self.coefficients(t, z_t)
+        return (z_t - b * output) / a if kind == "eps" else a * z_t - b * output
+
+    def eps(self, x0: Tensor, z_t: Tensor, t: int | Tensor) -> Tensor:
+        """The noise in z_t if its origin is x0; t >= 1."""
+        a, b = self.coefficients(t, z_t)
+        return (z_t - a * x0) / b
+
+    def ddim_step(self, z_t: Tensor, x0: Tensor, t: int | Tensor, s: int | Tensor) -> Tensor:
+        """z_s from z_t and the predicted x0, s < t, without new noise (Song et al. 2021, eq. 12 with sigma = 0)."""
+        return self.add_noise(x0, s, self.eps(x0, z_t, t))

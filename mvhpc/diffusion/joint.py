@@ -1,0 +1,200 @@
+"""The joint forward process over all variables of a person, and its loss (paper, section 3.1, eq. 5)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvhpc import config
+from mvhpc.diffusion import schedules
+from mvhpc.diffusion.categorical import Uniform, draw
+from mvhpc.diffusion.gaussian import TARGETS, Gaussian
+from mvhpc.randomness import rand, randn
+from mvhpc.variables import Categorical, Variable, Variables, Volume
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A batch after the forward process.
+
+    Attributes:
+        z: what the denoiser sees: (B, C, h, w, d), (B, 1) or int64 (B,) by kind of variable.
+        t: the levels it is told, int64 (B,).
+        target: what it should say: eps, v or z_0 shaped like z, or the class (B,).
+        counts: (B,) bool, False where there is no loss: a missing value, or one at rest at t = 0.
+    """
+
+    z: Batch
+    t: Batch
+    target: Batch
+    counts: Batch
+
+
+class JointDiffusion(nn.Module):
+    """Forward processes, targets, losses and reverse steps of all variables.
+
+    It has no weights; ``to(device)`` moves its tables.
+
+    Args:
+        variables: what there is.
+        diffusion: T, schedule, law of the levels, parameterisations and loss weights.
+
+    Raises:
+        config.ConfigError: for an unknown law or parameterisation, or a weight of no variable.
+    """
+
+    def __init__(self, variables: Variables, diffusion: config.Diffusion) -> None:
+        super().__init__()
+        config.choose(diffusion.time, ("shared", "independent"), "law of the times")
+        for kind in (diffusion.volume, diffusion.continuous):
+            config.choose(kind, TARGETS, "parameterisation")
+        for name in diffusion.weights:
+            config.choose(name, variables.names, "variable among the loss weights")
+        self.variables = variables
+        self.config = diffusion
+        self.steps = diffusion.steps
+        self.weights = {name: float(diffusion.weights.get(name, 1.0)) for name in variables.names}
+        abar = schedules.scaled_linear(diffusion.steps, diffusion.beta_start, diffusion.beta_end)
+        self.gaussian = Gaussian(abar)
+        self.categorical = Uniform(schedules.cosine(diffusion.steps))
+
+    @property
+    def independent(self) -> bool:
+        """Whether each variable has a level of its own."""
+        return self.config.time == "independent"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tables are."""
+        return self.gaussian.abar.device
+
+    def parameterization(self, variable: Variable) -> str:
+        """What the denoiser says about a volume or continuous variable: eps, v or x0."""
+        return self.config.volume if isinstance(variable, Volume) else self.config.continuous
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def draw_times(self, generators: Sequence[torch.Generator]) -> Batch:
+        """Levels for training, row b from ``generators[b]``.
+
+        Shared: one level for all variables, uniform on 1..T (the paper). Independent: with probability
+        ``shared_fraction`` the same; else each variable by itself rests at 0 with probability ``clean_fraction``, at T
+        with ``noise_fraction``, and otherwise is uniform on 1..T.
+
+        Returns:
+            By variable, int64 (B,).
+        """
+        c, names = self.config, self.variables.names
+        u = rand(generators, (2 + 2 * len(names),), self.device)  # (B, 2 + 2V)
+        level = (1 + (u * self.steps).long()).clamp(max=self.steps)  # uniform on 1..T
+        together = u[:, 0] < (c.shared_fraction if self.independent else 1.0)
+        times = {}
+        for i, name in enumerate(names):
+            rest, own = u[:, 2 + 2 * i], level[:, 3 + 2 * i]
+            own = torch.where(rest < c.clean_fraction + c.noise_fraction, self.steps, own)
+            own = torch.where(rest < c.clean_fraction, 0, own)
+            times[name] = torch.where(together, level[:, 1], own)
+        return times
+
+    def noise(
+        self,
+        batch: Mapping[str, Tensor],
+        present: Mapping[str, Tensor],
+        t: Mapping[str, Tensor],
+        generators: Sequence[torch.Generator],
+    ) -> Noised:
+        """Bring a batch to the levels ``t``.
+
+        A missing value is replaced by pure noise and has no loss. In independent time the denoiser is told t = T for
+        it; in shared time, where all must have one level, it is told that level.
+
+        Args:
+            batch: encoded values, (B, C, h, w, d), (B, 1) or int64 (B,); what stands for a missing one has no effect.
+            present: (B,) bool by variable; a variable without entry is there in every row.
+            t: levels, int64 (B,) by variable.
+            generators: one per row.
+        """
+        z, times, target, counts = {}, {}, {}, {}
+        for v in self.variables:
+            level, there = t[v.name], present.get(v.name)
+            if there is None:
+                there = torch.ones_like(level, dtype=torch.bool)
+            x0 = batch[v.name].masked_fill(~_against(there, batch[v.name]), 0)
+            pure = self.prior(v, generators)
+            if isinstance(v, Categorical):
+                target[v.name] = x0
+                x_t = self.categorical.add_noise(x0, level, v.size, rand(generators, (), self.device))
+            else:
+                target[v.name] = self.gaussian.target(x0, pure, level, self.parameterization(v))
+                x_t = self.gaussian.add_noise(x0, level, pure)
+            z[v.name] = torch.where(_against(there, x_t), x_t, pure)
+            times[v.name] = torch.where(there, level, self.steps) if self.independent else level
+            counts[v.name] = there & (level > 0)
+        return Noised(z, times, target, counts)
+
+    def losses(self, outputs: Mapping[str, Tensor], noised: Noised) -> Batch:
+        """Loss of each row and variable (paper, eq. 5): mean over elements of the squared error, or cross-entropy.
+
+        Returns:
+            By variable (B,) float32, without weights; 0 where ``noised.counts`` is False. Their mean over B is not
+            divided by the share that counts.
+        """
+        losses = {}
+        for v in self.variables:
+            output, target = outputs[v.name].float(), noised.target[v.name]
+            if isinstance(v, Categorical):
+                loss = F.cross_entropy(output, target, reduction="none")
+            else:
+                loss = (output - target).square().flatten(1).mean(1)
+            losses[v.name] = torch.where(noised.counts[v.name], loss, 0.0)
+        return losses
+
+    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum over variables, (B,)."""
+        return torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum(0)
+
+    # --- the reverse process ------------------------------------------------------------------------------------
+
+    def prior(self, variable: Variable, generators: Sequence[torch.Generator]) -> Tensor:
+        """Pure noise: what a variable is at t = T; normal, or uniform over the classes."""
+        if isinstance(variable, Categorical):
+            u = rand(generators, (), self.device)
+            return (u * variable.size).long().clamp(max=variable.size - 1)
+        shape = variable.shape if isinstance(variable, Volume) else (1,)
+        return randn(generators, shape, self.device)
+
+    def renoise(self, variable: Variable, x0: Tensor, t: int | Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """A fresh draw of q(x_t | x_0)."""
+        if isinstance(variable, Categorical):
+            return self.categorical.add_noise(x0, t, variable.size, rand(generators, (), self.device))
+        return self.gaussian.add_noise(x0, t, randn(generators, x0.shape[1:], self.device))
+
+    def predict(self, variable: Variable, output: Tensor, z_t: Tensor, t: int | Tensor) -> Tensor:
+        """What an output says of x_0: E[z_0 | z_t] shaped like z_t, or p(x_0 | z_t) (B, K)."""
+        if isinstance(variable, Categorical):
+            return output.double().softmax(-1)
+        return self.gaussian.x0(output.float(), z_t, t, self.parameterization(variable))
+
+    def step(
+        self,
+        variable: Variable,
+        output: Tensor,
+        z_t: Tensor,
+        t: int,
+        s: int,
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        """From level t to s < t: DDIM for volumes and continuous variables, a draw of p(x_s | z_t) for categories."""
+        x0 = self.predict(variable, output, z_t, t)
+        if isinstance(variable, Categorical):
+            return draw(self.categorical.reverse(x0, z_t, t, s), rand(generators, (), self.device))
+        return self.gaussian.ddim_step(z_t, x0, t, s)
+
+
+def _against(rows: Tensor, like: Tensor) -> Tensor:
+    """(B,) shaped to broadcast against ``like`` (B, ...)."""
+    return rows.reshape(-1, *[1] * (like.ndim - 1))

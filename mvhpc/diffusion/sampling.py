@@ -1,0 +1,149 @@
+"""Sampling any conditional of the joint law (paper, section 3.2)."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mvhpc.config import choose
+from mvhpc.diffusion.joint import Batch, JointDiffusion
+from mvhpc.variables import Categorical, Variable, Volume
+
+
+class Denoiser(Protocol):
+    """What a sampler needs of a network; it may leave out what it says of variables that are given in full."""
+
+    def __call__(self, z: Batch, t: Batch) -> Mapping[str, Tensor]:
+        """From noisy values and levels to eps, v or x0 shaped like z, and logits (B, K) for categories."""
+        ...
+
+
+def time_grid(levels: int, steps: int, stride: int | None) -> list[int]:
+    """The levels a sampler visits, T down to 0.
+
+    All variables share one grid: the union of DDIM's, ``steps`` even steps rounded to integers, and that of the
+    categories, every ``stride`` levels. A step finer than asked for is as good for either: DDIM only gains, and the
+    categorical step is exact over any stride. With T = 1000, 50 steps and stride 20 (the paper) the two are the same.
+
+    Args:
+        levels: T.
+        steps: of DDIM, 1 to T.
+        stride: of categories, 1 to T; None where there are none.
+
+    Raises:
+        ValueError: for a number out of its range.
+    """
+    if not 1 <= steps <= levels:
+        raise ValueError(f"sampling steps must be from 1 to {levels}, not {steps}")
+    if stride is not None and not 1 <= stride <= levels:
+        raise ValueError(f"the stride of categories must be from 1 to {levels}, not {stride}")
+    even = torch.linspace(levels, 0, steps + 1, dtype=torch.float64).round().long().tolist()
+    return sorted({*even, *(range(levels, 0, -stride) if stride else ())}, reverse=True)
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    diffusion: JointDiffusion,
+    given: Mapping[str, Tensor],
+    generators: Sequence[torch.Generator],
+    *,
+    steps: int = 50,
+    stride: int = 20,
+    conditioning: str = "repaint",
+    present: Mapping[str, Tensor] | None = None,
+    mask: Mapping[str, Tensor] | None = None,
+) -> Batch:
+    """Draw all variables of B people given any subset of them.
+
+    ``repaint`` (the paper): at every level the given values are overwritten by a fresh draw of q(z_t | z_0).
+    ``clean``: they rest at t = 0, which the denoiser must have been trained for. A volume given in part has one level
+    for all of its voxels, hence its known voxels are noised anew at every level in both.
+
+    A row is drawn from its own generator alone, so its result does not depend on the batch it sits in.
+
+    Args:
+        denoiser: f(z, t).
+        diffusion: that the denoiser was trained under.
+        given: encoded clean values by variable: (B, C, h, w, d), (B, 1) or int64 (B,). Empty: sample the joint law.
+        generators: one per row; B is their number. Each is advanced by one draw.
+        steps: DDIM steps.
+        stride: of categories, in levels; see :func:`time_grid`.
+        conditioning: repaint | clean.
+        present: who has a given value, (B,) bool by variable; others have it sampled. No entry: everybody.
+        mask: for given volumes, where they are known: bool (B, 1, h, w, d) at latent resolution. No entry: everywhere.
+
+    Returns:
+        Clean values of every variable, shaped as in ``given``, on the device of ``diffusion``. Given values, masked
+        voxels included, come out bit-identical.
+
+    Raises:
+        ValueError: ``clean`` with a denoiser of shared time, or a mask of what is no given volume.
+        KeyError: given values of no variable.
+    """
+    choose(conditioning, ("repaint", "clean"), "conditioning")
+    variables, device = diffusion.variables, diffusion.device
+    given = {variables[name].name: value.to(device) for name, value in given.items()}
+    known = {name: _known(variables[name], value, present, mask) for name, value in given.items()}
+    if unused := sorted(set(mask or {}) - set(given)):
+        raise ValueError(f"a mask of {', '.join(unused)}, which is not given")
+
+    fixed: Batch = {}  # rows that rest at t = 0
+    if conditioning == "clean":
+        if not diffusion.independent:
+            raise ValueError(
+                "conditioning 'clean' needs a model trained with independent times (diffusion.time: independent); "
+                "this one shares one time: use conditioning 'repaint'"
+            )
+        fixed = {name: k.flatten(1).all(1) if k.ndim > 1 else k for name, k in known.items()}
+        fixed = {name: rows for name, rows in fixed.items() if name not in (mask or {})}
+
+    grid = time_grid(diffusion.steps, steps, stride if any(isinstance(v, Categorical) for v in variables) else None)
+    evolve, renoise = _streams(variables.names, generators)
+    z = {v.name: diffusion.prior(v, evolve[v.name]) for v in variables}
+    for t, s in pairwise(grid):
+        times = {}
+        for v in variables:
+            times[v.name] = torch.full((len(generators),), t, device=device)
+            if v.name in fixed:
+                z[v.name] = torch.where(known[v.name], given[v.name], z[v.name])
+                times[v.name] = times[v.name].masked_fill(fixed[v.name], 0)
+            elif v.name in given:
+                noisy = diffusion.renoise(v, given[v.name], t, renoise[v.name])
+                z[v.name] = torch.where(known[v.name], noisy, z[v.name])
+        outputs = denoiser(z, times)
+        for v in variables:
+            if v.name not in known or not known[v.name].all():
+                z[v.name] = diffusion.step(v, outputs[v.name], z[v.name], t, s, evolve[v.name])
+    return {name: torch.where(known[name], given[name], x) if name in given else x for name, x in z.items()}
+
+
+def _known(
+    variable: Variable, value: Tensor, present: Mapping[str, Tensor] | None, mask: Mapping[str, Tensor] | None
+) -> Tensor:
+    """Which elements of a given value are known, shaped to broadcast against it."""
+    rows = (present or {}).get(variable.name)
+    rows = torch.ones(len(value), dtype=torch.bool) if rows is None else rows
+    known = rows.to(value.device).reshape(-1, *[1] * (value.ndim - 1))
+    if mask is None or variable.name not in mask:
+        return known
+    if not isinstance(variable, Volume):
+        raise ValueError(f"a mask of {variable.name}, which is no volume")
+    return known & mask[variable.name].to(value.device)
+
+
+def _streams(
+    names: Sequence[str], generators: Sequence[torch.Generator]
+) -> tuple[dict[str, list[torch.Generator]], dict[str, list[torch.Generator]]]:
+    """Generators per variable and row, one for its own course and one for re-noising it.
+
+    Streams of their own keep a row's draws the same whatever is given in other rows of the batch.
+    """
+    seeds = [torch.randint(2**62, (2, len(names)), generator=g).tolist() for g in generators]  # B x 2 x V
+    evolve, renoise = (
+        {name: [torch.Generator().manual_seed(row[i][j]) for row in seeds] for j, name in enumerate(names)}
+        for i in range(2)
+    )
+    return evolve, renoise

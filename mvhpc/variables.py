@@ -1,0 +1,192 @@
+"""Variables: what a person is made of, in the representation that diffusion works on.
+
+A schema (data plane) says which variables there are; this module says how each becomes a tensor and back. A batch of B
+people is a ``dict`` from variable name to tensor, with a second ``dict`` of booleans (B,) that says who has a value.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mvhpc.config import nearest
+
+if TYPE_CHECKING:
+    from shards.schema import Schema
+
+Value = float | str | None  # a scalar as it stands in a table; None where it is missing
+
+
+@dataclass(frozen=True)
+class Volume:
+    """An image, by its latent.
+
+    Attributes:
+        name: of the variable.
+        shape: of one latent, (C, h, w, d).
+        scale: factor that gives the latents unit standard deviation over the training set (1 / SD).
+    """
+
+    name: str
+    shape: tuple[int, int, int, int]
+    scale: float
+
+    def encode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w, d) of the autoencoder -> z_0, the same shape in float32."""
+        return latents.float() * self.scale
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z_0 (B, C, h, w, d) -> latents that the autoencoder's decoder takes."""
+        return z / self.scale
+
+
+@dataclass(frozen=True)
+class Continuous:
+    """A number, scaled linearly so that its range [low, high] becomes [-1, 1] (paper, section 3.1).
+
+    Values outside the range are neither refused nor clipped, samples included.
+    """
+
+    name: str
+    low: float
+    high: float
+    unit: str = ""
+
+    def encode(self, values: Sequence[Value]) -> Tensor:
+        """B values in units -> z_0 (B, 1) float32; a missing value becomes 0."""
+        raw = torch.tensor([[0.0 if _missing(v) else float(v)] for v in values], dtype=torch.float64)  # type: ignore[arg-type]
+        z = (2 * raw - self.low - self.high) / (self.high - self.low)
+        absent = torch.tensor([[_missing(v)] for v in values])
+        return z.masked_fill(absent, 0.0).float()  # (B, 1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z_0 (B, 1) -> values (B,) in units, float64."""
+        return ((self.high - self.low) * z.double().flatten() + self.low + self.high) / 2
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """One of K classes, by its index in the schema's order."""
+
+    name: str
+    classes: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """K, the number of classes."""
+        return len(self.classes)
+
+    def encode(self, values: Sequence[Value]) -> Tensor:
+        """B class names -> x_0 (B,) int64; a missing value becomes class 0.
+
+        Raises:
+            ValueError: for a name that is no class, with the nearest that is.
+        """
+        for value in values:
+            if not _missing(value) and value not in self.classes:
+                raise ValueError(f"{self.name}: {nearest(str(value), self.classes, 'class')}")
+        return torch.tensor([0 if _missing(v) else self.classes.index(str(v)) for v in values])  # (B,)
+
+    def decode(self, x: Tensor) -> list[str]:
+        """x_0 (B,) -> B class names."""
+        return [self.classes[i] for i in x.tolist()]
+
+
+Variable = Volume | Continuous | Categorical
+Scalar = Continuous | Categorical
+
+
+def _missing(value: Value) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+class Variables:
+    """The variables of a model, in the order of its schema.
+
+    Args:
+        items: variables with distinct names.
+    """
+
+    def __init__(self, items: Sequence[Variable]) -> None:
+        self._items = {v.name: v for v in items}
+        if len(self._items) != len(items):
+            raise ValueError(f"two variables share a name: {', '.join(v.name for v in items)}")
+
+    @classmethod
+    def from_schema(cls, schema: "Schema", latent: Mapping[str, Mapping[str, Any]]) -> "Variables":
+        """The variables of a schema.
+
+        Args:
+            schema: names, kinds, ranges and classes.
+            latent: for each volume its latent's ``shape`` [C, h, w, d] and ``scale`` (1 / SD over the training set).
+
+        Raises:
+            ValueError: where a volume has no latent.
+        """
+        items: list[Variable] = []
+        for v in schema:
+            if v.kind == "volume":
+                if v.name not in latent:
+                    raise ValueError(f"no latents of volume {v.name!r}; there are: {', '.join(latent) or 'none'}")
+                c, h, w, d = latent[v.name]["shape"]
+                items.append(Volume(v.name, (c, h, w, d), float(latent[v.name]["scale"])))
+            elif v.kind == "continuous":
+                low, high = v.range
+                items.append(Continuous(v.name, float(low), float(high), v.unit or ""))
+            else:
+                items.append(Categorical(v.name, tuple(v.classes)))
+        return cls(items)
+
+    def __iter__(self) -> Iterator[Variable]:
+        return iter(self._items.values())
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._items
+
+    def __getitem__(self, name: str) -> Variable:
+        """The variable of that name.
+
+        Raises:
+            KeyError: with the nearest name there is.
+        """
+        if name not in self._items:
+            raise KeyError(nearest(name, self._items, "variable"))
+        return self._items[name]
+
+    @property
+    def names(self) -> list[str]:
+        """All names, in order."""
+        return list(self._items)
+
+    @property
+    def volumes(self) -> list[Volume]:
+        """The volumes, in order."""
+        return [v for v in self if isinstance(v, Volume)]
+
+    @property
+    def scalars(self) -> list[Scalar]:
+        """The continuous and categorical variables, in order."""
+        return [v for v in self if not isinstance(v, Volume)]
+
+    def encode_scalars(self, rows: Sequence[Mapping[str, Value]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The scalars of B people.
+
+        Args:
+            rows: for each person, values by name: a number, a class name, or None (or no entry) where missing.
+
+        Returns:
+            The batch: (B, 1) float32 for a continuous variable, (B,) int64 for a category. And who has a value, by
+            name: (B,) bool.
+        """
+        batch, present = {}, {}
+        for v in self.scalars:
+            values = [row.get(v.name) for row in rows]
+            batch[v.name] = v.encode(values)
+            present[v.name] = torch.tensor([not _missing(value) for value in values])
+        return batch, present
