@@ -1,0 +1,228 @@
+"""The schema: ordered, named variables of a person, and how each is read from a table."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shards.errors import DataError, nearest
+
+SCHEMAS = Path(__file__).resolve().parent.parent / "configs" / "schema"
+MISSING = {"", "n/a", "na", "nan", "none", "null"}  # BIDS writes n/a; the others are what tables in use hold
+KINDS = {  # kind: keys it may have
+    "volume": {"kind", "column", "suffix"},
+    "continuous": {"kind", "column", "range", "unit", "values"},
+    "categorical": {"kind", "column", "classes", "aliases"},
+}
+Value = float | str | None
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One quantity of a person.
+
+    Attributes:
+        name: letters, digits and underscores, beginning with a letter.
+        kind: ``volume``, ``continuous`` or ``categorical``.
+        column: the table's column; for a volume, the column of paths in a CSV.
+        suffix: of a volume's file name in a BIDS tree, as in ``T1w``.
+        range: smallest and largest value allowed of a continuous variable.
+        unit: of a continuous variable.
+        classes: of a categorical variable, in the order of their numbers.
+        aliases: other spellings of the classes.
+        values: numbers that stand for words, for a category read as a continuous variable.
+    """
+
+    name: str
+    kind: str
+    column: str
+    suffix: str = ""
+    range: tuple[float, float] = (-math.inf, math.inf)
+    unit: str = ""
+    classes: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, name: str, spec: Mapping[str, Any]) -> "Variable":
+        """Build a variable from its entry in a schema file.
+
+        Raises:
+            DataError: a bad name, an unknown kind or key, or a value that does not fit the kind.
+        """
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,31}", name):
+            raise DataError(f"schema: {name!r} is no variable name (a letter, then letters, digits or _, up to 32)")
+        if not isinstance(spec, Mapping):
+            raise DataError(f"schema: {name} needs keys such as kind, found {spec!r}")
+        kind = str(spec.get("kind", ""))
+        if kind not in KINDS:
+            raise DataError(f"schema: {name}: {nearest(kind, KINDS, 'kind')}")
+        for key in spec:
+            if key not in KINDS[kind]:
+                raise DataError(
+                    f"schema: {name}: {nearest(str(key), sorted(KINDS[kind]), f'key of a {kind} variable')}"
+                )
+        given = {k: v for k, v in spec.items() if k != "kind"}
+        try:
+            if "range" in given:
+                low, high = map(float, given["range"])
+                if not low < high:
+                    raise ValueError("range is [smallest, largest]")
+                given["range"] = (low, high)
+            if "classes" in given:
+                given["classes"] = tuple(_word(c) for c in given["classes"])
+            if "aliases" in given:
+                given["aliases"] = {_word(k): _word(v) for k, v in given["aliases"].items()}
+            if "values" in given:
+                given["values"] = {_word(k): float(v) for k, v in given["values"].items()}
+            variable = cls(name=name, kind=kind, **{"column": name, **given})
+            variable._check()
+        except (TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"schema: {name}: {error}") from error
+        return variable
+
+    def _check(self) -> None:
+        if self.kind == "continuous" and not all(map(math.isfinite, self.range)):
+            raise ValueError("a continuous variable needs a finite range: [smallest, largest]")
+        if self.kind == "volume" and not self.suffix:
+            raise ValueError("a volume variable needs the suffix of its files, as in T1w")
+        if self.kind == "categorical":
+            if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
+                raise ValueError("a categorical variable needs two or more different classes")
+            for alias, target in self.aliases.items():
+                if target not in self.classes:
+                    raise ValueError(f"alias {alias}: {nearest(target, self.classes, 'class')}")
+            if len({c.casefold() for c in self.classes}) < len(self.classes):
+                raise ValueError("classes that differ in upper and lower case alone")
+        for word, number in self.values.items():
+            if not self.range[0] <= number <= self.range[1]:
+                raise ValueError(f"values: {word} stands for {number:g}, outside the range")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry of a schema file that :meth:`from_dict` reads back to an equal variable."""
+        spec: dict[str, Any] = {"kind": self.kind, "column": self.column}
+        if self.kind == "volume":
+            spec["suffix"] = self.suffix
+        elif self.kind == "continuous":
+            spec.update(range=list(self.range), unit=self.unit, values=dict(self.values))
+        else:
+            spec.update(classes=list(self.classes), aliases=dict(self.aliases))
+        return {key: value for key, value in spec.items() if value or value == 0}
+
+    def parse(self, text: str) -> Value:
+        """The value that a table's cell holds.
+
+        Args:
+            text: the cell; spaces around it and upper or lower case of words do not matter.
+
+        Returns:
+            A number of a continuous variable, a class of a categorical one, None where the cell says missing.
+
+        Raises:
+            ValueError: not a number, outside the range, or an unknown category; the message says which.
+        """
+        word = text.strip().casefold()
+        known: dict[str, Any] = {w.casefold(): v for w, v in (self.aliases or self.values).items()}
+        known.update({c.casefold(): c for c in self.classes})
+        if word in known:
+            return known[word]
+        if word in MISSING:
+            return None
+        if self.kind == "categorical":
+            raise ValueError(f"{self.name}: unknown category {text.strip()[:40]!r} (known: {', '.join(self.classes)})")
+        try:
+            number = float(word)
+        except ValueError:
+            raise ValueError(f"{self.name}: {text.strip()[:40]!r} is not a number") from None
+        low, high = self.range
+        if not low <= number <= high:
+            raise ValueError(f"{self.name}: {number:g} is outside the range {low:g} to {high:g}")
+        return number
+
+
+def _word(item: Any) -> str:
+    if isinstance(item, bool):  # YAML reads a bare yes or no as a truth value
+        raise ValueError("a class reads as true or false: put it in quotes")
+    return str(item)
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The variables of a person, in order."""
+
+    variables: tuple[Variable, ...]
+
+    @classmethod
+    def from_dict(cls, specs: Mapping[str, Any]) -> "Schema":
+        """Build a schema from ``{name: {kind: ..., ...}}``.
+
+        Raises:
+            DataError: naming the variable and what is wrong with it.
+        """
+        if not isinstance(specs, Mapping) or not specs:
+            raise DataError("schema: expected variables by name, as in 'image: {kind: volume, suffix: T1w}'")
+        variables = tuple(Variable.from_dict(str(name), spec) for name, spec in specs.items())
+        if len({v.name.lower() for v in variables}) < len(variables):  # webdataset lowers names
+            raise DataError("schema: names that differ in upper and lower case alone")
+        return cls(variables)
+
+    @classmethod
+    def load(cls, name_or_file: str | Path = "default") -> "Schema":
+        """Read a schema from a name under ``configs/schema`` or a YAML file.
+
+        Raises:
+            DataError: an unknown name, a file that is not there or not YAML, or a bad variable.
+        """
+        path = Path(name_or_file)
+        if path.suffix not in {".yaml", ".yml"} and len(path.parts) == 1:
+            path = SCHEMAS / f"{name_or_file}.yaml"
+            if not path.is_file():
+                raise DataError(nearest(str(name_or_file), sorted(p.stem for p in SCHEMAS.glob("*.yaml")), "schema"))
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"schema {path}: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise DataError(f"schema {path}: not readable as YAML: {str(error).splitlines()[0]}") from error
+        try:
+            return cls.from_dict(content)
+        except DataError as error:
+            raise DataError(f"{path.name}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{name: spec}`` that :meth:`from_dict` reads back to an equal schema."""
+        return {v.name: v.to_dict() for v in self.variables}
+
+    @property
+    def volumes(self) -> tuple[Variable, ...]:
+        """The volume variables, in order."""
+        return tuple(v for v in self.variables if v.kind == "volume")
+
+    @property
+    def scalars(self) -> tuple[Variable, ...]:
+        """The continuous and categorical variables, in order."""
+        return tuple(v for v in self.variables if v.kind != "volume")
+
+    def __iter__(self) -> Iterator[Variable]:
+        return iter(self.variables)
+
+    def __len__(self) -> int:
+        return len(self.variables)
+
+    def __contains__(self, name: object) -> bool:
+        return any(v.name == name for v in self.variables)
+
+    def __getitem__(self, name: str) -> Variable:
+        """The variable of that name.
+
+        Raises:
+            DataError: naming the nearest known one.
+        """
+        for variable in self.variables:
+            if variable.name == name:
+                return variable
+        raise DataError(nearest(name, [v.name for v in self.variables], "variable"))
