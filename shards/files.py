@@ -1,19 +1,11 @@
-"""Files that are there whole or not at all, and their checksums."""
+"""Files and folders written whole or not at all: a temporary name beside the target, fsync, rename."""
 
+import contextlib
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write ``content`` under a temporary name, flush it to the disk, and rename it to ``path``."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync(path.parent)
 
 
 def sync(path: Path) -> None:
@@ -23,6 +15,52 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; it becomes ``path`` when the block ends well and is removed otherwise."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill; it becomes ``path`` when the block ends well and is removed otherwise.
+
+    Raises:
+        FileExistsError: where ``path`` is there already and not an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} is there already; remove it or choose another name")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            path.rmdir()
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` whole."""
+    with whole_file(path) as part:
+        part.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` whole, as UTF-8."""
+    write_whole(path, text.encode())
 
 
 def sha256(path: Path) -> str:
