@@ -1,0 +1,44 @@
+"""The workers of one run as a group: what little they must tell one another beside gradients."""
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """Collectives over all workers, on the CPU; with one worker each of them is the identity.
+
+    Args:
+        rank: this worker.
+        world: how many there are. With more than one, ``torch.distributed`` must be initialised.
+    """
+
+    def __init__(self, rank: int = 0, world: int = 1) -> None:
+        self.rank, self.world = rank, world
+        # A gloo group of its own: bookkeeping never waits for, nor occupies, the accelerator.
+        self._group = dist.new_group(backend="gloo") if world > 1 else None
+
+    def barrier(self) -> None:
+        """Wait for all workers."""
+        if self.world > 1:
+            dist.barrier(group=self._group)
+
+    def gather(self, value: T) -> list[T]:
+        """Every worker's ``value``, in the order of ranks, at every worker."""
+        if self.world == 1:
+            return [value]
+        values: list[T | None] = [None] * self.world
+        dist.all_gather_object(values, value, group=self._group)
+        return values  # type: ignore[return-value]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over workers of a tensor of one shape, in float64 on the CPU."""
+        total = values.detach().to("cpu", torch.float64)
+        if self.world > 1:
+            total = total.clone()
+            dist.all_reduce(total, group=self._group)
+        return total

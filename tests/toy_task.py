@@ -1,0 +1,141 @@
+"""A small task that trains in seconds: a generator and a discriminator on points of a plane.
+
+It draws its noise from (seed, step, sample), as real tasks do, so that every law of the training loop holds for it.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mvhpc.config import Compute, Optimizer, Training
+from mvhpc.randomness import generator, randn
+from mvhpc.training.engine import Engine
+from mvhpc.training.loop import train
+
+
+@dataclass
+class Faults:
+    """What befalls a run."""
+
+    fail_at: int = -1  # step at which it is interrupted
+
+
+@dataclass
+class ToyConfig:
+    """A stage's configuration, as small as the loop allows."""
+
+    out: str
+    ema: float
+    optimizer: Optimizer
+    training: Training
+    compute: Compute
+    tracking: Faults  # where a resumed run may differ
+    adversarial: bool = True
+    dropout: float = 0.0
+
+
+def toy_config(**changes: Any) -> ToyConfig:
+    """The default, with dotted-key changes (dots written as double underscores)."""
+    config = ToyConfig(
+        out="toy",
+        ema=0.9,
+        optimizer=Optimizer(1e-2, [0.9, 0.95], 0.01, 3, "constant", 1.0),
+        training=Training(3, 8, 1, 1, 4, 2, 2, 0),
+        compute=Compute(1, 1, "float32", "cpu", 1, 0),
+        tracking=Faults(),
+    )
+    for key, value in changes.items():
+        *parents, name = key.split("__")
+        node: Any = config
+        for parent in parents:
+            node = getattr(node, parent)
+        assert name in {f.name for f in dataclasses.fields(node)}
+        setattr(node, name, value)
+    return config
+
+
+class Interrupted(Exception):
+    """Stands for whatever stops a run."""
+
+
+class ToyTask:
+    """Denoise points of a curve, with an adversary that tells denoised points from real ones."""
+
+    averaged = "denoiser"
+    best = "denoiser"
+    score = "error"
+    samples = 36
+    validation = 7
+
+    def __init__(self, config: ToyConfig) -> None:
+        torch.manual_seed(config.training.seed)
+        self.config = config
+        self.networks: dict[str, nn.Module] = {
+            "denoiser": nn.Sequential(nn.Linear(2, 16), nn.SiLU(), nn.Dropout(config.dropout), nn.Linear(16, 2))
+        }
+        self.learning_rates = {"denoiser": config.optimizer.lr}
+        if config.adversarial:
+            self.networks["discriminator"] = nn.Sequential(nn.Linear(2, 8), nn.SiLU(), nn.Linear(8, 1))
+            self.learning_rates["discriminator"] = config.optimizer.lr / 2
+
+    @staticmethod
+    def points(indices: list[int]) -> Tensor:
+        angle = torch.tensor(indices, dtype=torch.float32) / 5
+        return torch.stack([angle.cos(), angle.sin()], 1)  # (B, 2)
+
+    def load(self, indices: list[int]) -> dict[str, Any]:
+        return {"x": self.points(indices)}
+
+    def step(
+        self, batch: dict[str, Any], engines: dict[str, Engine], step: int, indices: list[int]
+    ) -> dict[str, Tensor]:
+        if step == self.config.tracking.fail_at:
+            raise Interrupted
+        x = batch["x"]
+        noise = randn([generator(self.config.training.seed, "train", step, i) for i in indices], (2,))
+        denoised = engines["denoiser"](x + 0.3 * noise.to(x.device))
+        loss = (denoised - x).square().mean()
+        scalars = {}
+        if self.config.adversarial:
+            scalars["adversarial"] = (engines["discriminator"].frozen(denoised) - 1).square().mean()
+            loss = loss + 0.1 * scalars["adversarial"]
+        engines["denoiser"].backward(loss)
+        engines["denoiser"].step()
+        if self.config.adversarial:
+            adversary = engines["discriminator"]
+            told = (adversary(x) - 1).square().mean() + adversary(denoised.detach()).square().mean()
+            adversary.backward(told)
+            adversary.step()
+            scalars["discriminator"] = told
+        return {"loss": loss, **scalars}
+
+    def validate(self, indices: list[int], networks: dict[str, nn.Module]) -> dict[str, Tensor]:
+        network = networks["denoiser"]
+        x = self.points([i + 1000 for i in indices]).to(next(network.parameters()).device)
+        error = (network(0.9 * x) - x).square().mean(1)
+        odd = torch.tensor([float(i) if i % 2 else float("nan") for i in indices])
+        return {"error": error, "index": torch.tensor(indices).float(), "odd": odd}
+
+    def export(self, folder: Path, states: dict[str, dict[str, Tensor]], metrics: dict[str, float]) -> None:
+        save_file(states["denoiser"], folder / "denoiser.safetensors")
+        (folder / "model.json").write_text(json.dumps(metrics))
+
+    def figures(self, networks: dict[str, nn.Module], step: int) -> dict[str, Any]:
+        networks["denoiser"](self.points([0]))
+        return {"step.txt": lambda path: path.write_text(str(step))}
+
+
+def exported(folder: Path) -> dict[str, Tensor]:
+    """The weights a run exported."""
+    return load_file(folder / "model" / "denoiser.safetensors")
+
+
+def run_toy(config: ToyConfig, folder: Path, rank: int, world: int) -> dict[str, float]:
+    """Train the toy task; importable by workers."""
+    return train(ToyTask(config), config, folder, rank, world)
