@@ -129,7 +129,7 @@ def _stage(command: str, arguments: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the configuration")
     options = vars(parser.parse_intermixed_args(arguments))
     preset, overrides = options.pop("config"), options.pop("overrides")
-    config = load_config(definition.config, stage, preset, overrides, _values(command, options))
+    config: Any = load_config(definition.config, stage, preset, overrides, _values(command, options))
     summary = execute(stage, config)
     for name, value in summary.items():
         print(f"{name:32s} {value:.4g}" if isinstance(value, float) else f"{name:32s} {value}")

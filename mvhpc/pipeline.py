@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mvhpc.config import CONFIGS, load_config
+from mvhpc.evaluation.report import report
 from mvhpc.run import execute, identity, record, run_folder, stage_fingerprint
 from mvhpc.stages import STAGES
 
@@ -153,5 +154,6 @@ def run_pipeline(config: PipelineConfig) -> Pipeline:
         summary = execute(stage, step)
         numbers = ", ".join(f"{k} {v:.4g}" for k, v in summary.items() if isinstance(v, int | float))
         print(f"{' ' * len(label)} done in {time.time() - began:.0f} s: {numbers}", file=sys.stderr)
-    print(f"pipeline complete after {time.time() - start:.0f} s", file=sys.stderr)
+    print(report(pipeline))
+    print(f"complete after {time.time() - start:.0f} s", file=sys.stderr)
     return pipeline

@@ -117,7 +117,7 @@ def execute(stage: str, config: Any) -> dict[str, Any]:
     inputs = {name: identity(getattr(config, name)) for name in definition.inputs if getattr(config, name)}
     folder = run_folder(stage, config.out)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    mark = {"stage": stage, "fingerprint": stage_fingerprint(stage, config, inputs), "inputs": inputs}
+    mark: dict[str, Any] = {"stage": stage, "fingerprint": stage_fingerprint(stage, config, inputs), "inputs": inputs}
     write_text(folder / "stage.json", json.dumps({**mark, "status": "running"}, indent=1))
     write_text(folder / "config.yaml", to_yaml(config))
     run = Run(folder)

@@ -77,7 +77,8 @@ class JointTask:
         ConfigError: a variable that the data do not have, or data that are no latents.
     """
 
-    averaged = best = "denoiser"
+    averaged: str | None = "denoiser"
+    best = "denoiser"
     score = "loss"
 
     def __init__(self, config: JointConfig) -> None:
