@@ -37,9 +37,7 @@ def sagittal(volume: NDArray) -> NDArray:
     return np.rot90(volume[volume.shape[0] * 5 // 12, :, :])
 
 
-def slices(
-    volume: NDArray, views: Sequence[Callable[[NDArray], NDArray]] = (axial, coronal, sagittal)
-) -> NDArray:
+def slices(volume: NDArray, views: Sequence[Callable[[NDArray], NDArray]] = (axial, coronal, sagittal)) -> NDArray:
     """Slices of a volume side by side in one image, all at the same scale.
 
     Args:
@@ -92,9 +90,7 @@ def gallery(
     aspect = max(w / h for h, w, *_ in shapes)
     line = 0.22  # inches of one line of text
     width = across * (PANEL_INCHES * aspect + 0.06)
-    height = len(rows) * (PANEL_INCHES + (line if captions else 0.05)) + line * (
-        bool(columns) + 1.3 * bool(title)
-    )
+    height = len(rows) * (PANEL_INCHES + (line if captions else 0.05)) + line * (bool(columns) + 1.3 * bool(title))
     figure = _figure(width, height)
     axes = figure.subplots(len(rows), across, squeeze=False)
     for r, row in enumerate(axes):

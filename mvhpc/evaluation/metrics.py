@@ -35,10 +35,7 @@ def absolute_errors(predicted: ArrayLike, true: ArrayLike) -> NDArray[np.float64
 def hits(predicted: Sequence[str | None], true: Sequence[str | None]) -> NDArray[np.float64]:
     """1.0 where the class is right, 0.0 where it is wrong, NaN where either is missing: (N,)."""
     return np.array(
-        [
-            float(p == t) if isinstance(p, str) and isinstance(t, str) else np.nan
-            for p, t in zip(predicted, true)
-        ]
+        [float(p == t) if isinstance(p, str) and isinstance(t, str) else np.nan for p, t in zip(predicted, true)]
     )
 
 

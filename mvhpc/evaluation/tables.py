@@ -1,0 +1,160 @@
+"""The scoreboard: one row a choice of given variables, one column a wanted variable."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mvhpc.evaluation.metrics import Estimate, absolute_errors, hits, mean_over_subjects
+from shards.loader import Dataset
+from shards.schema import Schema, Variable
+
+NOTHING = "nothing"
+MISSING = "n/a"
+
+
+def sidecar(path: Path) -> Path:
+    """Where the description of a predictions table lies: ``age.tsv`` -> ``age.json``."""
+    return path.with_suffix(".json")
+
+
+def read_predictions(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """A table of predictions and its description, as ``mvhpc predict`` wrote them.
+
+    Raises:
+        FileNotFoundError: where one of the two files is missing.
+    """
+    path = Path(path)
+    for file in (path, sidecar(path)):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file; `mvhpc predict ... --out {path}` writes it")
+    # Only "n/a" is missing: a category may well be called "NA" or "None".
+    frame = pd.read_csv(path, sep="\t", na_values=[MISSING], keep_default_na=False)
+    description = json.loads(sidecar(path).read_text())
+    for variable in Schema.from_dict(description["schema"]).scalars:
+        for column in (variable.name, f"{variable.name}_true"):
+            if variable.kind == "categorical" and column in frame:  # a class called "1" is not a number
+                frame[column] = frame[column].astype("string").astype(object).where(frame[column].notna(), None)
+    return frame, description
+
+
+def label(given: Sequence[str]) -> str:
+    """How a choice of given variables is called: ``image, sex`` or ``nothing``."""
+    return ", ".join(given) or NOTHING
+
+
+def score(frame: pd.DataFrame, variable: Variable, seed: int = 0) -> Estimate | None:
+    """Mean absolute error of a continuous or accuracy of a categorical variable; None where not predicted.
+
+    Args:
+        frame: predictions, with the columns ``NAME``, ``NAME_true`` and ``subject``.
+        variable: what was predicted.
+        seed: of the bootstrap over subjects.
+    """
+    if variable.name not in frame or f"{variable.name}_true" not in frame:
+        return None
+    compare = hits if variable.kind == "categorical" else absolute_errors
+    values = compare(frame[variable.name].tolist(), frame[f"{variable.name}_true"].tolist())
+    return mean_over_subjects(values, frame["subject"].astype(str).tolist(), seed=seed)
+
+
+def constant_predictions(
+    dataset: Dataset, schema: Schema, want: Sequence[str], part: str = "test", split: str = "default"
+) -> pd.DataFrame:
+    """What one says who looks at nobody: the mean, or the commonest class, of the training part.
+
+    Args:
+        dataset: packed data.
+        schema: which variables, and of what kind.
+        want: what is predicted.
+        part: whom it is predicted for.
+        split: which recorded split.
+
+    Returns:
+        Predictions in the form of ``mvhpc predict``: ``key``, ``subject``, ``NAME`` and ``NAME_true``.
+    """
+    keys = dataset.keys(part, split)
+    frame = pd.DataFrame({"key": keys, "subject": [subject_of(key) for key in keys]})
+    for name in want:
+        variable = schema[name]
+        seen = [v for key in dataset.keys("train", split) if (v := true_value(dataset, key, variable)) is not None]
+        if variable.kind == "categorical":
+            frame[name] = pd.Series(seen).mode()[0]
+        else:
+            frame[name] = float(np.mean(np.array(seen, float)))
+        frame[f"{name}_true"] = [true_value(dataset, key, variable) for key in keys]
+    return frame
+
+
+def subject_of(key: str) -> str:
+    """The subject of a key ``sub-…[_ses-…]``."""
+    return key.split("_ses-")[0]
+
+
+def true_value(dataset: Dataset, key: str, variable: Variable) -> float | str | None:
+    """The recorded value of a scalar, as ``variable`` reads it; None where it is missing.
+
+    A model may read a recorded category as a number (``values`` in its schema).
+    """
+    value = dataset.values(key).get(variable.name)
+    return variable.parse(value) if isinstance(value, str) else value
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells of text under a heading; the first column is flush left, the others flush right."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+    def text(self) -> str:
+        """Aligned columns for a terminal."""
+        widths = [max(map(len, column)) for column in zip(self.header, *self.rows)]
+
+        def line(cells: list[str]) -> str:
+            rest = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:]))
+            return "   ".join([cells[0].ljust(widths[0]), *rest]).rstrip()
+
+        rule = "   ".join("-" * width for width in widths)
+        return "\n".join([line(self.header), rule, *map(line, self.rows)])
+
+    def markdown(self) -> str:
+        """A table for a Markdown page."""
+        rule = ["---"] + ["---:"] * (len(self.header) - 1)
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in [self.header, rule, *self.rows])
+
+
+def scoreboard(
+    entries: Sequence[tuple[str, pd.DataFrame]], schema: Schema, want: Sequence[str], seed: int = 0
+) -> Table:
+    """Errors and accuracies with 95 % intervals.
+
+    Args:
+        entries: (label, predictions), top row first. Predictions of equal label are taken together, as those
+            of the folds of a cross-validation; a person in several of them counts as one subject.
+        schema: the predicted variables.
+        want: the columns, in order.
+        seed: of the bootstrap.
+
+    Returns:
+        A table whose columns are the error (in the variable's unit; smaller is better) or the accuracy.
+    """
+    merged: dict[str, list[pd.DataFrame]] = {}
+    for name, frame in entries:
+        merged.setdefault(name, []).append(frame)
+    variables = [schema[name] for name in want]
+    header = ["given"]
+    for variable in variables:
+        unit = f" ({variable.unit})" if variable.unit else ""
+        header.append(f"{variable.name} accuracy" if variable.kind == "categorical" else f"{variable.name} error{unit}")
+    header.append("subjects")
+    rows = []
+    for name, frames in merged.items():
+        scores = [score(pd.concat(frames, ignore_index=True), variable, seed) for variable in variables]
+        cells = [s.format(2) if s else "-" for s in scores]
+        rows.append([name, *cells, str(max((s.n for s in scores if s), default=0))])
+    return Table(header, rows)

@@ -1,0 +1,98 @@
+"""Intervals of the scoreboard against closed forms and a known law; tables and figures on the way to the reader."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.image import imread
+from scipy import stats
+
+from mvhpc.evaluation import figures, tables
+from mvhpc.evaluation.metrics import Estimate, absolute_errors, hits, mean_over_subjects
+from shards.schema import Schema
+
+SCHEMA = Schema.from_dict(
+    {
+        "scan": {"kind": "volume", "suffix": "T1w"},
+        "height": {"kind": "continuous", "range": [0, 3], "unit": "m"},
+        "blood": {"kind": "categorical", "classes": ["A", "B", "0"]},
+    }
+)
+
+
+def test_accuracy_interval_is_that_of_the_binomial_law() -> None:
+    right = np.array([1.0] * 70 + [0.0] * 30)
+    estimate = mean_over_subjects(right)
+    low, high = stats.binom.ppf([0.025, 0.975], 100, 0.7) / 100
+    assert estimate.value == pytest.approx(0.7)
+    assert (estimate.low, estimate.high) == (pytest.approx(low, abs=0.011), pytest.approx(high, abs=0.011))
+
+
+def test_interval_covers_the_true_mean_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    errors = rng.exponential(4.0, (400, 80))
+    covered = [e.low <= 4.0 <= e.high for row in errors for e in [mean_over_subjects(row, resamples=999)]]
+    # 400 trials at 0.95 have a standard error of 0.011; the percentile interval is a little narrow for skewed errors
+    assert 0.91 < np.mean(covered) < 0.98
+
+
+def test_rows_of_one_subject_count_as_one_subject() -> None:
+    errors = np.random.default_rng(1).exponential(4.0, 60)
+    once = mean_over_subjects(errors)
+    thrice = mean_over_subjects(np.repeat(errors, 3), np.repeat([f"{i:02d}" for i in range(60)], 3).tolist())
+    assert thrice == Estimate(pytest.approx(once.value), pytest.approx(once.low), pytest.approx(once.high), 60)
+    unaware = mean_over_subjects(np.repeat(errors, 3))
+    assert unaware.high - unaware.low < 0.7 * (once.high - once.low)
+
+
+def test_missing_values_are_left_out() -> None:
+    assert mean_over_subjects(absolute_errors([1, 2, np.nan, 4], [2, np.nan, 3, 7])).value == 2.0
+    assert hits(["A", None, "B", "0"], ["A", "A", None, "B"]).tolist()[::3] == [1.0, 0.0]
+    nobody = mean_over_subjects([np.nan])
+    assert nobody.n == 0 and nobody.format(2) == "-"
+    assert mean_over_subjects([3.0]).format(1) == "3.0"
+
+
+def test_scoreboard_joins_questions_and_folds() -> None:
+    rng = np.random.default_rng(0)
+    keys = [f"sub-{i:02d}" for i in range(40)]
+    true = rng.uniform(1, 2, 40)
+    height = pd.DataFrame({"key": keys, "subject": keys, "height": true + 0.25, "height_true": true})
+    blood = pd.DataFrame({"key": keys, "subject": keys, "blood": ["A"] * 40, "blood_true": ["A", "B"] * 20})
+    entries = [("scan", height[:25]), ("scan", height[25:]), ("scan", blood), ("nothing", blood)]
+    table = tables.scoreboard(entries, SCHEMA, ["height", "blood"])
+    assert table.header == ["given", "height error (m)", "blood accuracy", "subjects"]
+    assert table.rows[0][1] == "0.25 [0.25, 0.25]" and table.rows[0][2].startswith("0.50 [0.3")
+    assert table.rows[0][3] == "40"
+    assert table.rows[1][1] == "-"
+    lines = table.text().splitlines()
+    assert len({len(line) for line in lines}) == 1 and table.markdown().count("\n") == 3
+
+
+def test_slices_put_front_and_top_up_and_left_to_the_left() -> None:
+    volume = np.zeros((8, 12, 10), np.float32)
+    volume[0, :, :] += 1  # the person's left
+    volume[:, 11, :] += 2  # front
+    volume[:, :, 9] += 4  # top
+    axial, coronal = figures.axial(volume), figures.coronal(volume)
+    assert axial.shape == (12, 8) and (axial[:, 0] >= 1).all() and (axial[0] >= 2).all()
+    assert coronal.shape == (10, 8) and (coronal[:, 0] % 2 == 1).all() and (coronal[0] >= 4).all()
+    side = figures.sagittal(volume)
+    assert side.shape == (10, 12) and (side[0] >= 4).all() and (side[:, -1] % 4 >= 2).all()
+    assert figures.slices(volume).shape == (12, 8 + 8 + 12)
+
+
+def test_an_inpainting_shows_the_known_and_hides_the_rest() -> None:
+    image, known = np.full((4, 4), 0.8), np.arange(16).reshape(4, 4) < 8
+    shaded = figures.shade(image, known)
+    assert (shaded[known] == 0.8).all() and (shaded[~known].max(-1) < 0.4).all()
+
+
+def test_figures_are_written_whole(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    volumes = list(np.random.default_rng(0).random((5, 8, 12, 10)))
+    figures.people(volumes, [f"person {i}" for i in range(5)], tmp_path / "people.png")
+    figures.predicted_against_true(
+        np.arange(5.0), np.arange(5.0) + 1, np.full(5, np.nan), tmp_path / "scatter.png", "height", "m", "MAE 1"
+    )
+    for name in ("people.png", "scatter.png"):
+        assert imread(tmp_path / name)[..., :3].std() > 0.01
+    assert len(list(tmp_path.iterdir())) == 2
