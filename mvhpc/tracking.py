@@ -1,0 +1,432 @@
+"""MLflow, fed from a run folder's journal by a process of its own.
+
+A stage writes its journal and knows nothing of MLflow. Beside it a small process replays the journal into the store,
+so that a dead server, a locked database or a slow import costs the training nothing. What could not be sent stays in
+the run folder for the next :func:`sync`: at the end of the stage, at its next start, or whenever it is called.
+
+``tracking.json`` in the run folder holds what the store should know beyond the journal, and how much it knows.
+Sending is repeatable: the run is found again by an identity chosen here, a metric carries the journal's time (MLflow
+keeps an equal point once), and of the steps that a resumed run goes through twice the first pass counts.
+"""
+
+import functools
+import importlib.metadata
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from mvhpc.config import to_dict
+from mvhpc.journal import follow, read, unseen
+from mvhpc.run import identity, stage_fingerprint
+from shards.files import write_text
+from shards.index import Index
+from shards.progress import Progress
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+STATE = "tracking.json"
+SQLITE = "sqlite:///"
+PERIOD_S = 3.0  # between two replays
+GRACE_S = 60.0  # how long a stage that has ended waits for the last replay
+METRICS, PARAMETERS = 1000, 100  # per request, MLflow's limits
+PACKAGES = ["mvhpc", "torch", "monai", "deepspeed", "ray", "zarr", "mlflow", "numpy"]
+ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # seconds; its default of 120, five times over, is for people who wait
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_CONFIGURE_LOGGING": "false",  # its records go where ours go
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+class Tracker:
+    """Context around a stage: its progress bar and its MLflow run, both drawn from the journal.
+
+    Args:
+        stage: the stage's name.
+        config: its configuration; becomes the run's parameters, less ``tracking``, whose URI may hold a password.
+        folder: the run folder.
+        uri: MLflow tracking URI; empty for ``mlflow.db`` (sqlite) beside the run folder.
+        experiment: MLflow experiment.
+        inputs: what the stage read, name -> identity of its content; tags that link the runs.
+        data: folder of the packed volumes or latents that it read, or None.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        config: Any,
+        folder: Path,
+        *,
+        uri: str,
+        experiment: str,
+        inputs: dict[str, str],
+        data: str | None = None,
+    ) -> None:
+        self.stage, self.folder, self.out = stage, folder, Path(config.out)
+        self._stop = threading.Event()
+        self._bar = threading.Thread(target=self._draw, daemon=True)
+        uri, root = _store(uri, folder)
+        fingerprint = stage_fingerprint(stage, config, inputs)
+        old = _state(folder) if (folder / STATE).is_file() else {}
+        same = old.get("fingerprint") == fingerprint
+        if not same or old["uri"] != uri:
+            # Another result, or another store for the same one: a new MLflow run, from where the journal is its own.
+            begin = old["begin"] if same else len(read(folder))
+            old = {"id": uuid.uuid4().hex, "begin": begin, "sent": 0, "described": False}
+        values = {k: v for k, v in to_dict(config).items() if k != "tracking"}
+        self._state = old | {
+            "uri": uri,
+            "experiment": experiment,
+            "name": _name(stage, self.out, root),
+            "fingerprint": fingerprint,
+            "status": "RUNNING",
+            "told": None,  # the status that the store knows
+            "config": _portable(values, root),
+            "tags": {"stage": stage, "fingerprint": fingerprint, **_versions()},
+            "inputs": inputs,
+            "datasets": _datasets(Path(data), stage) if data else [],
+        }
+
+    def __enter__(self) -> "Tracker":
+        self._shown = len(read(self.folder))
+        _save(self.folder, self._state)
+        self._bar.start()
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "mvhpc.tracking", str(self.folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            text=True,
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._bar.join()
+        if kind is None:
+            made = {"output": identity(self.out)}
+            ending: dict[str, Any] = {"status": "FINISHED", "made": made, "datasets": _datasets(self.out, "output")}
+        else:
+            ending = {"status": "FAILED" if issubclass(kind, Exception) else "KILLED", "made": {"error": kind.__name__}}
+        try:
+            self._process.communicate(json.dumps(ending) + "\n", timeout=GRACE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            _warn(self.folder, f"no answer within {GRACE_S:.0f} s")
+        if _state(self.folder)["status"] == "RUNNING":  # it did not live to take the ending
+            _save(self.folder, _ended(_state(self.folder), ending))
+
+    def _draw(self) -> None:
+        """Follow the journal with a progress bar, from the first event of this start on."""
+        bar: Progress | None = None
+        for number, event in enumerate(follow(self.folder, self._stop)):
+            if number < self._shown:
+                continue
+            if event["event"] == "start":
+                bar = Progress(self.stage, event["total"], "step", initial=event["step"])
+            elif bar is not None and event["event"] in {"metrics", "end"}:
+                loss = event.get("metrics", {}).get("train/loss")
+                bar.update(max(0, event["step"] - bar.done), None if loss is None else f"loss {loss:.4g}")
+        if bar is not None:
+            bar.close()
+
+
+def sync(folder: Path) -> None:
+    """Bring a run folder's MLflow run up to date with its journal; what the store has already is not sent again.
+
+    Args:
+        folder: a run folder with a ``tracking.json``.
+
+    Raises:
+        FileNotFoundError: there is no ``tracking.json``.
+        Exception: whatever MLflow raises where the store does not answer; nothing is lost, call it again later.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    state = _state(folder)
+    client = _client(_uri(state["uri"], folder))
+    if "run" not in state:
+        state |= _open(client, folder, state)
+        _save(folder, state)
+    if not state["described"]:
+        _describe(client, state)
+        state["described"] = True
+        _save(folder, state)
+    events = list(unseen(map(_point, read(folder)[state["begin"] :])))
+    _replay(client, state["run"], folder, events[state["sent"] :])
+    state["sent"] = len(events)
+    _save(folder, state)
+    if state["told"] != state["status"]:
+        _tell(client, state)
+        state["told"] = state["status"]
+        _save(folder, state)
+
+
+def catch_up(root: Path) -> None:
+    """Sync the run folders up to two levels below ``root`` that ended while their store did not answer.
+
+    Raises:
+        Exception: as :func:`sync`.
+    """
+    for path in [*root.glob(f"*/{STATE}"), *root.glob(f"*/*/{STATE}")]:
+        state = _state(path.parent)
+        if state["status"] not in {"RUNNING", state["told"]}:
+            sync(path.parent)
+
+
+# --- what the store is told -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _client(uri: str) -> "MlflowClient":
+    from mlflow import MlflowClient  # a second or two
+
+    return MlflowClient(uri)
+
+
+def _open(client: "MlflowClient", folder: Path, state: dict[str, Any]) -> dict[str, str]:
+    """The experiment and the run, found where an earlier attempt got as far as making them."""
+    experiment = client.get_experiment_by_name(state["experiment"])
+    if experiment is not None:
+        number = experiment.experiment_id
+    else:
+        uri = _uri(state["uri"], folder)
+        artifacts = Path(uri.removeprefix(SQLITE)).parent / "mlartifacts" if uri.startswith(SQLITE) else None
+        number = client.create_experiment(state["experiment"], artifacts and artifacts.as_uri())
+    found = client.search_runs([number], f"tags.identity = '{state['id']}'", max_results=1)
+    run = found[0] if found else client.create_run(number, run_name=state["name"], tags={"identity": state["id"]})
+    return {"experiment_id": number, "run": run.info.run_id}
+
+
+def _describe(client: "MlflowClient", state: dict[str, Any]) -> None:
+    """Parameters, configuration, versions, data, and the runs that made the inputs."""
+    from mlflow.entities import Param
+
+    run = state["run"]
+    parameters = [Param(name, str(value)) for name, value in _flat(state["config"]).items()]
+    for i in range(0, len(parameters), PARAMETERS):
+        client.log_batch(run, params=parameters[i : i + PARAMETERS])
+    client.log_text(run, yaml.safe_dump(state["config"], sort_keys=False), "config.yaml")
+    _tag(client, run, state["tags"] | {f"input.{name}": value for name, value in state["inputs"].items()})
+    _log_datasets(client, run, state["datasets"])
+    links = []
+    for name, value in state["inputs"].items():
+        makers = client.search_runs(
+            [state["experiment_id"]], f"tags.output = '{value}'", order_by=["start_time DESC"], max_results=1
+        )
+        links += [
+            f"{name}: [{m.info.run_name}](#/experiments/{m.info.experiment_id}/runs/{m.info.run_id})" for m in makers
+        ]
+    if links:
+        _tag(client, run, {"mlflow.note.content": "Made from " + ", ".join(links)})
+
+
+def _point(event: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a stage as metrics of step 0; any other event as it is."""
+    if event["event"] != "summary":
+        return event
+    metrics = {f"summary/{k}": v for k, v in event["metrics"].items() if isinstance(v, int | float)}
+    return event | {"event": "metrics", "step": 0, "metrics": metrics}
+
+
+def _replay(client: "MlflowClient", run: str, folder: Path, events: list[dict[str, Any]]) -> None:
+    from mlflow.entities import Metric
+
+    points = [
+        Metric(re.sub(r"[^\w\-. :/]", "_", name), float(value), int(1000 * event["time"]), event["step"])
+        for event in events
+        if event["event"] == "metrics"
+        for name, value in event["metrics"].items()
+    ]
+    for i in range(0, len(points), METRICS):
+        client.log_batch(run, metrics=points[i : i + METRICS])
+    pictures = dict.fromkeys(event["path"] for event in events if event["event"] == "artifact")
+    for path in map(Path, pictures):
+        if (folder / path).is_file():
+            client.log_artifact(run, str(folder / path), path.parent.as_posix())
+
+
+def _tell(client: "MlflowClient", state: dict[str, Any]) -> None:
+    """How the stage ended, or that it goes on again."""
+    if state["status"] == "RUNNING":
+        client.update_run(state["run"], status="RUNNING")
+        return
+    _tag(client, state["run"], state["made"])
+    _log_datasets(client, state["run"], state["datasets"])
+    client.set_terminated(state["run"], status=state["status"])
+
+
+def _tag(client: "MlflowClient", run: str, tags: dict[str, str]) -> None:
+    from mlflow.entities import RunTag
+
+    client.log_batch(run, tags=[RunTag(name, value) for name, value in tags.items()])
+
+
+def _log_datasets(client: "MlflowClient", run: str, datasets: list[dict[str, str]]) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    client.log_inputs(
+        run,
+        [
+            DatasetInput(
+                Dataset(**{k: v for k, v in d.items() if k != "context"}),
+                [InputTag("mlflow.data.context", d["context"])],
+            )
+            for d in datasets
+        ],
+    )
+
+
+# --- what is told ------------------------------------------------------------------------------------------------
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / STATE).read_text())
+
+
+def _save(folder: Path, state: dict[str, Any]) -> None:
+    write_text(folder / STATE, json.dumps(state, indent=1))
+
+
+def _ended(state: dict[str, Any], ending: dict[str, Any]) -> dict[str, Any]:
+    return state | ending | {"datasets": state["datasets"] + ending.get("datasets", [])}
+
+
+def _store(uri: str, folder: Path) -> tuple[str, Path]:
+    """The store as ``tracking.json`` names it, a database by its way from the run folder so that both can be moved
+    together; and the folder that paths are told relative to."""
+    if uri and not uri.startswith(SQLITE):
+        return uri, folder.resolve().parent
+    database = Path(uri.removeprefix(SQLITE)).resolve() if uri else folder.resolve().parent / "mlflow.db"
+    return SQLITE + os.path.relpath(database, folder.resolve()), database.parent
+
+
+def _uri(uri: str, folder: Path) -> str:
+    """The inverse of :func:`_store`: an absolute path again."""
+    return SQLITE + os.path.normpath(folder.resolve() / uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else uri
+
+
+def _name(stage: str, out: Path, root: Path) -> str:
+    """``vae`` for a result of that name, else the stage and its result: ``predict: predictions/age-given-image``."""
+    path = out.resolve().with_suffix("")
+    name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+    return stage if name == stage else f"{stage}: {name}"
+
+
+def _portable(value: Any, root: Path) -> Any:
+    """``value`` with absolute paths, which name machines and people, cut to the part below ``root`` or the last one."""
+    if isinstance(value, dict):
+        return {k: _portable(v, root) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_portable(v, root) for v in value]
+    if isinstance(value, str) and Path(value).is_absolute():
+        path = Path(value)
+        return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+    return value
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the packages that decide a result, and of this code where it runs from a clone."""
+    tags = {"version.python": ".".join(map(str, sys.version_info[:3]))}
+    for package in PACKAGES:
+        try:
+            tags[f"version.{package}"] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    clone = Path(__file__).resolve().parent.parent
+    git = shutil.which("git")
+    if git and (clone / ".git").exists():
+        command = [git, "-C", str(clone), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            tags["mlflow.source.git.commit"] = done.stdout.strip()
+    return tags
+
+
+def _datasets(folder: Path, context: str) -> list[dict[str, str]]:
+    """What MLflow keeps of a packed data set: one entry, or none where the folder is not packed data."""
+    if not (folder / "index.json").is_file():
+        return []
+    index = Index.load(folder)
+    parts = {name: dict(Counter(split.assignment.values())) for name, split in index.splits.items()}
+    columns = [{"name": v.name, "type": v.kind, "required": False} for v in index.schema]
+    return [
+        {
+            "context": context,
+            "name": folder.name,
+            "digest": index.digest[:36],  # MLflow's limit
+            "source_type": "local",
+            "source": json.dumps({"uri": folder.name}),
+            "schema": json.dumps({"mlflow_colspec": columns}),
+            "profile": json.dumps({"records": len(index.records), "arrays": index.arrays, "splits": parts}),
+        }
+    ]
+
+
+# --- the process beside the stage --------------------------------------------------------------------------------
+
+
+def _warn(folder: Path, reason: str) -> None:
+    print(f"MLflow: {reason}. The run goes on; {folder} keeps what is missing for the next start.", file=sys.stderr)
+
+
+def _beside(folder: Path) -> None:
+    """Replay the journal until the stage says on standard input how it ended, or is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the stage, whose end ends this
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(filename=folder / "log.txt", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    endings: list[str] = []
+    over = threading.Event()
+
+    def listen() -> None:
+        endings.append(sys.stdin.readline())
+        over.set()
+
+    threading.Thread(target=listen, daemon=True).start()
+    pause, last, warned = 0.0, False, False
+    while not last:
+        last = over.wait(pause)
+        if last:
+            ending = json.loads(endings[0]) if endings[0] else {"status": "KILLED", "made": {"error": "killed"}}
+            _save(folder, _ended(_state(folder), ending))
+        start = time.monotonic()
+        try:
+            sync(folder)
+            if not pause:
+                catch_up(folder.parent)
+        except Exception as error:
+            logging.getLogger(__name__).exception("MLflow")
+            if not warned:
+                _warn(folder, f"the store cannot be used now ({type(error).__name__})")
+            warned = True
+        pause = max(PERIOD_S, 20 * (time.monotonic() - start))  # at most a twentieth of one core
+
+
+if __name__ == "__main__":
+    _beside(Path(sys.argv[1]))

@@ -1,0 +1,177 @@
+"""Laws of tracking: every point of the journal reaches MLflow once, whatever dies, and nothing that dies is felt."""
+
+import getpass
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mvhpc import tracking
+from mvhpc.config import PackConfig, load_config
+from mvhpc.journal import Journal
+from mvhpc.tracking import Tracker, catch_up, sync
+
+PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a49444154789c6360000000020001"
+    "48afa4710000000049454e44ae426082"
+)
+
+
+def tracker(root: Path, uri: str = "", seed: int = 0) -> Tracker:
+    """A tracker around the stage `pack` in ``root``, whose result is there already."""
+    (root / "packed").mkdir(exist_ok=True)
+    (root / "packed.run").mkdir(exist_ok=True)
+    overrides = [f"source={root}/scans", f"out={root}/packed", f"seed={seed}", "tracking.uri=http://me:secret@host"]
+    config = load_config(PackConfig, "pack", "default", overrides)
+    return Tracker("pack", config, root / "packed.run", uri=uri, experiment="laws", inputs={"source": "abc123"})
+
+
+def losses(root: Path, steps: range, shift: float = 0.0) -> None:
+    """Journal a loss and a learning rate at each of ``steps``."""
+    journal = Journal(root / "packed.run")
+    journal.write("start", step=steps.start, total=steps.stop)
+    for step in steps:
+        journal.write("metrics", step=step, metrics={"train/loss": 1 / (step + 1) + shift, "train/lr": 1e-3})
+
+
+def history(root: Path, name: str = "train/loss") -> list[tuple[int, float]]:
+    """What the store beside the run folder has of a metric."""
+    state = json.loads((root / "packed.run" / "tracking.json").read_text())
+    client = tracking._client(f"sqlite:///{root / 'mlflow.db'}")
+    return [(m.step, m.value) for m in client.get_metric_history(state["run"], name)]
+
+
+def wait_for(condition: Any, seconds: float = 30) -> None:
+    """Wait until ``condition()`` holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_every_point_once_over_failure_resume_and_lost_notes(tmp_path: Path) -> None:
+    journal, state_file = Journal(tmp_path / "packed.run"), tmp_path / "packed.run" / "tracking.json"
+    with pytest.raises(ZeroDivisionError), tracker(tmp_path):
+        losses(tmp_path, range(3))
+        raise ZeroDivisionError
+    client = tracking._client(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    first = json.loads(state_file.read_text())
+    run = client.get_run(first["run"])
+    assert (run.info.status, run.data.tags["error"]) == ("FAILED", "ZeroDivisionError")
+    assert [step for step, _ in history(tmp_path)] == [0, 1, 2]
+
+    with tracker(tmp_path):  # goes on from a checkpoint of step 1: steps 1 and 2 stand in the journal twice
+        losses(tmp_path, range(1, 5), shift=100.0)
+        figure = tmp_path / "packed.run" / "figures" / "x.png"
+        figure.parent.mkdir()
+        figure.write_bytes(PNG)
+        journal.write("artifact", step=4, path="figures/x.png")
+        journal.write("metrics", step=4, metrics={"validation/loss of état?": float("nan")})
+        journal.write("summary", metrics={"subjects": 6, "note": "words are no metric"})
+    expected = [(s, 1 / (s + 1) + (100 if s > 2 else 0)) for s in range(5)]
+    assert history(tmp_path) == expected
+    last = json.loads(state_file.read_text())
+    assert last["run"] == first["run"]
+
+    # A note lost between sending and writing it down: everything is sent again, and found to be there.
+    for lost in ({"sent": 0, "described": False}, {"run": None}):
+        state_file.write_text(json.dumps({k: v for k, v in (last | lost).items() if v is not None}))
+        sync(tmp_path / "packed.run")
+        assert history(tmp_path) == expected
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+
+    run = client.get_run(first["run"])
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "pack: packed"
+    assert run.data.metrics["summary/subjects"] == 6
+    assert run.data.params["spacing"] == "2.0"
+    assert run.data.tags["input.source"] == "abc123"
+    assert run.data.tags["output"] == tracking.identity(tmp_path / "packed")
+    assert {"version.torch", "version.python", "fingerprint", "stage"} <= run.data.tags.keys()
+    assert [a.path for a in client.list_artifacts(first["run"])] == ["config.yaml", "figures"]
+    assert Path(client.download_artifacts(first["run"], "figures/x.png")).read_bytes() == PNG
+    assert "validation/loss of état_" in run.data.metrics
+
+    told = json.dumps([run.data.params, run.data.tags, run.info.run_name, run.info.user_id])
+    told += Path(client.download_artifacts(first["run"], "config.yaml")).read_text()
+    for private in (str(tmp_path), "secret", str(Path.home()), socket.gethostname()):
+        assert private not in told
+    assert getpass.getuser() not in (run.info.user_id, *run.data.tags.values())
+
+    with tracker(tmp_path, seed=1):  # another configuration in the same folder is another run, with its points alone
+        losses(tmp_path, range(2))
+    assert json.loads(state_file.read_text())["run"] != first["run"]
+    assert [step for step, _ in history(tmp_path)] == [0, 1]
+
+
+@pytest.mark.slow
+def test_dead_server_costs_seconds_and_one_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    start = time.monotonic()
+    with tracker(tmp_path, uri="http://127.0.0.1:9"):
+        assert time.monotonic() - start < 2  # nothing is waited for before the stage begins
+        losses(tmp_path, range(3))
+        time.sleep(4)
+    assert time.monotonic() - start < 25
+    assert capfd.readouterr().err.count("MLflow: ") == 1
+
+    with tracker(tmp_path):  # the same result into a store that works: from the first point on
+        pass
+    assert [step for step, _ in history(tmp_path)] == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_locked_store_is_filled_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with tracker(tmp_path):
+        losses(tmp_path, range(1))
+    monkeypatch.setattr(tracking, "GRACE_S", 3.0)
+    other = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    start = time.monotonic()
+    with tracker(tmp_path):
+        losses(tmp_path, range(1, 4))
+    assert time.monotonic() - start < 8
+    assert "keeps what is missing" in capfd.readouterr().err
+    other.execute("ROLLBACK")
+    other.close()
+    catch_up(tmp_path)
+    assert [step for step, _ in history(tmp_path)] == [0, 1, 2, 3]
+    run = json.loads((tmp_path / "packed.run" / "tracking.json").read_text())["run"]
+    assert tracking._client(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(run).info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_stage_killed_outright_is_recorded_and_leaves_no_process(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[2]); import test_tracking as t\n"
+        "root = Path(sys.argv[1])\n"
+        "with t.tracker(root) as tracker:\n"
+        "    t.losses(root, range(2)); print(tracker._process.pid, flush=True); time.sleep(60)\n"
+    )
+    stage = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True
+    )
+    assert stage.stdout is not None
+    beside = int(stage.stdout.readline())
+    time.sleep(1)
+    os.kill(stage.pid, signal.SIGKILL)
+    stage.wait()
+
+    def gone() -> bool:
+        path = Path(f"/proc/{beside}/stat")
+        return not path.exists() or path.read_text().split()[2] == "Z"
+
+    wait_for(gone)
+    assert [step for step, _ in history(tmp_path)] == [0, 1]
+    run = json.loads((tmp_path / "packed.run" / "tracking.json").read_text())["run"]
+    assert tracking._client(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(run).info.status == "KILLED"
