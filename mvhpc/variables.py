@@ -7,17 +7,13 @@ people is a ``dict`` from variable name to tensor, with a second ``dict`` of boo
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mvhpc.config import nearest
-
-if TYPE_CHECKING:
-    from shards.schema import Schema
-
-Value = float | str | None  # a scalar as it stands in a table; None where it is missing
+from shards.schema import Schema, Value
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,7 @@ class Variables:
             raise ValueError(f"two variables share a name: {', '.join(v.name for v in items)}")
 
     @classmethod
-    def from_schema(cls, schema: "Schema", latent: Mapping[str, Mapping[str, Any]]) -> "Variables":
+    def from_schema(cls, schema: Schema, latent: Mapping[str, Mapping[str, Any]]) -> "Variables":
         """The variables of a schema.
 
         Args:

@@ -13,10 +13,13 @@ from mvhpc.variables import Categorical, Variable, Volume
 
 
 class Denoiser(Protocol):
-    """What a sampler needs of a network; it may leave out what it says of variables that are given in full."""
+    """What a sampler needs of a network."""
 
-    def __call__(self, z: Batch, t: Batch) -> Mapping[str, Tensor]:
-        """From noisy values and levels to eps, v or x0 shaped like z, and logits (B, K) for categories."""
+    def __call__(self, z: Batch, t: Batch, want: list[str]) -> Mapping[str, Tensor]:
+        """From noisy values and levels to eps, v or x0 shaped like z, and logits (B, K) for categories.
+
+        ``want`` names the variables whose output is used; those given in full are not among them.
+        """
         ...
 
 
@@ -101,6 +104,7 @@ def sample(
         fixed = {name: rows for name, rows in fixed.items() if name not in (mask or {})}
 
     grid = time_grid(diffusion.steps, steps, stride if any(isinstance(v, Categorical) for v in variables) else None)
+    unknown = [name for name in variables.names if name not in known or not known[name].all()]
     evolve, renoise = _streams(variables.names, generators)
     z = {v.name: diffusion.prior(v, evolve[v.name]) for v in variables}
     for t, s in pairwise(grid):
@@ -113,9 +117,9 @@ def sample(
             elif v.name in given:
                 noisy = diffusion.renoise(v, given[v.name], t, renoise[v.name])
                 z[v.name] = torch.where(known[v.name], noisy, z[v.name])
-        outputs = denoiser(z, times)
+        outputs = denoiser(z, times, unknown)
         for v in variables:
-            if v.name not in known or not known[v.name].all():
+            if v.name in unknown:
                 z[v.name] = diffusion.step(v, outputs[v.name], z[v.name], t, s, evolve[v.name])
     return {name: torch.where(known[name], given[name], x) if name in given else x for name, x in z.items()}
 

@@ -1,0 +1,71 @@
+"""Laws of the encodings: they invert each other, and missing values are marked."""
+
+import pytest
+import torch
+
+from mvhpc.variables import Categorical, Continuous, Variables, Volume
+from shards.schema import Schema
+
+SCHEMA = Schema.from_dict(
+    {
+        "image": {"kind": "volume", "suffix": "T1w"},
+        "age": {"kind": "continuous", "range": [0, 120], "unit": "years"},
+        "site": {"kind": "categorical", "classes": ["oslo", "lima", "pune"]},
+    }
+)
+VARIABLES = Variables.from_schema(SCHEMA, {"image": {"shape": [2, 3, 4, 5], "scale": 0.5}})
+
+
+def test_schema_keeps_order_and_kinds() -> None:
+    assert VARIABLES.names == ["image", "age", "site"]
+    assert VARIABLES.volumes == [Volume("image", (2, 3, 4, 5), 0.5)]
+    assert VARIABLES.scalars == [
+        Continuous("age", 0, 120, "years"),
+        Categorical("site", ("oslo", "lima", "pune")),
+    ]
+
+
+def test_ends_of_the_range_become_minus_one_and_one() -> None:
+    assert Continuous("age", 20, 100).encode([20, 60, 100]).tolist() == [[-1.0], [0.0], [1.0]]
+
+
+def test_encodings_invert() -> None:
+    ages = [0.0, 33.3, 119.0, 131.0]  # the last out of its range: neither refused nor clipped here
+    age = Continuous("age", 0, 120)
+    torch.testing.assert_close(age.decode(age.encode(ages)), torch.tensor(ages, dtype=torch.float64), atol=1e-5, rtol=0)
+    site = Categorical("site", ("oslo", "lima", "pune"))
+    assert site.decode(site.encode(["pune", "oslo"])) == ["pune", "oslo"]
+    latents = torch.randn(2, 2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(VARIABLES.volumes[0].decode(VARIABLES.volumes[0].encode(latents)), latents)
+
+
+def test_scale_gives_latents_unit_deviation() -> None:
+    latents = 7 * torch.randn(50, 2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    volume = Volume("image", (2, 3, 4, 5), float(1 / latents.std()))
+    assert volume.encode(latents).std().item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_missing_values_are_marked_and_harmless() -> None:
+    rows = [{"age": 60.0, "site": None}, {"age": float("nan"), "site": "lima"}, {"site": "pune"}]
+    batch, present = VARIABLES.encode_scalars(rows)
+    assert present["age"].tolist() == [True, False, False]
+    assert present["site"].tolist() == [False, True, True]
+    assert batch["age"].isfinite().all()
+    assert batch["site"].tolist()[1:] == [1, 2]
+
+
+def test_unknown_names_are_answered_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"site: unknown class 'limma'. Did you mean 'lima'"):
+        VARIABLES.encode_scalars([{"age": 3.0, "site": "limma"}])
+    with pytest.raises(KeyError, match="Did you mean 'age'"):
+        VARIABLES["agee"]
+
+
+def test_a_volume_without_latents_is_named() -> None:
+    with pytest.raises(ValueError, match="no latents of volume 'image'"):
+        Variables.from_schema(SCHEMA, {})
+
+
+def test_two_variables_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="share a name"):
+        Variables([Continuous("a", 0, 1), Categorical("a", ("x", "y"))])
