@@ -112,6 +112,8 @@ class TarReader:
 
     def damage(self, file: str) -> Iterator[str]:
         """The members of a shard that are not, byte for byte, as written: headers, content and padding."""
+        if not file.startswith(f"{FOLDER}/"):
+            return
         raw = memoryview((self.folder / file).read_bytes())
         at = 0
         for record in (r for r in self.index.records if r.shard == file):

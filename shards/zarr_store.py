@@ -97,7 +97,10 @@ class ZarrReader:
         variable, _, chunk = file.removeprefix(f"{FOLDER}/").partition("/c/")
         if not chunk:
             return
-        per_shard = zarr.open_array(self.folder / FOLDER / variable, mode="r").shards
+        try:
+            per_shard = zarr.open_array(self.folder / FOLDER / variable, mode="r", zarr_format=3).shards
+        except Exception:  # its metadata are damaged too, and named by themselves
+            return
         assert per_shard is not None
         shard = int(chunk.split("/")[0])
         for record in self.index.records:

@@ -1,0 +1,106 @@
+"""What a packed dataset holds, for people (text) and programs (dictionary)."""
+
+import statistics
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from shards.index import PARTS, Index
+
+
+def describe(index: Index) -> dict[str, Any]:
+    """Counts, arrays, scalars, splits and provenance of a dataset as plain values."""
+    return {
+        "kind": index.kind,
+        "storage": index.storage,
+        "records": len(index.records),
+        "subjects": len({r.subject for r in index.records}),
+        "bytes": sum(f["bytes"] for f in index.files.values()),
+        "files": len(index.files),
+        "digest": index.digest,
+        "grid": index.grid,
+        "arrays": {
+            name: {**spec, "count": sum(name in r.checksums for r in index.records)}
+            for name, spec in index.arrays.items()
+        },
+        "scalars": {v.name: _scalar(index, v.name, v.kind, v.unit) for v in index.schema.scalars},
+        "splits": {
+            name: {
+                "method": split.method,
+                "seed": split.seed,
+                "group": split.group,
+                **{part: sum(p == part for p in split.assignment.values()) for part in PARTS},
+            }
+            for name, split in index.splits.items()
+        },
+        "provenance": index.provenance,
+    }
+
+
+def _scalar(index: Index, name: str, kind: str, unit: str) -> dict[str, Any]:
+    values = [r.values[name] for r in index.records]
+    known = [v for v in values if v is not None]
+    common = {"kind": kind, "missing": len(values) - len(known)}
+    if kind == "categorical":
+        counts = Counter(map(str, known))
+        return {**common, "counts": {c: counts[c] for c in index.schema[name].classes}}
+    numbers = [float(v) for v in known]
+    if not numbers:
+        return common
+    return {
+        **common,
+        "unit": unit,
+        "mean": statistics.fmean(numbers),
+        "sd": statistics.pstdev(numbers),
+        "min": min(numbers),
+        "max": max(numbers),
+    }
+
+
+def render(content: dict[str, Any]) -> str:
+    """The text of ``shards inspect``."""
+    return "\n".join(_lines(content))
+
+
+def _lines(content: dict[str, Any]) -> Iterator[str]:
+    size = content["bytes"] / 2**20
+    yield (
+        f"{content['kind']}: {content['records']:,} records of {content['subjects']:,} subjects, "
+        f"{content['storage']}, {size:,.1f} MiB in {content['files']} files"
+    )
+    yield f"digest      {content['digest'][:16]}"
+    yield ""
+    for name, array in content["arrays"].items():
+        absent = content["records"] - array["count"]
+        line = f"{name:<11} volume       {' x '.join(map(str, array['shape']))} {np.dtype(array['dtype'])}"
+        if content["kind"] == "volumes" and "spacing" in content["grid"]:
+            line += f", {content['grid']['spacing']:g} mm, RAS"
+        yield line + (f", {absent:,} missing" if absent else "")
+    for name, scalar in content["scalars"].items():
+        if "counts" in scalar:
+            text = ", ".join(f"{c} {n:,}" for c, n in scalar["counts"].items())
+        elif "mean" in scalar:
+            text = f"{scalar['mean']:.1f} ± {scalar['sd']:.1f} {scalar['unit']}".rstrip()
+            text += f", {scalar['min']:g} to {scalar['max']:g}"
+        else:
+            text = "no value"
+        yield f"{name:<11} {scalar['kind']:<12} {text}" + (
+            f", {scalar['missing']:,} missing" if scalar["missing"] else ""
+        )
+    if content["splits"]:
+        yield ""
+        width = max(len("split"), *map(len, content["splits"])) + 2
+        yield f"{'split':<{width}}{'train':>10}{'validation':>12}{'test':>8}   seed  group"
+        for name, split in content["splits"].items():
+            yield (
+                f"{name:<{width}}{split['train']:>10,}{split['validation']:>12,}{split['test']:>8,}"
+                f"{split['seed']:>7}  {split['group'] or '-'}"
+            )
+    provenance = content["provenance"]
+    if "software" in provenance:
+        yield ""
+        yield "made with   " + ", ".join(f"{k} {v}" for k, v in provenance["software"].items())
+    if provenance.get("rejected"):
+        yield f"rejected    {provenance['rejected']:,} of {provenance['rows']:,} rows, see rejected.tsv"

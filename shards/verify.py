@@ -1,0 +1,51 @@
+"""Checking a packed dataset, bit by bit."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from shards.errors import DataError, IntegrityError
+from shards.files import sha256
+from shards.index import NAME
+from shards.loader import Dataset, open_dataset
+from shards.progress import progress
+
+
+def verify(folder: str | Path) -> Iterator[str]:
+    """Compare every file and every volume with the index, and the index with itself.
+
+    Yields:
+        One line per damaged member: file, member, what is wrong. Nothing where all is whole.
+
+    Raises:
+        DataError: no packed dataset in the folder.
+    """
+    try:
+        dataset = open_dataset(folder)
+    except IntegrityError:
+        yield f"{NAME}: damaged (its own checksum does not match)"
+        return
+    whole = True
+    for name, known in progress(dataset.index.files.items(), "checking files", len(dataset.index.files), "file"):
+        path = dataset.folder / name
+        if not path.is_file():
+            yield f"{name}: missing"
+        elif path.stat().st_size != known["bytes"] or sha256(path) != known["sha256"]:
+            members = dataset.damage(name)
+            yield from (f"{name}: {member}: damaged" for member in members)
+            if not members:
+                yield f"{name}: damaged"
+        else:
+            continue
+        whole = False
+    if whole:
+        yield from _unreadable(dataset)
+
+
+def _unreadable(dataset: Dataset) -> Iterator[str]:
+    """Volumes that a reader would be refused."""
+    for record in progress(dataset.index.records, "checking volumes", unit="volume"):
+        for variable in record.checksums:
+            try:
+                dataset.read(record.key, variable)
+            except DataError as error:
+                yield str(error)
