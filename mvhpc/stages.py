@@ -59,7 +59,8 @@ def phantom(config: PhantomConfig, run: "Run") -> dict[str, Any]:
     """Stage ``phantom``: see :func:`shards.phantom.make_phantoms`."""
     from shards.phantom import make_phantoms
 
-    make_phantoms(Path(config.out), config.subjects, tuple(config.shape), config.seed)
+    height, width, depth = config.shape
+    make_phantoms(Path(config.out), config.subjects, (height, width, depth), config.seed)
     return {"subjects": config.subjects}
 
 
@@ -68,13 +69,14 @@ def pack(config: PackConfig, run: "Run") -> dict[str, Any]:
     from shards.pack import pack as pack_shards
     from shards.schema import Schema
 
+    height, width, depth = config.shape
     summary = pack_shards(
         Path(config.source),
         Path(config.out),
         storage=config.format,
         schema=Schema.load(config.schema),
         spacing=config.spacing,
-        shape=tuple(config.shape),
+        shape=(height, width, depth),
         max_rejects=config.max_rejects,
         fractions=tuple(config.split),
         group=config.group or None,
