@@ -17,14 +17,14 @@ class Autoencoder(nn.Module):
             blocks per level, groups of the group norms, activation checkpointing.
 
     Raises:
-        ValueError: a width that ``norm_groups`` does not divide.
+        ConfigError: a width that ``norm_groups`` does not divide.
     """
 
     def __init__(self, cfg: config.Autoencoder) -> None:
         super().__init__()
         odd = [width for width in cfg.channels if width % cfg.norm_groups]
         if odd or not cfg.channels:
-            raise ValueError(
+            raise config.ConfigError(
                 f"model.channels {list(cfg.channels)}: every width must be a multiple of "
                 f"model.norm_groups = {cfg.norm_groups}"
             )
@@ -48,11 +48,11 @@ class Autoencoder(nn.Module):
         """The latent's shape (C, h, w, d) for a volume of ``shape`` (H, W, D).
 
         Raises:
-            ValueError: where an axis does not divide by ``factor``; names the next multiples.
+            ConfigError: where an axis does not divide by ``factor``; names the next multiples.
         """
         if len(shape) != 3 or any(n % self.factor or n <= 0 for n in shape):
             fits = tuple(max(1, math.ceil(n / self.factor)) * self.factor for n in shape)
-            raise ValueError(
+            raise config.ConfigError(
                 f"a volume of shape {tuple(shape)} does not divide by {self.factor}, the autoencoder's "
                 f"factor per axis; pack the volumes to the next multiples, {fits}"
             )
@@ -68,7 +68,7 @@ class Autoencoder(nn.Module):
             Mean and standard deviation, each (B, C, H/f, W/f, D/f).
 
         Raises:
-            ValueError: where H, W or D does not divide by ``factor``.
+            ConfigError: where H, W or D does not divide by ``factor``.
         """
         self.latent_shape(x.shape[2:])
         return self.network.encode(x)

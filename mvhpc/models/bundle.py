@@ -11,21 +11,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from mvhpc import config
+from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.models.autoencoder import Autoencoder
-from shards.files import whole_file, write_text
-
-if TYPE_CHECKING:
-    from mvhpc.diffusion.joint import JointDiffusion
-    from mvhpc.models.denoiser import JointDenoiser
-    from mvhpc.variables import Variables
-    from shards.schema import Schema
+from mvhpc.models.denoiser import JointDenoiser
+from mvhpc.variables import Variables, Volume
+from shards.files import write_whole
+from shards.schema import Schema
 
 FORMAT = 1
 MANIFEST = "model.json"
@@ -66,9 +64,9 @@ def _save(folder: Path, meta: dict[str, Any], networks: Mapping[str, bytes]) -> 
     for name, data in networks.items():
         digest = hashlib.sha256(data).hexdigest()
         files[name] = {"file": f"{name}-{digest[:12]}.safetensors", "sha256": digest}
-        with whole_file(folder / files[name]["file"]) as part:
-            part.write_bytes(data)
-    write_text(folder / MANIFEST, json.dumps({"format": FORMAT, **meta, "networks": files}, indent=1))
+        write_whole(folder / files[name]["file"], data)
+    manifest = json.dumps({"format": FORMAT, **meta, "networks": files}, indent=1)
+    write_whole(folder / MANIFEST, manifest.encode())
     named = {entry["file"] for entry in files.values()}
     for path in folder.glob("*.safetensors"):
         if path.name not in named:
@@ -147,21 +145,27 @@ class JointModel:
         meta: the content of ``model.json``.
     """
 
-    variables: "Variables"
-    schema: "Schema"
-    diffusion: "JointDiffusion"
-    denoiser: "JointDenoiser"
+    variables: Variables
+    schema: Schema
+    diffusion: JointDiffusion
+    denoiser: JointDenoiser
     autoencoder: Autoencoder
     grid: dict[str, Any]
     meta: dict[str, Any]
 
+    def _volume(self, name: str) -> Volume:
+        variable = self.variables[name]
+        if not isinstance(variable, Volume):
+            raise TypeError(f"{name} is no volume; volumes are: {', '.join(v.name for v in self.variables.volumes)}")
+        return variable
+
     def encode(self, name: str, voxels: Tensor) -> Tensor:
-        """The scaled latent (B, C, h, w, d) of variable ``name``: posterior means of volumes (B, 1, H, W, D)."""
-        return self.variables[name].encode(self.autoencoder.encode(voxels)[0])
+        """The scaled latents (B, C, h, w, d) of volumes (B, 1, H, W, D) in [0, 1] of variable ``name``."""
+        return self._volume(name).encode(self.autoencoder.encode(voxels)[0])
 
     def decode(self, name: str, z: Tensor) -> Tensor:
         """Volumes (B, 1, H, W, D) in [0, 1] from scaled latents (B, C, h, w, d) of variable ``name``."""
-        return self.autoencoder.decode(self.variables[name].decode(z)).clamp(0, 1)
+        return self.autoencoder.decode(self._volume(name).decode(z)).clamp(0, 1)
 
 
 def save_joint(
@@ -171,7 +175,7 @@ def save_joint(
     *,
     model: config.Denoiser,
     diffusion: config.Diffusion,
-    schema: "Schema",
+    schema: Schema,
     latent: Mapping[str, Any],
     grid: Mapping[str, Any],
     extra: Mapping[str, Any] | None = None,
@@ -216,16 +220,11 @@ def load_joint(folder: str | Path, device: torch.device | str = "cpu") -> JointM
     Raises:
         ModelError: no model there, another kind of model, or a missing or damaged file, each naming it.
     """
-    from mvhpc.diffusion.joint import JointDiffusion
-    from mvhpc.models.denoiser import JointDenoiser
-    from mvhpc.variables import Variables
-    from shards.schema import Schema
-
     folder = model_folder(folder)
     meta = _manifest(folder, "joint")
     schema = Schema.from_dict(meta["schema"])
     settings = config.Diffusion(**meta["diffusion"])
-    variables = Variables.from_schema(schema, meta["latent"], settings)
+    variables = Variables.from_schema(schema, meta["latent"])
     autoencoder = Autoencoder(config.Autoencoder(**meta["autoencoder"]))
     _build(autoencoder, _weights(folder, meta, "autoencoder"), device)
     denoiser = JointDenoiser(variables, config.Denoiser(**meta["denoiser"]))

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mvhpc.config import ConfigError
+
 BACKBONE_SHA256 = "b8a52dc049b60e4b6ab68ad0df457362afab8b6304b2febdc1650a5dab4d7e7b"
 HEADS_SHA256 = "4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76"
 
@@ -32,7 +34,7 @@ SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # LPIPS 0.1: Ima
 SMALLEST = 17  # pixels: below, the third pooling leaves nothing
 
 
-class WeightsError(ValueError):
+class WeightsError(ConfigError):
     """A weight file of the perceptual network that is missing or not the one expected."""
 
 

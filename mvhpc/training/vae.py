@@ -1,0 +1,235 @@
+"""Training the autoencoder with MAISI's loss (arXiv:2409.11169): L1 + KL + perceptual + adversarial."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from monai.losses import PatchAdversarialLoss
+from monai.metrics.regression import compute_ssim_and_cs
+from monai.networks.nets import PatchDiscriminator
+from torch import Tensor, nn
+
+from mvhpc.config import ConfigError, VAEConfig
+from mvhpc.evaluation.figures import gallery, slices
+from mvhpc.models.autoencoder import Autoencoder, kl_divergence
+from mvhpc.models.bundle import save_autoencoder
+from mvhpc.models.perceptual import SqueezeLPIPS, load_lpips, slice_distance
+from mvhpc.randomness import generator, rand, randn
+from mvhpc.training.cluster import launch
+from mvhpc.training.engine import Engine
+from mvhpc.training.loop import train
+from shards.loader import Dataset, open_dataset
+
+if TYPE_CHECKING:
+    from mvhpc.run import Run
+
+SHOWN = 4  # validation subjects in the figure of reconstructions
+least_squares = PatchAdversarialLoss(criterion="least_squares")  # Mao et al. 2017, with MONAI's leaky output
+
+
+class Discriminator(nn.Module):
+    """PatchGAN: one logit for each patch of a volume (MONAI's PatchDiscriminator with instance norm).
+
+    Args:
+        channels: of the first layer, doubled by every further one.
+        layers: as many halvings; a small volume takes fewer.
+        shape: (H, W, D) of the volumes.
+
+    Raises:
+        ConfigError: where so many layers leave nothing of such a volume.
+    """
+
+    def __init__(self, channels: int, layers: int, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        left = min(shape) // 2**layers - 2  # two more convolutions of width 4 take one voxel each
+        if left < 1:
+            raise ConfigError(
+                f"loss.discriminator_layers={layers} leaves nothing of volumes of {shape} voxels; take fewer"
+            )
+        self.network = PatchDiscriminator(
+            spatial_dims=3, channels=channels, in_channels=1, num_layers_d=layers, norm="INSTANCE"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, 1, h, w, d) of volumes (B, 1, H, W, D)."""
+        return self.network(x)[-1]
+
+
+def discriminator_loss(fake: Tensor, real: Tensor) -> Tensor:
+    """0.5 * (fake + real) of MAISI: least squares to 0 for reconstructions and to 1 for originals."""
+    return 0.5 * (
+        least_squares(fake, target_is_real=False, for_discriminator=True)
+        + least_squares(real, target_is_real=True, for_discriminator=True)
+    )
+
+
+def generator_loss(fake: Tensor) -> Tensor:
+    """Least squares of the reconstructions' logits to 1."""
+    return least_squares(fake, target_is_real=True, for_discriminator=False)
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio (B,) in dB of volumes (B, 1, H, W, D) in [0, 1], background included."""
+    return -10 * torch.log10((x - y).square().flatten(1).mean(1))
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Structural similarity (B,) of volumes (B, 1, H, W, D) in [0, 1] (Wang et al. 2004, in 3D).
+
+    Gaussian window of SD 1.5 voxels and width 11, or the largest odd one that fits.
+    """
+    width = min(11, *((n - 1) // 2 * 2 + 1 for n in x.shape[2:]))
+    similarity, _ = compute_ssim_and_cs(
+        x, y, spatial_dims=3, kernel_size=[width] * 3, kernel_sigma=[1.5] * 3, data_range=1.0
+    )
+    return similarity.flatten(1).mean(1)
+
+
+class VAETask:
+    """One step of the autoencoder; see :class:`mvhpc.training.loop.Task`. A sample is one volume of one record.
+
+    Args:
+        config: of the stage.
+        lpips: the perceptual network; None where ``loss.perceptual`` is 0.
+
+    Raises:
+        ConfigError: data that are no volumes, or whose shape the networks do not take.
+    """
+
+    averaged: str | None = None
+    best = "autoencoder"
+    score = "reconstruction"
+
+    def __init__(self, config: VAEConfig, lpips: SqueezeLPIPS | None = None) -> None:
+        self.config, self.lpips = config, lpips
+        self.dataset = open_dataset(config.data)
+        shape = volume_shape(self.dataset)
+        self.train, self.others = (
+            [
+                (key, v.name)
+                for key in self.dataset.keys(part, config.split)
+                for v in self.dataset.index.schema.volumes
+                if self.dataset.has(key, v.name)
+            ]
+            for part in ("train", "validation")
+        )
+        self.samples, self.validation = len(self.train), len(self.others)
+        torch.manual_seed(config.training.seed)  # the layers' initial weights
+        autoencoder = Autoencoder(config.model)
+        self.latent_shape = autoencoder.latent_shape(shape)
+        self.networks: dict[str, nn.Module] = {"autoencoder": autoencoder}
+        self.learning_rates = {"autoencoder": config.optimizer.lr}
+        if config.loss.adversarial:
+            self.networks["discriminator"] = Discriminator(
+                config.loss.discriminator_channels, config.loss.discriminator_layers, shape
+            )
+            self.learning_rates["discriminator"] = config.discriminator_lr
+
+    def _read(self, samples: list[tuple[str, str]]) -> Tensor:
+        """Volumes (B, 1, H, W, D) as stored, float16."""
+        return torch.from_numpy(np.stack([self.dataset.read(*sample) for sample in samples])[:, None])
+
+    def load(self, indices: list[int]) -> dict[str, Any]:
+        """``volume`` (B, 1, H, W, D), float16."""
+        return {"volume": self._read([self.train[i] for i in indices])}
+
+    def step(
+        self, batch: dict[str, Any], engines: dict[str, Engine], step: int, indices: list[int]
+    ) -> dict[str, Tensor]:
+        """Reconstruct a batch and improve the autoencoder, then the discriminator."""
+        weights = self.config.loss
+        draws = [generator(self.config.training.seed, "train", step, i) for i in indices]
+        x = batch["volume"].float()
+        mirror = rand(draws, (), x.device) < self.config.flip
+        x = torch.where(mirror.view(-1, 1, 1, 1, 1), x.flip(2), x)  # axis 2 runs from left to right
+        y, mean, sigma = engines["autoencoder"](x, randn(draws, self.latent_shape, x.device))
+
+        losses = {"reconstruction": (y - x).abs().mean(), "kl": kl_divergence(mean, sigma).mean()}
+        loss = weights.l1 * losses["reconstruction"] + weights.kl * losses["kl"]
+        if self.lpips is not None:
+            lpips = self.lpips.to(x.device)
+            losses["perceptual"] = slice_distance(lpips, y, x, weights.slices, draws).mean()
+            loss = loss + weights.perceptual * losses["perceptual"]
+        discriminator = engines.get("discriminator")
+        if discriminator is not None:
+            losses["adversarial"] = generator_loss(discriminator.frozen(y))
+            loss = loss + weights.adversarial * losses["adversarial"]
+        engines["autoencoder"].backward(loss)
+        engines["autoencoder"].step()
+
+        if discriminator is not None:
+            both = discriminator(torch.cat([y.detach(), x]))  # one pass: instance norm keeps the samples apart
+            losses["discriminator"] = discriminator_loss(*both.chunk(2))
+            discriminator.backward(losses["discriminator"])
+            discriminator.step()
+        return {"loss": loss, **losses}
+
+    def validate(self, indices: list[int], networks: dict[str, nn.Module]) -> dict[str, Tensor]:
+        """L1, PSNR and SSIM of the reconstruction from the posterior mean, and the KL term."""
+        network = networks["autoencoder"]
+        x = self._read([self.others[i] for i in indices]).to(next(network.parameters()).device).float()
+        y, mean, sigma = network(x, torch.zeros(len(x), *self.latent_shape, device=x.device))
+        y = y.float().clamp(0, 1)
+        return {
+            "reconstruction": (y - x).abs().flatten(1).mean(1),
+            "kl": kl_divergence(mean, sigma),
+            "psnr": psnr(y, x),
+            "ssim": ssim(y, x),
+        }
+
+    def figures(self, networks: dict[str, nn.Module], step: int) -> dict[str, Callable[[Path], None]]:
+        """Some validation volumes beside their reconstructions."""
+        samples = self.others[:SHOWN]
+        if not samples:
+            return {}
+        network = networks["autoencoder"]
+        x = self._read(samples).to(next(network.parameters()).device).float()
+        y = network(x, torch.zeros(len(x), *self.latent_shape, device=x.device))[0].float().clamp(0, 1)
+        rows = [[slices(v[0].cpu().numpy()) for v in pair] for pair in zip(x, y, strict=True)]
+        return {"reconstruction.png": partial(gallery, rows, columns=["original", "reconstruction"])}
+
+    def export(self, folder: Path, states: dict[str, dict[str, Tensor]], metrics: dict[str, float]) -> None:
+        """Write the autoencoder with its validation metrics."""
+        network = Autoencoder(self.config.model)
+        network.load_state_dict(states["autoencoder"])
+        save_autoencoder(folder, network, self.config.model, {"validation": metrics})
+
+
+def volume_shape(dataset: Dataset) -> tuple[int, ...]:
+    """(H, W, D) of all volumes of a dataset.
+
+    Raises:
+        ConfigError: latents, no volume variable, or volumes of several shapes.
+    """
+    index = dataset.index
+    if index.kind != "volumes":
+        raise ConfigError(f"data={dataset.folder} holds {index.kind}, not volumes; pack a BIDS tree: shards pack")
+    shapes = {v.name: tuple(index.arrays[v.name]["shape"]) for v in index.schema.volumes}
+    if len(set(shapes.values())) != 1:
+        raise ConfigError(f"data={dataset.folder}: one autoencoder needs volumes of one shape, found {shapes}")
+    return next(iter(shapes.values()))
+
+
+def worker(config: VAEConfig, folder: Path, rank: int, world: int) -> dict[str, float]:
+    """Train as worker ``rank`` of ``world``."""
+    lpips = load_lpips(config.loss.backbone, config.loss.heads) if config.loss.perceptual else None
+    return train(VAETask(config, lpips), config, folder, rank, world)
+
+
+def run(config: VAEConfig, run: "Run") -> dict[str, float]:
+    """Stage ``vae``: train the autoencoder on every volume of the training part.
+
+    Returns:
+        the best validation's metrics, steps and samples per second.
+
+    Raises:
+        WeightsError: the perceptual term is on and its weights are not there; before anything starts.
+        ConfigError: data whose shape the networks do not take; likewise.
+    """
+    if config.loss.perceptual:
+        load_lpips(config.loss.backbone, config.loss.heads)
+    VAETask(config)
+    return launch("mvhpc.training.vae:worker", config, run.folder, config.compute.workers)
