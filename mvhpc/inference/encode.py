@@ -1,0 +1,181 @@
+"""Encoding: the posterior means of all volumes, once, as a packed dataset of latents."""
+
+import math
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mvhpc.config import Compute, ConfigError, EncodeConfig
+from mvhpc.inference.chains import set_threads
+from mvhpc.models.autoencoder import Autoencoder
+from mvhpc.models.bundle import load_autoencoder
+from mvhpc.training.engine import PRECISIONS, resolve_device
+from mvhpc.training.vae import volume_shape
+from shards.loader import Dataset, open_dataset, prefetch
+from shards.progress import progress
+from shards.writer import DatasetWriter
+
+if TYPE_CHECKING:
+    from mvhpc.run import Run
+
+LARGEST = float(np.finfo(np.float16).max)
+PACKAGES = ("torch", "monai", "numpy", "zarr", "mvhpc")
+
+
+class Item(NamedTuple):
+    """A volume to encode.
+
+    Attributes:
+        key: the record.
+        variable: which of its volumes.
+        mirror: left and right exchanged.
+    """
+
+    key: str
+    variable: str
+    mirror: bool
+
+    @property
+    def name(self) -> str:
+        """What its latent is stored as."""
+        return f"{self.variable}_mirrored" if self.mirror else self.variable
+
+
+class Moments:
+    """Mean and variance of a stream of arrays, in float64, merged block by block (Chan et al. 1979)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def add(self, values: NDArray[Any]) -> None:
+        """Take in every element of ``values``."""
+        values = values.astype(np.float64)
+        n, mean = values.size, float(values.mean())
+        apart, total = mean - self.mean, self.count + n
+        self.squares += float(np.square(values - mean).sum()) + apart**2 * self.count * n / total
+        self.mean += apart * n / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of all elements; NaN of none."""
+        return math.sqrt(self.squares / self.count) if self.count else math.nan
+
+
+def to_float16(latents: Tensor) -> NDArray[np.float16]:
+    """Latents as they are stored.
+
+    Raises:
+        OverflowError: a value that float16 cannot hold.
+    """
+    largest = float(latents.abs().max())
+    if not largest <= LARGEST:  # NaN too
+        raise OverflowError(
+            f"a latent of {largest:g} does not fit float16 (at most {LARGEST:g}); the autoencoder has diverged, "
+            f"or needs a larger loss.kl"
+        )
+    return latents.cpu().numpy().astype(np.float16)
+
+
+def encode(
+    autoencoder: Autoencoder, dataset: Dataset, items: list[Item], batch: int, compute: Compute
+) -> Iterator[NDArray[np.float16]]:
+    """The posterior means (C, h, w, d) of ``items``, in their order.
+
+    Args:
+        autoencoder: on the device to use.
+        dataset: packed volumes.
+        items: which of them.
+        batch: volumes at a time; changes nothing but the last bits.
+        compute: its ``precision`` is used.
+
+    Raises:
+        OverflowError: a value that float16 cannot hold.
+        LookupError, IntegrityError: a volume that cannot be read.
+    """
+    device, precision = next(autoencoder.parameters()).device, PRECISIONS[compute.precision]
+    batches = [items[i : i + batch] for i in range(0, len(items), batch)]
+
+    def load(number: int) -> Tensor:
+        volumes = (dataset.read(item.key, item.variable) for item in batches[number])
+        flipped = (v[::-1] if item.mirror else v for v, item in zip(volumes, batches[number], strict=True))
+        return torch.from_numpy(np.stack(list(flipped))[:, None])  # (B, 1, H, W, D) float16
+
+    for volumes in prefetch(load, range(len(batches))):
+        with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            means = autoencoder.encode(volumes.to(device).float())[0].float()  # (B, C, h, w, d)
+        yield from to_float16(means)
+
+
+def _items(dataset: Dataset, key: str, mirrored: bool) -> list[Item]:
+    """What to encode of a record: its volumes, and the mirrored ones if asked."""
+    names = [v.name for v in dataset.index.schema.volumes if dataset.has(key, v.name)]
+    return [Item(key, name, mirror) for name in names for mirror in (False, True)[: 1 + mirrored]]
+
+
+def run(config: EncodeConfig, run: "Run") -> dict[str, float]:
+    """Stage ``encode``: latents of the volumes of every part, with their scale over the training part.
+
+    The dataset of latents keeps the records, scalars, splits and schema of the volumes. With ``flip`` the training
+    part also holds ``NAME_mirrored``, the latents of the volumes mirrored left to right. Its ``extra`` holds
+    ``scale`` (1 / SD of the training part's latents, for each volume variable) and ``vae`` (the weights' SHA-256).
+
+    Returns:
+        the number of volumes and of latent elements of each, and the scale of each variable.
+
+    Raises:
+        ConfigError: data that are no volumes, or a volume variable of which the training part has none.
+        ModelError: no sound autoencoder at ``vae``.
+        OverflowError: a latent that float16 cannot hold.
+    """
+    set_threads(config.compute)
+    dataset = open_dataset(config.data)
+    index = dataset.index
+    shape = volume_shape(dataset)
+    autoencoder, meta = load_autoencoder(config.vae, resolve_device(config.compute.device))
+    latent_shape = autoencoder.latent_shape(shape)
+    training = set(dataset.keys("train", config.split))
+    plan = {key: _items(dataset, key, config.flip and key in training) for key in dataset.keys(None)}
+    stored = sorted({item.name for items in plan.values() for item in items})
+    writer = DatasetWriter(
+        config.out,
+        "zarr",
+        "latents",
+        index.schema,
+        {name: {"shape": latent_shape, "dtype": "float16"} for name in stored},
+        index.grid,
+        index.group,
+    )
+    moments = {v.name: Moments() for v in index.schema.volumes}
+    stream = encode(autoencoder, dataset, list(chain(*plan.values())), config.batch, config.compute)
+    for record in progress(index.records, "encode", unit="record"):
+        arrays = {}
+        for item, array in zip(plan[record.key], stream):  # takes from the stream what the plan asks for
+            arrays[item.name] = array
+            if record.key in training and not item.mirror:
+                moments[item.variable].add(array)
+        writer.add(record.key, record.subject, record.values, arrays, record.group)
+    scale = {}
+    for name, moment in moments.items():
+        if not moment.std > 0:  # NaN too
+            raise ConfigError(
+                f"data={config.data}: the training part of split {config.split} has no {name} from which to measure "
+                f"the scale of the latents, or all latents are equal"
+            )
+        scale[name] = 1 / moment.std
+    provenance = {
+        "software": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "arguments": {"flip": config.flip, "split": config.split, "precision": config.compute.precision},
+        "source_sha256": index.digest,
+    }
+    writer.finish(index.splits, provenance, {"scale": scale, "vae": meta["sha256"]})
+    elements = float(np.prod(latent_shape))
+    volumes = float(sum(map(len, plan.values())))
+    return {"volumes": volumes, "elements": elements} | {f"scale_{name}": value for name, value in scale.items()}
