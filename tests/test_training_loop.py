@@ -1,4 +1,3 @@
-import hashlib
 import json
 import math
 import shutil
@@ -7,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mvhpc.config import ConfigError, Optimizer
-from mvhpc.journal import read, unseen
 from mvhpc.training.checkpoint import CheckpointError
 from mvhpc.training.engine import Average, LocalEngine, learning_rate
 from mvhpc.training.loop import micro_batch, train
-from tests.toy_task import Interrupted, ToyTask, exported, run_toy, toy_config
+from tests.toy_task import Interrupted, ToyTask, curves, digest, exported, run_toy, toy_config
 
 
 @pytest.fixture(autouse=True)
@@ -25,42 +23,11 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def digest(value: object) -> str:
-    """SHA-256 over the bits of every tensor in a nested structure."""
-    sha = hashlib.sha256()
-
-    def walk(node: object) -> None:
-        if isinstance(node, Tensor):
-            sha.update(str((node.dtype, tuple(node.shape))).encode() + node.contiguous().numpy().tobytes())
-        elif isinstance(node, dict):
-            for key in sorted(node, key=str):
-                sha.update(str(key).encode())
-                walk(node[key])
-        elif isinstance(node, list | tuple):
-            for item in node:
-                walk(item)
-        else:
-            sha.update(repr(node).encode())
-
-    walk(value)
-    return sha.hexdigest()
-
-
 def final_state(folder: Path) -> dict[str, str]:
     """Hashes of weights, optimiser and average of every network in the newest checkpoint, and of the export."""
     newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
     states = {str(p.relative_to(newest)): digest(torch.load(p, weights_only=True)) for p in newest.rglob("*.pt")}
     return {**states, "step": newest.name, "model": digest(exported(folder))}
-
-
-def curves(folder: Path) -> dict[tuple[int, str], float]:
-    return {
-        (e["step"], name): value
-        for e in unseen(read(folder))
-        if e["event"] == "metrics"
-        for name, value in e["metrics"].items()
-        if not name.startswith("system/")
-    }
 
 
 def interrupted(folder: Path, *steps: int, **changes: object) -> dict[str, float]:

@@ -4,6 +4,7 @@ It draws its noise from (seed, step, sample), as real tasks do, so that every la
 """
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mvhpc.config import Compute, Optimizer, Training
+from mvhpc.journal import read, unseen
 from mvhpc.randomness import generator, randn
 from mvhpc.training.engine import Engine
 from mvhpc.training.loop import train
@@ -139,3 +141,35 @@ def exported(folder: Path) -> dict[str, Tensor]:
 def run_toy(config: ToyConfig, folder: Path, rank: int, world: int) -> dict[str, float]:
     """Train the toy task; importable by workers."""
     return train(ToyTask(config), config, folder, rank, world)
+
+
+def digest(value: object) -> str:
+    """SHA-256 over the bits of every tensor in a nested structure."""
+    sha = hashlib.sha256()
+
+    def walk(node: object) -> None:
+        if isinstance(node, Tensor):
+            sha.update(str((node.dtype, tuple(node.shape))).encode() + node.detach().contiguous().numpy().tobytes())
+        elif isinstance(node, dict):
+            for key in sorted(node, key=str):
+                sha.update(str(key).encode())
+                walk(node[key])
+        elif isinstance(node, list | tuple):
+            for item in node:
+                walk(item)
+        elif isinstance(node, int | float | str):
+            sha.update(repr(node).encode())
+
+    walk(value)
+    return sha.hexdigest()
+
+
+def curves(folder: Path) -> dict[tuple[int, str], float]:
+    """Every metric a run journalled, by step and name, but those of the machine."""
+    return {
+        (e["step"], name): value
+        for e in unseen(read(folder))
+        if e["event"] == "metrics"
+        for name, value in e["metrics"].items()
+        if not name.startswith("system/")
+    }

@@ -5,7 +5,9 @@ float32, the same way with one worker or many.
 """
 
 import contextlib
+import logging
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
-from mvhpc.config import Compute, Optimizer, choose
+from mvhpc.config import Compute, ConfigError, Optimizer, choose
 from mvhpc.training.ranks import Ranks
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -104,7 +106,6 @@ class Engine(ABC):
         module: nn.Module,
         optimizer: Optimizer,
         compute: Compute,
-        decay: float | None,
         accumulate: int,
         device: torch.device,
     ) -> None:
@@ -115,7 +116,6 @@ class Engine(ABC):
         self._clip = optimizer.clip
         self._accumulate = accumulate
         self._micro = 0
-        self._decay = decay
         self._dtype = PRECISIONS[choose(compute.precision, tuple(PRECISIONS), "compute.precision")]
         self.average: Average | None = None  # set by subclasses once the weights are in place
 
@@ -214,7 +214,7 @@ class LocalEngine(Engine):
         accumulate: int,
     ) -> None:
         device = resolve_device(compute.device)
-        super().__init__(module.to(device).train(), optimizer, compute, decay, accumulate, device)
+        super().__init__(module.to(device).train(), optimizer, compute, accumulate, device)
         self.optimizer = _adamw(module, rate, optimizer)
         if decay is not None:
             self.average = Average(list(module.parameters()), decay)
@@ -259,6 +259,138 @@ class LocalEngine(Engine):
             torch._foreach_copy_(self.average.values, state["average"])
 
 
+class DeepSpeedEngine(Engine):
+    """Many workers: DeepSpeed ZeRO on the process group that Ray (or a test) has set up.
+
+    Stage 0 copies everything, 1 divides the optimiser state among the workers, 2 the gradients too, 3 the weights
+    and their average too (Rajbhandari et al. 2020).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        rate: float,
+        optimizer: Optimizer,
+        compute: Compute,
+        decay: float | None,
+        accumulate: int,
+        micro_batch: int,
+        ranks: Ranks,
+    ) -> None:
+        device = resolve_device(compute.device)
+        super().__init__(module.to(device).train(), optimizer, compute, accumulate, device)
+        self._deepspeed = import_deepspeed(device)
+        self._ranks = ranks
+        if compute.zero_stage not in range(4):
+            raise ConfigError(f"compute.zero_stage={compute.zero_stage}: DeepSpeed ZeRO has stages 0 to 3")
+        self.stage = compute.zero_stage
+        settings = {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulate,
+            "gradient_clipping": optimizer.clip,
+            # Threshold 0: no weights stay gathered between steps, where an exchange with the average would miss them.
+            "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0},
+            "torch_autocast": {
+                "enabled": self._dtype != torch.float32,
+                "dtype": str(self._dtype).removeprefix("torch."),
+                "lower_precision_safe_modules": [],  # gradients travel in float32
+            },
+            "steps_per_print": 2**31,
+        }
+        self._engine, *_ = self._deepspeed.initialize(
+            model=module, optimizer=_adamw(module, rate, optimizer), config=settings, dist_init_required=False
+        )
+        self._engine.checkpoint_engine = weights_only_engine()
+        if decay is not None:
+            # (ds_tensor: this worker's partition of a weight, under ZeRO-3)
+            weights = [getattr(p, "ds_tensor", p) for p in module.parameters()]
+            self.average = Average(weights, decay)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def frozen(self, *args: Any, **kwargs: Any) -> Any:
+        if self.stage == 3:
+            raise ValueError("frozen() needs whole weights; keep this network at compute.zero_stage=2 or below")
+        return super().frozen(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def _update(self, last: bool) -> None:
+        if last and self.stage == 0:  # DeepSpeed knows the norm from stage 1 on
+            self.grad_norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        self._engine.step()
+        if last and self.stage > 0:
+            self.grad_norm = torch.as_tensor(self._engine.get_global_grad_norm())
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _exchange(self) -> None:
+        if self.stage == 3:
+            self._engine.empty_partition_cache()
+        super()._exchange()
+
+    def weights(self) -> dict[str, Tensor]:
+        parameters = dict(self.module.named_parameters())
+        whole = {}
+        for name, value in self.module.state_dict().items():
+            parameter = parameters.get(name)
+            divided = self.stage == 3 and parameter is not None
+            with self._deepspeed.zero.GatheredParameters([parameter] if divided else [], enabled=divided):
+                if self._ranks.rank == 0:
+                    whole[name] = (value if parameter is None else parameter).detach().cpu().clone()
+        return whole
+
+    def _average_file(self, folder: Path) -> Path:
+        return folder / (f"average-{self._ranks.rank:05d}.pt" if self.stage == 3 else "average.pt")
+
+    def save(self, folder: Path) -> None:
+        # DeepSpeed's own layout, which its converters (universal checkpoint, zero_to_fp32) read.
+        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        if self.average is not None and (self.stage == 3 or self._ranks.rank == 0):
+            torch.save(self.average.values, self._average_file(folder))
+
+    def load(self, folder: Path) -> None:
+        path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if path is None:
+            raise FileNotFoundError(f"{folder}: DeepSpeed finds no checkpoint in it")
+        self.updates = self._engine.global_steps
+        if self.average is not None:
+            values = torch.load(self._average_file(folder), map_location=self.device, weights_only=True)
+            torch._foreach_copy_(self.average.values, values)
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, told which accelerator to use."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # On CPUs DeepSpeed's first start compiles an all-reduce through shared memory, for about a minute and behind a lock
+    # that hangs every later run once a process is killed in it. Only tensor-parallel inference would use it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def weights_only_engine() -> Any:
+    """DeepSpeed's checkpoint files, read without running what a pickle may hold."""
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    class WeightsOnly(TorchCheckpointEngine):
+        def load(self, path: str, map_location: Any = None) -> Any:
+            with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+                return torch.load(path, map_location=map_location, weights_only=True)
+
+    return WeightsOnly()
+
+
 def make_engine(
     module: nn.Module,
     rate: float,
@@ -279,6 +411,8 @@ def make_engine(
         decay: of the running average of its weights; None for none.
         accumulate: micro-batches per step.
         micro_batch: samples in each.
-        ranks: the workers; one gives a :class:`LocalEngine`.
+        ranks: the workers; one gives a :class:`LocalEngine`, more a :class:`DeepSpeedEngine`.
     """
-    return LocalEngine(module, rate, optimizer, compute, decay, accumulate)
+    if ranks.world == 1:
+        return LocalEngine(module, rate, optimizer, compute, decay, accumulate)
+    return DeepSpeedEngine(module, rate, optimizer, compute, decay, accumulate, micro_batch, ranks)

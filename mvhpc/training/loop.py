@@ -7,6 +7,7 @@ nothing but the order of floating-point sums.
 """
 
 import contextlib
+import dataclasses
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -171,7 +172,7 @@ class _Run:
                 module,
                 self.task.learning_rates[name],
                 self.config.optimizer,
-                self.config.compute,
+                self.config.compute if name == self.task.best else self._beside(),
                 getattr(self.config, "ema", None) if name == self.task.averaged else None,
                 self.training.accumulate,
                 self.micro_batch,
@@ -183,6 +184,11 @@ class _Run:
         self._steps(start)
         self._write("end", step=self.total)
         return self._summary()
+
+    def _beside(self) -> Compute:
+        """Networks beside the exported one, critics, stay whole: `Engine.frozen` needs all their weights."""
+        compute = self.config.compute
+        return dataclasses.replace(compute, zero_stage=min(compute.zero_stage, 2))
 
     # --- steps ---
 

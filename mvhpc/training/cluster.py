@@ -1,0 +1,243 @@
+"""A training function run in this process (one worker) or by Ray Train workers (more). Nothing else imports Ray here.
+
+Everything Ray, DeepSpeed and torch print goes to ``FOLDER/logs/worker-RANK.log``; what stops a run comes back as one
+sentence that names the worker and its log. Nothing outlives :func:`launch`: no process, no temporary folder.
+"""
+
+import atexit
+import contextlib
+import functools
+import importlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mvhpc.config import Compute, ConfigError
+
+Target = Callable[[Any, Path, int, int], dict[str, float]]
+# What a worker sees when another one is gone; such a run is worth trying again.
+CONSEQUENCES = ("connection closed", "connection reset", "connection refused", "broken pipe", "nccl", "timed out")
+
+
+class WorkerError(RuntimeError):
+    """A worker failed; the message names it, what happened and its log file."""
+
+
+def launch(target: str, config: Any, folder: Path, workers: int) -> dict[str, float]:
+    """Call ``target(config, folder, rank, world)`` at every worker.
+
+    With one worker that is a plain call. With more, Ray Train starts them (on the cluster of ``RAY_ADDRESS`` where that
+    is set, else on this machine), sets up their process group, and after a worker was killed starts all of them again,
+    ``config.compute.retries`` times at most; the function is expected to resume by itself. An exception that the
+    function raises is not tried again.
+
+    Args:
+        target: ``module:function``, importable by workers.
+        config: with a ``compute`` part; pickled.
+        folder: the run folder, shared by all workers.
+        workers: how many.
+
+    Returns:
+        what rank 0 returned: names -> numbers.
+
+    Raises:
+        WorkerError: with several workers. With one, whatever the function raises.
+        ConfigError: more workers than GPUs.
+    """
+    if workers == 1:
+        return _call(target)(config, folder, 0, 1)
+    return _launch_ray(target, config, folder, workers)
+
+
+def _call(target: str) -> Target:
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _threads(compute: Compute, workers: int) -> int:
+    return compute.threads or max(1, (os.cpu_count() or 1) // workers)
+
+
+# --- the driver ---
+
+
+def _launch_ray(target: str, config: Any, folder: Path, workers: int) -> dict[str, float]:
+    compute: Compute = config.compute
+    folder = folder.absolute()
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    gpu = compute.device != "cpu" and torch.cuda.is_available()
+    for leftover in (logs / "error.json", logs / "result.json"):
+        leftover.unlink(missing_ok=True)
+    with _ray(workers, gpu, logs), tempfile.TemporaryDirectory(prefix="mvhpc-") as storage:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+        from ray.train.v2.api.exceptions import TrainingFailedError
+
+        threads = _threads(compute, workers)
+        environment = {
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            "OMP_NUM_THREADS": str(threads),
+            **({} if gpu else {"DS_ACCELERATOR": "cpu"}),
+        }
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={
+                "target": target,
+                "config": config,
+                "folder": str(folder),
+                "threads": threads,
+            },
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=gpu,
+                resources_per_worker={"CPU": 1, "GPU": 1} if gpu else {"CPU": 1},
+            ),
+            run_config=RunConfig(
+                name=folder.name,
+                storage_path=storage,
+                failure_config=FailureConfig(max_failures=compute.retries),
+                worker_runtime_env={"env_vars": environment},
+            ),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise _explain(error, logs) from None
+        if (logs / "error.json").is_file():
+            raise _explain(None, logs)
+        result = json.loads((logs / "result.json").read_text())
+        (logs / "result.json").unlink()
+        return result
+
+
+def _explain(error: Any, logs: Path) -> WorkerError:
+    """The sentence that says what stopped the run: an exception of the function, else a death that Ray saw."""
+    path = logs / "error.json"
+    if path.is_file():
+        told = json.loads(path.read_text())
+        rank, what = told["rank"], told["error"]
+    else:
+        failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+        dead = {r: e for r, e in failures.items() if "Died" in type(e).__name__}
+        rank, cause = min((dead or failures).items(), default=(0, error))
+        what = "was killed, perhaps for lack of memory" if dead else str(cause).strip().splitlines()[-1]
+    log = logs / f"worker-{rank}.log"
+    return WorkerError(f"worker {rank} {what}\nIts log: {log}")
+
+
+@contextlib.contextmanager
+def _ray(workers: int, gpu: bool, logs: Path) -> Iterator[None]:
+    """A connection to Ray: the cluster of ``RAY_ADDRESS``, or one of this machine for the time being."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token())
+        if gpu and workers > torch.cuda.device_count():
+            raise ConfigError(
+                f"compute.workers={workers}, but there are {torch.cuda.device_count()} GPUs; one worker takes one GPU"
+            )
+    import ray
+
+    quiet = logging.getLogger("ray")
+    level = quiet.level
+    # Short, for the paths of its sockets may not exceed 107 bytes.
+    temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    local: dict[str, Any] = {
+        "num_cpus": max(workers, os.cpu_count() or 1),
+        "object_store_memory": 100 * 2**20,
+        "_temp_dir": temporary,
+    }
+    try:
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **({} if address else local),
+        )
+        quiet.setLevel(logging.ERROR)
+        yield
+    except BaseException:
+        for session in Path(temporary).glob("session_latest/logs"):
+            shutil.copytree(session, logs / "ray", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.sock"))
+        raise
+    finally:
+        ray.shutdown()
+        quiet.setLevel(level)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@functools.cache
+def _token() -> Path:
+    """A file with the secret that Ray's processes of this one ask of one another, for the life of this process.
+
+    Without it any user of the machine could run code through Ray's ports.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="mvhpc-token-"))  # mode 0700
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / "token"
+    path.touch(mode=0o600)
+    path.write_text(secrets.token_hex(32))
+    return path
+
+
+# --- the workers ---
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    import ray.train
+
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    folder = Path(settings["folder"])
+    logs = folder / "logs"
+    if (logs / "error.json").is_file():
+        return  # the function itself failed; Ray starting everybody again would not help
+    _redirect(logs / f"worker-{rank}.log")
+    torch.set_num_threads(settings["threads"])
+    try:
+        result = _call(settings["target"])(settings["config"], folder, rank, world)
+    except Exception as error:
+        traceback.print_exc()
+        if not any(word in str(error).lower() for word in CONSEQUENCES):
+            _write_once(logs / "error.json", {"rank": rank, "error": f"{type(error).__name__}: {error}"})
+        raise
+    if rank == 0:
+        _write_once(logs / "result.json", result)
+
+
+def _redirect(log: Path) -> None:
+    """Send all this process prints, from Python or below it, to ``log``."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        stream.flush()
+        os.dup2(descriptor, number)
+    os.close(descriptor)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 for the life of the process
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    logging.basicConfig(level=logging.WARNING, force=True, stream=sys.stderr)
+    print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} process {os.getpid()}", flush=True)
+
+
+def _write_once(path: Path, content: Any) -> None:
+    """Write JSON whole, unless another worker was first."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(content))
+    with contextlib.suppress(FileExistsError):
+        os.link(part, path)
+    part.unlink()
