@@ -1,0 +1,204 @@
+"""Synthetic people: all variables drawn together, or some given, written as a BIDS tree.
+
+A person's noise comes from (seed, number), so person 7 is the same in any batch and any count.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from mvhpc.config import ConfigError, GenerateConfig, to_dict
+from mvhpc.evaluation.figures import people
+from mvhpc.inference.chains import Sampler, parse_given, set_threads, versions
+from mvhpc.randomness import generator
+from mvhpc.run import Run, identity
+from mvhpc.variables import Continuous, Volume
+from shards.files import whole_folder, write_text
+from shards.progress import progress
+from shards.schema import Schema
+
+Person = dict[str, Any]  # volumes (H, W, D) float32 in [0, 1], numbers in their unit, class names
+SHOWN = 9  # people in the figure
+
+README = """Synthetic people
+================
+
+Nobody in this folder exists. Images and table were drawn from a generative model (dataset_description.json says
+which). They may look like people of its training data; they are not fit for any decision about a person.
+"""
+
+
+def draw_people(
+    sampler: Sampler, count: int, given: Mapping[str, float | str], seed: int, batch: int
+) -> Iterator[Person]:
+    """Draw people one after another.
+
+    Args:
+        sampler: of a joint model.
+        count: how many.
+        given: scalars held fixed, in their units.
+        seed: of the noise; person i of a seed is always the same.
+        batch: people drawn at a time.
+
+    Yields:
+        Values by variable: float32 volumes (H, W, D) in [0, 1], floats in the variable's range, class names.
+    """
+    model = sampler.model
+    for start in range(0, count, batch):
+        numbers = range(start, min(start + batch, count))
+        scalars, _ = model.variables.encode_scalars([given] * len(numbers))
+        fixed = {name: scalars[name] for name in given}
+        drawn = sampler(fixed, [generator(seed, "generate", number) for number in numbers])
+        for i in range(len(numbers)):
+            yield {
+                v.name: given.get(v.name, decode(sampler, v.name, drawn[v.name][i : i + 1])) for v in model.variables
+            }
+
+
+@torch.inference_mode()
+def decode(sampler: Sampler, name: str, drawn: torch.Tensor) -> Any:
+    """One person's value of a variable from its clean encoded form (1, ...).
+
+    A number outside its range, which a sampler may well draw, is brought to the nearer end.
+    """
+    variable = sampler.model.variables[name]
+    if isinstance(variable, Volume):
+        return sampler.model.decode(name, drawn)[0, 0].float().cpu().numpy()  # (H, W, D)
+    if isinstance(variable, Continuous):
+        return min(max(variable.decode(drawn).item(), variable.low), variable.high)
+    return variable.decode(drawn)[0]
+
+
+def nifti(voxels: NDArray, affine: ArrayLike) -> nib.Nifti1Image:
+    """A volume (H, W, D) in [0, 1] as NIfTI: 16-bit integers scaled by 1/32767, affine as qform and sform."""
+    image = nib.Nifti1Image(np.round(np.clip(voxels, 0, 1) * 32767).astype(np.int16), np.asarray(affine, float))
+    image.header.set_slope_inter(1 / 32767, 0)
+    image.header.set_xyzt_units("mm")
+    image.set_qform(image.affine, code="aligned")
+    image.set_sform(image.affine, code="aligned")
+    return image
+
+
+def caption(schema: Schema, person: Person) -> str:
+    """A person's scalars in one line: ``age 70 years, sex F``."""
+    words = []
+    for variable in schema.scalars:
+        value = person[variable.name]
+        text = value if isinstance(value, str) else f"{value:.3g} {variable.unit or ''}".rstrip()
+        words.append(f"{variable.name} {text}")
+    return ", ".join(words)
+
+
+def write_bids(
+    folder: Path, drawn: Iterator[Person], count: int, schema: Schema, affine: ArrayLike, source: dict[str, Any]
+) -> list[Person]:
+    """Write people as a BIDS tree, which ``shards pack`` takes as it is.
+
+    Args:
+        folder: where; whole or not at all.
+        drawn: the people.
+        count: how many they are, for the width of their numbers.
+        schema: names, columns and suffixes of the variables.
+        affine: of the volumes.
+        source: what made them, for ``dataset_description.json``.
+
+    Returns:
+        The first :data:`SHOWN` people.
+
+    Raises:
+        FileExistsError: where there is something already.
+    """
+    shown: list[Person] = []
+    width = max(4, len(str(count)))
+    with whole_folder(folder) as tree:
+        lines = [["participant_id", *(variable.column for variable in schema.scalars)]]
+        for number, person in enumerate(drawn, 1):
+            name = f"sub-{number:0{width}d}"
+            (tree / name / "anat").mkdir(parents=True)
+            for variable in schema.volumes:
+                file = tree / name / "anat" / f"{name}_{variable.suffix}.nii.gz"
+                nib.save(nifti(person[variable.name], affine), file)
+            values = [person[variable.name] for variable in schema.scalars]
+            lines.append([name, *(v if isinstance(v, str) else f"{v:.6g}" for v in values)])
+            if len(shown) < SHOWN:
+                shown.append(person)
+        write_text(tree / "participants.tsv", "".join("\t".join(line) + "\n" for line in lines))
+        write_text(tree / "participants.json", json.dumps(_columns(schema), indent=1))
+        description = {
+            "Name": "Synthetic people drawn from a generative model",
+            "BIDSVersion": "1.10.0",
+            "DatasetType": "raw",
+            "GeneratedBy": [{"Name": "mvhpc", "Version": versions()["mvhpc"], **source}],
+        }
+        write_text(tree / "dataset_description.json", json.dumps(description, indent=1))
+        write_text(tree / "README", README)
+    return shown
+
+
+def _columns(schema: Schema) -> dict[str, dict[str, Any]]:
+    """What the columns of participants.tsv mean."""
+    columns: dict[str, dict[str, Any]] = {}
+    for variable in schema.scalars:
+        columns[variable.column] = {"Description": f"{variable.name}, drawn from the model"}
+        if variable.kind == "categorical":
+            columns[variable.column]["Levels"] = {c: c for c in variable.classes}
+        elif variable.unit:
+            columns[variable.column]["Units"] = variable.unit
+    return columns
+
+
+def run(config: GenerateConfig, run: Run) -> dict[str, Any]:
+    """Stage ``generate``: write people to ``config.out`` as a BIDS tree, and a figure of the first few.
+
+    Returns:
+        How many, and mean and SD of the numbers and shares of the classes among them.
+
+    Raises:
+        ConfigError: given values that the model cannot take.
+        FileExistsError: where ``config.out`` holds something already.
+    """
+    if config.count < 1:
+        raise ConfigError(f"count={config.count}: at least one person is needed")
+    set_threads(config.compute)
+    sampler = Sampler(config.model, config.sampling, config.compute.device, config.compute.precision)
+    schema, grid = sampler.model.schema, sampler.model.grid
+    given = parse_given(schema, config.given)
+    source = {
+        "Description": "Nobody in this data set exists.",
+        "Model": identity(config.model),
+        "Given": given,
+        "Sampling": to_dict(config.sampling),
+        "Seed": config.seed,
+        "Packages": versions(),
+    }
+    table: dict[str, list[Any]] = {variable.name: [] for variable in schema.scalars}
+
+    def drawn() -> Iterator[Person]:
+        everybody = draw_people(sampler, config.count, given, config.seed, config.batch)
+        for person in progress(everybody, "people", config.count, "person"):
+            for name, values in table.items():
+                values.append(person[name])
+            yield person
+
+    shown = write_bids(Path(config.out), drawn(), config.count, schema, grid["affine"], source)
+    with run.figure("people.png") as path:
+        volumes = [person[schema.volumes[0].name] for person in shown]
+        people(volumes, [caption(schema, person) for person in shown], path)
+    return {"people": config.count, **_summary(schema, table)}
+
+
+def _summary(schema: Schema, table: Mapping[str, Sequence[Any]]) -> dict[str, float]:
+    summary: dict[str, float] = {}
+    for variable in schema.scalars:
+        values = table[variable.name]
+        if variable.kind == "categorical":
+            summary |= {f"{variable.name}_p_{c}": values.count(c) / len(values) for c in variable.classes}
+        else:
+            summary |= {f"{variable.name}_mean": float(np.mean(values)), f"{variable.name}_sd": float(np.std(values))}
+    return summary

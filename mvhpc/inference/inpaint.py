@@ -1,0 +1,225 @@
+"""Fill in the part of a volume that is not known.
+
+The known part is given to the sampler in the latent space, where one cell stands for a block of voxels: a cell is
+known only if all its voxels are. After decoding, the known voxels are put back as they were.
+"""
+
+import gzip
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+
+from mvhpc.config import ConfigError, InpaintConfig, choose
+from mvhpc.evaluation.figures import inpainting
+from mvhpc.inference.chains import Sampler, parse_given, set_threads
+from mvhpc.inference.generate import Person, caption, decode, nifti
+from mvhpc.inference.predict import check_data
+from mvhpc.randomness import generator
+from mvhpc.run import Run
+from mvhpc.variables import Volume
+from shards import volumes
+from shards.files import whole_file
+from shards.loader import Dataset
+from shards.progress import progress
+
+
+def latent_mask(known: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Which latent cells are known: those all of whose voxels are.
+
+    Args:
+        known: bool (H, W, D), which voxels are known.
+        shape: (h, w, d) of the latent; each divides its axis of ``known``.
+
+    Returns:
+        bool (1, 1, h, w, d).
+    """
+    cell = [size // cells for size, cells in zip(known.shape, shape)]
+    unknown = F.max_pool3d((~known)[None, None].float(), cell, cell)  # (1, 1, h, w, d)
+    return unknown == 0
+
+
+@torch.inference_mode()
+def complete(
+    sampler: Sampler,
+    name: str,
+    voxels: NDArray,
+    known: NDArray,
+    given: Mapping[str, float | str] | None = None,
+    samples: int = 3,
+    seed: int = 0,
+) -> list[Person]:
+    """Draw completions of one volume, and with each what else is not given.
+
+    Args:
+        sampler: of a joint model.
+        name: the volume variable.
+        voxels: (H, W, D) in [0, 1] on the model's grid; what is not known is never looked at.
+        known: bool (H, W, D).
+        given: scalars held fixed, in their units.
+        samples: how many completions.
+        seed: of the noise; completion i of a seed is always the same.
+
+    Returns:
+        Values by variable for each completion; the known voxels of ``name`` are those of ``voxels``.
+
+    Raises:
+        ConfigError: where nothing, or everything, is known.
+    """
+    if known.all() or not known.any():
+        raise ConfigError(f"the mask calls {'every' if known.all() else 'no'} voxel known: nothing to fill in")
+    model, device, given = sampler.model, sampler.device, given or {}
+    volume = model.variables[name]
+    assert isinstance(volume, Volume)
+    seen = torch.from_numpy(np.where(known, voxels, 0).astype(np.float32))[None, None].to(device)
+    mask = {name: latent_mask(torch.from_numpy(known), volume.shape[1:]).to(device)}
+    scalars, _ = model.variables.encode_scalars([given])
+    fixed = {name: model.encode(name, seen)} | {n: scalars[n] for n in given}  # (1, C, h, w, d), (1, 1), (1,)
+    people: list[Person] = []
+    for i in progress(range(samples), "completions", unit="sample"):
+        drawn = sampler(fixed, [generator(seed, "inpaint", i)], mask=mask)
+        person = {n: given.get(n, decode(sampler, n, value)) for n, value in drawn.items()}
+        person[name] = np.where(known, voxels, person[name]).astype(np.float32)
+        people.append(person)
+    return people
+
+
+def left_half(shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """bool (H, W, D): the person's left half of a volume, whose first axis goes to the right."""
+    known = np.zeros(shape, bool)
+    known[: shape[0] // 2] = True
+    return known
+
+
+def show_completions(
+    sampler: Sampler, voxels: NDArray, known: NDArray, people: Sequence[Person], name: str, path: Path
+) -> None:
+    """Write the figure: original, what was known, completions with their scalars."""
+    captions = [caption(sampler.model.schema, person) for person in people]
+    inpainting(voxels, known, [person[name] for person in people], path, captions)
+
+
+def inpaint_half(sampler: Sampler, dataset: Dataset, key: str, path: Path, samples: int = 3, seed: int = 0) -> None:
+    """Hide the right half of a packed volume, fill it in, and write the figure; nothing else is given.
+
+    Args:
+        sampler: of a joint model.
+        dataset: packed volumes on the model's grid.
+        key: whose.
+        path: PNG file.
+        samples: completions.
+        seed: of the noise.
+    """
+    check_data(sampler.model, dataset, [])
+    name = sampler.model.schema.volumes[0].name
+    voxels = dataset.read(key, name).astype(np.float32)
+    known = left_half(voxels.shape)
+    show_completions(
+        sampler, voxels, known, complete(sampler, name, voxels, known, samples=samples, seed=seed), name, path
+    )
+
+
+def place(image: Path, mask: Path, grid: Mapping[str, Any]) -> tuple[NDArray, NDArray[np.bool_], NDArray[np.float64]]:
+    """Bring a volume to the model's grid as packing does, and its mask with it.
+
+    Args:
+        image: NIfTI file.
+        mask: NIfTI file in the same space, of any voxel size; non-zero where the image is known. Beyond its edges it
+            goes on as at them.
+        grid: ``spacing`` (mm) and ``shape`` (voxels) of the model's volumes.
+
+    Returns:
+        Voxels (H, W, D) in [0, 1]; bool (H, W, D), where at least 99 % of a voxel's value come from what is known; and
+        the affine (4, 4) that puts the grid into the image's space, in mm.
+
+    Raises:
+        ConfigError: a file that cannot be used, and why.
+    """
+    spacing, shape = float(grid["spacing"]), tuple(grid["shape"])
+    try:
+        voxels = volumes.canonical(image, spacing, shape).voxels.astype(np.float32)
+        affine = np.array(grid["affine"]) + _centre(image)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"image={image}: {error}") from error
+    try:
+        marked = nib.as_closest_canonical(volumes._parse(mask.read_bytes()))
+        weight = (np.asarray(marked.dataobj) != 0).astype(np.float32)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"mask={mask}: {error}") from error
+    to_mm = _to_mm(marked)
+    coarser = np.maximum((spacing / np.linalg.norm(to_mm[:3, :3], axis=0)) ** 2 - 1, 0)
+    weight = ndimage.gaussian_filter(weight, np.sqrt(coarser) * volumes.FWHM_TO_SIGMA, mode="nearest")
+    share = ndimage.affine_transform(weight, np.linalg.inv(to_mm) @ affine, output_shape=shape, order=1, mode="nearest")
+    return voxels, share > 0.99, affine
+
+
+def _centre(image: Path) -> NDArray[np.float64]:
+    """What to add to the grid's affine, whose origin is the brain's centre, to be in the image's space: (4, 4), mm."""
+    source = nib.as_closest_canonical(volumes._parse(image.read_bytes()))
+    voxel = np.rint(ndimage.center_of_mass(volumes._rescale(volumes._voxels(source))))
+    shift = np.zeros((4, 4))
+    shift[:3, 3] = (_to_mm(source) @ [*voxel, 1])[:3]
+    return shift
+
+
+def _to_mm(image: nib.Nifti1Image) -> NDArray[np.float64]:
+    """The affine (4, 4) of an image in mm, whatever unit its header names."""
+    affine: NDArray[np.float64] = np.eye(4)
+    affine[:3, :3] = volumes._directions(image)
+    unit = np.linalg.norm(affine[:3, :3]) / np.linalg.norm(image.affine[:3, :3])
+    affine[:3, 3] = unit * image.affine[:3, 3]
+    return affine
+
+
+def run(config: InpaintConfig, run: Run) -> dict[str, Any]:
+    """Stage ``inpaint``: write the completed volume to ``config.out``, in the image's space on the model's grid.
+
+    Several samples are written as ``NAME_1.nii.gz``, ``NAME_2.nii.gz`` and so on.
+
+    Returns:
+        The share of voxels and of latent cells that are known, and the scalars of each completion.
+
+    Raises:
+        ConfigError: files or given values that cannot be used, or an unknown variable.
+    """
+    out = Path(config.out)
+    stem = next((out.name.removesuffix(end) for end in (".nii.gz", ".nii") if out.name.endswith(end)), None)
+    if stem is None:
+        raise ConfigError(f"out={config.out}: the result is a volume, name it with .nii.gz or .nii")
+    if config.samples < 1:
+        raise ConfigError(f"samples={config.samples}: at least one is needed")
+    set_threads(config.compute)
+    sampler = Sampler(config.model, config.sampling, config.compute.device, config.compute.precision)
+    schema, grid = sampler.model.schema, sampler.model.grid
+    name = choose(config.variable or schema.volumes[0].name, [v.name for v in schema.volumes], "volume")
+    given = parse_given(schema, config.given)
+    voxels, known, affine = place(Path(config.image), Path(config.mask), grid)
+    people = complete(sampler, name, voxels, known, given, config.samples, config.seed)
+
+    ending = out.name.removeprefix(stem)
+    names = [out.name] if len(people) == 1 else [f"{stem}_{i}{ending}" for i in range(1, len(people) + 1)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for file, person in zip(names, people):
+        with whole_file(out.with_name(file)) as part:
+            part.write_bytes(_compressed(nifti(person[name], affine), ending))
+    with run.figure("inpainting.png") as path:
+        show_completions(sampler, voxels, known, people, name, path)
+    volume = sampler.model.variables[name]
+    assert isinstance(volume, Volume)
+    cells = latent_mask(torch.from_numpy(known), volume.shape[1:])
+    summary: dict[str, Any] = {"known_voxels": float(known.mean()), "known_cells": float(cells.float().mean())}
+    for file, person in zip(names, people):
+        summary[file] = caption(schema, person)
+    return summary
+
+
+def _compressed(image: nib.Nifti1Image, ending: str) -> bytes:
+    raw: bytes = image.to_bytes()
+    return gzip.compress(raw, mtime=0) if ending.endswith(".gz") else raw

@@ -1,0 +1,116 @@
+"""Small real inputs shared by the tests: a BIDS tree, shards packed from it, and an untrained joint model."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from mvhpc import config
+from mvhpc.models.autoencoder import Autoencoder
+from mvhpc.models.bundle import save_autoencoder, save_joint
+from mvhpc.models.denoiser import JointDenoiser
+from mvhpc.variables import Variables
+from shards.loader import open_dataset
+from shards.pack import pack
+from shards.schema import Schema
+
+SCHEMA = {
+    "image": {"kind": "volume", "suffix": "T1w"},
+    "age": {"kind": "continuous", "range": [0, 120], "unit": "years"},
+    "sex": {"kind": "categorical", "classes": ["F", "M"], "aliases": {"female": "F", "male": "M"}},
+}
+DIFFUSION = config.Diffusion(
+    steps=1000,
+    beta_start=0.0015,
+    beta_end=0.0195,
+    time="independent",
+    shared_fraction=0.25,
+    clean_fraction=0.25,
+    noise_fraction=0.25,
+    volume="v",
+    continuous="v",
+    weights={},
+)
+
+
+def write_bids(folder: Path, subjects: int, size: int = 20, seed: int = 0) -> Path:
+    """A BIDS tree of textured ellipsoids at 8 mm; the fourth person has no age and the fifth no sex."""
+    rng = np.random.default_rng(seed)
+    lines = ["participant_id\tage\tsex"]
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, size)] * 3, indexing="ij"))
+    for i in range(subjects):
+        name, age, sex = f"sub-{i:02d}", rng.uniform(20, 80), rng.integers(2)
+        axes = np.array([0.6, 0.75, 0.65]) * (0.85 + 0.1 * sex + 0.05 * rng.standard_normal())
+        inside = np.sum((grid / axes[:, None, None, None]) ** 2, 0) < 1
+        voxels = inside * (1 - 0.4 * (np.abs(grid).max(0) < age / 200) + 0.1 * rng.random(inside.shape))
+        (folder / name / "anat").mkdir(parents=True)
+        image = nib.Nifti1Image(voxels.astype(np.float32), np.diag([8.0, 8, 8, 1]))
+        nib.save(image, folder / name / "anat" / f"{name}_T1w.nii.gz")
+        lines.append(f"{name}\t{'n/a' if i == 3 else f'{age:.1f}'}\t{'n/a' if i == 4 else 'FM'[sex]}")
+    (folder / "participants.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BIDS tree of 12 people."""
+    return write_bids(tmp_path_factory.mktemp("tiny") / "bids", 12)
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tiny_bids: Path) -> Path:
+    """Those 12 people packed at 16 x 16 x 16; half of them test."""
+    out = tiny_bids.parent / "packed"
+    pack(
+        tiny_bids,
+        out,
+        storage="zarr",
+        schema=Schema.from_dict(SCHEMA),
+        spacing=8.0,
+        shape=(16, 16, 16),
+        max_rejects="0",
+        fractions=(0.4, 0.1, 0.5),
+        group="",
+        folds=0,
+        seed=0,
+        workers=1,
+    )
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_dataset: Path) -> Path:
+    """A run folder that holds an untrained joint model on the grid of ``tiny_dataset``."""
+    schema, folder = Schema.from_dict(SCHEMA), tiny_dataset.parent
+    small = config.Autoencoder([8, 8, 8, 16], latent_channels=4, res_blocks=1, norm_groups=4, checkpointing=False)
+    unet = config.Denoiser(
+        [16, 32],
+        attention=[False, True],
+        res_blocks=1,
+        head_channels=16,
+        norm_groups=8,
+        embedding=16,
+        dropout=0.0,
+        checkpointing=False,
+    )
+    latent = {"image": {"shape": [4, 2, 2, 2], "scale": 1.0}}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        autoencoder = Autoencoder(small)
+        denoiser = JointDenoiser(Variables.from_schema(schema, latent), unet)
+        for weights in denoiser.parameters():  # output layers start at zero: make all of them say something
+            weights.data += 0.05 * torch.randn_like(weights)
+    save_autoencoder(folder / "vae" / "model", autoencoder, small)
+    save_joint(
+        folder / "joint" / "model",
+        denoiser.state_dict(),
+        folder / "vae",
+        model=unet,
+        diffusion=DIFFUSION,
+        schema=schema,
+        latent=latent,
+        grid=open_dataset(tiny_dataset).index.grid,
+    )
+    return folder / "joint"

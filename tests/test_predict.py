@@ -1,0 +1,155 @@
+"""Predictions do not depend on how they were computed, and every bad question gets its reason."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mvhpc.config import ConfigError, PredictConfig, load_config
+from mvhpc.evaluation.tables import constant_predictions, read_predictions, scoreboard
+from mvhpc.inference import predict
+from mvhpc.inference.predict import Predictor
+from mvhpc.run import Run
+from shards.loader import open_dataset
+from shards.schema import Schema
+
+
+def configuration(model: Path, data: Path, out: Path, **values: Any) -> PredictConfig:
+    few = {"sampling.steps": 5, "sampling.stride": 200, "split": "all", "compute.device": "cpu"}
+    places = {"model": str(model), "data": str(data), "out": str(out)}
+    return load_config(PredictConfig, "predict", "default", (), few | places | values)
+
+
+def answer(config: PredictConfig, folder: Path) -> tuple[dict[str, Any], list[list[str]]]:
+    """Run the stage; its summary and the cells of its table."""
+    folder.mkdir(exist_ok=True)
+    summary = predict.run(config, Run(folder))
+    return summary, [line.split("\t") for line in Path(config.out).read_text().splitlines()]
+
+
+def test_rows_are_one_a_subject_in_order_and_say_what_was_missing(tiny_model, tiny_dataset, tmp_path) -> None:
+    config = configuration(
+        tiny_model, tiny_dataset, tmp_path / "a.tsv", given=["image", "age"], want=["sex"], samples=4
+    )
+    summary, lines = answer(config, tmp_path / "run")
+    dataset = open_dataset(tiny_dataset)
+    assert [line[0] for line in lines[1:]] == dataset.keys()
+    assert lines[0] == ["key", "subject", "sex", "sex_p_F", "sex_p_M", "sex_true", "not_given"]
+    frame, description = read_predictions(tmp_path / "a.tsv")
+    assert (frame["sex_p_F"] + frame["sex_p_M"]).to_numpy() == pytest.approx(1)
+    assert set(frame["sex_p_F"]) <= {0, 0.25, 0.5, 0.75, 1}
+    lacking = frame.loc[frame["not_given"].notna(), ["key", "not_given"]].to_numpy().tolist()
+    assert lacking == [["sub-03", "age"]]
+    assert frame.loc[frame["sex_true"].isna(), "key"].tolist() == ["sub-04"]
+    known = frame.dropna(subset=["sex_true"])
+    assert summary["all/sex_accuracy"] == pytest.approx((known["sex"] == known["sex_true"]).mean())
+    assert description["data"] == dataset.index.digest and description["network_calls"] == 20
+
+
+def test_mean_and_sd_are_those_of_the_chains(tiny_model, tiny_dataset, tmp_path) -> None:
+    """Chain c of a subject is the same whatever the number of chains, so three means give away three chains."""
+    means = {}
+    for samples in (1, 2, 3):
+        config = configuration(
+            tiny_model, tiny_dataset, tmp_path / f"{samples}.tsv", given=["image"], want=["age"], samples=samples
+        )
+        answer(config, tmp_path / "run")
+        means[samples], _ = read_predictions(config.out)
+    m1, m2, m3 = (means[samples]["age"].to_numpy() for samples in (1, 2, 3))
+    chains = np.stack([m1, 2 * m2 - m1, 3 * m3 - 2 * m2])
+    assert means[3]["age_sd"].to_numpy() == pytest.approx(chains.std(0, ddof=1), rel=1e-3)
+    assert means[1]["age_sd"].isna().all()
+    assert len(set(m1.round(3))) == len(m1)
+
+
+def test_rows_do_not_depend_on_the_batch(tiny_model, tiny_dataset, tmp_path) -> None:
+    tables = []
+    for batch in (1, 5, 12):
+        config = configuration(
+            tiny_model, tiny_dataset, tmp_path / f"{batch}.tsv", given=["image", "age"], want=["sex"], batch=batch
+        )
+        answer(config, tmp_path / "run")
+        both = configuration(
+            tiny_model, tiny_dataset, tmp_path / f"age{batch}.tsv", given=["sex"], want=["age"], batch=batch
+        )
+        answer(both, tmp_path / "run")
+        tables.append((read_predictions(config.out)[0], read_predictions(both.out)[0]))
+    for sex, age in tables[1:]:
+        assert sex.equals(tables[0][0])
+        assert age[["age", "age_sd"]].to_numpy(float) == pytest.approx(
+            tables[0][1][["age", "age_sd"]].to_numpy(float), rel=1e-4
+        )
+
+
+@pytest.mark.slow
+def test_two_workers_write_what_one_writes(tiny_model, tiny_dataset, tmp_path) -> None:
+    written = []
+    for workers in (1, 2):
+        config = configuration(
+            tiny_model,
+            tiny_dataset,
+            tmp_path / f"{workers}.tsv",
+            given=["image"],
+            want=["age", "sex"],
+            batch=4,
+            **{"compute.workers": workers, "compute.threads": 1},
+        )
+        answer(config, tmp_path / "run")
+        written.append(Path(config.out).read_bytes())
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"given": ["imag"], "want": ["age"]}, "Did you mean 'image'"),
+        ({"given": ["image"], "want": ["agee"]}, "Did you mean 'age'"),
+        ({"given": ["image", "age"], "want": ["age"]}, "both given and wanted"),
+        ({"given": ["sex", "sex"], "want": ["age"]}, "named twice"),
+        ({"given": ["sex"], "want": []}, "nothing is wanted"),
+        ({"given": ["sex"], "want": ["image"]}, "mvhpc generate"),
+        ({"given": [], "want": ["age"], "split": "tets"}, "Did you mean 'test'"),
+        ({"given": [], "want": ["age"], "split_name": "fold-1"}, "unknown split"),
+        ({"given": [], "want": ["age"], "samples": 0}, "at least one chain"),
+        ({"given": [], "want": ["age"], "sampling.conditioning": "repant"}, "Did you mean 'repaint'"),
+    ],
+)
+def test_a_bad_question_is_refused_with_its_reason(tiny_model, tiny_dataset, tmp_path, values, words) -> None:
+    config = configuration(tiny_model, tiny_dataset, tmp_path / "a.tsv", **values)
+    with pytest.raises(ConfigError, match=words):
+        predict.run(config, Run(tmp_path))
+    assert not list(tmp_path.glob("a.*"))
+
+
+def test_answers_go_to_a_table(tiny_model, tiny_dataset, tmp_path) -> None:
+    config = configuration(tiny_model, tiny_dataset, tmp_path / "a.csv", given=[], want=["age"])
+    with pytest.raises(ConfigError, match=r"name it with \.tsv"):
+        predict.run(config, Run(tmp_path))
+
+
+def test_data_on_another_grid_are_refused(tiny_model, tiny_bids, tmp_path) -> None:
+    from shards.pack import pack
+
+    schema = Schema.from_dict(json.loads((tiny_model / "model" / "model.json").read_text())["schema"])
+    options = {"storage": "zarr", "schema": schema, "max_rejects": "0", "fractions": (0.4, 0.1, 0.5)}
+    pack(tiny_bids, tmp_path / "coarse", spacing=10.0, shape=(16, 16, 16), **options)
+    with pytest.raises(ConfigError, match=r"spacing.*pack again with spacing 8"):
+        Predictor(tiny_model, tmp_path / "coarse", ["image"], ["age"], 1, configuration_sampling(), 0, "cpu")
+
+
+def configuration_sampling() -> Any:
+    return load_config(
+        PredictConfig, "predict", "default", (), {"model": "", "data": "", "out": "", "want": []}
+    ).sampling
+
+
+def test_predicting_the_mean_is_that_of_the_training_part(tiny_dataset) -> None:
+    dataset = open_dataset(tiny_dataset)
+    frame = constant_predictions(dataset, dataset.index.schema, ["age", "sex"])
+    ages = [dataset.values(key)["age"] for key in dataset.keys("train")]
+    assert frame["key"].tolist() == dataset.keys("test")
+    assert set(frame["age"]) == {np.mean([age for age in ages if age is not None])}
+    table = scoreboard([("predicting the mean", frame)], dataset.index.schema, ["age", "sex"])
+    assert table.header[1:3] == ["age error (years)", "sex accuracy"]
