@@ -1,0 +1,227 @@
+"""The phantom's law: what is drawn, what the image shows of it, and the exact posterior."""
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import kstest
+
+from shards import phantom
+from shards.anatomy import AGES, LAW, best_possible, draw_anatomy, draw_person, posterior, read_tables
+from shards.brain import render_tissues, spacing
+from shards.phantom import draw_subject, make_phantoms, render_image
+
+SHAPE = (32, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def people() -> pd.DataFrame:
+    rng = np.random.default_rng(3)
+    drawn = [draw_person(rng) for _ in range(5000)]
+    table = pd.DataFrame([draw_anatomy(rng, age, sex) for age, sex in drawn])
+    return table.assign(
+        participant_id=[f"sub-{i}" for i in range(len(drawn))],
+        age=[age for age, _ in drawn],
+        sex=[sex for _, sex in drawn],
+    )
+
+
+# --- the law --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LAW)
+def test_regressions_are_recovered_from_draws(people: pd.DataFrame, name: str) -> None:
+    law, a = LAW[name], (people["age"].to_numpy() - 50) / 10
+    design = np.stack([np.ones_like(a), a, a**2, people["sex"] == "M"], 1).astype(float)
+    y = np.log(people[name]) if law.log else people[name]
+    fit = np.linalg.lstsq(design, y, rcond=None)[0]
+    errors = law.sd * np.sqrt(np.diag(np.linalg.inv(design.T @ design)))
+    truth = [law.constant, law.age, law.square, law.male]
+    assert np.all(np.abs(fit - truth) < 4 * errors)
+    assert np.std(y - design @ fit) == pytest.approx(law.sd, rel=4 / np.sqrt(2 * len(people)))
+
+
+def test_brain_share_agrees_with_the_measured_ratio() -> None:
+    """Grey + white, drawn from IXI's figures, against OASIS-1's regression of the same: slope, sex and spread."""
+    grey, white = LAW["grey_percent"], LAW["white_percent"]
+    assert grey.age + white.age == pytest.approx(-1.8, abs=0.5)
+    assert grey.square + white.square == pytest.approx(-0.2, abs=0.1)
+    assert grey.male + white.male == pytest.approx(-1.1, abs=0.2)
+    assert np.hypot(grey.sd, white.sd) == pytest.approx(2.3, abs=0.2)
+
+
+# --- the posterior --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sex_given", [False, True])
+def test_posterior_of_age_is_calibrated(people: pd.DataFrame, sex_given: bool) -> None:
+    answer = posterior(people, sex=people["sex"] if sex_given else None)
+    np.testing.assert_allclose(answer.mass.sum((1, 2)), 1)
+    assert kstest(answer.cdf(people["age"]), "uniform").pvalue > 0.001
+
+
+@pytest.mark.parametrize("age_given", [False, True])
+def test_posterior_of_sex_is_calibrated(people: pd.DataFrame, age_given: bool) -> None:
+    male = posterior(people, age=people["age"] if age_given else None).sex[:, 1]
+    truth = (people["sex"] == "M").to_numpy()
+    for low in np.arange(0, 1, 0.2):
+        chosen = (male >= low) & (male < low + 0.2)
+        error = np.sqrt(np.mean(male[chosen] * (1 - male[chosen])) / chosen.sum())
+        assert abs(truth[chosen].mean() - male[chosen].mean()) < 4 * error
+
+
+def test_posterior_equals_rejection_sampling() -> None:
+    """Of many people drawn from the law, those whose anatomy comes close to the given one have the posterior's law."""
+    rng = np.random.default_rng(0)
+    n = 1_500_000
+    age, male = rng.uniform(*AGES, n), rng.integers(2, size=n)
+    given = {
+        "icv_ml": 1450.0,
+        "ventricles_ml": 24.0,
+        "grey_percent": 44.5,
+        "white_percent": 38.0,
+        "hippocampus_ml": 7.9,
+    }
+    near = np.ones(n, bool)
+    for name, law in LAW.items():
+        value = law.mean(age, male) + law.sd * rng.standard_normal(n)
+        near &= np.abs(value - (np.log(given[name]) if law.log else given[name])) < 0.45 * law.sd
+    answer, kept = posterior(given), int(near.sum())
+    assert kept > 800
+    assert abs(age[near].mean() - answer.mean[0]) < 4 * answer.sd[0] / np.sqrt(kept)
+    assert age[near].std() == pytest.approx(answer.sd[0], rel=0.1)
+    assert male[near].mean() == pytest.approx(answer.sex[0, 1], abs=4 * 0.5 / np.sqrt(kept))
+
+
+def test_posterior_of_nothing_is_the_prior_and_a_finer_grid_changes_nothing(people: pd.DataFrame) -> None:
+    prior = posterior()
+    assert prior.mean[0] == pytest.approx(51)
+    assert prior.sd[0] == pytest.approx(62 / np.sqrt(12), rel=1e-4)
+    assert prior.quantile(0.9)[0] == pytest.approx(20 + 0.9 * 62)
+    np.testing.assert_allclose(prior.sex, 0.5)
+    few = people.head(20)
+    coarse, fine = posterior(few), posterior(few, cells=6200)
+    np.testing.assert_allclose(coarse.mean, fine.mean, atol=2e-3)
+    np.testing.assert_allclose(coarse.sex, fine.sex, atol=1e-4)
+
+
+def test_age_is_no_easier_to_read_than_from_real_brains(people: pd.DataFrame) -> None:
+    def error(given: list[str]) -> float:
+        return float(np.abs(best_possible(people, given)["age_median"].to_numpy() - people["age"]).mean())
+
+    def accuracy(given: list[str]) -> float:
+        return float(((best_possible(people, given)["M"].to_numpy() > 0.5) == (people["sex"] == "M")).mean())
+
+    assert 5.9 < error(["image", "sex"]) < error(["image"]) < 6.6
+    assert error([]) == pytest.approx(15.5, abs=0.4)
+    assert 0.81 < accuracy(["image"]) < accuracy(["image", "age"]) < 0.86
+
+
+def test_best_possible_refuses_an_unknown_name(people: pd.DataFrame) -> None:
+    with pytest.raises(ValueError, match="site"):
+        best_possible(people, ["site"])
+
+
+# --- the image --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (40, 48, 40)])
+def test_rendered_volumes_are_those_drawn(people: pd.DataFrame, shape: tuple[int, int, int]) -> None:
+    voxel_ml = spacing(shape) ** 3 / 1000
+    for i, row in people.head(12).iterrows():
+        tissues = render_tissues(row, np.random.default_rng(int(str(i))), shape)
+        ml = {name: float(part.sum()) * voxel_ml for name, part in tissues._asdict().items()}
+        icv = ml["csf"] + ml["grey"] + ml["white"]
+        assert icv == pytest.approx(row["icv_ml"], rel=0.005)
+        assert ml["ventricles"] == pytest.approx(row["ventricles_ml"], rel=0.01)
+        assert ml["hippocampus"] == pytest.approx(row["hippocampus_ml"], rel=0.01)
+        assert 100 * ml["grey"] / icv == pytest.approx(row["grey_percent"], rel=0.01)
+        assert 100 * ml["white"] / icv == pytest.approx(row["white_percent"], rel=0.01)
+        assert all(part.min() >= -1e-6 for part in tissues)
+
+
+def test_extreme_heads_fit_the_field_of_view() -> None:
+    largest = {**draw_anatomy(np.random.default_rng(0), 20, "M"), "icv_ml": 2100.0}
+    for seed in range(3):
+        tissues = render_tissues(largest, np.random.default_rng(seed), SHAPE)
+        head = tissues.csf + tissues.grey + tissues.white
+        assert head.sum() * spacing(SHAPE) ** 3 / 1000 == pytest.approx(2100, rel=0.005)
+        for axis in range(3):
+            assert max(np.take(head, end, axis).max() for end in (0, -1)) < 0.5
+
+
+def test_tissues_of_the_image_can_be_told_apart() -> None:
+    anatomy = {name: float(np.exp(law.constant) if law.log else law.constant) for name, law in LAW.items()}
+    rng = np.random.default_rng(1)
+    tissues = render_tissues(anatomy, rng, SHAPE)
+    image = render_image(tissues, rng).astype(float)
+    pure = [image[part > 0.9].mean() for part in (tissues.csf, tissues.grey, tissues.white)]
+    assert 0 < 2 * pure[0] < pure[1] < 0.8 * pure[2]
+    assert np.all(image[tissues.csf + tissues.grey + tissues.white <= 0] == 0)
+
+
+def test_individual_shape_knows_neither_age_nor_sex() -> None:
+    """Subjects differ by anatomy and nuisance; the nuisance stream is the same whoever owns it."""
+    images = []
+    for age, sex in ((25.0, "F"), (80.0, "M")):
+        anatomy = {**draw_anatomy(np.random.default_rng(0), age, sex), **dict.fromkeys(LAW, 0.0)}
+        anatomy |= {"icv_ml": 1500, "ventricles_ml": 20, "grey_percent": 45, "white_percent": 38}
+        anatomy["hippocampus_ml"] = 7.5
+        rng = np.random.default_rng(5)
+        images.append(render_image(render_tissues(anatomy, rng, SHAPE), rng))
+    np.testing.assert_array_equal(*images)
+
+
+# --- the data set --------------------------------------------------------------------------------------------------
+
+
+def test_subject_depends_on_seed_and_index_alone(tmp_path: Path) -> None:
+    make_phantoms(tmp_path / "two", 2, (16, 16, 16), seed=4, workers=1)
+    make_phantoms(tmp_path / "five", 5, (16, 16, 16), seed=4, workers=2)
+    few, many = read_tables(tmp_path / "two"), read_tables(tmp_path / "five")
+    pd.testing.assert_frame_equal(few, many.head(2))
+    for name in few["participant_id"]:
+        file = Path(name) / "anat" / f"{name}_T1w.nii.gz"
+        assert (tmp_path / "two" / file).read_bytes() == (tmp_path / "five" / file).read_bytes()
+    assert len(set(many["icv_ml"])) == 5
+    assert draw_subject(4, 0, (16, 16, 16))[0] == many["age"][0] != draw_subject(5, 0, (16, 16, 16))[0]
+
+
+def test_bids_tree_holds_what_was_drawn(tmp_path: Path) -> None:
+    make_phantoms(tmp_path / "bids", 3, SHAPE, seed=1, workers=1)
+    assert json.loads((tmp_path / "bids" / "dataset_description.json").read_text())["DatasetType"] == "raw"
+    for index, row in read_tables(tmp_path / "bids").iterrows():
+        age, sex, anatomy, voxels = draw_subject(1, int(str(index)), SHAPE)
+        assert (row["age"], row["sex"]) == (age, sex)
+        assert {name: row[name] for name in anatomy} == pytest.approx(anatomy)
+        name = row["participant_id"]
+        image = nib.load(tmp_path / "bids" / name / "anat" / f"{name}_T1w.nii.gz")
+        np.testing.assert_array_equal(np.asarray(image.dataobj), voxels)
+        assert nib.aff2axcodes(image.affine) == ("R", "A", "S")
+        head_ml = np.count_nonzero(voxels) * np.prod(image.header.get_zooms()) / 1000
+        assert head_ml == pytest.approx(row["icv_ml"], rel=0.03)
+
+
+def test_refuses_a_folder_in_use_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    with pytest.raises(FileExistsError, match="not empty"):
+        make_phantoms(tmp_path / "out", 1, workers=1)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+
+    def fails(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(phantom, "_write_tables", fails)
+    with pytest.raises(OSError, match="disk full"):
+        make_phantoms(tmp_path / "new", 1, (16, 16, 16), workers=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(("subjects", "shape"), [(0, SHAPE), (1, (32, 8, 32))])
+def test_refuses_what_cannot_be_drawn(tmp_path: Path, subjects: int, shape: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        make_phantoms(tmp_path / "out", subjects, shape)
