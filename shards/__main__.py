@@ -194,6 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         COMMANDS[args.command](args)
+    except BrokenPipeError:  # the reader of our output, `head` say, had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (DataError, OSError) as error:
         print(f"shards {args.command}: {error}", file=sys.stderr)
         return 1 if isinstance(error, IntegrityError | TooManyRejects) else 2

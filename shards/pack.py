@@ -1,5 +1,6 @@
 """Packing: a table of people -> a dataset of canonical volumes, in parallel, going on after an interruption."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,6 +20,7 @@ from typing import Any
 from shards.dataset import Reject, Row, Table, read_table
 from shards.errors import DataError, TooManyRejects
 from shards.files import write_whole
+from shards.index import Index
 from shards.progress import Progress
 from shards.schema import Schema
 from shards.split import draw_folds, draw_fractions, merge_groups
@@ -108,58 +110,71 @@ def pack(
         raise DataError(f"{source}: the table has no rows")
     allowed = _allowed(max_rejects, len(table.rows))
     draw_fractions([], fractions, seed)  # refuses bad fractions before hours of work
-    together = merge_groups([(r.subject, r.group) for r in table.rows if isinstance(r, Row)])
     arrays = {v.name: {"shape": size, "dtype": "<f2"} for v in schema.volumes}
     target = grid(spacing, size)
     token = _token(table, schema, target, storage, group)
+    arguments = {
+        "source": table.kind,
+        "spacing": spacing,
+        "shape": list(size),
+        "format": storage,
+        "max_rejects": str(max_rejects),
+        "fractions": [float(f) for f in fractions],
+        "group": group,
+        "folds": folds,
+        "seed": seed,
+    }
     writer = DatasetWriter(out, storage, "volumes", schema, arrays, target, group=group, token=token)
+    with contextlib.closing(writer):
+        _fill(writer, table, spacing, size, workers or os.cpu_count() or 1)
+        packed = [n for n in writer.notes if "sources" in n]
+        rejects = [n for n in writer.notes if "reason" in n]
+        listing = _listing(rejects)
+        if len(rejects) > allowed or not packed:
+            listed = writer.folder / REJECTED
+            write_whole(listed, listing)
+            raise TooManyRejects(
+                f"{len(rejects)} of {len(table.rows)} rows are faulty ({max_rejects} allowed), first "
+                f"{_plain(rejects[0]['key'])}: {_plain(rejects[0]['reason'])}; all are listed in {listed}. "
+                "Mend them, or raise the limit: complete shards are then reused"
+            )
+        splits = {"default": draw_fractions(writer.records, fractions, seed, group)}
+        if folds:
+            splits |= draw_folds(writer.records, folds, seed, group)
+        provenance = {
+            "software": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "arguments": arguments,
+            "source_sha256": _digest([table.sha256, [[n["key"], n["sources"]] for n in packed]]),
+            "rows": len(table.rows),
+            "rejected": len(rejects),
+        }
+        index = writer.finish(splits, provenance, files={REJECTED: listing})
+    return _summary(index, table, packed, len(rejects))
 
-    done = len(writer.notes)  # one note a row
+
+def _fill(writer: DatasetWriter, table: Table, spacing: float, shape: tuple[int, int, int], workers: int) -> None:
+    """Convert and write the rows that the writer has no note of yet; each row leaves one note."""
+    done = len(writer.notes)
+    together = merge_groups([(r.subject, r.group) for r in table.rows if isinstance(r, Row)])
     with Progress("packing", len(table.rows), "volume", initial=done) as bar:
-        for row, outcome in _prepare(table.rows[done:], spacing, size, workers or os.cpu_count() or 1):
-            if isinstance(outcome, str):
+        for row, outcome in _convert_all(table.rows[done:], spacing, shape, workers):
+            if isinstance(outcome, str) or isinstance(row, Reject):
                 writer.note({"line": row.line, "key": row.key, "reason": outcome})
             else:
-                assert isinstance(row, Row)
                 hashes = {name: volume.sha256 for name, volume in outcome.items()}
                 writer.note({"key": row.key, "sources": hashes, "cropped": max(v.cropped for v in outcome.values())})
                 voxels = {name: volume.voxels for name, volume in outcome.items()}
                 writer.add(row.key, row.subject, row.values, voxels, together[row.subject])
             bar.update()
 
-    rejects = [n for n in writer.notes if "reason" in n]
-    listing = "line\tkey\treason\n" + "".join(
-        f"{n['line']}\t{_plain(n['key'])}\t{_plain(n['reason'])}\n" for n in rejects
-    )
-    if len(rejects) > allowed or len(rejects) == len(table.rows):
-        write_whole(Path(out) / REJECTED, listing.encode())
-        raise TooManyRejects(
-            f"{len(rejects)} of {len(table.rows)} rows are faulty ({max_rejects} allowed), as in: "
-            f"{_plain(rejects[0]['key'])}: {_plain(rejects[0]['reason'])}. All are listed in {Path(out) / REJECTED}. "
-            "Mend them, or raise the limit: packing then goes on from here."
-        )
-    splits = {"default": draw_fractions(writer.records, fractions, seed, group)}
-    if folds:
-        splits |= draw_folds(writer.records, folds, seed, group)
-    packed = [n for n in writer.notes if "sources" in n]
-    provenance = {
-        "software": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "arguments": {
-            "source": table.kind,
-            "spacing": spacing,
-            "shape": list(size),
-            "format": storage,
-            "max_rejects": str(max_rejects),
-            "fractions": [float(f) for f in fractions],
-            "group": group,
-            "folds": folds,
-            "seed": seed,
-        },
-        "source_sha256": _digest([table.sha256, [[n["key"], n["sources"]] for n in packed]]),
-        "rows": len(table.rows),
-        "rejected": len(rejects),
-    }
-    index = writer.finish(splits, provenance, files={REJECTED: listing.encode()})
+
+def _listing(rejects: Sequence[dict[str, Any]]) -> bytes:
+    """The content of ``rejected.tsv``."""
+    lines = [f"{n['line']}\t{_plain(n['key'])}\t{_plain(n['reason'])}\n" for n in rejects]
+    return "".join(["line\tkey\treason\n", *lines]).encode()
+
+
+def _summary(index: Index, table: Table, packed: Sequence[dict[str, Any]], rejected: int) -> Summary:
     notes = list(table.notes)
     cropped = [n for n in packed if n["cropped"] > CROPPED]
     if cropped:
@@ -168,14 +183,15 @@ def pack(
             f"{len(cropped)} volumes lose more than {CROPPED:.0%} of their signal to the box "
             f"({worst['key']} {worst['cropped']:.0%}): take a larger --shape"
         )
+    records, schema = index.records, index.schema
     return Summary(
         rows=len(table.rows),
         packed=len(packed),
-        rejected=len(rejects),
-        subjects=len({r.subject for r in index.records}),
+        rejected=rejected,
+        subjects=len({r.subject for r in records}),
         missing={
-            **{v.name: sum(v.name not in r.checksums for r in index.records) for v in schema.volumes},
-            **{v.name: sum(r.values[v.name] is None for r in index.records) for v in schema.scalars},
+            **{v.name: sum(v.name not in r.checksums for r in records) for v in schema.volumes},
+            **{v.name: sum(r.values[v.name] is None for r in records) for v in schema.scalars},
         },
         cropped=len(cropped),
         bytes=sum(f["bytes"] for f in index.files.values()),
@@ -240,7 +256,7 @@ def _convert(row: Row, spacing: float, shape: tuple[int, int, int]) -> Outcome:
     return volumes
 
 
-def _prepare(
+def _convert_all(
     rows: Sequence[Row | Reject], spacing: float, shape: tuple[int, int, int], workers: int
 ) -> Iterator[tuple[Row | Reject, Outcome]]:
     """Rows with their outcomes, in order, converted in ``workers`` processes (in this one where that is 1)."""

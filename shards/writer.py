@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class DatasetWriter:
             ``records`` and its notes in ``notes``. None starts afresh.
 
     Raises:
-        DataError: the folder holds a dataset already, another process writes it, or an argument cannot be used.
+        DataError: the folder holds a dataset already, another one writes it, or an argument cannot be used.
     """
 
     def __init__(
@@ -82,12 +83,17 @@ class DatasetWriter:
         self._store = self._open_store()
 
     def _lock(self) -> None:
-        self._descriptor = os.open(self.folder, os.O_RDONLY)
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        self._unlock = weakref.finalize(self, os.close, descriptor)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            os.close(self._descriptor)
-            raise DataError(f"{self.folder} is being written by another process") from None
+            self._unlock()
+            raise DataError(f"{self.folder} is being written by another writer") from None
+
+    def close(self) -> None:
+        """Let others write the folder; what is complete stays for a writer with the same token to go on from."""
+        self._unlock()
 
     def _resume(self, token: str | None) -> None:
         lines = []
@@ -230,7 +236,7 @@ class DatasetWriter:
         )
         index.save(self.folder)
         shutil.rmtree(self._partial)
-        os.close(self._descriptor)
+        self.close()
         return index
 
 
