@@ -88,7 +88,7 @@ class Tracker:
         if not same or old["uri"] != uri:
             # Another result, or another store for the same one: a new MLflow run, from where the journal is its own.
             begin = old["begin"] if same else len(read(folder))
-            old = {"id": uuid.uuid4().hex, "begin": begin, "sent": 0, "described": False}
+            old = {"id": uuid.uuid4().hex, "start": _now(), "begin": begin, "sent": 0, "described": False}
         values = {k: v for k, v in to_dict(config).items() if k != "tracking"}
         self._state = old | {
             "uri": uri,
@@ -211,9 +211,13 @@ def _open(client: "MlflowClient", folder: Path, state: dict[str, Any]) -> dict[s
     else:
         uri = _uri(state["uri"], folder)
         artifacts = Path(uri.removeprefix(SQLITE)).parent / "mlartifacts" if uri.startswith(SQLITE) else None
-        number = client.create_experiment(state["experiment"], artifacts and artifacts.as_uri())
+        number = client.create_experiment(
+            state["experiment"],
+            artifacts and artifacts.as_uri(),
+            tags={"mlflow.experimentKind": "custom_model_development"},  # its pages open on runs, not on chats
+        )
     found = client.search_runs([number], f"tags.identity = '{state['id']}'", max_results=1)
-    run = found[0] if found else client.create_run(number, run_name=state["name"], tags={"identity": state["id"]})
+    run = found[0] if found else client.create_run(number, state["start"], {"identity": state["id"]}, state["name"])
     return {"experiment_id": number, "run": run.info.run_id}
 
 
@@ -244,7 +248,7 @@ def _point(event: dict[str, Any]) -> dict[str, Any]:
     """The summary of a stage as metrics of step 0; any other event as it is."""
     if event["event"] != "summary":
         return event
-    metrics = {f"summary/{k}": v for k, v in event["metrics"].items() if isinstance(v, int | float)}
+    metrics = {f"summary/{k.replace('/', '_')}": v for k, v in event["metrics"].items() if isinstance(v, int | float)}
     return event | {"event": "metrics", "step": 0, "metrics": metrics}
 
 
@@ -272,7 +276,7 @@ def _tell(client: "MlflowClient", state: dict[str, Any]) -> None:
         return
     _tag(client, state["run"], state["made"])
     _log_datasets(client, state["run"], state["datasets"])
-    client.set_terminated(state["run"], status=state["status"])
+    client.set_terminated(state["run"], state["status"], state["end"])
 
 
 def _tag(client: "MlflowClient", run: str, tags: dict[str, str]) -> None:
@@ -307,8 +311,12 @@ def _save(folder: Path, state: dict[str, Any]) -> None:
     write_text(folder / STATE, json.dumps(state, indent=1))
 
 
+def _now() -> int:
+    return int(1000 * time.time())  # milliseconds, MLflow's unit
+
+
 def _ended(state: dict[str, Any], ending: dict[str, Any]) -> dict[str, Any]:
-    return state | ending | {"datasets": state["datasets"] + ending.get("datasets", [])}
+    return state | ending | {"end": _now(), "datasets": state["datasets"] + ending.get("datasets", [])}
 
 
 def _store(uri: str, folder: Path) -> tuple[str, Path]:
@@ -400,6 +408,7 @@ def _beside(folder: Path) -> None:
     """Replay the journal until the stage says on standard input how it ended, or is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the stage, whose end ends this
         signal.signal(number, signal.SIG_IGN)
+    os.umask(0o077)  # the store and its figures are their owner's
     logging.basicConfig(filename=folder / "log.txt", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     endings: list[str] = []
     over = threading.Event()
