@@ -1,5 +1,7 @@
 """Laws of categorical diffusion, against the K x K matrices that the closed form does without."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,9 +37,7 @@ def posterior(prior: torch.Tensor, t: int) -> torch.Tensor:
 @pytest.mark.parametrize("k", CLASSES)
 def test_marginal_is_the_product_of_transitions(k: int) -> None:
     for t in (0, 1, 37, 1000):
-        torch.testing.assert_close(
-            UNIFORM.marginal(torch.eye(k), t), transitions(k, 0, t), atol=1e-12, rtol=0
-        )
+        torch.testing.assert_close(UNIFORM.marginal(torch.eye(k), t), transitions(k, 0, t), atol=1e-12, rtol=0)
     torch.testing.assert_close(UNIFORM.marginal(torch.eye(k), T), torch.full((k, k), 1 / k).double())
 
 
@@ -75,7 +75,7 @@ def test_any_stride_gives_the_same_law(k: int, stride: int) -> None:
     prior = some_law(k)
     law = torch.full((1, k), 1 / k, dtype=torch.float64)
     grid = [*range(T, 0, -stride), 0]
-    for t, s in zip(grid, grid[1:]):
+    for t, s in pairwise(grid):
         law = law @ UNIFORM.reverse(posterior(prior, t), torch.arange(k), t, s)
         torch.testing.assert_close(law, UNIFORM.marginal(prior, s), atol=1e-10, rtol=0)
     torch.testing.assert_close(law, prior, atol=1e-10, rtol=0)

@@ -1,5 +1,7 @@
 """Laws of Gaussian diffusion: conversions invert each other, levels compose, DDIM follows the exact flow."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -56,7 +58,7 @@ def test_forward_levels_compose() -> None:
 def chain(z: torch.Tensor, mean: float, sd: float, steps: int) -> torch.Tensor:
     """DDIM under the exact denoiser of N(mean, sd^2)."""
     grid = torch.linspace(T, 0, steps + 1).round().long().tolist()
-    for t, s in zip(grid, grid[1:]):
+    for t, s in pairwise(grid):
         a = GAUSSIAN.abar[t].sqrt()
         gain = a * sd**2 / (a**2 * sd**2 + 1 - a**2)
         z = GAUSSIAN.ddim_step(z, mean + gain * (z - a * mean), t, s)
@@ -78,5 +80,5 @@ def test_ddim_converges_to_the_exact_flow_of_a_gaussian(mean: float, sd: float) 
     exact = mean + sd * (z - a * mean) / (a**2 * sd**2 + 1 - a**2).sqrt()
     errors = [(chain(z, mean, sd, steps) - exact).norm() / (exact - mean).norm() for steps in (250, 500, 1000)]
     assert errors[-1] < 0.025
-    for coarse, fine in zip(errors, errors[1:]):  # first order in the step
+    for coarse, fine in pairwise(errors):  # first order in the step
         assert 1.7 < coarse / fine < 2.3

@@ -1,0 +1,171 @@
+"""Laws of the samplers, under the exact denoiser of a law whose conditionals are known, and under a network."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mvhpc import config
+from mvhpc.diffusion.sampling import sample, time_grid
+from mvhpc.models.denoiser import JointDenoiser
+from mvhpc.randomness import generator
+from tests.mixed_law import VARIABLES, MixedLaw, diffusion, flat, mixture, one_hot_share, stderr
+
+N = 1500
+FINE = {"steps": 200, "stride": 20}  # DDIM's own bias, first order in the step, is then 1 to 2 % of an SD
+
+
+def generators(n: int, *parts: object) -> list[torch.Generator]:
+    return [generator(*parts, i) for i in range(n)]
+
+
+def repeated(person: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+    return {name: value.expand(n, *value.shape[1:]) for name, value in person.items()}
+
+
+def network() -> JointDenoiser:
+    """A small network with nothing at its initial zeros."""
+    torch.manual_seed(0)
+    net = JointDenoiser(VARIABLES, config.Denoiser([8, 8], [False, True], 1, 4, 4, 8, 0.0, False))
+    for parameter in net.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return net.eval()
+
+
+def test_time_grid_is_even_whole_and_shared() -> None:
+    assert time_grid(1000, 50, 20) == list(range(1000, -1, -20)) == time_grid(1000, 50, None)
+    assert time_grid(1000, 3, None) == [1000, 667, 333, 0]
+    assert time_grid(1000, 2, 400) == [1000, 600, 500, 200, 0]
+    assert time_grid(10, 10, 3) == list(range(10, -1, -1))
+
+
+@pytest.mark.parametrize("steps, stride", [(0, 20), (1001, 20), (50, 0), (50, 1001)])
+def test_impossible_grids_are_refused(steps: int, stride: int) -> None:
+    with pytest.raises(ValueError, match="from 1 to 1000"):
+        time_grid(1000, steps, stride)
+
+
+@pytest.mark.parametrize("time, kind", [("shared", "eps"), ("independent", "v"), ("independent", "x0")])
+def test_joint_law_is_reproduced(time: str, kind: str) -> None:
+    """Class frequencies, and mean and covariance given the class."""
+    process = diffusion(time, kind)
+    law = MixedLaw(process)
+    drawn = sample(law, process, {}, generators(N, time, kind), **FINE)
+    share = one_hot_share(drawn["sex"])
+    torch.testing.assert_close(share, law.prior, atol=stderr(N, 0.5), rtol=0)
+    for k in range(3):
+        x = flat(drawn)[drawn["sex"] == k]
+        torch.testing.assert_close(x.mean(0), law.mean[k], atol=stderr(len(x)) + 0.02, rtol=0)
+        torch.testing.assert_close(x.T.cov(), law.covariance[k], atol=stderr(len(x), 1.4) + 0.03, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["image", "age", "sex"])
+def test_clean_conditionals_are_the_exact_ones(name: str) -> None:
+    process = diffusion()
+    law = MixedLaw(process)
+    person = {key: value for key, value in law.draw(1, seed=4).items() if key == name}
+    drawn = sample(law, process, repeated(person, N), generators(N, name), conditioning="clean", **FINE)
+    if name == "sex":
+        k = int(person["sex"])
+        p, mean, covariance, rest = law.prior * 0 + 1 / 3, law.mean[[k] * 3], law.covariance[[k] * 3], [0, 1, 2]
+    else:
+        dims = [0, 1] if name == "image" else [2]
+        x = torch.cat([v.flatten() for v in person.values()]).double()
+        p, mean, covariance = law.given(x, dims)
+        rest = [i for i in range(3) if i not in dims]
+        torch.testing.assert_close(one_hot_share(drawn["sex"]), p, atol=stderr(N, 0.5) + 0.01, rtol=0)
+    centre, spread = mixture(p, mean, covariance)
+    x = flat(drawn)[:, rest]
+    torch.testing.assert_close(x.mean(0), centre, atol=stderr(N, float(spread.max()) ** 0.5) + 0.02, rtol=0)
+    torch.testing.assert_close(x.T.cov().reshape(spread.shape), spread, atol=stderr(N, 1.4) + 0.03, rtol=0)
+
+
+def test_repaint_leans_to_the_given_value_and_clean_reaches_it() -> None:
+    """Without resampling repaint is biased towards the unconditional law; here it goes about half the way."""
+    process = diffusion()
+    law = MixedLaw(process)
+    person = {"image": torch.tensor([-2.0, 1.2]).reshape(1, 1, 2, 1, 1)}
+    p, mean, _ = law.given(person["image"].flatten().double(), [0, 1])
+    exact, prior = float(p @ mean), float(law.prior @ law.mean[:, 2])
+    reached = {}
+    for conditioning in ("repaint", "clean"):
+        drawn = sample(law, process, repeated(person, 1000), generators(1000, 1), conditioning=conditioning)
+        reached[conditioning] = (drawn["age"].mean().item() - prior) / (exact - prior)
+    assert 0.25 < reached["repaint"] < 0.75
+    assert reached["clean"] == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("conditioning", ["repaint", "clean"])
+def test_given_values_come_out_bit_for_bit(conditioning: str) -> None:
+    process, n = diffusion(), 6
+    given = MixedLaw(process).draw(n, seed=1)
+    mask = torch.tensor([True, False]).reshape(1, 1, 2, 1, 1).expand(n, 1, 2, 1, 1)
+    there = torch.arange(n) % 2 == 0
+    options = {"steps": 4, "stride": 250, "conditioning": conditioning}
+    for names in (["image"], ["age", "sex"], ["image", "age", "sex"]):
+        some = {name: given[name] for name in names}
+        drawn = sample(network(), process, some, generators(n), **options)
+        assert all(torch.equal(drawn[name], given[name]) for name in names)
+    drawn = sample(network(), process, given, generators(n), mask={"image": mask}, present={"age": there}, **options)
+    assert torch.equal(drawn["image"][mask], given["image"][mask])
+    assert not (drawn["image"] == given["image"])[~mask].any()
+    assert torch.equal(drawn["age"][there], given["age"][there])
+    assert not (drawn["age"] == given["age"])[~there].any()
+
+
+@pytest.mark.parametrize("conditioning", ["repaint", "clean"])
+def test_a_row_does_not_depend_on_its_batch(conditioning: str) -> None:
+    """Also where some rows have a given value and others lack it."""
+    process, net, n = diffusion(), network(), 5
+    given = {name: value for name, value in MixedLaw(process).draw(n, seed=2).items() if name != "image"}
+    present = {"age": torch.tensor([True, False, True, True, False])}
+    options = {"steps": 4, "stride": 125, "conditioning": conditioning}
+    together = sample(net, process, given, generators(n, 7), present=present, **options)
+    for i in (0, 1, 4):
+        row = {name: value[i : i + 1] for name, value in given.items()}
+        alone = sample(
+            net, process, row, generators(n, 7)[i : i + 1], present={"age": present["age"][i : i + 1]}, **options
+        )
+        for name in VARIABLES.names:
+            torch.testing.assert_close(alone[name], together[name][i : i + 1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_lacking_value_is_the_same_as_one_not_given() -> None:
+    process, net = diffusion(), network()
+    given = MixedLaw(process).draw(3, seed=3)
+    nobody = {"age": torch.zeros(3, dtype=torch.bool)}
+    sex, both = {"sex": given["sex"]}, {"age": given["age"], "sex": given["sex"]}
+    without = sample(net, process, sex, generators(3, 8), steps=4, stride=250)
+    lacking = sample(net, process, both, generators(3, 8), steps=4, stride=250, present=nobody)
+    assert all(torch.equal(without[name], lacking[name]) for name in VARIABLES.names)
+
+
+@pytest.mark.parametrize("conditioning", ["repaint", "clean"])
+def test_masked_inpainting_follows_what_is_known(conditioning: str) -> None:
+    """One voxel known, the other drawn: on the side of its exact conditional mean."""
+    process = diffusion()
+    law = MixedLaw(process)
+    mask = torch.tensor([True, False]).reshape(1, 1, 2, 1, 1).expand(500, 1, 2, 1, 1)
+    reached = []
+    for first in (-1.5, 1.5):
+        person = {"image": torch.tensor([first, 99.0]).reshape(1, 1, 2, 1, 1)}  # 99: unknown, must have no effect
+        drawn = sample(
+            law, process, repeated(person, 500), generators(500), mask={"image": mask}, conditioning=conditioning
+        )
+        p, mean, _ = law.given(torch.tensor([first]).double(), [0])
+        reached.append((drawn["image"][:, 0, 1].mean().item(), float(p @ mean[:, 0])))
+    (low, exact_low), (high, exact_high) = reached
+    assert (high - low) / (exact_high - exact_low) == pytest.approx(1.0, abs=0.35)
+
+
+def test_what_cannot_be_done_is_refused() -> None:
+    given = MixedLaw(diffusion()).draw(2, seed=1)
+    with pytest.raises(ValueError, match="needs a model trained with independent times"):
+        sample(network(), diffusion("shared"), {"age": given["age"]}, generators(2), conditioning="clean")
+    with pytest.raises(ValueError, match="Did you mean 'clean'"):
+        sample(network(), diffusion(), given, generators(2), conditioning="cleen")
+    with pytest.raises(KeyError, match="Did you mean 'age'"):
+        sample(network(), diffusion(), {"agee": given["age"]}, generators(2))
+    with pytest.raises(ValueError, match="mask of image, which is not given"):
+        sample(network(), diffusion(), {}, generators(2), mask={"image": torch.ones(2, 1, 2, 1, 1)})
+    with pytest.raises(ValueError, match="which is no volume"):
+        sample(network(), diffusion(), given, generators(2), mask={"age": torch.ones(2, 1)})
