@@ -61,14 +61,13 @@ def mean_over_subjects(
     Returns:
         The mean over rows, its interval, and the number of subjects.
     """
-    values = np.asarray(values, float)
-    names = np.arange(len(values)) if subjects is None else np.asarray(subjects)
-    known = np.isfinite(values)
-    values, names = values[known], names[known]
-    if not len(values):
+    rows: NDArray[np.float64] = np.asarray(values, float)
+    names = np.arange(len(rows)) if subjects is None else np.asarray(subjects)
+    known = np.isfinite(rows)
+    if not known.any():
         return Estimate(np.nan, np.nan, np.nan, 0)
-    _, owner = np.unique(names, return_inverse=True)
-    total, count = np.bincount(owner, weights=values), np.bincount(owner).astype(float)  # (subjects,)
+    _, owner = np.unique(names[known], return_inverse=True)
+    total, count = np.bincount(owner, weights=rows[known]), np.bincount(owner).astype(float)  # (subjects,)
     mean = float(total.sum() / count.sum())
     if len(total) < 2:
         return Estimate(mean, np.nan, np.nan, len(total))

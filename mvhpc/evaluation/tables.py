@@ -76,12 +76,17 @@ def constant_predictions(
 
     Returns:
         Predictions in the form of ``mvhpc predict``: ``key``, ``subject``, ``NAME`` and ``NAME_true``.
+
+    Raises:
+        ValueError: where nobody in the training part has a value.
     """
     keys = dataset.keys(part, split)
     frame = pd.DataFrame({"key": keys, "subject": [subject_of(key) for key in keys]})
     for name in want:
         variable = schema[name]
         seen = [v for key in dataset.keys("train", split) if (v := true_value(dataset, key, variable)) is not None]
+        if not seen:
+            raise ValueError(f"{dataset.folder}: nobody in the training part of split {split!r} has a {name}")
         if variable.kind == "categorical":
             frame[name] = pd.Series(seen).mode()[0]
         else:
