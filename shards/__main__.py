@@ -22,7 +22,8 @@ EXAMPLES = """examples:
 PACK = """SOURCE is a BIDS folder (participants.tsv, sub-X[/ses-Y]/anat/*_SUFFIX.nii.gz) or a CSV with the columns
 participant_id and path (relative to the CSV; session_id is optional; with several volume variables, one column for
 each, by its name). Each volume is brought to RAS, the spacing and the shape, centred on the brain, intensities in
-[0, 1]; it should be brain-extracted. Faulty rows are listed with their reasons in OUT/rejected.tsv.
+[0, 1]; it should be brain-extracted. Faulty rows are listed with their reasons in OUT/rejected.tsv. Interrupted, the
+same command goes on behind the last complete shard.
 
 examples:
   shards pack bids/ packed --spacing 2 --shape 80 96 80
@@ -112,7 +113,10 @@ def _parser() -> argparse.ArgumentParser:
 def _phantom(args: argparse.Namespace) -> None:
     from shards.phantom import make_phantoms
 
-    make_phantoms(args.out, args.subjects, tuple(args.shape), args.seed, args.workers or os.cpu_count() or 1)
+    try:
+        make_phantoms(args.out, args.subjects, tuple(args.shape), args.seed, args.workers or os.cpu_count() or 1)
+    except ValueError as error:
+        raise DataError(str(error)) from error
     print(
         f"{args.subjects} phantoms in {args.out}; pack them with: shards pack {args.out} OUT --spacing MM --shape N N N"
     )
@@ -136,15 +140,15 @@ def _pack(args: argparse.Namespace) -> None:
         workers=args.workers,
     )
     print(
-        f"packed {summary.packed:,} of {summary.rows:,} rows ({summary.subjects:,} subjects) "
-        f"into {args.out}, {summary.bytes / 2**20:,.1f} MiB"
+        f"packed {summary['packed']:,} of {summary['rows']:,} rows ({summary['subjects']:,} subjects) "
+        f"into {args.out}, {summary['bytes'] / 2**20:,.1f} MiB"
     )
-    if summary.rejected:
-        print(f"rejected {summary.rejected:,}: see {args.out / 'rejected.tsv'}")
-    missing = [f"{name} {n:,}" for name, n in summary.missing.items() if n]
+    if summary["rejected"]:
+        print(f"rejected {summary['rejected']:,}: see {args.out / 'rejected.tsv'}")
+    missing = [f"{name} {n:,}" for name, n in summary["missing"].items() if n]
     if missing:
         print(f"missing values, kept: {', '.join(missing)}")
-    for note in summary.notes:
+    for note in summary["notes"]:
         print(f"note: {note}")
 
 
@@ -200,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"shards {args.command}: {error}", file=sys.stderr)
         return 1 if isinstance(error, IntegrityError | TooManyRejects) else 2
     except KeyboardInterrupt:
-        print(f"shards {args.command}: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"shards {args.command}: interrupted", file=sys.stderr)
         return 130
     return 0
 

@@ -1,7 +1,6 @@
 """Packing: a table of people -> a dataset of canonical volumes, in parallel, going on after an interruption."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -12,10 +11,10 @@ import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from shards.dataset import Reject, Row, Table, read_table
 from shards.errors import DataError, TooManyRejects
@@ -33,8 +32,7 @@ CROPPED = 0.02  # share of a brain outside the box that is worth a warning
 PACKAGES = ("numpy", "scipy", "nibabel", "zarr", "mvhpc")
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(TypedDict):
     """What a packing did.
 
     Attributes:
@@ -57,10 +55,6 @@ class Summary:
     bytes: int
     notes: list[str]
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for logs."""
-        return dataclasses.asdict(self)
-
 
 def pack(
     source: str | Path,
@@ -72,7 +66,7 @@ def pack(
     shape: Sequence[int],
     max_rejects: str | int = "5%",
     fractions: Sequence[float] = FRACTIONS,
-    group: str = "",
+    group: str | None = None,
     folds: int = 0,
     seed: int = 0,
     workers: int = 1,
@@ -91,7 +85,7 @@ def pack(
         shape: voxels.
         max_rejects: largest number of faulty rows, or share of all rows as in ``5%``.
         fractions: of subjects in train, validation and test.
-        group: column whose equal values stay on one side of a split; empty for none.
+        group: column whose equal values stay on one side of a split; None for no such column.
         folds: also record this many cross-validation folds; 0 for none.
         seed: of the splits.
         workers: processes; 0 for one per core.
@@ -104,6 +98,7 @@ def pack(
         TooManyRejects: ``out`` then holds ``rejected.tsv`` and no dataset.
     """
     schema = schema if isinstance(schema, Schema) else Schema.load(schema)
+    group = group or ""
     size = _check(schema, spacing, shape)
     table = read_table(source, schema, group)
     if not table.rows:
@@ -274,6 +269,10 @@ def _convert_all(
                 yield _result(*pending.popleft())
         while pending:
             yield _result(*pending.popleft())
+    except BrokenProcessPool:
+        raise DataError(
+            "a worker process was killed, for want of memory most likely: try fewer workers; complete shards are reused"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -26,16 +26,33 @@ FWHM_TO_SIGMA = 1 / math.sqrt(8 * math.log(2))
 
 
 @dataclass(frozen=True)
+class Scan:
+    """A volume as read.
+
+    Attributes:
+        voxels: float32 (X, Y, Z), axes nearest to right, anterior, superior, contiguous.
+        affine: (4, 4), voxel to mm in the scanner's space.
+        sha256: of the file.
+    """
+
+    voxels: NDArray[np.float32]
+    affine: NDArray[np.float64]
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Canonical:
     """A volume ready to store.
 
     Attributes:
         voxels: float16 (H, W, D) in [0, 1], axes towards right, anterior, superior; background 0.
+        origin: (3,), where the grid's origin lies in the scanner's space, mm.
         sha256: of the source file.
         cropped: share of the brain's signal that lies outside the box.
     """
 
     voxels: NDArray[np.float16]
+    origin: NDArray[np.float64]
     sha256: str
     cropped: float
 
@@ -50,10 +67,8 @@ def grid(spacing: float, shape: tuple[int, int, int]) -> dict[str, Any]:
 def canonical(path: Path, spacing: float, shape: tuple[int, int, int]) -> Canonical:
     """Read a NIfTI file and bring it to the common grid.
 
-    Reorients to RAS by the affine; scales the 0 to 99.5 percentiles of the foreground to [0, 1]; where the target is
-    coarser, smooths with the Gaussian that makes up the difference of the two voxel sizes as point spread functions
-    (Cardoso et al., MICCAI 2015); then samples once, linearly, on the box around the centre of mass. The box is shifted
-    by at most half a voxel so that grids of equal spacing meet, and nothing is interpolated.
+    Scales the 0 to 99.5 percentiles of the foreground to [0, 1], then samples the box around the centre of mass. The
+    box is shifted by at most half a voxel so that grids of equal spacing meet, and nothing is interpolated.
 
     Args:
         path: ``.nii`` or ``.nii.gz``.
@@ -63,29 +78,58 @@ def canonical(path: Path, spacing: float, shape: tuple[int, int, int]) -> Canoni
     Raises:
         ValueError: the file cannot be used; the message says why, without its path.
     """
-    raw = path.read_bytes()
-    image = _parse(raw)
-    image = nib.as_closest_canonical(image)
-    voxels = _voxels(image)
-    signal = _rescale(voxels)  # (X, Y, Z) in [0, 1]
-    directions = _directions(image)
-    zooms = np.linalg.norm(directions, axis=0)
+    scan = read(path)
+    signal = _rescale(scan.voxels)  # (X, Y, Z) in [0, 1]
     centre = np.rint(ndimage.center_of_mass(signal))
-    coarser = np.maximum((spacing / zooms) ** 2 - 1, 0)
-    smooth = ndimage.gaussian_filter(signal, np.sqrt(coarser) * FWHM_TO_SIGMA, mode="constant")
-    step = np.linalg.inv(directions) * spacing  # source voxels per target voxel
-    box = ndimage.affine_transform(
-        smooth,
-        step,
-        offset=centre - step @ [n // 2 for n in shape],
-        output_shape=shape,
-        order=1,
-        mode="grid-constant",  # unlike "constant", rounding at the outermost voxels does not empty them
-    )
+    step = np.linalg.inv(scan.affine[:3, :3]) * spacing  # scan voxels per grid voxel
+    box = sample(signal, step, centre - step @ [n // 2 for n in shape], shape)
     inside = float(box.sum(dtype=np.float64)) * abs(np.linalg.det(step)) / float(signal.sum(dtype=np.float64))
     return Canonical(
-        voxels=np.clip(box, 0, 1).astype("<f2"), sha256=hashlib.sha256(raw).hexdigest(), cropped=max(0.0, 1 - inside)
+        voxels=np.clip(box, 0, 1).astype("<f2"),
+        origin=(scan.affine @ [*centre, 1])[:3],
+        sha256=scan.sha256,
+        cropped=max(0.0, 1 - inside),
     )
+
+
+def read(path: Path) -> Scan:
+    """Read a NIfTI file, its axes put in the order nearest to right, anterior, superior.
+
+    Raises:
+        ValueError: no NIfTI file, damaged, not 3D, not real numbers, NaN voxels, or an affine that cannot be used; the
+            message says which, without the file's path.
+    """
+    raw = path.read_bytes()
+    image = nib.as_closest_canonical(_parse(raw))
+    return Scan(_voxels(image), _affine(image), hashlib.sha256(raw).hexdigest())
+
+
+def sample(
+    voxels: NDArray[np.float32],
+    step: NDArray[np.float64],
+    offset: NDArray[np.floating[Any]],
+    shape: tuple[int, int, int],
+    beyond: str = "grid-constant",
+) -> NDArray[np.float32]:
+    """Sample a volume linearly at ``step @ index + offset``, without aliasing.
+
+    Where the target is coarser, the volume is smoothed first with the Gaussian that makes up the difference of the two
+    voxel sizes as point spread functions (Cardoso et al., MICCAI 2015).
+
+    Args:
+        voxels: (X, Y, Z).
+        step: (3, 3), voxels per step along each target axis, in columns.
+        offset: (3,), voxel at target index 0.
+        shape: of the result.
+        beyond: what lies outside the volume: ``grid-constant`` for zeros, ``nearest`` for its edge. (Of SciPy's two
+            ways to continue with zeros this one does not empty the outermost voxels when their position is rounded.)
+
+    Returns:
+        float32 of ``shape``.
+    """
+    coarser = np.maximum(np.linalg.norm(step, axis=1) ** 2 - 1, 0)  # (3,), of the volume's axes
+    smooth = ndimage.gaussian_filter(voxels, np.sqrt(coarser) * FWHM_TO_SIGMA, mode=beyond)
+    return ndimage.affine_transform(smooth, step, offset, output_shape=shape, order=1, mode=beyond)
 
 
 def _parse(raw: bytes) -> Any:
@@ -133,7 +177,13 @@ def _parse(raw: bytes) -> Any:
 
 def _directions(image: Any) -> NDArray[np.float64]:
     """(3, 3): the step in mm along each voxel axis, in columns."""
-    return image.affine[:3, :3] * MILLIMETRES.get(int(image.header["xyzt_units"]) & 7, 1.0)
+    return _affine(image)[:3, :3]
+
+
+def _affine(image: Any) -> NDArray[np.float64]:
+    """(4, 4), voxel to mm, whatever unit the header names."""
+    unit = MILLIMETRES.get(int(image.header["xyzt_units"]) & 7, 1.0)
+    return np.diag([unit, unit, unit, 1.0]) @ image.affine
 
 
 def _voxels(image: Any) -> NDArray[np.float32]:
@@ -145,8 +195,6 @@ def _voxels(image: Any) -> NDArray[np.float32]:
     bad = voxels.size - int(np.isfinite(voxels).sum())
     if bad:
         raise ValueError(f"{bad} voxels are NaN or infinite")
-    if voxels.min() == voxels.max():
-        raise ValueError(f"constant volume: all voxels are {voxels.flat[0]:g}")
     return voxels
 
 
@@ -156,6 +204,8 @@ def _rescale(voxels: NDArray[np.float32]) -> NDArray[np.float32]:
     The background is the value that most voxels on the volume's faces have, which is right for brain-extracted volumes
     whatever that value (0, -1024, 0 amid negative ones); in a volume with noise in the air it removes next to nothing.
     """
+    if voxels.min() == voxels.max():
+        raise ValueError(f"constant volume: all voxels are {voxels.flat[0]:g}")
     faces = [np.take(voxels, (0, -1), axis).ravel() for axis in range(3)]
     values, counts = np.unique(np.concatenate(faces), return_counts=True)
     foreground = voxels != values[counts.argmax()]

@@ -21,7 +21,7 @@ from shards.loader import open_dataset
 from shards.pack import pack
 from shards.split import draw_folds, draw_fractions, merge_groups
 from shards.verify import verify
-from shards.volumes import canonical, grid
+from shards.volumes import canonical, grid, read, sample
 
 SIZE = (20, 24, 18)
 
@@ -148,6 +148,23 @@ def test_crop_loss_is_measured(tmp_path: Path) -> None:
     assert canonical(path, 2.0, (10, 24, 24)).cropped == pytest.approx(0.5, abs=0.01)
 
 
+def test_origin_is_where_the_grid_came_from(tmp_path: Path) -> None:
+    """Reading the scan at the grid's positions in the scanner's space gives the stored volume back."""
+    affine = nib.affines.from_matvec(np.diag([-2.0, 2, 2]), [33, -21, 8])
+    path = save(tmp_path / "a.nii", head()[::-1], affine=affine)
+    result, scan = canonical(path, 4.0, (11, 12, 13)), read(path)
+    whole = canonical(path, 2.0, (60, 60, 60))  # at the scan's own spacing
+    np.testing.assert_array_equal(whole.origin, result.origin)
+    to_scan = (
+        np.linalg.inv(scan.affine)
+        @ nib.affines.from_matvec(np.eye(3), whole.origin)
+        @ grid(2.0, (60, 60, 60))["affine"]
+    )
+    matrix, offset = nib.affines.to_matvec(to_scan)
+    mine = sample((scan.voxels > 0).astype(np.float32), matrix, offset, (60, 60, 60))
+    assert ((mine > 0.5) >= (whole.voxels > 0)).all() and (mine > 0.5).sum() == (scan.voxels > 0).sum()
+
+
 def test_grid_affine_puts_the_centre_at_zero() -> None:
     affine = np.array(grid(2.0, (80, 96, 80))["affine"])
     np.testing.assert_array_equal(affine @ [40, 48, 40, 1], [0, 0, 0, 1])
@@ -233,9 +250,9 @@ def test_each_faulty_row_gets_its_reason_and_the_rest_is_packed(tmp_path: Path) 
     assert dataset.keys() == [name for name, _, _ in PEOPLE] + ["sub-noage"]
     assert dataset.values("sub-noage") == {"age": None, "sex": None}
     assert dataset.values("sub-01") == {"age": 25.0, "sex": "M"}
-    assert (summary.packed, summary.rejected) == (8, len(wanted))
-    assert summary.missing == {"image": 0, "age": 1, "sex": 1}
-    assert "1 subject folders have no row" in summary.notes[0]
+    assert (summary["packed"], summary["rejected"]) == (8, len(wanted))
+    assert summary["missing"] == {"image": 0, "age": 1, "sex": 1}
+    assert "1 subject folders have no row" in summary["notes"][0]
     assert list(verify(tmp_path / "out")) == []
 
 
@@ -248,8 +265,8 @@ def test_too_many_rejects_fail_and_leave_the_list(tmp_path: Path) -> None:
         assert "sub-03" in (tmp_path / "out" / "rejected.tsv").read_text()
         with pytest.raises(DataError, match="no packed dataset"):
             open_dataset(tmp_path / "out")
-    assert packed(source, tmp_path / "out", max_rejects="15%").packed == 6  # into the same folder
-    assert packed(source, tmp_path / "out1", max_rejects=1).packed == 6
+    assert packed(source, tmp_path / "out", max_rejects="15%")["packed"] == 6  # into the same folder
+    assert packed(source, tmp_path / "out1", max_rejects=1)["packed"] == 6
     for limit in ("five", "-1", "1.5", "101%"):
         with pytest.raises(DataError, match="max-rejects"):
             packed(source, tmp_path / "no", max_rejects=limit)
@@ -327,7 +344,7 @@ def test_sessions_are_records_with_their_own_values(tmp_path: Path) -> None:
     assert dataset.keys() == ["sub-00", "sub-01", "sub-two_ses-1", "sub-two_ses-2"]
     assert [dataset.values(f"sub-two_ses-{i}")["age"] for i in (1, 2)] == [70.0, 72.5]
     assert len({dataset.index.split().assignment[f"sub-two_ses-{i}"] for i in (1, 2)}) == 1
-    assert summary.notes == ["1 sessions hold none of the volumes and were left out"]
+    assert summary["notes"] == ["1 sessions hold none of the volumes and were left out"]
 
 
 # --- reproducible, interrupted, de-identified ---------------------------------------------------------------------
@@ -489,6 +506,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_errors_are_one_line_without_traceback(tmp_path: Path) -> None:
     for arguments, status, reason in [
+        (["phantom", str(tmp_path / "p"), "--subjects", "0"], 2, "at least one"),
         (["pakc", "a", "b"], 2, "Did you mean 'pack'?"),
         (["verify", str(tmp_path)], 2, "no packed dataset here"),
         (["pack", "nowhere", str(tmp_path), "--spacing", "2", "--shape", "8", "8", "8"], 2, "no such folder"),
@@ -506,7 +524,7 @@ def test_errors_are_one_line_without_traceback(tmp_path: Path) -> None:
 @pytest.mark.skipif("MVHPC_IXI" not in os.environ, reason="needs real scans: set MVHPC_IXI to their BIDS folder")
 def test_real_scans_are_centred_and_whole(tmp_path: Path) -> None:
     summary = pack(os.environ["MVHPC_IXI"], tmp_path, spacing=4, shape=(40, 48, 40), workers=2)
-    assert summary.rejected == 0 and summary.cropped == 0
+    assert summary["rejected"] == 0 and summary["cropped"] == 0
     dataset = open_dataset(tmp_path)
     for key in dataset.keys():  # noqa: SIM118 - not a dictionary
         voxels = dataset.read(key, "image").astype(np.float64)
