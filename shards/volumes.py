@@ -106,7 +106,7 @@ def read(path: Path) -> Scan:
 
 def sample(
     voxels: NDArray[np.float32],
-    step: NDArray[np.float64],
+    step: NDArray[np.floating[Any]],
     offset: NDArray[np.floating[Any]],
     shape: tuple[int, int, int],
     beyond: str = "grid-constant",
