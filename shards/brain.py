@@ -163,7 +163,9 @@ def _surfaces(p: Array, envelope: Array, parts: Sequence[Array], folds: Array, d
     crowns = np.minimum(cerebrum, fissure)  # sulci go down from here
     sheet, length = _fold_distance(p, folds)
     ganglia = _ellipsoid(side, (0, -8, 0), (27, 37, 27))
-    inner = np.maximum(ganglia - 2, np.float32(0.7) * depth - length)  # where no sulcus reaches
+    hippocampus = _tube(side, HIPPOCAMPUS)
+    rim = 7 + hippocampus[1] - hippocampus[0]  # white matter around the hippocampus sets it off from the cortex
+    inner = np.maximum.reduce([ganglia - 2, np.float32(0.7) * depth - length, rim])  # where no sulcus reaches
     sulci = np.sqrt(sheet**2 + _excess(crowns - depth) ** 2 + _excess(inner) ** 2)
     folia = np.sqrt(_folia_distance(side) ** 2 + _excess(outer - 9) ** 2)
     gyri = np.where(in_stem, 1e3, np.where(in_cerebellum, folia, sulci))
@@ -184,7 +186,7 @@ def _surfaces(p: Array, envelope: Array, parts: Sequence[Array], folds: Array, d
     for d, r in horns[1:]:
         nearer = d * radius < distance * r
         distance, radius = np.where(nearer, d, distance), np.where(nearer, r, radius)
-    return _Surfaces(pial, medullar, deep, cisterns, (distance, radius), _tube(side, HIPPOCAMPUS))
+    return _Surfaces(pial, medullar, deep, cisterns, (distance, radius), hippocampus)
 
 
 def _ellipse(u: Array, v: Array, a: float, b: float) -> Array:
