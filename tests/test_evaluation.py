@@ -73,10 +73,9 @@ def test_slices_put_front_and_top_up_and_left_to_the_left() -> None:
     volume[0, :, :] += 1  # the person's left
     volume[:, 11, :] += 2  # front
     volume[:, :, 9] += 4  # top
-    axial, coronal = figures.axial(volume), figures.coronal(volume)
+    axial, coronal, side = figures.views(volume)
     assert axial.shape == (12, 8) and (axial[:, 0] >= 1).all() and (axial[0] >= 2).all()
     assert coronal.shape == (10, 8) and (coronal[:, 0] % 2 == 1).all() and (coronal[0] >= 4).all()
-    side = figures.sagittal(volume)
     assert side.shape == (10, 12) and (side[0] >= 4).all() and (side[:, -1] % 4 >= 2).all()
     assert figures.slices(volume).shape == (12, 8 + 8 + 12)
 
@@ -85,6 +84,14 @@ def test_an_inpainting_shows_the_known_and_hides_the_rest() -> None:
     image, known = np.full((4, 4), 0.8), np.arange(16).reshape(4, 4) < 8
     shaded = figures.shade(image, known)
     assert (shaded[known] == 0.8).all() and (shaded[~known].max(-1) < 0.4).all()
+
+
+def test_an_inpainting_is_cut_where_something_is_unknown() -> None:
+    known = np.ones((8, 12, 10), bool)
+    known[:3, 10:, 9:] = False
+    assert [figures.most_unknown(known, axis) for axis in range(3)] == [2, 10, 9]
+    known[:] = False
+    assert [figures.most_unknown(known, axis) for axis in range(3)] == [4, 6, 5]
 
 
 def test_figures_are_written_whole(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -4,7 +4,7 @@ Volumes are arrays (H, W, D) in [0, 1] with axes to the right, to the front and 
 drawn as neurologists hold them: the person's left on the left, front or top up.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,35 +19,35 @@ PAPER, INK, FAINT = "#000000", "#e8e6e3", "#8a8f98"
 PANEL_INCHES = 1.35  # height of one brain
 
 
-def axial(volume: NDArray) -> NDArray:
-    """The middle axial slice of a volume (H, W, D) as an image (W, H), front up."""
-    return np.rot90(volume[:, :, volume.shape[2] // 2])
+def middle(volume: NDArray) -> tuple[int, int, int]:
+    """Where a volume is cut for its sagittal, coronal and axial slice.
 
-
-def coronal(volume: NDArray) -> NDArray:
-    """The middle coronal slice of a volume (H, W, D) as an image (D, H), top up."""
-    return np.rot90(volume[:, volume.shape[1] // 2, :])
-
-
-def sagittal(volume: NDArray) -> NDArray:
-    """The middle sagittal slice of a volume (H, W, D) as an image (D, W), top up, front to the right.
-
-    A twelfth of the width beside the midline, where the ventricles and both kinds of tissue are seen.
+    The sagittal one lies a twelfth of the width beside the midline, where ventricles and both kinds of tissue are seen.
     """
-    return np.rot90(volume[volume.shape[0] * 5 // 12, :, :])
+    return volume.shape[0] * 5 // 12, volume.shape[1] // 2, volume.shape[2] // 2
 
 
-def slices(volume: NDArray, views: Sequence[Callable[[NDArray], NDArray]] = (axial, coronal, sagittal)) -> NDArray:
-    """Slices of a volume side by side in one image, all at the same scale.
+def views(volume: NDArray, at: Sequence[int] | None = None) -> list[NDArray]:
+    """The axial (W, H), coronal (D, H) and sagittal (D, W) slice of a volume (H, W, D).
+
+    Args:
+        volume: (H, W, D).
+        at: where its axes are cut; :func:`middle` where not given.
+    """
+    x, y, z = at or middle(volume)
+    return [np.rot90(volume[:, :, z]), np.rot90(volume[:, y, :]), np.rot90(volume[x, :, :])]
+
+
+def slices(volume: NDArray) -> NDArray:
+    """The three slices of a volume side by side in one image, all at the same scale.
 
     Args:
         volume: (H, W, D) in [0, 1].
-        views: which slices.
 
     Returns:
         An image (rows, columns), for ``imshow(..., cmap="gray", vmin=0, vmax=1)``.
     """
-    images = [view(np.asarray(volume, np.float32)) for view in views]
+    images = views(np.asarray(volume, np.float32))
     height = max(image.shape[0] for image in images)
     padded = []
     for image in images:
@@ -138,6 +138,13 @@ def shade(image: NDArray, known: NDArray) -> NDArray:
     return np.where(known[..., None], np.clip(image, 0, 1)[..., None], veil)
 
 
+def most_unknown(known: NDArray, axis: int) -> int:
+    """The slice across ``axis`` in which most is not known; of several, the one nearest to the middle."""
+    unknown = (~known).sum(tuple(i for i in range(3) if i != axis))
+    best = np.flatnonzero(unknown == unknown.max())
+    return int(best[np.abs(best - known.shape[axis] // 2).argmin()])
+
+
 def inpainting(
     original: NDArray,
     known: NDArray,
@@ -145,7 +152,7 @@ def inpainting(
     path: Path,
     captions: Sequence[str] = (),
 ) -> None:
-    """Original, what was shown to the model, and completions, one column each; axial, coronal, sagittal rows.
+    """Original, what was shown to the model, and completions, one column each; cut where most is unknown.
 
     Args:
         original: (H, W, D) in [0, 1].
@@ -154,10 +161,10 @@ def inpainting(
         path: PNG file.
         captions: one for each completion.
     """
-    rows = [
-        [view(original), shade(view(original), view(known))] + [view(np.asarray(c)) for c in completions]
-        for view in (axial, coronal, sagittal)
-    ]
+    at = [most_unknown(known, axis) for axis in range(3)]
+    shown = [shade(image, seen) for image, seen in zip(views(original, at), views(known, at))]
+    columns = [views(original, at), shown, *(views(volume, at) for volume in completions)]
+    rows = [list(row) for row in zip(*columns)]
     names = list(captions) or [f"completion {i + 1}" for i in range(len(completions))]
     gallery(rows, path, columns=["original", "known", *names])
 

@@ -15,8 +15,8 @@ import ray.data
 import torch
 
 from mvhpc.config import Compute, ConfigError
-from mvhpc.inference.chains import resolve_device
 from mvhpc.inference.predict import Predictor, Row
+from mvhpc.training.engine import resolve_device
 
 
 class Worker:

@@ -10,6 +10,7 @@ from torch import Tensor
 from mvhpc.config import Compute, ConfigError, Sampling, choose, to_dict
 from mvhpc.diffusion.sampling import sample, time_grid
 from mvhpc.models.bundle import JointModel, load_joint
+from mvhpc.training.engine import PRECISIONS, resolve_device
 from shards.schema import Schema
 
 
@@ -33,7 +34,7 @@ class Sampler:
 
     def __init__(self, model: str | Path, sampling: Sampling, device: str = "auto", precision: str = "float32") -> None:
         choose(sampling.conditioning, ["repaint", "clean"], "conditioning")
-        self.precision = getattr(torch, choose(precision, ["float32", "bfloat16"], "precision"))
+        self.precision = PRECISIONS[choose(precision, tuple(PRECISIONS), "precision")]
         self.device = resolve_device(device)
         self.sampling = sampling
         self.model: JointModel = load_joint(model, self.device)
@@ -63,18 +64,6 @@ class Sampler:
                 mask=mask,
                 **to_dict(self.sampling),
             )
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device called ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``.
-
-    Raises:
-        ConfigError: an unknown name, or ``cuda`` where there is none.
-    """
-    choose(name, ["auto", "cpu", "cuda"], "device")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("compute.device=cuda: torch sees no GPU here; use cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def set_threads(compute: Compute) -> None:

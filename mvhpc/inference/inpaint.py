@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy import ndimage
 from torch import Tensor
 
 from mvhpc.config import ConfigError, InpaintConfig, choose
@@ -142,40 +141,21 @@ def place(image: Path, mask: Path, grid: Mapping[str, Any]) -> tuple[NDArray, ND
     Raises:
         ConfigError: a file that cannot be used, and why.
     """
-    spacing, shape = float(grid["spacing"]), tuple(grid["shape"])
+    height, width, depth = grid["shape"]
+    affine = np.array(grid["affine"])
     try:
-        voxels = volumes.canonical(image, spacing, shape).voxels.astype(np.float32)
-        affine = np.array(grid["affine"]) + _centre(image)
+        brain = volumes.canonical(image, grid["spacing"], (height, width, depth))
     except (OSError, ValueError) as error:
         raise ConfigError(f"image={image}: {error}") from error
+    affine[:3, 3] += brain.origin
     try:
-        marked = nib.as_closest_canonical(volumes._parse(mask.read_bytes()))
-        weight = (np.asarray(marked.dataobj) != 0).astype(np.float32)
+        marked = volumes.read(mask)
     except (OSError, ValueError) as error:
         raise ConfigError(f"mask={mask}: {error}") from error
-    to_mm = _to_mm(marked)
-    coarser = np.maximum((spacing / np.linalg.norm(to_mm[:3, :3], axis=0)) ** 2 - 1, 0)
-    weight = ndimage.gaussian_filter(weight, np.sqrt(coarser) * volumes.FWHM_TO_SIGMA, mode="nearest")
-    share = ndimage.affine_transform(weight, np.linalg.inv(to_mm) @ affine, output_shape=shape, order=1, mode="nearest")
-    return voxels, share > 0.99, affine
-
-
-def _centre(image: Path) -> NDArray[np.float64]:
-    """What to add to the grid's affine, whose origin is the brain's centre, to be in the image's space: (4, 4), mm."""
-    source = nib.as_closest_canonical(volumes._parse(image.read_bytes()))
-    voxel = np.rint(ndimage.center_of_mass(volumes._rescale(volumes._voxels(source))))
-    shift = np.zeros((4, 4))
-    shift[:3, 3] = (_to_mm(source) @ [*voxel, 1])[:3]
-    return shift
-
-
-def _to_mm(image: nib.Nifti1Image) -> NDArray[np.float64]:
-    """The affine (4, 4) of an image in mm, whatever unit its header names."""
-    affine: NDArray[np.float64] = np.eye(4)
-    affine[:3, :3] = volumes._directions(image)
-    unit = np.linalg.norm(affine[:3, :3]) / np.linalg.norm(image.affine[:3, :3])
-    affine[:3, 3] = unit * image.affine[:3, 3]
-    return affine
+    there = np.linalg.inv(marked.affine) @ affine  # from the grid's voxels to the mask's
+    weight = (marked.voxels != 0).astype(np.float32)
+    share = volumes.sample(weight, there[:3, :3], there[:3, 3], (height, width, depth), beyond="nearest")
+    return brain.voxels.astype(np.float32), share > 0.99, affine
 
 
 def run(config: InpaintConfig, run: Run) -> dict[str, Any]:
