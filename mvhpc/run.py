@@ -54,7 +54,8 @@ def identity(path: str | Path) -> str:
     """
     path = Path(path)
     if (path / "index.json").is_file():
-        return Index.load(path).digest
+        index = Index.load(path)
+        return fingerprint(index.digest, {name: split.assignment for name, split in index.splits.items()})
     for model in (path / "model" / "model.json", path / "model.json", path):
         if model.is_file():
             return hashlib.sha256(model.read_bytes()).hexdigest()[:16]
