@@ -266,7 +266,7 @@ def _replay(client: "MlflowClient", run: str, folder: Path, events: list[dict[st
     pictures = dict.fromkeys(event["path"] for event in events if event["event"] == "artifact")
     for path in map(Path, pictures):
         if (folder / path).is_file():
-            client.log_artifact(run, str(folder / path), path.parent.as_posix())
+            client.log_artifact(run, str(folder / path), path.parent.as_posix() if path.parent.name else None)
 
 
 def _tell(client: "MlflowClient", state: dict[str, Any]) -> None:
