@@ -3,9 +3,12 @@
 It draws its noise from (seed, step, sample), as real tasks do, so that every law of the training loop holds for it.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ class Faults:
     """What befalls a run."""
 
     fail_at: int = -1  # step at which it is interrupted
+    kill_at: int = -1  # step at which one of its processes is killed, once: the one that makes the file `mark`
+    mark: str = ""
 
 
 @dataclass
@@ -99,6 +104,10 @@ class ToyTask:
     ) -> dict[str, Tensor]:
         if step == self.config.tracking.fail_at:
             raise Interrupted
+        if step == self.config.tracking.kill_at:
+            with contextlib.suppress(FileExistsError):
+                Path(self.config.tracking.mark).touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
         x = batch["x"]
         noise = randn([generator(self.config.training.seed, "train", step, i) for i in indices], (2,))
         denoised = engines["denoiser"](x + 0.3 * noise.to(x.device))

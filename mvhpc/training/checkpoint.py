@@ -5,7 +5,6 @@ all files) and renames the folder to ``step-XXXXXXXX``. A folder without its man
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mvhpc.training.ranks import Ranks
-from shards.files import sha256
+from shards.files import sha256, sync, write_text
 
 MANIFEST = "manifest.json"
 
@@ -37,14 +36,6 @@ class Checkpoint:
     step: int
     state: dict[str, Any]
     files: dict[str, dict[str, Any]]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Checkpoints:
@@ -80,17 +71,16 @@ class Checkpoints:
         mine = sorted(p for p in part.rglob("*") if p.is_file())[self.ranks.rank :: self.ranks.world]
         digests = {}
         for path in mine:
-            _sync(path)
+            sync(path)
             digests[str(path.relative_to(part))] = {"size": path.stat().st_size, "sha256": sha256(path)}
         files = {name: entry for part_of in self.ranks.gather(digests) for name, entry in part_of.items()}
         if self.ranks.rank == 0:
             manifest = {"step": step, "state": state, "files": files}
-            (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            _sync(part / MANIFEST)
-            _sync(part)
+            write_text(part / MANIFEST, json.dumps(manifest, indent=1))
+            sync(part)
             _discard(final)
             part.replace(final)
-            _sync(self.folder)
+            sync(self.folder)
             for old in self._complete()[: -self.keep]:
                 _discard(old)
         self.ranks.barrier()
@@ -115,12 +105,14 @@ class Checkpoints:
             CheckpointError: naming the manifest that cannot be read.
         """
         complete = self._complete()
-        if not complete:
+        # Rank 0's view is everybody's: shared file systems show a new folder to some nodes later than to others.
+        name = self.ranks.gather(complete[-1].name if complete else None)[0]
+        if name is None:
             return None
-        path = complete[-1] / MANIFEST
+        path = self.folder / name / MANIFEST
         try:
             manifest = json.loads(path.read_text())
-            return Checkpoint(complete[-1], manifest["step"], manifest["state"], manifest["files"])
+            return Checkpoint(path.parent, manifest["step"], manifest["state"], manifest["files"])
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: not a manifest ({error}); {self._advice()}") from error
 

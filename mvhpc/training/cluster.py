@@ -56,17 +56,18 @@ def launch(target: str, config: Any, folder: Path, workers: int) -> dict[str, fl
         ConfigError: more workers than GPUs.
     """
     if workers == 1:
-        return _call(target)(config, folder, 0, 1)
+        before = torch.get_num_threads()
+        torch.set_num_threads(config.compute.threads or before)
+        try:
+            return _call(target)(config, folder, 0, 1)
+        finally:
+            torch.set_num_threads(before)
     return _launch_ray(target, config, folder, workers)
 
 
 def _call(target: str) -> Target:
     module, name = target.split(":")
     return getattr(importlib.import_module(module), name)
-
-
-def _threads(compute: Compute, workers: int) -> int:
-    return compute.threads or max(1, (os.cpu_count() or 1) // workers)
 
 
 # --- the driver ---
@@ -77,19 +78,22 @@ def _launch_ray(target: str, config: Any, folder: Path, workers: int) -> dict[st
     folder = folder.absolute()
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    gpu = compute.device != "cpu" and torch.cuda.is_available()
     for leftover in (logs / "error.json", logs / "result.json"):
         leftover.unlink(missing_ok=True)
-    with _ray(workers, gpu, logs), tempfile.TemporaryDirectory(prefix="mvhpc-") as storage:
+    with _ray(workers, logs), tempfile.TemporaryDirectory(prefix="mvhpc-") as storage:
+        import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
         from ray.train.v2.api.exceptions import TrainingFailedError
 
-        threads = _threads(compute, workers)
+        gpus = int(ray.cluster_resources().get("GPU", 0)) if compute.device != "cpu" else 0
+        if 0 < gpus < workers:
+            raise ConfigError(f"compute.workers={workers}, but Ray sees {gpus} GPUs; one worker takes one GPU")
+        threads = compute.threads or max(1, (os.cpu_count() or 1) // workers)
         environment = {
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
             "OMP_NUM_THREADS": str(threads),
-            **({} if gpu else {"DS_ACCELERATOR": "cpu"}),
+            **({} if gpus else {"DS_ACCELERATOR": "cpu"}),
         }
         trainer = TorchTrainer(
             _worker,
@@ -101,8 +105,8 @@ def _launch_ray(target: str, config: Any, folder: Path, workers: int) -> dict[st
             },
             scaling_config=ScalingConfig(
                 num_workers=workers,
-                use_gpu=gpu,
-                resources_per_worker={"CPU": 1, "GPU": 1} if gpu else {"CPU": 1},
+                use_gpu=gpus > 0,
+                resources_per_worker={"CPU": 1, "GPU": 1} if gpus else {"CPU": 1},
             ),
             run_config=RunConfig(
                 name=folder.name,
@@ -127,18 +131,18 @@ def _explain(error: Any, logs: Path) -> WorkerError:
     path = logs / "error.json"
     if path.is_file():
         told = json.loads(path.read_text())
-        rank, what = told["rank"], told["error"]
+        rank, what = told["rank"], told["error"].strip()
     else:
         failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
         dead = {r: e for r, e in failures.items() if "Died" in type(e).__name__}
         rank, cause = min((dead or failures).items(), default=(0, error))
         what = "was killed, perhaps for lack of memory" if dead else str(cause).strip().splitlines()[-1]
     log = logs / f"worker-{rank}.log"
-    return WorkerError(f"worker {rank} {what}\nIts log: {log}")
+    return WorkerError(f"worker {rank}: {what} (its log: {log})")
 
 
 @contextlib.contextmanager
-def _ray(workers: int, gpu: bool, logs: Path) -> Iterator[None]:
+def _ray(workers: int, logs: Path) -> Iterator[None]:
     """A connection to Ray: the cluster of ``RAY_ADDRESS``, or one of this machine for the time being."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -147,10 +151,6 @@ def _ray(workers: int, gpu: bool, logs: Path) -> Iterator[None]:
     if address is None:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token())
-        if gpu and workers > torch.cuda.device_count():
-            raise ConfigError(
-                f"compute.workers={workers}, but there are {torch.cuda.device_count()} GPUs; one worker takes one GPU"
-            )
     import ray
 
     quiet = logging.getLogger("ray")
@@ -172,8 +172,9 @@ def _ray(workers: int, gpu: bool, logs: Path) -> Iterator[None]:
         quiet.setLevel(logging.ERROR)
         yield
     except BaseException:
-        for session in Path(temporary).glob("session_latest/logs"):
-            shutil.copytree(session, logs / "ray", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.sock"))
+        if not (logs / "error.json").is_file():  # no fault of the function's: Ray's own logs may say more
+            for session in Path(temporary).glob("session_latest/logs"):
+                shutil.copytree(session, logs / "ray", dirs_exist_ok=True)
         raise
     finally:
         ray.shutdown()
@@ -215,7 +216,7 @@ def _worker(settings: dict[str, Any]) -> None:
     except Exception as error:
         traceback.print_exc()
         if not any(word in str(error).lower() for word in CONSEQUENCES):
-            _write_once(logs / "error.json", {"rank": rank, "error": f"{type(error).__name__}: {error}"})
+            _write_once(logs / "error.json", {"rank": rank, "error": "".join(traceback.format_exception_only(error))})
         raise
     if rank == 0:
         _write_once(logs / "result.json", result)

@@ -1,15 +1,19 @@
-"""DeepSpeed ZeRO with two processes on gloo, without Ray: the laws of the loop hold at every stage."""
+"""Two workers: the laws of the loop hold at every stage of ZeRO (two processes on gloo), and under Ray."""
 
 import os
+import time
 import traceback
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mvhpc.journal import read
+from mvhpc.training.cluster import WorkerError, launch
 from mvhpc.training.engine import weights_only_engine
 from tests.toy_task import Interrupted, curves, digest, exported, run_toy, toy_config
 
@@ -103,3 +107,48 @@ def test_no_average_and_no_master_copy_is_whole_under_zero_3(runs: Path) -> None
     halves = [sum(value.numel() for value in part) for part in parts]
     assert halves[0] == halves[1] < 0.55 * total
     assert sum(halves) >= total
+
+
+# --- Ray ---
+
+
+def nothing_is_left() -> None:
+    """No process of a launch outlives it."""
+    for _ in range(50):
+        left = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+        left = [p for p in left if "resource_tracker" not in " ".join(p.cmdline())]
+        if not left:
+            return
+        time.sleep(0.1)
+    raise AssertionError(left)
+
+
+def test_a_worker_killed_under_ray_changes_not_one_bit(
+    runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = toy_config(
+        **RUNS["zero1"],
+        compute__workers=2,
+        compute__retries=1,
+        tracking__kill_at=10,
+        tracking__mark=str(tmp_path / "killed"),
+    )
+    summary = launch("tests.toy_task:run_toy", config, tmp_path / "run", 2)
+    assert (tmp_path / "killed").is_file()
+    assert digests(tmp_path / "run") == digests(runs / "zero1")
+    assert curves(tmp_path / "run") == curves(runs / "zero1")
+    starts = [e["step"] for e in read(tmp_path / "run") if e["event"] == "start"]
+    assert starts == [0, 8]
+    assert summary["validation/error"] == curves(runs / "zero1")[15, "validation/error"]
+    assert sorted(p.name for p in (tmp_path / "run" / "logs").iterdir()) == ["worker-0.log", "worker-1.log"]
+    printed = "".join(capfd.readouterr())
+    assert len(printed.splitlines()) <= 2, printed  # Ray, DeepSpeed and torch keep to the logs
+    nothing_is_left()
+
+
+def test_an_error_of_a_worker_comes_back_as_one_sentence(tmp_path: Path) -> None:
+    config = toy_config(compute__workers=2, training__batch=7)
+    with pytest.raises(WorkerError, match=r"worker [01]: .*ConfigError: training\.batch=7 does not.*worker-[01]\.log"):
+        launch("tests.toy_task:run_toy", config, tmp_path, 2)
+    assert "ConfigError" in (tmp_path / "logs" / "worker-0.log").read_text()
+    nothing_is_left()
