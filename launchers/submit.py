@@ -65,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"submit.py: {error}", file=sys.stderr)
         return 2
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell's `&` or nohup had it ignored
+        signal.signal(number, signal.default_int_handler)
     return _watch(executor.submit(work, stage, to_dict(config)), stage, config.out)
 
 
@@ -72,13 +74,14 @@ def _watch(job: Any, stage: str, out: str) -> int:
     """Show a job's log as it grows, then its result; an interrupt cancels it."""
     log = Path(job.paths.stdout)
     print(f"job {job.job_id}: {stage}, log in {log}", file=sys.stderr)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for line in _lines(job, log):
             print(line, file=sys.stderr, flush=True)
         summary = job.result()
     except KeyboardInterrupt:
         job.cancel()
+        while not job.done():
+            time.sleep(POLL_S)
         print(f"job {job.job_id} cancelled; submit it again to go on from its last checkpoint", file=sys.stderr)
         return 130
     except Exception as error:  # as many kinds as there are ways to end

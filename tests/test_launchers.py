@@ -1,9 +1,13 @@
 """Laws of launching: a dry run shows what a run does and does nothing; a job's end is the command's end."""
 
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -65,3 +69,32 @@ def test_jobs_end_as_the_command_does(tmp_path: Path) -> None:
     assert bad.returncode == 1
     assert "FileNotFoundError: nowhere" in bad.stderr
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_interrupt_ends_the_job_and_leaves_no_process(tmp_path: Path) -> None:
+    command = [sys.executable, str(SUBMIT), "--stage", "phantom", f"out={tmp_path}/scans", "subjects=9999"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as submit:
+        assert submit.stderr is not None
+        assert "phantom" in submit.stderr.readline()
+        wait_for(lambda: (tmp_path / "scans.run" / "tracking.json").exists())
+        submit.send_signal(signal.SIGINT)  # to it alone, as from a scheduler; a terminal's reaches all
+        assert submit.wait(30) == 130
+    wait_for(lambda: not [p for p in psutil.process_iter() if str(tmp_path) in " ".join(words(p))])
+    assert not (tmp_path / "scans").exists()
+
+
+def words(process: psutil.Process) -> list[str]:
+    """The command line of a process; empty where it has just ended."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait until ``condition()`` holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
