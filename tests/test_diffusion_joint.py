@@ -1,5 +1,7 @@
 """Laws of the joint forward process and its loss."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -164,17 +166,18 @@ def test_the_exact_denoiser_has_the_least_loss() -> None:
 
 
 def test_what_is_misspelt_is_named() -> None:
-    def build(**change: object) -> JointDiffusion:
-        fields = {"time": "shared", "volume": "eps", "continuous": "v", "weights": {}, **change}
+    def build(**change: Any) -> JointDiffusion:
+        fields: dict[str, Any] = {"time": "shared", "volume": "eps", "continuous": "v", "weights": {}, **change}
         return JointDiffusion(
             VARIABLES,
-            config.Diffusion(1000, 0.0015, 0.0195, shared_fraction=0, clean_fraction=0, noise_fraction=0, **fields),  # type: ignore[arg-type]
+            config.Diffusion(1000, 0.0015, 0.0195, shared_fraction=0, clean_fraction=0, noise_fraction=0, **fields),
         )
 
-    for change, match in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"time": "indipendent"}, "Did you mean 'independent'"),
         ({"volume": "epsilon"}, "Did you mean 'eps'"),
         ({"weights": {"aeg": 1.0}}, "Did you mean 'age'"),
-    ]:
+    ]
+    for change, match in cases:
         with pytest.raises(config.ConfigError, match=match):
             build(**change)

@@ -1,5 +1,7 @@
 """Laws of the samplers, under the exact denoiser of a law whose conditionals are known, and under a network."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,10 @@ from mvhpc.randomness import generator
 from tests.mixed_law import VARIABLES, MixedLaw, diffusion, flat, mixture, one_hot_share, stderr
 
 N = 1500
-FINE = {"steps": 200, "stride": 20}  # DDIM's own bias, first order in the step, is then 1 to 2 % of an SD
+FINE: dict[str, Any] = {
+    "steps": 200,
+    "stride": 20,
+}  # DDIM's own bias, first order in the step, is then 1 to 2 % of an SD
 
 
 def generators(n: int, *parts: object) -> list[torch.Generator]:
@@ -100,7 +105,7 @@ def test_given_values_come_out_bit_for_bit(conditioning: str) -> None:
     given = MixedLaw(process).draw(n, seed=1)
     mask = torch.tensor([True, False]).reshape(1, 1, 2, 1, 1).expand(n, 1, 2, 1, 1)
     there = torch.arange(n) % 2 == 0
-    options = {"steps": 4, "stride": 250, "conditioning": conditioning}
+    options: dict[str, Any] = {"steps": 4, "stride": 250, "conditioning": conditioning}
     for names in (["image"], ["age", "sex"], ["image", "age", "sex"]):
         some = {name: given[name] for name in names}
         drawn = sample(network(), process, some, generators(n), **options)
@@ -118,7 +123,7 @@ def test_a_row_does_not_depend_on_its_batch(conditioning: str) -> None:
     process, net, n = diffusion(), network(), 5
     given = {name: value for name, value in MixedLaw(process).draw(n, seed=2).items() if name != "image"}
     present = {"age": torch.tensor([True, False, True, True, False])}
-    options = {"steps": 4, "stride": 125, "conditioning": conditioning}
+    options: dict[str, Any] = {"steps": 4, "stride": 125, "conditioning": conditioning}
     together = sample(net, process, given, generators(n, 7), present=present, **options)
     for i in (0, 1, 4):
         row = {name: value[i : i + 1] for name, value in given.items()}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mvhpc.variables import Categorical, Continuous, Variables, Volume
-from shards.schema import Schema
+from shards.schema import Schema, Value
 
 SCHEMA = Schema.from_dict(
     {
@@ -46,7 +46,11 @@ def test_scale_gives_latents_unit_deviation() -> None:
 
 
 def test_missing_values_are_marked_and_harmless() -> None:
-    rows = [{"age": 60.0, "site": None}, {"age": float("nan"), "site": "lima"}, {"site": "pune"}]
+    rows: list[dict[str, Value]] = [
+        {"age": 60.0, "site": None},
+        {"age": float("nan"), "site": "lima"},
+        {"site": "pune"},
+    ]
     batch, present = VARIABLES.encode_scalars(rows)
     assert present["age"].tolist() == [True, False, False]
     assert present["site"].tolist() == [False, True, True]

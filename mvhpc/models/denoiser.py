@@ -125,14 +125,20 @@ class Token(nn.Module):
 
 
 class Head(nn.Module):
-    """From bottleneck features to a scalar's output: two GroupNorm-SiLU-Conv blocks with a skip, global average
-    pooling, and an output layer that also sees the scalar's own token."""
+    """From bottleneck features to a scalar's output: two GroupNorm-SiLU-Conv blocks with a skip and global average
+    pooling as in the paper, then a small network that also has the scalar's own token.
+
+    What is left to say of a scalar depends on its own noisy value and, as a factor, on its level (v is a multiple of
+    z_t less a multiple of z_0): the token scales and shifts the pooled features and enters beside them. On a small
+    law known in closed form this comes closer to Bayes-optimal, at equal steps, than the pooled features alone.
+    """
 
     def __init__(self, variable: Scalar, model: config.Denoiser) -> None:
         super().__init__()
         width = model.channels[-1]
         self.blocks = nn.Sequential(*(_block(width, model.norm_groups) for _ in range(2)))
-        self.own = nn.Sequential(nn.Linear(width + model.embedding, width), nn.SiLU())
+        self.modulate = nn.Linear(model.embedding, 2 * width)
+        self.mix = nn.Sequential(nn.Linear(width + model.embedding, width), nn.SiLU())
         self.out = nn.Linear(width, variable.size if isinstance(variable, Categorical) else 1)
         nn.init.zeros_(self.out.weight)  # starts as "nothing known": zero, or even odds
         nn.init.zeros_(self.out.bias)
@@ -140,7 +146,8 @@ class Head(nn.Module):
     def forward(self, features: Tensor, token: Tensor) -> Tensor:
         """Features (B, C, h, w, d) and token (B, E) to (B, 1), or logits (B, K)."""
         pooled = (features + self.blocks(features)).mean((2, 3, 4))  # (B, C)
-        return self.out(self.own(torch.cat([pooled, token], 1)))
+        scale, shift = self.modulate(token).chunk(2, 1)  # each (B, C)
+        return self.out(self.mix(torch.cat([pooled * (1 + scale) + shift, token], 1)))
 
 
 def _block(width: int, groups: int) -> nn.Module:

@@ -1,0 +1,188 @@
+"""Laws of the network: padding is invisible, its parts agree with the whole, and it learns a known joint law."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mvhpc import config
+from mvhpc.diffusion.joint import JointDiffusion
+from mvhpc.models.denoiser import JointDenoiser, sinusoid
+from mvhpc.variables import Categorical, Continuous, Variables, Volume
+
+AGE, SITE = Continuous("age", 0, 100), Categorical("site", ("a", "b", "c"))
+
+
+def variables(size: tuple[int, int, int] = (4, 4, 4), channels: tuple[int, ...] = (2,)) -> Variables:
+    volumes = [Volume(f"v{i}", (c, *size), 1.0) for i, c in enumerate(channels)]
+    return Variables([*volumes, AGE, SITE])
+
+
+def model(v: Variables, checkpointing: bool = False, attention: tuple[bool, bool] = (False, True)) -> JointDenoiser:
+    """A small network with nothing at its initial zeros."""
+    torch.manual_seed(0)
+    net = JointDenoiser(v, config.Denoiser([8, 16], list(attention), 1, 8, 4, 16, 0.0, checkpointing))
+    for parameter in net.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return net
+
+
+def inputs(v: Variables, n: int = 3) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    z = {x.name: torch.randn(n, *x.shape, generator=g) for x in v.volumes}
+    z |= {"age": torch.randn(n, 1, generator=g), "site": torch.randint(3, (n,), generator=g)}
+    return z, {name: torch.randint(1001, (n,), generator=g) for name in v.names}
+
+
+def test_sizes_that_the_strides_do_not_divide_are_padded_with_zeros_and_cropped() -> None:
+    odd, even = variables((3, 4, 1)), variables((4, 4, 2))
+    z, t = inputs(odd)
+    padded = {**z, "v0": torch.nn.functional.pad(z["v0"], (0, 1, 0, 0, 0, 1))}
+    ours, theirs = model(odd)(z, t), model(even)(padded, t)
+    torch.testing.assert_close(ours["v0"], theirs["v0"][:, :, :3, :4, :1])
+    torch.testing.assert_close(ours["age"], theirs["age"])
+
+
+def test_several_volumes_leave_by_the_channels_they_entered() -> None:
+    """Two volumes of one and two channels are one of three, split."""
+    two, one = variables(channels=(1, 2)), variables(channels=(3,))
+    z, t = inputs(two)
+    net, whole = model(two), model(one)
+    joined = {"v0": torch.cat([z["v0"], z["v1"]], 1), "age": z["age"], "site": z["site"]}
+    whole.unet.time_embed = torch.nn.Sequential(Fold(16), net.unet.time_embed)  # told both levels
+    state = {k: v for k, v in net.state_dict().items() if "time_embed" not in k}
+    whole.load_state_dict(state, strict=False)
+    t["v1"] = t["v0"]
+    ours, theirs = net(z, t), whole(joined, {k: t[k] for k in ("v0", "age", "site")})
+    torch.testing.assert_close(torch.cat([ours["v0"], ours["v1"]], 1), theirs["v0"])
+    assert ours["v0"].shape == (3, 1, 4, 4, 4)
+
+
+class Fold(torch.nn.Module):
+    """Repeats the first variable's embedding."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, : self.width], x], 1)
+
+
+def test_scalars_alone_are_answered_without_the_up_path() -> None:
+    v = variables()
+    z, t = inputs(v)
+    net = model(v)
+    whole = net(z, t)
+    for block in net.unet.up_blocks:
+        block.register_forward_pre_hook(lambda *_: pytest.fail("the up path ran"))
+    part = net(z, t, want=["age", "site"])
+    assert part.keys() == {"age", "site"}
+    assert all(torch.equal(part[name], whole[name]) for name in part)
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    v = variables()
+    z, t = inputs(v, n=4)
+    net = model(v).eval()
+    whole = net(z, t)
+    alone = net({k: x[2:3] for k, x in z.items()}, {k: x[2:3] for k, x in t.items()})
+    for name in v.names:
+        torch.testing.assert_close(alone[name], whole[name][2:3], atol=1e-5, rtol=1e-4)
+
+
+def test_every_level_and_value_reaches_every_output() -> None:
+    v = variables(channels=(2, 1))
+    z, t = inputs(v)
+    net = model(v).eval()
+    before = net(z, t)
+    for name in v.names:
+        moved = (z[name] + 1) % 3 if name == "site" else z[name] + 1
+        for after in (net({**z, name: moved}, t), net(z, {**t, name: (t[name] + 300) % 1001})):
+            assert all((after[other] - before[other]).abs().max() > 1e-5 for other in v.names)
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    v = variables()
+    z, t = inputs(v)
+    gradients = []
+    for checkpointing in (False, True):
+        net = model(v, checkpointing).train()
+        sum(x.square().sum() for x in net(z, t).values()).backward()
+        gradients.append([p.grad for p in net.parameters()])
+    for plain, kept in zip(*gradients):
+        assert plain is not None  # no parameter is idle
+        torch.testing.assert_close(plain, kept)
+
+
+def test_a_fresh_network_says_that_nothing_is_known() -> None:
+    v = variables()
+    z, t = inputs(v)
+    fresh = JointDenoiser(v, config.Denoiser([8, 16], [False, False], 1, 8, 4, 16, 0.0, False))
+    assert all((x == 0).all() for x in fresh(z, t).values())
+
+
+def test_levels_are_told_apart() -> None:
+    waves = sinusoid(torch.arange(1001), 32)
+    distance = torch.cdist(waves, waves) + torch.eye(1001)
+    assert distance.min() > 0.1
+
+
+def test_schemas_without_scalars_and_without_volumes() -> None:
+    alone = Variables([Volume("v0", (2, 4, 4, 4), 1.0)])
+    net = JointDenoiser(alone, config.Denoiser([8, 16], [False, True], 1, 8, 4, 16, 0.0, False))
+    z = torch.randn(2, 2, 4, 4, 4)
+    assert net({"v0": z}, {"v0": torch.tensor([3, 900])})["v0"].shape == z.shape
+    with pytest.raises(ValueError, match="at least one volume"):
+        JointDenoiser(Variables([AGE, SITE]), config.Denoiser([8], [False], 1, 8, 4, 16, 0.0, False))
+    sizes = Variables([Volume("a", (2, 4, 4, 4), 1.0), Volume("b", (2, 4, 4, 2), 1.0)])
+    with pytest.raises(ValueError, match="of one size"):
+        JointDenoiser(sizes, config.Denoiser([8], [False], 1, 8, 4, 16, 0.0, False))
+
+
+@pytest.mark.slow
+def test_it_learns_a_joint_law() -> None:
+    """Age and class written into a noisy image: one call at t = T finds them almost as well as Bayes' rule does."""
+    v = Variables([Volume("image", (1, 2, 2, 2), 1.0), AGE, Categorical("sex", ("F", "M"))])
+    settings = config.Diffusion(1000, 0.0015, 0.0195, "independent", 0.2, 0.3, 0.3, "v", "v", {})
+    process = JointDiffusion(v, settings)
+    g = torch.Generator().manual_seed(0)
+    pattern = torch.randn(2, 1, 2, 2, 2, generator=g)
+    pattern *= 2 / pattern.flatten(1).norm(dim=1).reshape(2, 1, 1, 1, 1)
+    sd, n = 0.3, 64
+
+    def people(n: int) -> dict[str, Tensor]:
+        age, sex = torch.randn(n, 1, generator=g), torch.randint(2, (n,), generator=g)
+        both = torch.stack([age[:, 0], 2.0 * sex - 1], 1)
+        image = torch.einsum("bi,ichwd->bchwd", both, pattern) + torch.randn(n, 1, 2, 2, 2, generator=g)
+        return {"image": image, "age": sd * age, "sex": sex}
+
+    def streams(n: int) -> list[torch.Generator]:
+        seeds = torch.randint(2**62, (n,), generator=g).tolist()
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    torch.manual_seed(0)
+    net = JointDenoiser(v, config.Denoiser([16, 16], [False, False], 1, 16, 8, 32, 0.0, False))
+    optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
+    steps = 300
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        rows = streams(n)
+        noised = process.noise(people(n), {}, process.draw_times(rows), rows)
+        loss = process.total(process.losses(net(noised.z, noised.t), noised)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    n = 1000
+    t = {"image": torch.zeros(n), "age": torch.full((n,), 1000), "sex": torch.full((n,), 1000)}
+    test = people(n)
+    noised = process.noise(test, {}, {name: x.long() for name, x in t.items()}, streams(n))
+    with torch.no_grad():
+        said = net.eval()(noised.z, noised.t, want=["age", "sex"])
+    age = process.predict(AGE, said["age"], noised.z["age"], 1000)
+    error = (age - test["age"]).square().mean().sqrt() / sd  # Bayes-optimal: 1 / sqrt(1 + 2^2) = 0.45; the mean: 1
+    right = (said["sex"].argmax(1) == test["sex"]).double().mean()  # Bayes-optimal: 0.97; guessing: 0.5
+    assert error < 0.8
+    assert right > 0.9
