@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mvhpc.config import ConfigError
-from mvhpc.tracking import ENVIRONMENT, SQLITE, catch_up
+from mvhpc.tracking import ENVIRONMENT, SQLITE, catch_up, store_client
 from shards.files import write_text
 
 HOST = "127.0.0.1"
@@ -44,11 +44,13 @@ def dashboard(store: str, port: int = 5000) -> None:
         catch_up(database.parent)
     except Exception as error:
         print(f"Some runs could not be brought up to date: {error}", file=sys.stderr)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the server is ended too
+    for number in (signal.SIGINT, signal.SIGTERM):  # both unwind, so that the server is ended too
+        signal.signal(number, signal.default_int_handler)
     new = not (_private(database) / "password").exists()
     with contextlib.suppress(KeyboardInterrupt), serve(database, port) as (address, password):
+        page = f"{address}/#/experiments/{_newest(database)}?workflowType=machine_learning"
         shown = password if new else f"the one in {_private(database) / 'password'}"
-        print(f"{address}   user: {USER}   password: {shown}\nCtrl-C ends it.", flush=True)
+        print(f"{page}   user: {USER}   password: {shown}\nCtrl-C ends it.", flush=True)
         while True:
             time.sleep(3600)
 
@@ -96,6 +98,12 @@ def serve(database: Path, port: int) -> Iterator[tuple[str, str]]:
         yield address, password
     finally:
         _end(server)
+
+
+def _newest(database: Path) -> str:
+    """The experiment that was last written to."""
+    client = store_client(f"{SQLITE}{database.resolve()}")
+    return client.search_experiments(max_results=1, order_by=["last_update_time DESC"])[0].experiment_id
 
 
 def _private(database: Path) -> Path:

@@ -160,10 +160,8 @@ def sync(folder: Path) -> None:
         FileNotFoundError: there is no ``tracking.json``.
         Exception: whatever MLflow raises where the store does not answer; nothing is lost, call it again later.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     state = _state(folder)
-    client = _client(_uri(state["uri"], folder))
+    client = store_client(_uri(state["uri"], folder))
     if "run" not in state:
         state |= _open(client, folder, state)
         _save(folder, state)
@@ -197,7 +195,10 @@ def catch_up(root: Path) -> None:
 
 
 @functools.cache
-def _client(uri: str) -> "MlflowClient":
+def store_client(uri: str) -> "MlflowClient":
+    """A client of the store with that tracking URI."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     from mlflow import MlflowClient  # a second or two
 
     return MlflowClient(uri)

@@ -49,7 +49,7 @@ def losses(root: Path, steps: range, shift: float = 0.0) -> None:
 def history(root: Path, name: str = "train/loss") -> list[tuple[int, float]]:
     """What the store beside the run folder has of a metric."""
     state = json.loads((root / "packed.run" / "tracking.json").read_text())
-    client = tracking._client(f"sqlite:///{root / 'mlflow.db'}")
+    client = tracking.store_client(f"sqlite:///{root / 'mlflow.db'}")
     return [(m.step, m.value) for m in client.get_metric_history(state["run"], name)]
 
 
@@ -67,7 +67,7 @@ def test_every_point_once_over_failure_resume_and_lost_notes(tmp_path: Path) -> 
     with pytest.raises(ZeroDivisionError), tracker(tmp_path):
         losses(tmp_path, range(3))
         raise ZeroDivisionError
-    client = tracking._client(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    client = tracking.store_client(f"sqlite:///{tmp_path / 'mlflow.db'}")
     first = json.loads(state_file.read_text())
     run = client.get_run(first["run"])
     assert (run.info.status, run.data.tags["error"]) == ("FAILED", "ZeroDivisionError")
@@ -151,7 +151,7 @@ def test_locked_store_is_filled_later(
     catch_up(tmp_path)
     assert [step for step, _ in history(tmp_path)] == [0, 1, 2, 3]
     run = json.loads((tmp_path / "packed.run" / "tracking.json").read_text())["run"]
-    assert tracking._client(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(run).info.status == "FINISHED"
+    assert tracking.store_client(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(run).info.status == "FINISHED"
 
 
 @pytest.mark.slow
@@ -178,7 +178,7 @@ def test_stage_killed_outright_is_recorded_and_leaves_no_process(tmp_path: Path)
     wait_for(gone)
     assert [step for step, _ in history(tmp_path)] == [0, 1]
     run = json.loads((tmp_path / "packed.run" / "tracking.json").read_text())["run"]
-    assert tracking._client(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(run).info.status == "KILLED"
+    assert tracking.store_client(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(run).info.status == "KILLED"
 
 
 def get(url: str, login: str = "") -> int:
@@ -200,7 +200,7 @@ def test_dashboard_needs_its_password_and_takes_what_was_kept_for_it(
     store, runs = tmp_path / "store", tmp_path / "runs"
     store.mkdir()
     runs.mkdir()
-    tracking._client(f"sqlite:///{store / 'mlflow.db'}").search_experiments()
+    tracking.store_client(f"sqlite:///{store / 'mlflow.db'}").search_experiments()
     taken = socket.create_server(("127.0.0.1", 0))
     port = taken.getsockname()[1]
     address = f"http://127.0.0.1:{port + 1}"  # the next free port, where nothing listens yet
@@ -215,7 +215,8 @@ def test_dashboard_needs_its_password_and_takes_what_was_kept_for_it(
         assert server.stdout is not None
         said = server.stdout.readline().split()
         password = said[-1]
-        assert said == [address, "user:", "admin", "password:", password]
+        assert said[0].startswith(f"{address}/#/experiments/")
+        assert said[1:] == ["user:", "admin", "password:", password]
         for path in ("/", "/api/2.0/mlflow/experiments/get?experiment_id=0", "/get-artifact?path=x&run_uuid=y"):
             assert get(address + path) == get(address + path, "admin:guess") == 401
         assert get(address, f"admin:{password}") == 200
@@ -227,7 +228,7 @@ def test_dashboard_needs_its_password_and_takes_what_was_kept_for_it(
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
         sync(runs / "packed.run")
-        client = tracking._client(address)
+        client = tracking.store_client(address)
         run = json.loads((runs / "packed.run" / "tracking.json").read_text())["run"]
         assert [m.step for m in client.get_metric_history(run, "train/loss")] == [0, 1, 2]
         assert [p.read_bytes() for p in (store / "mlartifacts").rglob("x.png")] == [PNG]
