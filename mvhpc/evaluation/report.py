@@ -1,5 +1,6 @@
 """What a finished pipeline has to say: the table of answers, and where to look next."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,6 +8,9 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from mvhpc.evaluation.tables import Table, constant_predictions, label, read_predictions, scoreboard
+from mvhpc.inference.chains import Sampler
+from mvhpc.inference.inpaint import inpaint_half
+from mvhpc.run import run_folder
 from shards.files import write_text
 from shards.loader import open_dataset
 from shards.schema import Schema
@@ -60,23 +64,48 @@ def table_of_answers(pipeline: "Pipeline") -> Table:
     return scoreboard([*ours, *means, *best], schema, wanted)
 
 
+def collect_figures(pipeline: "Pipeline") -> Path:
+    """Reconstructions, synthetic people and an inpainted half of a test volume, side by side in ``figures``."""
+    folder = pipeline.root / "figures"
+    folder.mkdir(exist_ok=True)
+    split, trained = list(pipeline.splits.items())[-1]
+    shutil.copy(trained / "vae" / "figures" / "reconstruction.png", folder)
+    shutil.copy(run_folder("generate", str(pipeline.root / "synthetic")) / "figures" / "people.png", folder)
+    _, generate = pipeline.steps[-1]
+    dataset = open_dataset(pipeline.root / "packed")
+    volume = dataset.index.schema.volumes[0].name
+    key = next(key for key in dataset.keys("test", split) if dataset.has(key, volume))
+    inpaint_half(Sampler(trained / "joint", generate.sampling), dataset, key, folder / "inpainted-half.png")
+    return folder
+
+
 def report(pipeline: "Pipeline") -> str:
-    """Write ``results.md`` into the pipeline's folder.
+    """Write ``results.md`` and ``figures`` into the pipeline's folder.
 
     Returns:
-        what to print: the table and the places of figures, table and dashboard.
+        what to print: the table, and three lines that say what to open next.
     """
     table = table_of_answers(pipeline)
     write_text(pipeline.root / "results.md", table.markdown() + "\n")
     return "\n".join(
         [
             "",
-            f"{table.text()}",
+            table.text(),
             "95 % intervals in brackets, by bootstrap over subjects",
             "",
-            f"figures    {pipeline.root}/*/figures and {pipeline.root}/*.run/figures",
+            f"figures    {collect_figures(pipeline)}/ : reconstruction.png, people.png, inpainted-half.png",
             f"dashboard  mvhpc dashboard {pipeline.root}",
-            f"ask more   mvhpc predict --model {pipeline.root}/joint --data {pipeline.root}/packed --given image "
-            f"--want {','.join(v for v in table.header[1:2])}",
+            f"ask more   {_next_question(pipeline)}",
         ]
+    )
+
+
+def _next_question(pipeline: "Pipeline") -> str:
+    """A command that asks the last model for all scalars given the volumes."""
+    schema = open_dataset(pipeline.root / "packed").index.schema
+    given, want = (",".join(v.name for v in group) for group in (schema.volumes, schema.scalars))
+    model = list(pipeline.splits.values())[-1] / "joint"
+    return (
+        f"mvhpc predict --model {model} --data {pipeline.root / 'packed'} "
+        f"--given {given} --want {want} --out answers.tsv"
     )

@@ -6,6 +6,7 @@ sentence that names the worker and its log. Nothing outlives :func:`launch`: no 
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import importlib
 import json
@@ -25,6 +26,7 @@ import torch
 
 from mvhpc.config import Compute, ConfigError
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
 Target = Callable[[Any, Path, int, int], dict[str, float]]
 # What a worker sees when another one is gone; such a run is worth trying again.
 CONSEQUENCES = ("connection closed", "connection reset", "connection refused", "broken pipe", "nccl", "timed out")
@@ -56,6 +58,7 @@ def launch(target: str, config: Any, folder: Path, workers: int) -> dict[str, fl
         ConfigError: more workers than GPUs.
     """
     if workers == 1:
+        keep_freed_memory()
         before = torch.get_num_threads()
         torch.set_num_threads(config.compute.threads or before)
         try:
@@ -63,6 +66,19 @@ def launch(target: str, config: Any, folder: Path, workers: int) -> dict[str, fl
         finally:
             torch.set_num_threads(before)
     return _launch_ray(target, config, folder, workers)
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep what is freed instead of returning it to the kernel, where libc can.
+
+    Activations of volumes are megabytes each; fetched anew from the kernel at every step, zeroing their pages took a
+    fifth of the time of a training step on CPUs.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TOP_PAD, 2**27)
 
 
 def _call(target: str) -> Target:
@@ -211,6 +227,7 @@ def _worker(settings: dict[str, Any]) -> None:
         return  # the function itself failed; Ray starting everybody again would not help
     _redirect(logs / f"worker-{rank}.log")
     torch.set_num_threads(settings["threads"])
+    keep_freed_memory()
     try:
         result = _call(settings["target"])(settings["config"], folder, rank, world)
     except Exception as error:
