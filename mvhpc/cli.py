@@ -5,7 +5,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mvhpc.config import ConfigError, load_config, nearest
+from mvhpc.config import ConfigError, load_config
+from shards.errors import nearest
 
 USAGE = """mvhpc: one diffusion model over everything known of a person, and every question answered from it
 

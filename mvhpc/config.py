@@ -5,7 +5,6 @@ overrides. The dataclasses give names and types alone; numbers and their sources
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,8 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from shards.errors import nearest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -293,14 +294,6 @@ SCHEMAS: dict[str, type] = {
 # --- reading ----------------------------------------------------------------------------------------------------
 
 C = TypeVar("C")
-
-
-def nearest(word: str, known: Iterable[str], what: str) -> str:
-    """The sentence that refuses ``word``: the nearest known one, and all there are."""
-    names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.4)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"unknown {what} {word!r}.{hint} Known: {', '.join(names) or 'none'}."
 
 
 def choose(word: str, known: Sequence[str], what: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvhpc.config import nearest
+from shards.errors import nearest
 from shards.schema import Schema, Value
 
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -53,7 +53,7 @@ class Progress:
         self._last_line, self._printed = time.monotonic(), self.done
         text = tqdm.format_meter(
             self.done,
-            self.total,
+            self.total or 0,
             self._last_line - self._start,
             prefix=self.label,
             unit=self.unit,
@@ -81,7 +81,7 @@ class Progress:
 
 def progress(items: Iterable[T], label: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
     """Yield ``items``, counting them with a :class:`Progress`."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with Progress(label, total, unit) as bar:
         for item in items:

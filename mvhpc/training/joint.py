@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mvhpc.config import ConfigError, JointConfig, nearest
+from mvhpc.config import ConfigError, JointConfig
 from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.models.bundle import save_joint
 from mvhpc.models.denoiser import JointDenoiser
@@ -17,6 +17,7 @@ from mvhpc.training.cluster import launch
 from mvhpc.training.engine import Engine
 from mvhpc.training.loop import train
 from mvhpc.variables import Value, Variables
+from shards.errors import nearest
 from shards.loader import Dataset, open_dataset
 from shards.schema import Schema
 
