@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mvhpc.config import ConfigError, load_config
-from shards.errors import nearest
+from shards.errors import DataError, nearest
 
 USAGE = """mvhpc: one diffusion model over everything known of a person, and every question answered from it
 
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         print(f"mvhpc: {error}", file=sys.stderr)
         return 2
     except Exception as error:

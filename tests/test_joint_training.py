@@ -1,0 +1,120 @@
+"""The joint task: noise that belongs to a sample, missing values, and schemas as configuration."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvhpc.config import ConfigError, EncodeConfig, JointConfig, load_config
+from mvhpc.inference.encode import run as encode
+from mvhpc.models.bundle import load_joint
+from mvhpc.run import Run
+from mvhpc.training.engine import LocalEngine
+from mvhpc.training.joint import JointTask
+
+SMALL = {
+    "model.channels": [16, 16],
+    "model.attention": [False, True],
+    "model.head_channels": 16,
+    "model.norm_groups": 8,
+    "model.embedding": 16,
+    "model.res_blocks": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def latents(tiny_dataset: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The latents of ``tiny_dataset``, mirrored ones too."""
+    out = tmp_path_factory.mktemp("joint") / "latents"
+    places = {"data": str(tiny_dataset), "vae": str(tiny_model.parent / "vae"), "out": str(out)}
+    encode(load_config(EncodeConfig, "encode", "default", (), places), Run(out.with_name("run")))
+    return out
+
+
+def task(latents: Path, model: Path, **changes: object) -> JointTask:
+    places = {"latents": str(latents), "vae": str(model.parent / "vae"), "out": "unused", **SMALL, **changes}
+    return JointTask(load_config(JointConfig, "joint", "default", (), places))
+
+
+def test_a_batch_is_the_mean_of_its_halves(latents: Path, tiny_model: Path) -> None:
+    """Levels, noise and mirroring belong to (seed, step, sample): the loss does not see how a batch is divided."""
+    joint = task(latents, tiny_model, **{"optimizer.lr": 0.0})
+    config = joint.config
+    engine = LocalEngine(joint.networks["denoiser"], 0.0, config.optimizer, config.compute, None, 1)
+
+    def losses(indices: list[int]) -> dict[str, torch.Tensor]:
+        found = joint.step(joint.load(indices), {"denoiser": engine}, step=7, indices=indices)
+        return {name: value.detach().clone() for name, value in found.items()}
+
+    whole, first, second = losses([0, 1, 2, 3]), losses([0, 1]), losses([2, 3])
+    for name, value in whole.items():
+        assert torch.isclose(value, (first[name] + second[name]) / 2, rtol=1e-4, atol=1e-6), name
+    assert any(not torch.isclose(first[name], second[name]) for name in whole)
+
+
+def test_people_keep_what_they_have_and_lack(latents: Path, tiny_model: Path) -> None:
+    """A missing scalar has no validation loss, and everybody else's is finite."""
+    joint = task(latents, tiny_model, split="default")
+    joint.others = joint.people  # validate on the training people, among whom values are missing
+    indices = list(range(joint.samples))
+    found = joint.validate(indices, joint.networks)
+    for name in ("age", "sex"):
+        missing = ~joint.people.present[name]
+        assert torch.equal(found[f"loss_{name}"].isnan(), missing)
+    assert found["loss"].isfinite().all()
+    again = joint.validate(indices, joint.networks)
+    assert torch.equal(found["loss"], again["loss"])  # the same levels and noise at every validation
+
+
+def test_mirrored_latents_are_drawn_for_about_half(latents: Path, tiny_model: Path) -> None:
+    joint = task(latents, tiny_model)
+    versions = joint.people.values["image"]
+    assert versions.shape[1] == 2
+    values, _ = joint.people.take([0, 1])
+    plain = joint._encode(values, torch.tensor([False, False]))["image"]
+    mixed = joint._encode(values, torch.tensor([False, True]))["image"]
+    scale = joint.latent["image"]["scale"]
+    assert torch.equal(plain[0], mixed[0])
+    assert torch.equal(mixed[1], versions[1, 1].float() * scale)
+    assert not torch.equal(plain[1], mixed[1])
+
+
+@pytest.mark.parametrize(
+    ("schema", "kinds"),
+    [
+        ("image: {kind: volume, suffix: T1w}", ["Volume"]),
+        (
+            "image: {kind: volume, suffix: T1w}\nsex: {kind: continuous, range: [-1, 1], values: {F: -1, M: 1}}",
+            ["Volume", "Continuous"],
+        ),
+    ],
+)
+def test_other_models_are_other_schemas(
+    schema: str, kinds: list[str], latents: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The image-only model and the one with a continuous sex are configurations; both train a step and are saved."""
+    file = tmp_path / "schema.yaml"
+    file.write_text(schema + "\n")
+    joint = task(latents, tiny_model, schema=str(file))
+    assert [type(v).__name__ for v in joint.diffusion.variables] == kinds
+    config = joint.config
+    engine = LocalEngine(joint.networks["denoiser"], 1e-3, config.optimizer, config.compute, None, 1)
+    before = {name: value.clone() for name, value in engine.weights().items()}
+    joint.step(joint.load([0, 1]), {"denoiser": engine}, step=0, indices=[0, 1])
+    assert any(not torch.equal(before[name], value) for name, value in engine.weights().items())
+    joint.export(tmp_path / "model", {"denoiser": engine.weights()}, {})
+    loaded = load_joint(tmp_path / "model")
+    assert loaded.variables.names == joint.diffusion.variables.names
+    for name, value in loaded.denoiser.state_dict().items():
+        assert torch.equal(value, engine.weights()[name])
+
+
+def test_what_cannot_be_trained_on_is_named(
+    latents: Path, tiny_model: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="mvhpc encode"):
+        task(tiny_dataset, tiny_model)
+    file = tmp_path / "schema.yaml"
+    file.write_text("image: {kind: volume, suffix: T1w}\nagee: {kind: continuous, range: [0, 100]}\n")
+    with pytest.raises(ConfigError, match="'age'"):
+        task(latents, tiny_model, schema=str(file))
