@@ -1,5 +1,7 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Needs Python 3.11 or 3.12, make and a C++ compiler.
-PYTHON ?= $(firstword $(shell command -v python3.12 python3.11 python3))
+PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$python && break; \
+	done)
 VENV := .venv
 
 .PHONY: install demo test lint clean
@@ -8,6 +10,7 @@ install: $(VENV)/.installed
 
 # torch first and by itself, so that nothing else chooses its build
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; name it: make PYTHON=/path/to/python3.12"; exit 1; }
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet torch==2.13.0
