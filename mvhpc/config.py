@@ -59,7 +59,7 @@ class Compute:
 
     workers: int
     zero_stage: int  # 0-3, DeepSpeed ZeRO
-    precision: str  # float32 | bfloat16
+    precision: str  # float32 | bfloat16 | auto: bfloat16 where the device is made for it
     device: str  # auto | cpu | cuda
     threads: int  # per worker; 0 divides the cores among the workers
     retries: int  # restarts of killed workers from the last checkpoint

@@ -10,7 +10,7 @@ from torch import Tensor
 from mvhpc.config import Compute, ConfigError, Sampling, choose, to_dict
 from mvhpc.diffusion.sampling import sample, time_grid
 from mvhpc.models.bundle import JointModel, load_joint
-from mvhpc.training.engine import PRECISIONS, resolve_device
+from mvhpc.training.engine import resolve_device, resolve_precision
 from shards.schema import Schema
 
 
@@ -34,8 +34,8 @@ class Sampler:
 
     def __init__(self, model: str | Path, sampling: Sampling, device: str = "auto", precision: str = "float32") -> None:
         choose(sampling.conditioning, ["repaint", "clean"], "conditioning")
-        self.precision = PRECISIONS[choose(precision, tuple(PRECISIONS), "precision")]
         self.device = resolve_device(device)
+        self.precision = resolve_precision(precision, self.device)
         self.sampling = sampling
         self.model: JointModel = load_joint(model, self.device)
 

@@ -16,7 +16,7 @@ from mvhpc.config import Compute, ConfigError, EncodeConfig
 from mvhpc.inference.chains import set_threads
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import load_autoencoder
-from mvhpc.training.engine import PRECISIONS, resolve_device
+from mvhpc.training.engine import resolve_device, resolve_precision
 from mvhpc.training.vae import volume_shape
 from shards.loader import Dataset, open_dataset, prefetch
 from shards.progress import progress
@@ -100,7 +100,8 @@ def encode(
         OverflowError: a value that float16 cannot hold.
         LookupError, IntegrityError: a volume that cannot be read.
     """
-    device, precision = next(autoencoder.parameters()).device, PRECISIONS[compute.precision]
+    device = next(autoencoder.parameters()).device
+    precision = resolve_precision(compute.precision, device)
     batches = [items[i : i + batch] for i in range(0, len(items), batch)]
 
     def load(number: int) -> Tensor:

@@ -45,6 +45,24 @@ def learning_rate(step: int, total: int, base: float, optimizer: Optimizer) -> f
     return base * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """The type that matrix products are done in: as named, or for ``auto`` bfloat16 where the device is made for it.
+
+    On a CPU without bfloat16 instructions it would be slower than float32, not faster.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    choose(name, ("auto", *PRECISIONS), "compute.precision")
+    if name != "auto":
+        return PRECISIONS[name]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
 def resolve_device(name: str) -> torch.device:
     """The device called ``auto``, ``cpu`` or ``cuda``; ``auto`` is CUDA where there is some.
 
@@ -116,7 +134,7 @@ class Engine(ABC):
         self._clip = optimizer.clip
         self._accumulate = accumulate
         self._micro = 0
-        self._dtype = PRECISIONS[choose(compute.precision, tuple(PRECISIONS), "compute.precision")]
+        self._dtype = resolve_precision(compute.precision, device)
         self.average: Average | None = None  # set by subclasses once the weights are in place
 
     def autocast(self) -> torch.autocast:
