@@ -208,6 +208,7 @@ class JointConfig:
     vae: str
     split: str
     schema: str  # name under configs/schema, a YAML file, or "" for the schema the data were packed with
+    scaling: str  # sd: one SD each way of the training mean becomes [-1, 1]; range: the schema's range does
     model: Denoiser
     diffusion: Diffusion
     ema: float  # decay per step

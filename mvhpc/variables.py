@@ -41,9 +41,9 @@ class Volume:
 
 @dataclass(frozen=True)
 class Continuous:
-    """A number, scaled linearly so that its range [low, high] becomes [-1, 1] (paper, section 3.1).
+    """A number, scaled linearly so that [low, high] becomes [-1, 1] (paper, section 3.1).
 
-    Values outside the range are neither refused nor clipped, samples included.
+    Values outside the interval are neither refused nor clipped, samples included.
     """
 
     name: str
@@ -112,15 +112,21 @@ class Variables:
             raise ValueError(f"two variables share a name: {', '.join(v.name for v in items)}")
 
     @classmethod
-    def from_schema(cls, schema: Schema, latent: Mapping[str, Mapping[str, Any]]) -> "Variables":
+    def from_schema(
+        cls,
+        schema: Schema,
+        latent: Mapping[str, Mapping[str, Any]],
+        intervals: Mapping[str, Sequence[float]] | None = None,
+    ) -> "Variables":
         """The variables of a schema.
 
         Args:
             schema: names, kinds, ranges and classes.
             latent: for each volume its latent's ``shape`` [C, h, w, d] and ``scale`` (1 / SD over the training set).
+            intervals: for a continuous variable, what becomes [-1, 1]; the schema's range where not named.
 
         Raises:
-            ValueError: where a volume has no latent.
+            ValueError: where a volume has no latent, or a continuous variable neither interval nor finite range.
         """
         items: list[Variable] = []
         for v in schema:
@@ -130,7 +136,9 @@ class Variables:
                 c, h, w, d = latent[v.name]["shape"]
                 items.append(Volume(v.name, (c, h, w, d), float(latent[v.name]["scale"])))
             elif v.kind == "continuous":
-                low, high = v.range
+                low, high = (intervals or {}).get(v.name, v.range)
+                if not math.isfinite(high - low):
+                    raise ValueError(f"schema: {v.name} needs a finite range to be scaled by")
                 items.append(Continuous(v.name, float(low), float(high), v.unit or ""))
             else:
                 items.append(Categorical(v.name, tuple(v.classes)))

@@ -71,7 +71,8 @@ def decode(sampler: Sampler, name: str, drawn: torch.Tensor) -> Any:
     if isinstance(variable, Volume):
         return sampler.model.decode(name, drawn)[0, 0].float().cpu().numpy()  # (H, W, D)
     if isinstance(variable, Continuous):
-        return min(max(variable.decode(drawn).item(), variable.low), variable.high)
+        low, high = sampler.model.schema[name].range
+        return min(max(variable.decode(drawn).item(), low), high)
     return variable.decode(drawn)[0]
 
 

@@ -8,7 +8,7 @@ one, never a mixture. A joint model's folder holds its autoencoder too.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,6 +177,7 @@ def save_joint(
     diffusion: config.Diffusion,
     schema: Schema,
     latent: Mapping[str, Any],
+    intervals: Mapping[str, Sequence[float]] | None = None,
     grid: Mapping[str, Any],
     extra: Mapping[str, Any] | None = None,
 ) -> None:
@@ -189,6 +190,7 @@ def save_joint(
         model, diffusion: the configurations that build the denoiser and the diffusion again.
         schema: of the variables.
         latent: volume variable -> {"shape": [C, h, w, d], "scale": 1/std}.
+        intervals: continuous variable -> what becomes [-1, 1]; the schema's range where not named.
         grid: ``spacing``, ``shape`` and ``affine`` of the volumes.
         extra: JSON-able facts to keep beside it.
 
@@ -201,6 +203,7 @@ def save_joint(
         "kind": "joint",
         "schema": schema.to_dict(),
         "latent": {name: dict(facts) for name, facts in latent.items()},
+        "intervals": {name: list(interval) for name, interval in (intervals or {}).items()},
         "grid": dict(grid),
         "autoencoder": autoencoder["autoencoder"],
         "denoiser": dataclasses.asdict(model),
@@ -224,7 +227,7 @@ def load_joint(folder: str | Path, device: torch.device | str = "cpu") -> JointM
     meta = _manifest(folder, "joint")
     schema = Schema.from_dict(meta["schema"])
     settings = config.Diffusion(**meta["diffusion"])
-    variables = Variables.from_schema(schema, meta["latent"])
+    variables = Variables.from_schema(schema, meta["latent"], meta["intervals"])
     autoencoder = Autoencoder(config.Autoencoder(**meta["autoencoder"]))
     _build(autoencoder, _weights(folder, meta, "autoencoder"), device)
     denoiser = JointDenoiser(variables, config.Denoiser(**meta["denoiser"]))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mvhpc.config import ConfigError, JointConfig
+from mvhpc.config import ConfigError, JointConfig, choose
 from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.models.bundle import save_joint
 from mvhpc.models.denoiser import JointDenoiser
@@ -94,7 +94,9 @@ class JointTask:
             v.name: {"shape": list(index.arrays[v.name]["shape"]), "scale": index.extra["scale"][v.name]}
             for v in self.schema.volumes
         }
-        variables = Variables.from_schema(self.schema, self.latent)
+        train = dataset.keys("train", config.split)
+        self.intervals = self._intervals(dataset, train)
+        variables = Variables.from_schema(self.schema, self.latent, self.intervals)
         self.diffusion = JointDiffusion(variables, config.diffusion)
         self.people, self.others = (
             People(dataset, dataset.keys(part, config.split), self.schema, variables)
@@ -104,6 +106,22 @@ class JointTask:
         torch.manual_seed(config.training.seed)  # the layers' initial weights
         self.networks: dict[str, nn.Module] = {"denoiser": JointDenoiser(variables, config.model)}
         self.learning_rates = {"denoiser": config.optimizer.lr}
+
+    def _intervals(self, dataset: Dataset, keys: list[str]) -> dict[str, list[float]]:
+        """What becomes [-1, 1] of each continuous variable: one SD each way of the mean of ``keys``.
+
+        None for a variable that takes its schema's range: with ``scaling=range``, or where it does not vary.
+        """
+        intervals: dict[str, list[float]] = {}
+        if choose(self.config.scaling, ("sd", "range"), "scaling") == "range":
+            return intervals
+        for v in self.schema.scalars:
+            if v.kind == "continuous":
+                seen = [_value(dataset.values(key), v.name, self.schema) for key in keys]
+                known = np.array([x for x in seen if x is not None], float)
+                if len(known) > 1 and known.std() > 0:
+                    intervals[v.name] = [known.mean() - known.std(), known.mean() + known.std()]
+        return intervals
 
     def load(self, indices: list[int]) -> dict[str, Any]:
         """Values and presence, by variable."""
@@ -169,6 +187,7 @@ class JointTask:
             diffusion=self.config.diffusion,
             schema=self.schema,
             latent=self.latent,
+            intervals=self.intervals,
             grid=self.grid,
             extra={"validation": metrics},
         )
