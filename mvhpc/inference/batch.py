@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -48,6 +49,7 @@ def spread(question: dict[str, Any], batches: list[list[str]], compute: Compute)
         ConfigError: more workers than Ray has cores or GPUs for.
     """
     workers = min(compute.workers, len(batches))
+    question = question | {name: str(Path(question[name]).absolute()) for name in ("model", "data")}
     unit = "GPU" if resolve_device(compute.device).type == "cuda" else "CPU"
     threads = compute.threads or max(1, (os.cpu_count() or 1) // workers)
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of Ray's core, which else writes advice to the terminal

@@ -117,6 +117,7 @@ def _launch_ray(target: str, config: Any, folder: Path, workers: int) -> dict[st
                 "target": target,
                 "config": config,
                 "folder": str(folder),
+                "place": str(Path.cwd()),  # the paths of a configuration may be relative to it
                 "threads": threads,
             },
             scaling_config=ScalingConfig(
@@ -223,6 +224,7 @@ def _worker(settings: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     folder = Path(settings["folder"])
     logs = folder / "logs"
+    os.chdir(settings["place"])
     if (logs / "error.json").is_file():
         return  # the function itself failed; Ray starting everybody again would not help
     _redirect(logs / f"worker-{rank}.log")
