@@ -84,12 +84,13 @@ def test_rows_do_not_depend_on_the_batch(tiny_model, tiny_dataset, tmp_path) -> 
 
 
 @pytest.mark.slow
-def test_two_workers_write_what_one_writes(tiny_model, tiny_dataset, tmp_path) -> None:
+def test_two_workers_write_what_one_writes(tiny_model, tiny_dataset, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tiny_dataset.parent)  # workers read relative paths from where the driver is
     written = []
     for workers in (1, 2):
         config = configuration(
-            tiny_model,
-            tiny_dataset,
+            Path(tiny_model.name),
+            Path(tiny_dataset.name),
             tmp_path / f"{workers}.tsv",
             given=["image"],
             want=["age", "sex"],
