@@ -124,15 +124,14 @@ def nothing_is_left() -> None:
 
 
 def test_a_worker_killed_under_ray_changes_not_one_bit(
-    runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # workers read the configuration's relative paths from where the driver is
     config = toy_config(
         **RUNS["zero1"],
         compute__workers=2,
         compute__retries=1,
         tracking__kill_at=10,
-        tracking__mark="killed",
+        tracking__mark=os.path.relpath(tmp_path / "killed"),  # read from where the driver is
     )
     summary = launch("tests.toy_task:run_toy", config, tmp_path / "run", 2)
     assert (tmp_path / "killed").is_file()

@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ray
-import ray.data
 import torch
 
 from mvhpc.config import Compute, ConfigError
 from mvhpc.inference.predict import Predictor, Row
+from mvhpc.training.cluster import ray_session
 from mvhpc.training.engine import resolve_device
 
 
@@ -32,7 +31,7 @@ class Worker:
         return {"rows": [json.dumps(self.predictor(json.loads(keys))) for keys in batch["keys"]]}
 
 
-def spread(question: dict[str, Any], batches: list[list[str]], compute: Compute) -> Iterator[list[Row]]:
+def spread(question: dict[str, Any], batches: list[list[str]], compute: Compute, logs: Path) -> Iterator[list[Row]]:
     """Answer batches of subjects by ``compute.workers`` workers.
 
     Joins the Ray cluster that ``RAY_ADDRESS`` names, or starts one on this machine for the time it takes.
@@ -41,6 +40,8 @@ def spread(question: dict[str, Any], batches: list[list[str]], compute: Compute)
         question: arguments of :class:`~mvhpc.inference.predict.Predictor`.
         batches: keys.
         compute: workers, device, and threads per worker (0 divides this machine's cores among the workers).
+
+        logs: folder that takes Ray's own logs where it fails.
 
     Yields:
         The rows of one batch, in whatever order batches are done.
@@ -53,10 +54,9 @@ def spread(question: dict[str, Any], batches: list[list[str]], compute: Compute)
     unit = "GPU" if resolve_device(compute.device).type == "cuda" else "CPU"
     threads = compute.threads or max(1, (os.cpu_count() or 1) // workers)
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of Ray's core, which else writes advice to the terminal
-    started = not ray.is_initialized()
-    if started:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
-    try:
+    with ray_session(1, logs):
+        import ray.data
+
         _quiet()
         available = int(ray.cluster_resources().get(unit, 0))
         if workers > available:
@@ -73,13 +73,12 @@ def spread(question: dict[str, Any], batches: list[list[str]], compute: Compute)
         )
         for answer in answers.iter_rows():
             yield json.loads(answer["rows"])
-    finally:
-        if started:
-            ray.shutdown()
 
 
 def _quiet() -> None:
     """Leave Ray Data's notes to its own log file, ``ray-data.log`` in the session's folder."""
+    import ray.data
+
     ray.data.DataContext.get_current().enable_progress_bars = False
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):

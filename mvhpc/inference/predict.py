@@ -229,7 +229,7 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
     if config.compute.workers > 1:
         from mvhpc.inference.batch import spread
 
-        answers = spread(question, batches, config.compute)
+        answers = spread(question, batches, config.compute, run.folder / "logs")
     else:
         answers = map(predictor, batches)
     rows: dict[str, Row] = {}

@@ -96,7 +96,7 @@ def _launch_ray(target: str, config: Any, folder: Path, workers: int) -> dict[st
     logs.mkdir(parents=True, exist_ok=True)
     for leftover in (logs / "error.json", logs / "result.json"):
         leftover.unlink(missing_ok=True)
-    with _ray(workers, logs), tempfile.TemporaryDirectory(prefix="mvhpc-") as storage:
+    with ray_session(workers, logs), tempfile.TemporaryDirectory(prefix="mvhpc-") as storage:
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
@@ -159,8 +159,15 @@ def _explain(error: Any, logs: Path) -> WorkerError:
 
 
 @contextlib.contextmanager
-def _ray(workers: int, logs: Path) -> Iterator[None]:
-    """A connection to Ray: the cluster of ``RAY_ADDRESS``, or one of this machine for the time being."""
+def ray_session(workers: int, logs: Path) -> Iterator[None]:
+    """A connection to Ray: the cluster of ``RAY_ADDRESS``, or one of this machine for the time being.
+
+    All of this program's own sessions ask for one token: Ray keeps the first way of a process for its whole life.
+
+    Args:
+        workers: CPUs it has at least.
+        logs: folder that takes Ray's own logs where it fails.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
