@@ -6,7 +6,7 @@ people is a ``dict`` from variable name to tensor, with a second ``dict`` of boo
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,27 +16,29 @@ from shards.errors import nearest
 from shards.schema import Schema, Value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Volume:
-    """An image, by its latent.
+    """An image, by its latent, standardised.
 
     Attributes:
         name: of the variable.
         shape: of one latent, (C, h, w, d).
-        scale: factor that gives the latents unit standard deviation over the training set (1 / SD).
+        mean: taken off the latents; of that shape, or one number.
+        sd: what the rest is then divided by, likewise.
     """
 
     name: str
     shape: tuple[int, int, int, int]
-    scale: float
+    mean: Tensor = field(default_factory=lambda: torch.tensor(0.0))
+    sd: Tensor = field(default_factory=lambda: torch.tensor(1.0))
 
     def encode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w, d) of the autoencoder -> z_0, the same shape in float32."""
-        return latents.float() * self.scale
+        return (latents.float() - self.mean.to(latents.device)) / self.sd.to(latents.device)
 
     def decode(self, z: Tensor) -> Tensor:
         """z_0 (B, C, h, w, d) -> latents that the autoencoder's decoder takes."""
-        return z / self.scale
+        return z * self.sd.to(z.device) + self.mean.to(z.device)
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Variables:
 
         Args:
             schema: names, kinds, ranges and classes.
-            latent: for each volume its latent's ``shape`` [C, h, w, d] and ``scale`` (1 / SD over the training set).
+            latent: for each volume its latent's ``shape`` [C, h, w, d], ``mean`` and ``sd``.
             intervals: for a continuous variable, what becomes [-1, 1]; the schema's range where not named.
 
         Raises:
@@ -133,8 +135,9 @@ class Variables:
             if v.kind == "volume":
                 if v.name not in latent:
                     raise ValueError(f"no latents of volume {v.name!r}; there are: {', '.join(latent) or 'none'}")
-                c, h, w, d = latent[v.name]["shape"]
-                items.append(Volume(v.name, (c, h, w, d), float(latent[v.name]["scale"])))
+                facts = latent[v.name]
+                c, h, w, d = facts["shape"]
+                items.append(Volume(v.name, (c, h, w, d), facts["mean"], facts["sd"]))
             elif v.kind == "continuous":
                 low, high = (intervals or {}).get(v.name, v.range)
                 if not math.isfinite(high - low):

@@ -95,7 +95,7 @@ def tiny_model(tiny_dataset: Path) -> Path:
         dropout=0.0,
         checkpointing=False,
     )
-    latent = {"image": {"shape": [4, 2, 2, 2], "scale": 1.0}}
+    latent = {"image": {"shape": [4, 2, 2, 2], "mean": torch.tensor(0.0), "sd": torch.tensor(1.0)}}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         autoencoder = Autoencoder(small)

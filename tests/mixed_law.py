@@ -13,9 +13,7 @@ from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.variables import Categorical, Continuous, Variables, Volume
 
 K, D = 3, 3  # classes; continuous dimensions: two voxels and the number
-VARIABLES = Variables(
-    [Volume("image", (1, 2, 1, 1), 1.0), Continuous("age", 0, 100), Categorical("sex", ("F", "M", "X"))]
-)
+VARIABLES = Variables([Volume("image", (1, 2, 1, 1)), Continuous("age", 0, 100), Categorical("sex", ("F", "M", "X"))])
 
 
 def diffusion(time: str = "independent", kind: str = "v", weights: dict[str, float] | None = None) -> JointDiffusion:

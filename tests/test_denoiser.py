@@ -15,7 +15,7 @@ AGE, SITE = Continuous("age", 0, 100), Categorical("site", ("a", "b", "c"))
 
 
 def variables(size: tuple[int, int, int] = (4, 4, 4), channels: tuple[int, ...] = (2,)) -> Variables:
-    volumes = [Volume(f"v{i}", (c, *size), 1.0) for i, c in enumerate(channels)]
+    volumes = [Volume(f"v{i}", (c, *size)) for i, c in enumerate(channels)]
     return Variables([*volumes, AGE, SITE])
 
 
@@ -130,13 +130,13 @@ def test_levels_are_told_apart() -> None:
 
 
 def test_schemas_without_scalars_and_without_volumes() -> None:
-    alone = Variables([Volume("v0", (2, 4, 4, 4), 1.0)])
+    alone = Variables([Volume("v0", (2, 4, 4, 4))])
     net = JointDenoiser(alone, config.Denoiser([8, 16], [False, True], 1, 8, 4, 16, 0.0, False))
     z = torch.randn(2, 2, 4, 4, 4)
     assert net({"v0": z}, {"v0": torch.tensor([3, 900])})["v0"].shape == z.shape
     with pytest.raises(ValueError, match="at least one volume"):
         JointDenoiser(Variables([AGE, SITE]), config.Denoiser([8], [False], 1, 8, 4, 16, 0.0, False))
-    sizes = Variables([Volume("a", (2, 4, 4, 4), 1.0), Volume("b", (2, 4, 4, 2), 1.0)])
+    sizes = Variables([Volume("a", (2, 4, 4, 4)), Volume("b", (2, 4, 4, 2))])
     with pytest.raises(ValueError, match="of one size"):
         JointDenoiser(sizes, config.Denoiser([8], [False], 1, 8, 4, 16, 0.0, False))
 
@@ -144,7 +144,7 @@ def test_schemas_without_scalars_and_without_volumes() -> None:
 @pytest.mark.slow
 def test_it_learns_a_joint_law() -> None:
     """Age and class written into a noisy image: one call at t = T finds them almost as well as Bayes' rule does."""
-    v = Variables([Volume("image", (1, 2, 2, 2), 1.0), AGE, Categorical("sex", ("F", "M"))])
+    v = Variables([Volume("image", (1, 2, 2, 2)), AGE, Categorical("sex", ("F", "M"))])
     settings = config.Diffusion(1000, 0.0015, 0.0195, "independent", 0.2, 0.3, 0.3, "v", "v", {})
     process = JointDiffusion(v, settings)
     g = torch.Generator().manual_seed(0)

@@ -73,10 +73,24 @@ def test_mirrored_latents_are_drawn_for_about_half(latents: Path, tiny_model: Pa
     values, _ = joint.people.take([0, 1])
     plain = joint._encode(values, torch.tensor([False, False]))["image"]
     mixed = joint._encode(values, torch.tensor([False, True]))["image"]
-    scale = joint.latent["image"]["scale"]
+    mean, sd = joint.latent["image"]["mean"], joint.latent["image"]["sd"]
     assert torch.equal(plain[0], mixed[0])
-    assert torch.equal(mixed[1], versions[1, 1].float() * scale)
+    assert torch.equal(mixed[1], (versions[1, 1].float() - mean) / sd)
     assert not torch.equal(plain[1], mixed[1])
+
+
+def test_latents_are_standardised_over_the_training_people(latents: Path, tiny_model: Path) -> None:
+    """Each element by itself, mirrored versions too; with the paper's scaling by one number for all."""
+    joint = task(latents, tiny_model)
+    stored = joint.people.values["image"].flatten(0, 1)[joint.people.present["image"].repeat_interleave(2)]
+    z = joint.diffusion.variables.volumes[0].encode(stored)  # (2N, C, h, w, d)
+    torch.testing.assert_close(z.mean(0), torch.zeros_like(z[0]), atol=1e-4, rtol=0)
+    floor = joint.latent["image"]["sd"].min()
+    free = joint.latent["image"]["sd"] > floor  # all but those that hardly vary
+    torch.testing.assert_close(z.std(0, correction=0)[free], torch.ones_like(z[0])[free], atol=1e-4, rtol=0)
+    assert free.float().mean() > 0.5
+    by_one = task(latents, tiny_model, scaling="range").latent["image"]
+    assert by_one["mean"].shape == by_one["sd"].shape == ()
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,14 @@ SCHEMA = Schema.from_dict(
         "site": {"kind": "categorical", "classes": ["oslo", "lima", "pune"]},
     }
 )
-VARIABLES = Variables.from_schema(SCHEMA, {"image": {"shape": [2, 3, 4, 5], "scale": 0.5}})
+VARIABLES = Variables.from_schema(
+    SCHEMA, {"image": {"shape": [2, 3, 4, 5], "mean": torch.rand(2, 3, 4, 5), "sd": 0.5 + torch.rand(2, 3, 4, 5)}}
+)
 
 
 def test_schema_keeps_order_and_kinds() -> None:
     assert VARIABLES.names == ["image", "age", "site"]
-    assert VARIABLES.volumes == [Volume("image", (2, 3, 4, 5), 0.5)]
+    assert [(v.name, v.shape) for v in VARIABLES.volumes] == [("image", (2, 3, 4, 5))]
     assert VARIABLES.scalars == [
         Continuous("age", 0, 120, "years"),
         Categorical("site", ("oslo", "lima", "pune")),
@@ -39,10 +41,12 @@ def test_encodings_invert() -> None:
     torch.testing.assert_close(VARIABLES.volumes[0].decode(VARIABLES.volumes[0].encode(latents)), latents)
 
 
-def test_scale_gives_latents_unit_deviation() -> None:
-    latents = 7 * torch.randn(50, 2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    volume = Volume("image", (2, 3, 4, 5), float(1 / latents.std()))
-    assert volume.encode(latents).std().item() == pytest.approx(1.0, abs=1e-5)
+def test_moments_standardise_each_element() -> None:
+    g = torch.Generator().manual_seed(0)
+    latents = 3 + 7 * torch.rand(2, 3, 4, 5, generator=g) * torch.randn(50, 2, 3, 4, 5, generator=g)
+    z = Volume("image", (2, 3, 4, 5), latents.mean(0), latents.std(0)).encode(latents)
+    torch.testing.assert_close(z.mean(0), torch.zeros(2, 3, 4, 5), atol=1e-4, rtol=0)
+    torch.testing.assert_close(z.std(0), torch.ones(2, 3, 4, 5))
 
 
 def test_missing_values_are_marked_and_harmless() -> None:

@@ -1,8 +1,8 @@
 """Trained models on disk: a run's ``model/`` folder, self-contained and free to be moved.
 
-``model.json`` says what to build (configurations, schema, latents, grid) and names each network's safetensors file
-with its SHA-256. It is renamed into place after the weights it names, so that a reader finds the old model or the new
-one, never a mixture. A joint model's folder holds its autoencoder too.
+``model.json`` says what to build (configurations, schema, latents, grid) and names each safetensors file (weights of a
+network, moments of the latents) with its SHA-256. It is renamed into place after the files it names, so that a reader
+finds the old model or the new one, never a mixture. A joint model's folder holds its autoencoder too.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from mvhpc.variables import Variables, Volume
 from shards.files import write_whole
 from shards.schema import Schema
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "model.json"
 
 
@@ -136,7 +136,7 @@ class JointModel:
     """A trained joint model with all that sampling and decoding need.
 
     Attributes:
-        variables: the variables in the schema's order, with the latents' shapes and scales.
+        variables: the variables in the schema's order, with the latents' shapes, means and SDs.
         schema: the schema it was trained with.
         diffusion: the forward processes and the parameterisation.
         denoiser: the network, with averaged weights.
@@ -189,7 +189,7 @@ def save_joint(
         vae: a run folder of stage ``vae``, or its ``model`` folder.
         model, diffusion: the configurations that build the denoiser and the diffusion again.
         schema: of the variables.
-        latent: volume variable -> {"shape": [C, h, w, d], "scale": 1/std}.
+        latent: volume variable -> ``shape`` [C, h, w, d] and, as tensors, ``mean`` and ``sd`` of its latents.
         intervals: continuous variable -> what becomes [-1, 1]; the schema's range where not named.
         grid: ``spacing``, ``shape`` and ``affine`` of the volumes.
         extra: JSON-able facts to keep beside it.
@@ -202,7 +202,7 @@ def save_joint(
     meta = {
         "kind": "joint",
         "schema": schema.to_dict(),
-        "latent": {name: dict(facts) for name, facts in latent.items()},
+        "latent": {name: {"shape": list(facts["shape"])} for name, facts in latent.items()},
         "intervals": {name: list(interval) for name, interval in (intervals or {}).items()},
         "grid": dict(grid),
         "autoencoder": autoencoder["autoencoder"],
@@ -210,7 +210,13 @@ def save_joint(
         "diffusion": dataclasses.asdict(diffusion),
         "extra": dict(extra or {}),
     }
-    _save(folder, meta, {"autoencoder": _weights(vae, autoencoder, "autoencoder"), "denoiser": _bytes(denoiser)})
+    moments = {f"{name}.{moment}": facts[moment] for name, facts in latent.items() for moment in ("mean", "sd")}
+    tensors = {
+        "autoencoder": _weights(vae, autoencoder, "autoencoder"),
+        "denoiser": _bytes(denoiser),
+        "latents": _bytes(moments),
+    }
+    _save(folder, meta, tensors)
 
 
 def load_joint(folder: str | Path, device: torch.device | str = "cpu") -> JointModel:
@@ -227,7 +233,12 @@ def load_joint(folder: str | Path, device: torch.device | str = "cpu") -> JointM
     meta = _manifest(folder, "joint")
     schema = Schema.from_dict(meta["schema"])
     settings = config.Diffusion(**meta["diffusion"])
-    variables = Variables.from_schema(schema, meta["latent"], meta["intervals"])
+    moments = load(_weights(folder, meta, "latents"))
+    latent = {
+        name: facts | {"mean": moments[f"{name}.mean"], "sd": moments[f"{name}.sd"]}
+        for name, facts in meta["latent"].items()
+    }
+    variables = Variables.from_schema(schema, latent, meta["intervals"])
     autoencoder = Autoencoder(config.Autoencoder(**meta["autoencoder"]))
     _build(autoencoder, _weights(folder, meta, "autoencoder"), device)
     denoiser = JointDenoiser(variables, config.Denoiser(**meta["denoiser"]))

@@ -1,6 +1,7 @@
 """Training the joint diffusion (paper, section 3.1): all latents in memory, one loss over every variable."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,45 +19,75 @@ from mvhpc.training.engine import Engine
 from mvhpc.training.loop import train
 from mvhpc.variables import Value, Variables
 from shards.errors import nearest
+from shards.index import Index
 from shards.loader import Dataset, open_dataset
 from shards.schema import Schema
 
 if TYPE_CHECKING:
     from mvhpc.run import Run
 
+SD_FLOOR = 0.1  # of an element, in typical SDs: latents of empty background hardly vary
 VALIDATION_DRAWS = 16  # noisings of each validation sample, the same at every validation
 
 
-class People:
-    """Everything known of some people, encoded and in memory.
-
-    Args:
-        dataset: packed latents.
-        keys: whose.
-        schema: the variables of the model.
-        variables: the same, as tensors.
+@dataclass(frozen=True)
+class Records:
+    """What a dataset of latents holds of some people, in memory.
 
     Attributes:
+        keys: whose.
+        rows: their scalars, by name.
+        latents: by volume, (N, 1 or 2, C, h, w, d) float16: as it is and, where stored, mirrored; 0 where missing.
+        there: by volume, who has it, (N,) bool.
+    """
+
+    keys: list[str]
+    rows: list[Mapping[str, Value]]
+    latents: dict[str, Tensor]
+    there: dict[str, Tensor]
+
+
+def read_records(dataset: Dataset, keys: list[str], schema: Schema) -> Records:
+    """Everything that ``schema`` asks for of the people ``keys``.
+
+    Raises:
+        ConfigError: a scalar that the dataset does not have.
+    """
+    rows: list[Mapping[str, Value]] = [
+        {v.name: _value(dataset.values(key), v.name, schema) for v in schema.scalars} for key in keys
+    ]
+    latents, there = {}, {}
+    for volume in schema.volumes:
+        has = [dataset.has(key, volume.name) for key in keys]
+        mirrored = f"{volume.name}_mirrored"
+        versions = [volume.name] + [mirrored] * any(dataset.has(key, mirrored) for key in keys)
+        shape = dataset.index.arrays[volume.name]["shape"]
+        stored = np.zeros((len(keys), len(versions), *shape), np.float16)
+        for i, key in enumerate(keys):
+            for j, version in enumerate(versions if has[i] else ()):
+                stored[i, j] = dataset.read(key, version)
+        latents[volume.name] = torch.from_numpy(stored)
+        there[volume.name] = torch.tensor(has)
+    return Records(keys, rows, latents, there)
+
+
+class People:
+    """Everything known of some people, as tensors.
+
+    Args:
+        records: of them.
+        variables: what becomes of their scalars.
+
+    Attributes:
+        keys: whose.
         values: by variable, (N, 1 or 2, C, h, w, d) float16 for a volume (as it is, mirrored), (N, 1) or (N,) else.
         present: by variable, who has a value, (N,) bool.
     """
 
-    def __init__(self, dataset: Dataset, keys: list[str], schema: Schema, variables: Variables) -> None:
-        self.keys = keys
-        rows: list[Mapping[str, Value]] = [
-            {v.name: _value(dataset.values(key), v.name, schema) for v in schema.scalars} for key in keys
-        ]
-        self.values, self.present = variables.encode_scalars(rows)
-        for volume in variables.volumes:
-            there = [dataset.has(key, volume.name) for key in keys]
-            mirrored = f"{volume.name}_mirrored"
-            versions = [volume.name] + [mirrored] * any(dataset.has(key, mirrored) for key in keys)
-            latents = np.zeros((len(keys), len(versions), *volume.shape), np.float16)
-            for i, key in enumerate(keys):
-                for j, version in enumerate(versions if there[i] else ()):
-                    latents[i, j] = dataset.read(key, version)
-            self.values[volume.name] = torch.from_numpy(latents)
-            self.present[volume.name] = torch.tensor(there)
+    def __init__(self, records: Records, variables: Variables) -> None:
+        self.keys = records.keys
+        values, present = variables.encode_scalars(records.rows)
+        self.values, self.present = values | records.latents, present | records.there
 
     def take(self, indices: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Values and presence of the people at ``indices``."""
@@ -90,35 +121,45 @@ class JointTask:
             raise ConfigError(f"latents={config.latents} holds {index.kind}; encode it first: mvhpc encode")
         self.schema = Schema.load(config.schema) if config.schema else index.schema
         self.grid = index.grid
-        self.latent = {
-            v.name: {"shape": list(index.arrays[v.name]["shape"]), "scale": index.extra["scale"][v.name]}
-            for v in self.schema.volumes
-        }
-        train = dataset.keys("train", config.split)
-        self.intervals = self._intervals(dataset, train)
+        choose(config.scaling, ("sd", "range"), "scaling")
+        train, others = (
+            read_records(dataset, dataset.keys(part, config.split), self.schema) for part in ("train", "validation")
+        )
+        self.latent = {v.name: self._moments(train, v.name, index) for v in self.schema.volumes}
+        self.intervals = self._intervals(train)
         variables = Variables.from_schema(self.schema, self.latent, self.intervals)
         self.diffusion = JointDiffusion(variables, config.diffusion)
-        self.people, self.others = (
-            People(dataset, dataset.keys(part, config.split), self.schema, variables)
-            for part in ("train", "validation")
-        )
+        self.people, self.others = People(train, variables), People(others, variables)
         self.samples, self.validation = len(self.people.keys), len(self.others.keys)
         torch.manual_seed(config.training.seed)  # the layers' initial weights
         self.networks: dict[str, nn.Module] = {"denoiser": JointDenoiser(variables, config.model)}
         self.learning_rates = {"denoiser": config.optimizer.lr}
 
-    def _intervals(self, dataset: Dataset, keys: list[str]) -> dict[str, list[float]]:
-        """What becomes [-1, 1] of each continuous variable: one SD each way of the mean of ``keys``.
+    def _moments(self, train: Records, volume: str, index: Index) -> dict[str, Any]:
+        """Shape of a volume's latents, and the mean and SD to standardise them by.
+
+        ``scaling=sd``: of each element over the training people, mirrored versions too. What makes two people differ
+        is a small part of a latent beside what all brains share; unscaled, it drowns in the noise, and the network
+        learns the average brain. ``scaling=range``: mean 0 and one SD, the scale that encoding measured.
+        """
+        facts: dict[str, Any] = {"shape": list(index.arrays[volume]["shape"])}
+        latents = train.latents[volume][train.there[volume]].flatten(0, 1).double()  # (N or 2N, C, h, w, d)
+        if self.config.scaling == "range" or len(latents) < 2:
+            return facts | {"mean": torch.tensor(0.0), "sd": torch.tensor(1 / index.extra["scale"][volume])}
+        mean = latents.mean(0)
+        sd = (latents - mean).square().mean(0).sqrt()
+        typical = sd.square().mean().sqrt()
+        return facts | {"mean": mean.float(), "sd": sd.clamp(min=float(SD_FLOOR * typical)).float()}
+
+    def _intervals(self, train: Records) -> dict[str, list[float]]:
+        """What becomes [-1, 1] of each continuous variable: one SD each way of the mean over the training people.
 
         None for a variable that takes its schema's range: with ``scaling=range``, or where it does not vary.
         """
         intervals: dict[str, list[float]] = {}
-        if choose(self.config.scaling, ("sd", "range"), "scaling") == "range":
-            return intervals
-        for v in self.schema.scalars:
+        for v in self.schema.scalars if self.config.scaling == "sd" else ():
             if v.kind == "continuous":
-                seen = [_value(dataset.values(key), v.name, self.schema) for key in keys]
-                known = np.array([x for x in seen if x is not None], float)
+                known = np.array([x for x in (row[v.name] for row in train.rows) if x is not None], float)
                 if len(known) > 1 and known.std() > 0:
                     intervals[v.name] = [known.mean() - known.std(), known.mean() + known.std()]
         return intervals
