@@ -122,7 +122,8 @@ class Tracker:
         self._stop.set()
         self._bar.join()
         if kind is None:
-            made = {"output": identity(self.out)}
+            # inpainting with several samples writes NAME_1, NAME_2, ... and nothing called NAME
+            made = {"output": identity(self.out)} if self.out.exists() else {}
             ending: dict[str, Any] = {"status": "FINISHED", "made": made, "datasets": _datasets(self.out, "output")}
         else:
             ending = {"status": "FAILED" if issubclass(kind, Exception) else "KILLED", "made": {"error": kind.__name__}}

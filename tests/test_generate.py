@@ -16,7 +16,7 @@ from mvhpc.inference import generate, inpaint
 from mvhpc.inference.chains import Sampler
 from mvhpc.inference.generate import draw_people, nifti
 from mvhpc.inference.inpaint import complete, inpaint_half, latent_mask, left_half, place
-from mvhpc.run import Run
+from mvhpc.run import Run, execute, record, run_folder
 from shards import volumes
 from shards.loader import open_dataset
 from shards.pack import pack
@@ -167,6 +167,18 @@ def test_a_coarser_mask_grid_keeps_its_place(tiny_bids, tmp_path, spacing) -> No
     x = affine[0, 0] * np.arange(32) + affine[0, 3]  # mm to the right
     middle = fine.affine[0, 1] * (fine.shape[1] // 2 - 0.5) + fine.affine[0, 3]
     assert known[x > middle + spacing].all() and not known[x < middle - spacing].any()
+
+
+@pytest.mark.slow
+def test_several_completions_end_as_a_finished_stage(tiny_model, tiny_bids, tmp_path) -> None:
+    """Nothing is called as the output is asked for, only its numbered siblings."""
+    image, half = reoriented(tmp_path, tiny_bids)
+    out = tmp_path / "filled.nii.gz"
+    values = {"model": str(tiny_model), "image": str(image), "mask": str(half), "out": str(out), "samples": 2}
+    values |= {"sampling.steps": 2, "sampling.stride": 500, "tracking.uri": f"sqlite:///{tmp_path / 'mlflow.db'}"}
+    execute("inpaint", load_config(InpaintConfig, "inpaint", "default", (), values))
+    assert record(run_folder("inpaint", str(out)))["status"] == "finished"
+    assert sorted(path.name for path in tmp_path.glob("filled_*")) == ["filled_1.nii.gz", "filled_2.nii.gz"]
 
 
 def test_inpainting_writes_volumes_that_lie_on_the_image(tiny_model, tiny_bids, tmp_path) -> None:
