@@ -11,14 +11,17 @@ install: $(VENV)/.installed
 # torch first and by itself, so that nothing else chooses its build
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; name it: make PYTHON=/path/to/python3.12"; exit 1; }
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet torch==2.13.0
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	touch $@
+	@echo "1/3 environment in $(VENV)"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	@echo "2/3 torch (200 MB and more)"
+	@$(VENV)/bin/python -m pip install --quiet torch==2.13.0
+	@echo "3/3 mvhpc and its packages (about 150; a minute or two)"
+	@$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
 
 demo: install
-	$(VENV)/bin/mvhpc run --config demo
+	@$(VENV)/bin/mvhpc run --config demo
 
 test: install
 	$(VENV)/bin/python -m pytest

@@ -226,8 +226,10 @@ class Sampling:
     """How a conditional is sampled."""
 
     conditioning: str  # repaint | clean
-    steps: int  # DDIM steps of volumes and continuous variables
+    steps: int  # of volumes and continuous variables
     stride: int  # of categorical variables, in units of t
+    solver: str  # of volumes and continuous variables: ddim | dpm (DPM-Solver++ 2M)
+    guidance: float  # 1 is none; above 1 the given values count for more
 
 
 @dataclass

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from mvhpc import config
+from mvhpc.diffusion.gaussian import Gaussian
 from mvhpc.diffusion.sampling import sample, time_grid
+from mvhpc.diffusion.schedules import scaled_linear
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.randomness import generator
 from tests.mixed_law import VARIABLES, MixedLaw, diffusion, flat, mixture, one_hot_share, stderr
@@ -37,16 +39,25 @@ def network() -> JointDenoiser:
 
 
 def test_time_grid_is_even_whole_and_shared() -> None:
-    assert time_grid(1000, 50, 20) == list(range(1000, -1, -20)) == time_grid(1000, 50, None)
-    assert time_grid(1000, 3, None) == [1000, 667, 333, 0]
-    assert time_grid(1000, 2, 400) == [1000, 600, 500, 200, 0]
-    assert time_grid(10, 10, 3) == list(range(10, -1, -1))
+    gaussian, small = diffusion().gaussian, Gaussian(scaled_linear(10, 0.0015, 0.0195))
+    assert time_grid(gaussian, 50, 20) == list(range(1000, -1, -20)) == time_grid(gaussian, 50, None)
+    assert time_grid(gaussian, 3, None) == [1000, 667, 333, 0]
+    assert time_grid(gaussian, 2, 400) == [1000, 600, 500, 200, 0]
+    assert time_grid(small, 10, 3) == list(range(10, -1, -1))
+
+
+def test_the_grid_of_the_second_order_solver_is_even_in_the_signal_to_noise_ratio() -> None:
+    gaussian = diffusion().gaussian
+    *levels, last = time_grid(gaussian, 10, None, "dpm")
+    assert (levels[0], levels[-1], last, len(levels)) == (1000, 1, 0, 10)
+    gaps = torch.tensor([gaussian.log_snr(t) for t in levels]).diff()
+    torch.testing.assert_close(gaps[:-2], gaps[:-2].mean().expand(7), rtol=0.05, atol=0)  # the last: whole numbers
 
 
 @pytest.mark.parametrize("steps, stride", [(0, 20), (1001, 20), (50, 0), (50, 1001)])
 def test_impossible_grids_are_refused(steps: int, stride: int) -> None:
     with pytest.raises(ValueError, match="from 1 to 1000"):
-        time_grid(1000, steps, stride)
+        time_grid(diffusion().gaussian, steps, stride)
 
 
 @pytest.mark.parametrize("time, kind", [("shared", "eps"), ("independent", "v"), ("independent", "x0")])
@@ -61,6 +72,35 @@ def test_joint_law_is_reproduced(time: str, kind: str) -> None:
         x = flat(drawn)[drawn["sex"] == k]
         torch.testing.assert_close(x.mean(0), law.mean[k], atol=stderr(len(x)) + 0.02, rtol=0)
         torch.testing.assert_close(x.T.cov(), law.covariance[k], atol=stderr(len(x), 1.4) + 0.03, rtol=0)
+
+
+def test_dpm_solver_in_ten_steps_is_closer_than_ddim_in_fifty() -> None:
+    """To the exact covariance given the class; the category's own steps are the same."""
+    process = diffusion()
+    law = MixedLaw(process)
+    given = {"sex": torch.full((4000,), 1)}
+    off = {}
+    for solver, steps in (("ddim", 50), ("dpm", 10)):
+        options: dict[str, Any] = {"steps": steps, "stride": 1000, "conditioning": "clean", "solver": solver}
+        drawn = sample(law, process, given, generators(4000, solver), **options)
+        spread = flat(drawn).std(0) / law.covariance[1].diagonal().sqrt()
+        off[solver] = (spread - 1).abs().max().item()
+    assert off["dpm"] < min(off["ddim"], 0.05)
+
+
+def test_guidance_moves_the_answer_away_from_the_unconditional_one() -> None:
+    """On the line from E[x_0] through E[x_0 | given]: at w = 1 it is where it was, beyond it goes beyond."""
+    process = diffusion()
+    law = MixedLaw(process)
+    given = {"sex": torch.full((500,), 2)}
+    means = {}
+    for w in (1.0, 2.0):
+        drawn = sample(law, process, given, generators(500), conditioning="clean", guidance=w)
+        assert torch.equal(drawn["sex"], given["sex"])
+        means[w] = flat(drawn).mean(0)
+    centre = law.prior @ law.mean
+    beyond = (means[2.0] - centre) / (means[1.0] - centre)
+    assert (beyond > 1.2).all()
 
 
 @pytest.mark.parametrize("name", ["image", "age", "sex"])
@@ -164,8 +204,12 @@ def test_masked_inpainting_follows_what_is_known(conditioning: str) -> None:
 
 def test_what_cannot_be_done_is_refused() -> None:
     given = MixedLaw(diffusion()).draw(2, seed=1)
-    with pytest.raises(ValueError, match="needs a model trained with independent times"):
+    with pytest.raises(ValueError, match="need a model trained with independent times"):
         sample(network(), diffusion("shared"), {"age": given["age"]}, generators(2), conditioning="clean")
+    with pytest.raises(ValueError, match="conditioning 'clean' and guidance need"):
+        sample(network(), diffusion("shared"), {"age": given["age"]}, generators(2), guidance=2.0)
+    with pytest.raises(ValueError, match="Did you mean 'dpm'"):
+        sample(network(), diffusion(), {}, generators(2), solver="dmp")
     with pytest.raises(ValueError, match="Did you mean 'clean'"):
         sample(network(), diffusion(), given, generators(2), conditioning="cleen")
     with pytest.raises(KeyError, match="Did you mean 'age'"):

@@ -58,3 +58,24 @@ class Gaussian(nn.Module):
     def ddim_step(self, z_t: Tensor, x0: Tensor, t: int | Tensor, s: int | Tensor) -> Tensor:
         """z_s from z_t and the predicted x0, s < t, without new noise (Song et al. 2021, eq. 12 with sigma = 0)."""
         return self.add_noise(x0, s, self.eps(x0, z_t, t))
+
+    def dpm_step(self, z_t: Tensor, x0: Tensor, t: int, s: int, before: tuple[Tensor, int] | None) -> Tensor:
+        """z_s from z_t by DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order at one network call a step.
+
+        Args:
+            z_t, x0: the present value and the predicted origin, at level t >= 1.
+            t, s: levels, s < t.
+            before: the origin predicted one step earlier and its level; None at the first step, which is DDIM's.
+
+        Returns:
+            z_s; at s = 0 the predicted origin.
+        """
+        if before is None or s == 0:
+            return self.ddim_step(z_t, x0, t, s)
+        earlier, u = before
+        h, last = self.log_snr(s) - self.log_snr(t), self.log_snr(t) - self.log_snr(u)
+        return self.ddim_step(z_t, x0 + h / (2 * last) * (x0 - earlier), t, s)
+
+    def log_snr(self, t: int) -> float:
+        """lambda_t = log(alpha_t / sigma_t)."""
+        return float(0.5 * (self.abar[t] / (1 - self.abar[t])).log())

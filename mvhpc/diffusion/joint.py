@@ -182,17 +182,21 @@ class JointDiffusion(nn.Module):
     def step(
         self,
         variable: Variable,
-        output: Tensor,
+        x0: Tensor,
         z_t: Tensor,
         t: int,
         s: int,
         generators: Sequence[torch.Generator],
+        before: tuple[Tensor, int] | None = None,
     ) -> Tensor:
-        """From level t to s < t: DDIM for volumes and continuous variables, a draw of p(x_s | z_t) for categories."""
-        x0 = self.predict(variable, output, z_t, t)
+        """From level t to s < t, given what :meth:`predict` says of x_0.
+
+        A category is drawn from p(x_s | z_t). Volumes and numbers go by DDIM, or by DPM-Solver++(2M) with ``before``,
+        the prediction of the step before and its level.
+        """
         if isinstance(variable, Categorical):
             return draw(self.categorical.reverse(x0, z_t, t, s), rand(generators, (), self.device))
-        return self.gaussian.ddim_step(z_t, x0, t, s)
+        return self.gaussian.dpm_step(z_t, x0, t, s, before)
 
 
 def _against(rows: Tensor, like: Tensor) -> Tensor:

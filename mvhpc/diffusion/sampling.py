@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mvhpc.config import choose
+from mvhpc.diffusion.gaussian import Gaussian
 from mvhpc.diffusion.joint import Batch, JointDiffusion
 from mvhpc.variables import Categorical, Variable, Volume
 
@@ -23,26 +24,35 @@ class Denoiser(Protocol):
         ...
 
 
-def time_grid(levels: int, steps: int, stride: int | None) -> list[int]:
+def time_grid(gaussian: Gaussian, steps: int, stride: int | None, solver: str = "ddim") -> list[int]:
     """The levels a sampler visits, T down to 0.
 
-    All variables share one grid: the union of DDIM's, ``steps`` even steps rounded to integers, and that of the
-    categories, every ``stride`` levels. A step finer than asked for is as good for either: DDIM only gains, and the
-    categorical step is exact over any stride. With T = 1000, 50 steps and stride 20 (the paper) the two are the same.
+    All variables share one grid: the union of the solver's ``steps``, rounded to integers, and that of the categories,
+    every ``stride`` levels. A step finer than asked for is as good for either: the solvers only gain, and the
+    categorical step is exact over any stride. DDIM's steps are even in t: with T = 1000, 50 steps and stride 20 (the
+    paper) the two are the same. DPM-Solver++'s are even in the logarithm of the signal-to-noise ratio, where few of
+    them reach furthest (Lu et al. 2022).
 
     Args:
-        levels: T.
-        steps: of DDIM, 1 to T.
+        gaussian: for T and the signal-to-noise ratios.
+        steps: of the solver, 1 to T.
         stride: of categories, 1 to T; None where there are none.
+        solver: ddim | dpm.
 
     Raises:
-        ValueError: for a number out of its range.
+        ValueError: for a number out of its range, or an unknown solver.
     """
+    levels = len(gaussian.abar) - 1
     if not 1 <= steps <= levels:
         raise ValueError(f"sampling steps must be from 1 to {levels}, not {steps}")
     if stride is not None and not 1 <= stride <= levels:
         raise ValueError(f"the stride of categories must be from 1 to {levels}, not {stride}")
-    even = torch.linspace(levels, 0, steps + 1, dtype=torch.float64).round().long().tolist()
+    if choose(solver, ("ddim", "dpm"), "solver") == "ddim":
+        even = torch.linspace(levels, 0, steps + 1, dtype=torch.float64).round().long().tolist()
+    else:
+        snr = torch.tensor([gaussian.log_snr(t) for t in range(1, levels + 1)])  # falls with t
+        targets = torch.linspace(float(snr[-1]), float(snr[0]), steps)
+        even = [0, *(1 + (snr[:, None] - targets).abs().argmin(0)).tolist()]
     return sorted({*even, *(range(levels, 0, -stride) if stride else ())}, reverse=True)
 
 
@@ -56,6 +66,8 @@ def sample(
     steps: int = 50,
     stride: int = 20,
     conditioning: str = "repaint",
+    solver: str = "ddim",
+    guidance: float = 1.0,
     present: Mapping[str, Tensor] | None = None,
     mask: Mapping[str, Tensor] | None = None,
 ) -> Batch:
@@ -64,6 +76,9 @@ def sample(
     ``repaint`` (the paper): at every level the given values are overwritten by a fresh draw of q(z_t | z_0).
     ``clean``: they rest at t = 0, which the denoiser must have been trained for. A volume given in part has one level
     for all of its voxels, hence its known voxels are noised anew at every level in both.
+
+    ``guidance`` w (Ho and Salimans 2022): x_0 is taken to be w times the prediction with the given values less w - 1
+    times the one without them, at rest at t = T there (but for volumes given in part); a second network call a step.
 
     A row is drawn from its own generator alone, so its result does not depend on the batch it sits in.
 
@@ -75,6 +90,8 @@ def sample(
         steps: DDIM steps.
         stride: of categories, in levels; see :func:`time_grid`.
         conditioning: repaint | clean.
+        solver: of volumes and continuous variables, ddim | dpm (DPM-Solver++ 2M: of second order).
+        guidance: w; above 1 the given values count for more than they should, and samples vary less.
         present: who has a given value, (B,) bool by variable; others have it sampled. No entry: everybody.
         mask: for given volumes, where they are known: bool (B, 1, h, w, d) at latent resolution. No entry: everywhere.
 
@@ -83,7 +100,7 @@ def sample(
         voxels included, come out bit-identical.
 
     Raises:
-        ValueError: ``clean`` with a denoiser of shared time, or a mask of what is no given volume.
+        ValueError: ``clean`` or guidance with a denoiser of shared time, or a mask of what is no given volume.
         KeyError: given values of no variable.
     """
     choose(conditioning, ("repaint", "clean"), "conditioning")
@@ -93,20 +110,21 @@ def sample(
     if unused := sorted(set(mask or {}) - set(given)):
         raise ValueError(f"a mask of {', '.join(unused)}, which is not given")
 
-    fixed: Batch = {}  # rows that rest at t = 0
-    if conditioning == "clean":
-        if not diffusion.independent:
-            raise ValueError(
-                "conditioning 'clean' needs a model trained with independent times (diffusion.time: independent); "
-                "this one shares one time: use conditioning 'repaint'"
-            )
-        fixed = {name: k.flatten(1).all(1) if k.ndim > 1 else k for name, k in known.items()}
-        fixed = {name: rows for name, rows in fixed.items() if name not in (mask or {})}
+    guided = guidance != 1 and bool(given)
+    if (conditioning == "clean" or guided) and not diffusion.independent:
+        raise ValueError(
+            "conditioning 'clean' and guidance need a model trained with independent times (diffusion.time: "
+            "independent); this one shares one time: use conditioning 'repaint' and guidance 1"
+        )
+    whole = {n: known[n].reshape(len(generators), -1).all(1) for n in given if n not in (mask or {})}  # rows, (B,)
+    fixed = whole if conditioning == "clean" else {}  # rows that rest at t = 0
 
-    grid = time_grid(diffusion.steps, steps, stride if any(isinstance(v, Categorical) for v in variables) else None)
+    strides = stride if any(isinstance(v, Categorical) for v in variables) else None
+    grid = time_grid(diffusion.gaussian, steps, strides, solver)
     unknown = [name for name in variables.names if name not in known or not known[name].all()]
     evolve, renoise = _streams(variables.names, generators)
     z = {v.name: diffusion.prior(v, evolve[v.name]) for v in variables}
+    before: dict[str, tuple[Tensor, int]] = {}
     for t, s in pairwise(grid):
         times = {}
         for v in variables:
@@ -117,11 +135,31 @@ def sample(
             elif v.name in given:
                 noisy = diffusion.renoise(v, given[v.name], t, renoise[v.name])
                 z[v.name] = torch.where(known[v.name], noisy, z[v.name])
-        outputs = denoiser(z, times, unknown)
-        for v in variables:
-            if v.name in unknown:
-                z[v.name] = diffusion.step(v, outputs[v.name], z[v.name], t, s, evolve[v.name])
+        x0 = _predict(denoiser, diffusion, z, times, unknown)
+        if guided:
+            blind = {n: torch.where(known[n], diffusion.prior(variables[n], renoise[n]), z[n]) for n in whole}
+            rest = {n: times[n].masked_fill(rows, diffusion.steps) for n, rows in whole.items()}
+            without = _predict(denoiser, diffusion, z | blind, times | rest, unknown)
+            x0 = {n: _extrapolate(variables[n], without[n], x, guidance) for n, x in x0.items()}
+        for n, x in x0.items():
+            z[n] = diffusion.step(variables[n], x, z[n], t, s, evolve[n], before.get(n) if solver == "dpm" else None)
+            before[n] = x, t
     return {name: torch.where(known[name], given[name], x) if name in given else x for name, x in z.items()}
+
+
+def _predict(denoiser: Denoiser, diffusion: JointDiffusion, z: Batch, times: Batch, unknown: list[str]) -> Batch:
+    """x_0 of each unknown variable, or the chances of its classes, as the denoiser has it."""
+    outputs = denoiser(z, times, unknown)
+    variables = diffusion.variables
+    return {n: diffusion.predict(variables[n], outputs[n], z[n], times[n]) for n in variables.names if n in unknown}
+
+
+def _extrapolate(variable: Variable, without: Tensor, with_given: Tensor, w: float) -> Tensor:
+    """The prediction from ``without`` through ``with_given`` by the factor ``w``; of chances, in their logarithms."""
+    if isinstance(variable, Categorical):
+        without, with_given = without.clamp(min=1e-12).log(), with_given.clamp(min=1e-12).log()
+        return torch.lerp(without, with_given, w).softmax(-1)
+    return torch.lerp(without, with_given, w)
 
 
 def _known(

@@ -42,8 +42,8 @@ class Sampler:
     @property
     def calls(self) -> int:
         """Network calls of one chain."""
-        diffusion = self.model.diffusion
-        return len(time_grid(diffusion.steps, self.sampling.steps, self.sampling.stride)) - 1
+        c = self.sampling
+        return len(time_grid(self.model.diffusion.gaussian, c.steps, c.stride, c.solver)) - 1
 
     @torch.inference_mode()
     def __call__(
