@@ -87,7 +87,7 @@ def sample(
         diffusion: that the denoiser was trained under.
         given: encoded clean values by variable: (B, C, h, w, d), (B, 1) or int64 (B,). Empty: sample the joint law.
         generators: one per row; B is their number. Each is advanced by one draw.
-        steps: DDIM steps.
+        steps: of the solver.
         stride: of categories, in levels; see :func:`time_grid`.
         conditioning: repaint | clean.
         solver: of volumes and continuous variables, ddim | dpm (DPM-Solver++ 2M: of second order).

@@ -143,11 +143,12 @@ class JointTask:
         learns the average brain. ``scaling=range``: mean 0 and one SD, the scale that encoding measured.
         """
         facts: dict[str, Any] = {"shape": list(index.arrays[volume]["shape"])}
-        latents = train.latents[volume][train.there[volume]].flatten(0, 1).double()  # (N or 2N, C, h, w, d)
+        latents = train.latents[volume][train.there[volume]].flatten(0, 1)  # (N or 2N, C, h, w, d)
         if self.config.scaling == "range" or len(latents) < 2:
             return facts | {"mean": torch.tensor(0.0), "sd": torch.tensor(1 / index.extra["scale"][volume])}
-        mean = latents.mean(0)
-        sd = (latents - mean).square().mean(0).sqrt()
+        parts, zero = latents.split(256), torch.zeros(latents.shape[1:], dtype=torch.float64)
+        mean = sum((part.double().sum(0) for part in parts), zero) / len(latents)
+        sd = (sum(((part - mean).square().sum(0) for part in parts), zero) / len(latents)).sqrt()
         typical = sd.square().mean().sqrt()
         return facts | {"mean": mean.float(), "sd": sd.clamp(min=float(SD_FLOOR * typical)).float()}
 
