@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "2/3 torch (200 MB and more)"
 	@$(VENV)/bin/python -m pip install --quiet torch==2.13.0
 	@echo "3/3 mvhpc and its packages (about 150; a minute or two)"
-	@$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@PYTHONWARNINGS=ignore $(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: install
