@@ -10,6 +10,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,24 @@ class Average:
             value.copy_(live)
 
 
+def keep_thin_convolutions_exact(module: nn.Module) -> None:
+    """Compute 3D convolutions over a first spatial axis of 2 in float32 under autocast.
+
+    On CPUs oneDNN's bfloat16 weight gradient of those is memory never written, up to infinity (torch 2.13, oneDNN
+    3.12, kernel 3, padding 1; other sizes are right).
+    """
+
+    def forward(convolution: nn.Conv3d, x: Tensor) -> Tensor:
+        if x.shape[2] != 2:
+            return type(convolution).forward(convolution, x)
+        with torch.autocast("cpu", enabled=False):
+            return type(convolution).forward(convolution, x.float())
+
+    for part in module.modules():
+        if isinstance(part, nn.Conv3d):
+            part.forward = partial(forward, part)  # type: ignore[method-assign]
+
+
 class Engine(ABC):
     """One network being trained. Calling it is the network's forward pass.
 
@@ -135,6 +154,8 @@ class Engine(ABC):
         self._accumulate = accumulate
         self._micro = 0
         self._dtype = resolve_precision(compute.precision, device)
+        if device.type == "cpu" and self._dtype == torch.bfloat16:
+            keep_thin_convolutions_exact(module)
         self.average: Average | None = None  # set by subclasses once the weights are in place
 
     def autocast(self) -> torch.autocast:
