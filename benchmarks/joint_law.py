@@ -24,6 +24,7 @@ from mvhpc.diffusion.sampling import sample
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.randomness import generator
 from mvhpc.variables import Categorical, Continuous, Variables, Volume
+from shards.progress import progress
 
 SIDE, K, FACTORS = 4, 3, 5
 VOXELS = SIDE**3
@@ -103,7 +104,7 @@ def learn(law: Law, steps: int, batch: int = 128) -> tuple[JointDenoiser, JointD
         network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
     )
     g = torch.Generator().manual_seed(1)
-    for step in range(steps):
+    for step in progress(range(steps), "training", unit="step"):
         generators = [generator(0, "law", step, i) for i in range(batch)]
         noised = diffusion.noise(law.draw(batch, g), {}, diffusion.draw_times(generators), generators)
         loss = diffusion.total(diffusion.losses(network(noised.z, noised.t), noised)).mean()

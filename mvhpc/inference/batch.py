@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from mvhpc.config import Compute, ConfigError
+from mvhpc.devices import resolve_device
 from mvhpc.inference.predict import Predictor, Row
 from mvhpc.training.cluster import ray_session
-from mvhpc.training.engine import resolve_device
 
 
 class Worker:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mvhpc.config import Compute, ConfigError, Sampling, choose, to_dict
+from mvhpc.devices import resolve_device, resolve_precision
 from mvhpc.diffusion.sampling import sample, time_grid
 from mvhpc.models.bundle import JointModel, load_joint
-from mvhpc.training.engine import resolve_device, resolve_precision
 from shards.schema import Schema
 
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mvhpc.config import Compute, ConfigError, EncodeConfig
+from mvhpc.devices import resolve_device, resolve_precision
 from mvhpc.inference.chains import set_threads
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import load_autoencoder
-from mvhpc.training.engine import resolve_device, resolve_precision
 from mvhpc.training.vae import volume_shape
 from shards.loader import Dataset, open_dataset, prefetch
 from shards.progress import progress

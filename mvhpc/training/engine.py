@@ -10,7 +10,6 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from mvhpc.config import Compute, ConfigError, Optimizer, choose
+from mvhpc.devices import keep_thin_convolutions_exact, resolve_device, resolve_precision
 from mvhpc.training.ranks import Ranks
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SCHEDULES = ("constant", "cosine")
 
 
@@ -44,40 +43,6 @@ def learning_rate(step: int, total: int, base: float, optimizer: Optimizer) -> f
         return base
     progress = (step - optimizer.warmup) / max(1, total - optimizer.warmup)
     return base * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """The type that matrix products are done in: as named, or for ``auto`` bfloat16 where the device is made for it.
-
-    On a CPU without bfloat16 instructions it would be slower than float32, not faster.
-
-    Raises:
-        ConfigError: an unknown name.
-    """
-    choose(name, ("auto", *PRECISIONS), "compute.precision")
-    if name != "auto":
-        return PRECISIONS[name]
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device called ``auto``, ``cpu`` or ``cuda``; ``auto`` is CUDA where there is some.
-
-    Raises:
-        ConfigError: an unknown name.
-        RuntimeError: CUDA asked for where there is none.
-    """
-    choose(name, ("auto", "cpu", "cuda"), "compute.device")
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise RuntimeError("compute.device=cuda, but torch sees no CUDA device; use compute.device=auto or cpu")
-    if name == "cpu" or not available:
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 class Average:
@@ -108,24 +73,6 @@ class Average:
             live = weight.detach().clone()
             weight.detach().copy_(value)
             value.copy_(live)
-
-
-def keep_thin_convolutions_exact(module: nn.Module) -> None:
-    """Compute 3D convolutions over a first spatial axis of 2 in float32 under autocast.
-
-    On CPUs oneDNN's bfloat16 weight gradient of those is memory never written, up to infinity (torch 2.13, oneDNN
-    3.12, kernel 3, padding 1; other sizes are right).
-    """
-
-    def forward(convolution: nn.Conv3d, x: Tensor) -> Tensor:
-        if x.shape[2] != 2:
-            return type(convolution).forward(convolution, x)
-        with torch.autocast("cpu", enabled=False):
-            return type(convolution).forward(convolution, x.float())
-
-    for part in module.modules():
-        if isinstance(part, nn.Conv3d):
-            part.forward = partial(forward, part)  # type: ignore[method-assign]
 
 
 class Engine(ABC):

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from mvhpc.config import Compute, ConfigError, Optimizer, Training, to_dict
+from mvhpc.devices import resolve_device
 from mvhpc.journal import Journal
 from mvhpc.randomness import generator
 from mvhpc.training.checkpoint import Checkpoint, CheckpointError, Checkpoints
-from mvhpc.training.engine import Engine, learning_rate, make_engine, resolve_device
+from mvhpc.training.engine import Engine, learning_rate, make_engine
 from mvhpc.training.meters import ADVICE, Clock, Meter
 from mvhpc.training.ranks import Ranks
 from shards.loader import Order, prefetch
