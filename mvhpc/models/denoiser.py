@@ -136,9 +136,9 @@ class Head(nn.Module):
 
     The paper's head, two GroupNorm-SiLU-Conv blocks with a skip and global average pooling, sees what the U-Net makes
     of the image, but neither where a feature was nor, after normalisation, how much of it there was. Beside it a linear
-    map reads the latents cell by cell, and stays linear up to the output: a
-    second layer overfits a hundred subjects. The scalar's own token and all levels scale and shift it, as what is left
-    to say depends on them (v is a multiple of z_t less a multiple of z_0).
+    map reads the latents cell by cell, and stays linear up to the output: a second layer overfits a hundred subjects.
+    The scalar's own token and all levels scale and shift it, as what is left to say depends on them (v is a multiple of
+    z_t less a multiple of z_0).
     """
 
     def __init__(self, variable: Scalar, model: config.Denoiser, time_width: int) -> None:
