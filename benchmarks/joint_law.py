@@ -1,25 +1,31 @@
 """How close a trained joint model comes to every conditional of a law that is known in closed form.
 
-    python benchmarks/joint_law.py [--steps 3000]
+    python benchmarks/joint_law.py [--steps 3000] [--markdown FILE]
 
 The law: a category of three classes; given the class a small image (4 x 4 x 4) and two numbers are jointly Gaussian.
 Our network learns it from fresh draws, then answers, for every subset of given variables, what the other scalars are,
-by each way of conditioning. Printed, beside the exact answers: the error of the mean in units of the exact posterior
-mean's own error (1 is the best possible), the spread in units of the exact SD, and the distance of the mean chances of
-the classes. Everything is drawn from fixed seeds.
+by each way of conditioning. Beside the exact answers stand: the error of the mean in units of the exact posterior
+mean's own error (1 is the best possible), the spread in units of the exact SD, the mean distance of the chances of the
+classes, and C2ST, the accuracy of a classifier that tells (given, answer) pairs of the model from exact ones (0.5: it
+cannot; Lopez-Paz and Oquab 2017). Everything is drawn from fixed seeds.
 """
 
 import argparse
 import time
 from itertools import combinations
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_score
+from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from mvhpc import config
 from mvhpc.diffusion.joint import JointDiffusion
+from mvhpc.diffusion.posterior import Posterior
 from mvhpc.diffusion.sampling import sample
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.randomness import generator
@@ -36,9 +42,11 @@ VARIABLES = Variables(
         Categorical("site", ("x", "y", "z")),
     ]
 )
-NETWORK = config.Denoiser([32, 64], [False, True], 1, 32, 8, 128, 0.0, False)
+NETWORK = config.Denoiser("late", 8, [32, 64], [False, True], 1, 32, 8, 64, 0.0, False)
 DIFFUSION = config.Diffusion(1000, 0.0015, 0.0195, "independent", 0.1, 0.4, 0.3, "v", "v", {})
-METHODS = {
+SCALARS = (*NUMBERS, "site")
+METHODS: dict[str, dict[str, object]] = {
+    "posterior": {},
     "repaint, DDIM, 50 steps": {"conditioning": "repaint", "solver": "ddim", "steps": 50, "stride": 20},
     "clean, DDIM, 50 steps": {"conditioning": "clean", "solver": "ddim", "steps": 50, "stride": 20},
     "clean, DPM-Solver++, 10 steps": {"conditioning": "clean", "solver": "dpm", "steps": 10, "stride": 1000},
@@ -70,34 +78,34 @@ class Law:
         image = x[:, :VOXELS].reshape(n, 1, SIDE, SIDE, SIDE)
         return {"image": image, "a": x[:, VOXELS, None], "b": x[:, VOXELS + 1, None], "site": k}
 
-    def posterior(self, people: dict[str, Tensor], given: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Mean and SD (n,) of each number not given; of ``site``, the chances (n, K) and nothing."""
+    def given(self, people: dict[str, Tensor], given: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """The exact law of the numbers and the class given some variables.
+
+        Returns:
+            Chances of the classes (n, K); mean (n, K, r) and covariance (K, r, r) of the r numbers not given, by class.
+        """
         dims = {"image": list(range(VOXELS)), "a": [VOXELS], "b": [VOXELS + 1]}
         seen = [i for name in given if name != "site" for i in dims[name]]
-        rest = [name for name in NUMBERS if name not in given]
+        at = [dims[name][0] for name in NUMBERS if name not in given]
         n = len(people["site"])
-        log, means, variances = self.prior.log().expand(n, K).clone(), [], []
+        log, means, covariances = self.prior.log().expand(n, K).clone(), [], []
         x = torch.cat([people["image"].flatten(1), people["a"], people["b"]], 1).double()[:, seen]
-        at = [dims[name][0] for name in rest]
         for k in range(K):
             mean, cov = self.mean[k], self.covariance[k]
             gain = cov[at][:, seen] @ torch.linalg.inv(cov[seen][:, seen])  # (r, s)
             if seen:
                 log[:, k] += MultivariateNormal(mean[seen], cov[seen][:, seen]).log_prob(x)
             means.append(mean[at] + (x - mean[seen]) @ gain.T)  # (n, r)
-            variances.append((cov[at][:, at] - gain @ cov[seen][:, at]).diagonal().expand(n, -1))
+            covariances.append(cov[at][:, at] - gain @ cov[seen][:, at])
         chances = F.one_hot(people["site"], K).double() if "site" in given else log.softmax(1)  # (n, K)
-        mean, variance = torch.stack(means, 1), torch.stack(variances, 1)  # (n, K, r)
-        centre = (chances[..., None] * mean).sum(1)
-        spread = (chances[..., None] * (variance + (mean - centre[:, None]) ** 2)).sum(1).sqrt()
-        exact = {name: (centre[:, i], spread[:, i]) for i, name in enumerate(rest)}
-        return exact if "site" in given else exact | {"site": (chances, chances)}
+        return chances, torch.stack(means, 1), torch.stack(covariances)
 
 
 def learn(law: Law, steps: int, batch: int = 128) -> tuple[JointDenoiser, JointDiffusion]:
     """A network trained on fresh draws, averaged over its last weights."""
     torch.manual_seed(0)
-    network, diffusion = JointDenoiser(VARIABLES, NETWORK), JointDiffusion(VARIABLES, DIFFUSION)
+    diffusion = JointDiffusion(VARIABLES, DIFFUSION)
+    network = JointDenoiser(VARIABLES, NETWORK, diffusion.blind)
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.05)
     averaged = torch.optim.swa_utils.AveragedModel(
@@ -124,13 +132,61 @@ def answers(
     given: tuple[str, ...],
     method: dict[str, object],
     samples: int,
-) -> dict[str, Tensor]:
-    """Draws (n, samples) of each scalar."""
-    n = len(people["site"])
-    fixed = {name: people[name].repeat_interleave(samples, 0) for name in given}
-    generators = [generator(0, "answer", i, j) for i in range(n) for j in range(samples)]
-    drawn = sample(network, diffusion, fixed, generators, **method)  # type: ignore[arg-type]
-    return {name: drawn[name].reshape(n, samples) for name in (*NUMBERS, "site")}
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Mean and SD (n,) of each number not given, chances (n, K) of the class, and joint draws (n, samples)."""
+    n, want = len(people["site"]), [name for name in SCALARS if name not in given]
+    if method:
+        fixed = {name: people[name].repeat_interleave(samples, 0) for name in given}
+        generators = [generator(0, "answer", i, j) for i in range(n) for j in range(samples)]
+        drawn = sample(network, diffusion, fixed, generators, **method)  # type: ignore[arg-type]
+        draws = {name: drawn[name].reshape(n, samples) for name in want}
+        means = {name: draws[name].double().mean(1) for name in want if name in NUMBERS}
+        spreads = {name: draws[name].double().std(1) for name in means}
+        chances = F.one_hot(draws["site"], K).double().mean(1) if "site" in want else torch.empty(0)
+    else:
+        posterior = Posterior(network, diffusion, {name: people[name] for name in given}, n)
+        laws = posterior.laws(want)
+        means = {name: law.mean for name, law in laws.items() if not isinstance(law, Tensor)}
+        spreads = {name: law.stddev for name, law in laws.items() if not isinstance(law, Tensor)}
+        chances = laws["site"] if "site" in want else torch.empty(0)  # type: ignore[assignment]
+        uniform = torch.rand(n, samples, len(want), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        draws = {name: x.reshape(n, samples) for name, x in posterior.draw(want, uniform).items()}
+    return {**means, "site": chances}, spreads, draws
+
+
+def c2st(draws: dict[str, Tensor], exact: tuple[Tensor, Tensor, Tensor]) -> float:
+    """Accuracy of a classifier that tells pairs (given, joint draw) of the model from exact ones, people held out.
+
+    What is given is described by the exact means and chances, the draws by how far from the exact mean they are.
+    """
+    chances, means, covariances = exact
+    g = torch.Generator().manual_seed(4)
+    n, samples = next(iter(draws.values())).shape
+    names = [name for name in NUMBERS if name in draws]
+    centre = (chances[..., None] * means).sum(1)  # (n, r)
+    k = torch.multinomial(chances, samples, replacement=True, generator=g)  # (n, samples)
+    rows = torch.arange(n)[:, None]
+    noise = torch.randn(n, samples, len(names), 1, generator=g, dtype=torch.float64)
+    numbers = means[rows, k] + (torch.linalg.cholesky(covariances)[k] @ noise)[..., 0] if names else None
+    told = torch.cat([centre, chances], 1)[:, None].expand(-1, samples, -1)
+
+    def table(numbers: Tensor | None, k: Tensor | None) -> Tensor:
+        parts = [told]
+        if numbers is not None:
+            parts.append(numbers - centre[:, None])
+        if k is not None:
+            parts.append(F.one_hot(k, K).double())
+        return torch.cat(parts, 2).flatten(0, 1)  # (n x samples, features)
+
+    ours = torch.stack([draws[name] for name in names], 2).double() if names else None
+    model = table(ours, draws.get("site"))
+    x = torch.cat([model, table(numbers, k if "site" in draws else None)]).numpy()
+    x = (x - x.mean(0)) / (x.std(0) + 1e-9)
+    y = np.repeat([0, 1], len(model))
+    people = np.tile(np.repeat(np.arange(n), samples), 2)
+    classifier = MLPClassifier((32, 32), early_stopping=True, max_iter=100, random_state=0)
+    folds = StratifiedGroupKFold(3, shuffle=True, random_state=0)
+    return float(cross_val_score(classifier, x, y, groups=people, cv=folds).mean())
 
 
 def main() -> None:
@@ -138,38 +194,53 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000, help="of training")
     parser.add_argument("--people", type=int, default=100, help="asked about")
     parser.add_argument("--samples", type=int, default=30, help="chains a question")
+    parser.add_argument("--markdown", type=Path, help="write the tables there too")
     options = parser.parse_args()
     law = Law()
     start = time.time()
     network, diffusion = learn(law, options.steps)
-    print(f"{options.steps} steps of training in {time.time() - start:.0f} s\n")
+    lines = [f"{options.steps} steps of training in {time.time() - start:.0f} s", ""]
+    lines += ["| given | conditioning | error / best | SD / exact | chances off | C2ST | s |"]
+    lines += ["|---|---|---:|---:|---:|---:|---:|"]
+    print("\n".join(lines))
+    found: dict[str, list[list[float]]] = {label: [[], [], [], []] for label in METHODS}
     people = law.draw(options.people, torch.Generator().manual_seed(2))
-    print("| given | conditioning | error / best | SD / exact | chances off | s |\n|---|---|---:|---:|---:|---:|")
     for size in range(4):
         for given in combinations(VARIABLES.names, size):
-            exact = law.posterior(people, given)
-            for label, method in METHODS.items() if exact else ():
+            if set(SCALARS) <= set(given):
+                continue
+            chances, means, covariances = exact = law.given(people, given)
+            centre = (chances[..., None] * means).sum(1)  # (n, r)
+            variance = covariances.diagonal(dim1=1, dim2=2) + (means - centre[:, None]) ** 2  # (n, K, r)
+            spread = (chances[..., None] * variance).sum(1).sqrt()
+            for label, method in METHODS.items():
                 start = time.time()
-                drawn = answers(network, diffusion, people, given, method, options.samples)
+                with torch.no_grad():
+                    ours, spreads, draws = answers(network, diffusion, people, given, method, options.samples)
                 seconds = time.time() - start
-                numbers = [name for name in NUMBERS if name in exact]
-                error, spread = [], []
-                for name in numbers:
-                    truth, (mean, sd) = people[name].flatten().double(), exact[name]
-                    ours = drawn[name].double()
-                    error.append(
-                        float((ours.mean(1) - truth).square().mean().sqrt() / (mean - truth).square().mean().sqrt())
-                    )
-                    spread.append(float(ours.std(1).mean() / sd.mean()))
-                shown = [f"{sum(v) / len(v):.3f}" if v else "" for v in (error, spread)]
-                if "site" in exact:
-                    share = F.one_hot(drawn["site"], K).double().mean((0, 1))
-                    shown.append(f"{(share - exact['site'][0].mean(0)).abs().max():.3f}")
-                else:
-                    shown.append("")
-                print(
-                    f"| {', '.join(given) or 'nothing'} | {label} | {' | '.join(shown)} | {seconds:.1f} |", flush=True
-                )
+                numbers = [name for name in NUMBERS if name not in given]
+                error, ratio = [], []
+                for i, name in enumerate(numbers):
+                    # E (ours - truth)^2 = E (ours - exact mean)^2 + E variance: the truth's own chance is left out
+                    best = spread[:, i].square().mean()
+                    error.append(float((1 + (ours[name] - centre[:, i]).square().mean() / best).sqrt()))
+                    ratio.append(float(spreads[name].square().mean().sqrt() / best.sqrt()))
+                off = float((ours["site"] - chances).abs().mean()) if "site" not in given else float("nan")
+                told = c2st(draws, exact)
+                for column, values in zip(found[label], (error, [abs(r - 1) for r in ratio], [off], [told])):
+                    column += [x for x in values if x == x]
+                cells = [", ".join(f"{x:.3f}" for x in v) for v in (error, ratio)]
+                cells += [f"{off:.3f}" if off == off else "", f"{told:.3f}", f"{seconds:.1f}"]
+                lines.append(f"| {', '.join(given) or 'nothing'} | {label} | {' | '.join(cells)} |")
+                print(lines[-1], flush=True)
+    summary = ["| conditioning | error / best: mean, worst | SD off: mean, worst | chances off | C2ST |"]
+    summary += ["|---|---:|---:|---:|---:|"]
+    for label, columns in found.items():
+        cells = [f"{sum(c) / len(c):.3f}, {max(c):.3f}" for c in columns]
+        summary.append(f"| {label} | {' | '.join(cells)} |")
+    print("\n" + "\n".join(summary))
+    if options.markdown:
+        options.markdown.write_text("\n".join([*summary, "", *lines]) + "\n")
 
 
 if __name__ == "__main__":

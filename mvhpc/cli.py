@@ -19,6 +19,7 @@ commands:
   train joint  train the joint diffusion of latents, numbers and categories
   predict      answer a question about every subject of a packed data set
   generate     make synthetic people, as a BIDS tree
+  translate    draw one volume of every subject from the others: a contrast that was not taken
   inpaint      fill in the part of a volume that a mask does not call known
   dashboard    open the MLflow store, on this machine only
 
@@ -71,6 +72,18 @@ COMMANDS: dict[str, tuple[str, str, dict[str, str]]] = {
             "out": "BIDS tree to write",
         },
     ),
+    "translate": (
+        "translate",
+        "mvhpc translate --model runs/joint --data runs/packed --given image,age --want t2w --out synthetic-t2w",
+        {
+            "model": "run folder of the joint model",
+            "data": "packed data set",
+            "split": "train, validation, test or all",
+            "given": "variables that are known, by comma",
+            "want": "the volume to draw",
+            "out": "BIDS derivative to write",
+        },
+    ),
     "inpaint": (
         "inpaint",
         "mvhpc inpaint --model runs/joint --image scan.nii.gz --mask known.nii.gz --out filled.nii.gz",
@@ -84,7 +97,7 @@ COMMANDS: dict[str, tuple[str, str, dict[str, str]]] = {
         },
     ),
 }
-LISTS = {"predict": {"given", "want"}}
+LISTS = {"predict": {"given", "want"}, "translate": {"given"}}
 MAPPINGS = {"generate": {"given"}, "inpaint": {"given"}}
 
 

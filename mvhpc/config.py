@@ -83,6 +83,7 @@ class PhantomConfig:
     out: str
     subjects: int
     shape: list[int]
+    rich: bool  # a second contrast, a site and a memory score besides
     seed: int
     tracking: Tracking
 
@@ -171,8 +172,10 @@ class EncodeConfig:
 
 @dataclass
 class Denoiser:
-    """3D U-Net of latent diffusion; scalars enter as input channels and cross-attention tokens."""
+    """3D U-Net of latent diffusion, and how scalars enter and leave it."""
 
+    scalars: str  # late: beside the down path, so that it runs once for any question; early: the paper's way
+    components: int  # of the density said of a number (late); 0: no density
     channels: list[int]
     attention: list[bool]
     res_blocks: int
@@ -225,7 +228,7 @@ class JointConfig:
 class Sampling:
     """How a conditional is sampled."""
 
-    conditioning: str  # repaint | clean
+    conditioning: str  # auto | posterior (scalars alone) | clean | repaint
     steps: int  # of volumes and continuous variables
     stride: int  # of categorical variables, in units of t
     solver: str  # of volumes and continuous variables: ddim | dpm (DPM-Solver++ 2M)
@@ -243,7 +246,8 @@ class PredictConfig:
     split_name: str  # which recorded split
     given: list[str]
     want: list[str]
-    samples: int
+    samples: int  # chains per subject, where the answer comes from chains
+    draws: int  # joint draws of all that is wanted per subject, from a posterior, into NAME.draws.tsv
     batch: int
     seed: int
     sampling: Sampling
@@ -259,6 +263,24 @@ class GenerateConfig:
     model: str
     count: int
     given: dict[str, str]
+    batch: int
+    seed: int
+    sampling: Sampling
+    compute: Compute
+    tracking: Tracking
+
+
+@dataclass
+class TranslateConfig:
+    """`mvhpc translate`: one volume of every subject given others."""
+
+    out: str
+    model: str
+    data: str
+    split: str  # train | validation | test | all
+    split_name: str
+    given: list[str]
+    want: str
     batch: int
     seed: int
     sampling: Sampling
@@ -291,6 +313,7 @@ SCHEMAS: dict[str, type] = {
     "joint": JointConfig,
     "predict": PredictConfig,
     "generate": GenerateConfig,
+    "translate": TranslateConfig,
     "inpaint": InpaintConfig,
 }
 

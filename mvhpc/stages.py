@@ -50,6 +50,12 @@ STAGES: dict[str, Stage] = dict(
         _stage("joint", "mvhpc.training.joint:run", ("latents", "vae"), "train the joint diffusion"),
         _stage("predict", "mvhpc.inference.predict:run", ("model", "data"), "answer questions about subjects"),
         _stage("generate", "mvhpc.inference.generate:run", ("model",), "generate synthetic people"),
+        _stage(
+            "translate",
+            "mvhpc.inference.translate:run",
+            ("model", "data"),
+            "draw one volume of each subject from others",
+        ),
         _stage("inpaint", "mvhpc.inference.inpaint:run", ("model", "image", "mask"), "fill in part of a volume"),
     ]
 )
@@ -60,7 +66,7 @@ def phantom(config: PhantomConfig, run: "Run") -> dict[str, Any]:
     from shards.phantom import make_phantoms
 
     height, width, depth = config.shape
-    make_phantoms(Path(config.out), config.subjects, (height, width, depth), config.seed)
+    make_phantoms(Path(config.out), config.subjects, (height, width, depth), config.seed, rich=config.rich)
     return {"subjects": config.subjects}
 
 

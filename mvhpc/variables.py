@@ -45,13 +45,15 @@ class Volume:
 class Continuous:
     """A number, scaled linearly so that [low, high] becomes [-1, 1] (paper, section 3.1).
 
-    Values outside the interval are neither refused nor clipped, samples included.
+    Values outside the interval are neither refused nor clipped, samples included. An ordinal variable has ``whole``
+    numbers: the scale carries the order of its levels, which classes would not.
     """
 
     name: str
     low: float
     high: float
     unit: str = ""
+    whole: bool = False
 
     def encode(self, values: Sequence[Value]) -> Tensor:
         """B values in units -> z_0 (B, 1) float32; a missing value becomes 0."""
@@ -63,6 +65,10 @@ class Continuous:
     def decode(self, z: Tensor) -> Tensor:
         """z_0 (B, 1) -> values (B,) in units, float64."""
         return ((self.high - self.low) * z.double().flatten() + self.low + self.high) / 2
+
+    def snap(self, values: Tensor) -> Tensor:
+        """Values in units, those of an ordinal variable brought to the nearest level."""
+        return values.round() if self.whole else values
 
 
 @dataclass(frozen=True)
@@ -138,11 +144,11 @@ class Variables:
                 facts = latent[v.name]
                 c, h, w, d = facts["shape"]
                 items.append(Volume(v.name, (c, h, w, d), facts["mean"], facts["sd"]))
-            elif v.kind == "continuous":
+            elif v.kind != "categorical":
                 low, high = (intervals or {}).get(v.name, v.range)
                 if not math.isfinite(high - low):
                     raise ValueError(f"schema: {v.name} needs a finite range to be scaled by")
-                items.append(Continuous(v.name, float(low), float(high), v.unit or ""))
+                items.append(Continuous(v.name, float(low), float(high), v.unit or "", whole=v.kind == "ordinal"))
             else:
                 items.append(Categorical(v.name, tuple(v.classes)))
         return cls(items)
@@ -178,7 +184,7 @@ class Variables:
 
     @property
     def scalars(self) -> list[Scalar]:
-        """The continuous and categorical variables, in order."""
+        """All variables but the volumes, in order."""
         return [v for v in self if not isinstance(v, Volume)]
 
     def encode_scalars(self, rows: Sequence[Mapping[str, Value]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     phantom.add_argument(
         "--shape", type=int, nargs=3, default=[32, 32, 32], metavar="N", help="voxels; default 32 32 32"
     )
+    phantom.add_argument("--rich", action="store_true", help="also a T2w-like contrast, five sites and a memory score")
     phantom.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     phantom.add_argument("--workers", type=int, default=0, metavar="N", help="processes; default one per core")
 
@@ -114,7 +115,9 @@ def _phantom(args: argparse.Namespace) -> None:
     from shards.phantom import make_phantoms
 
     try:
-        make_phantoms(args.out, args.subjects, tuple(args.shape), args.seed, args.workers or os.cpu_count() or 1)
+        make_phantoms(
+            args.out, args.subjects, tuple(args.shape), args.seed, args.workers or os.cpu_count() or 1, args.rich
+        )
     except ValueError as error:
         raise DataError(str(error)) from error
     print(

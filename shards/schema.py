@@ -16,6 +16,7 @@ MISSING = {"", "n/a", "na", "nan", "none", "null"}  # BIDS writes n/a; the other
 KINDS = {  # kind: keys it may have
     "volume": {"kind", "column", "suffix"},
     "continuous": {"kind", "column", "range", "unit", "values"},
+    "ordinal": {"kind", "column", "range", "unit", "values"},
     "categorical": {"kind", "column", "classes", "aliases"},
 }
 Value = float | str | None
@@ -27,14 +28,14 @@ class Variable:
 
     Attributes:
         name: letters, digits and underscores, beginning with a letter.
-        kind: ``volume``, ``continuous`` or ``categorical``.
+        kind: ``volume``, ``continuous``, ``ordinal`` (whole numbers: scores, stages, ratings) or ``categorical``.
         column: the table's column; for a volume, the column of paths in a CSV.
         suffix: of a volume's file name in a BIDS tree, as in ``T1w``.
-        range: smallest and largest value allowed of a continuous variable.
-        unit: of a continuous variable.
+        range: smallest and largest value allowed of a continuous or ordinal variable.
+        unit: of such a variable.
         classes: of a categorical variable, in the order of their numbers.
         aliases: other spellings of the classes.
-        values: numbers that stand for words, for a category read as a continuous variable.
+        values: numbers that stand for words: a category read as a continuous variable, or the words of a scale.
     """
 
     name: str
@@ -86,8 +87,10 @@ class Variable:
         return variable
 
     def _check(self) -> None:
-        if self.kind == "continuous" and not all(map(math.isfinite, self.range)):
-            raise ValueError("a continuous variable needs a finite range: [smallest, largest]")
+        if self.kind in {"continuous", "ordinal"} and not all(map(math.isfinite, self.range)):
+            raise ValueError(f"a variable of kind {self.kind} needs a finite range: [smallest, largest]")
+        if self.kind == "ordinal" and any(x != round(x) for x in (*self.range, *self.values.values())):
+            raise ValueError("an ordinal variable has whole numbers, in its range and values too")
         if self.kind == "volume" and not self.suffix:
             raise ValueError("a volume variable needs the suffix of its files, as in T1w")
         if self.kind == "categorical":
@@ -107,7 +110,7 @@ class Variable:
         spec: dict[str, Any] = {"kind": self.kind, "column": self.column}
         if self.kind == "volume":
             spec["suffix"] = self.suffix
-        elif self.kind == "continuous":
+        elif self.kind in {"continuous", "ordinal"}:
             spec.update(range=list(self.range), unit=self.unit, values=dict(self.values))
         else:
             spec.update(classes=list(self.classes), aliases=dict(self.aliases))
@@ -120,10 +123,10 @@ class Variable:
             text: the cell; spaces around it and upper or lower case of words do not matter.
 
         Returns:
-            A number of a continuous variable, a class of a categorical one, None where the cell says missing.
+            A number of a continuous or ordinal variable, a class of a category, None where the cell says missing.
 
         Raises:
-            ValueError: not a number, outside the range, or an unknown category; the message says which.
+            ValueError: not a (whole) number, outside the range, or an unknown category; the message says which.
         """
         word = text.strip().casefold()
         known: dict[str, Any] = {w.casefold(): v for w, v in (self.aliases or self.values).items()}
@@ -141,6 +144,8 @@ class Variable:
         low, high = self.range
         if not low <= number <= high:
             raise ValueError(f"{self.name}: {number:g} is outside the range {low:g} to {high:g}")
+        if self.kind == "ordinal" and number != round(number):
+            raise ValueError(f"{self.name}: {number:g} is no whole number, as those of an ordinal variable are")
         return number
 
 
@@ -204,7 +209,7 @@ class Schema:
 
     @property
     def scalars(self) -> tuple[Variable, ...]:
-        """The continuous and categorical variables, in order."""
+        """All variables but the volumes, in order."""
         return tuple(v for v in self.variables if v.kind != "volume")
 
     def __iter__(self) -> Iterator[Variable]:

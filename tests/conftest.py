@@ -86,7 +86,9 @@ def tiny_model(tiny_dataset: Path) -> Path:
     schema, folder = Schema.from_dict(SCHEMA), tiny_dataset.parent
     small = config.Autoencoder([8, 8, 8, 16], latent_channels=4, res_blocks=1, norm_groups=4, checkpointing=False)
     unet = config.Denoiser(
-        [16, 32],
+        scalars="late",
+        components=4,
+        channels=[16, 32],
         attention=[False, True],
         res_blocks=1,
         head_channels=16,

@@ -66,18 +66,20 @@ class MixedLaw:
         return {"image": x[:, :2].reshape(n, 1, 2, 1, 1).float(), "age": x[:, 2:].float(), "sex": sex}
 
     def given(self, x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """The exact law given the continuous dimensions ``dims`` = x (len(dims),).
+        """The exact law given the continuous dimensions ``dims`` = x (..., len(dims)).
 
         Returns:
-            p(class) (K,), and mean (K, rest) and covariance (K, rest, rest) of the other dimensions by class.
+            p(class) (..., K), and mean (..., K, rest) and covariance (K, rest, rest) of the other dimensions by class.
         """
         rest = [i for i in range(D) if i not in dims]
         known, cross = self.covariance[:, dims][:, :, dims], self.covariance[:, rest][:, :, dims]
         gain = cross @ torch.linalg.inv(known)
-        off = x - self.mean[:, dims]
-        log = MultivariateNormal(torch.zeros(len(dims)).double(), known).log_prob(off) + self.prior.log()
+        off = x[..., None, :] - self.mean[:, dims]  # (..., K, dims)
+        log = self.prior.log().expand(off.shape[:-1])
+        if dims:
+            log = log + MultivariateNormal(torch.zeros(len(dims)).double(), known).log_prob(off)
         mean = self.mean[:, rest] + (gain @ off[..., None])[..., 0]
-        return log.softmax(0), mean, self.covariance[:, rest][:, :, rest] - gain @ cross.transpose(1, 2)
+        return log.softmax(-1), mean, self.covariance[:, rest][:, :, rest] - gain @ cross.transpose(1, 2)
 
 
 def mixture(p: Tensor, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from scipy.stats import kstest
 from shards import phantom
 from shards.anatomy import AGES, LAW, best_possible, draw_anatomy, draw_person, posterior, read_tables
 from shards.brain import render_tissues, spacing
-from shards.phantom import draw_subject, make_phantoms, render_image
+from shards.phantom import MEMORY, SITES, draw_rich, draw_subject, make_phantoms, render_image
 
 SHAPE = (32, 32, 32)
 
@@ -225,3 +225,34 @@ def test_refuses_a_folder_in_use_and_leaves_nothing_behind(tmp_path: Path, monke
 def test_refuses_what_cannot_be_drawn(tmp_path: Path, subjects: int, shape: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="at least one"):
         make_phantoms(tmp_path / "out", subjects, shape)
+
+
+# --- rich phantoms --------------------------------------------------------------------------------------------
+
+
+def test_rich_phantoms_are_the_same_people_and_more(tmp_path: Path) -> None:
+    make_phantoms(tmp_path / "plain", 3, (16, 16, 16), workers=1)
+    make_phantoms(tmp_path / "rich", 3, (16, 16, 16), workers=1, rich=True)
+    plain, rich = (read_tables(tmp_path / name) for name in ("plain", "rich"))
+    pd.testing.assert_frame_equal(rich[plain.columns], plain)
+    assert set(rich["site"]) <= set(SITES) and rich["memory"].dtype == int
+    volumes = sorted(p.name for p in (tmp_path / "rich").rglob("*.nii.gz"))
+    assert volumes == [f"sub-000{i}_{c}.nii.gz" for i in (1, 2, 3) for c in ("T1w", "T2w")]
+
+
+def test_the_second_contrast_is_that_of_the_same_brain() -> None:
+    """What is dark in one is bright in the other."""
+    _, _, _, rich = draw_rich(0, 0, SHAPE)
+    inside = rich.t1w > 0
+    assert np.array_equal(inside, rich.t2w > 0)
+    assert np.corrcoef(rich.t1w[inside], rich.t2w[inside])[0, 1] < -0.3
+
+
+def test_memory_and_site_follow_their_laws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phantom, "render_tissues", lambda *_: None)
+    monkeypatch.setattr(phantom, "render_image", lambda *_: None)
+    people = [draw_rich(0, i, SHAPE) for i in range(4000)]
+    residual = [rich.memory - MEMORY.mean(age, sex == "M") for age, sex, _, rich in people]
+    assert kstest(residual, "norm", (0, MEMORY.sd)).pvalue > 0.001
+    sites = pd.Series([rich.site for *_, rich in people]).value_counts(normalize=True)
+    assert all(abs(sites[name] - share) < 4.5 * np.sqrt(share / 4000) for name, (share, _) in SITES.items())

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from mvhpc.config import ConfigError, PredictConfig, load_config
@@ -17,7 +18,8 @@ from shards.schema import Schema
 
 
 def configuration(model: Path, data: Path, out: Path, **values: Any) -> PredictConfig:
-    few = {"sampling.steps": 5, "sampling.stride": 200, "split": "all", "compute.device": "cpu"}
+    few = {"sampling.conditioning": "clean", "sampling.steps": 5, "sampling.stride": 200}
+    few |= {"split": "all", "compute.device": "cpu"}
     places = {"model": str(model), "data": str(data), "out": str(out)}
     return load_config(PredictConfig, "predict", "default", (), few | places | values)
 
@@ -83,6 +85,42 @@ def test_rows_do_not_depend_on_the_batch(tiny_model, tiny_dataset, tmp_path) -> 
         )
 
 
+EXACT = {"sampling.conditioning": "auto"}
+
+
+def test_a_posterior_answers_with_whole_laws_in_one_call(tiny_model, tiny_dataset, tmp_path) -> None:
+    config = configuration(
+        tiny_model, tiny_dataset, tmp_path / "a.tsv", given=["image"], want=["age", "sex"], draws=400, **EXACT
+    )
+    summary, _ = answer(config, tmp_path / "run")
+    frame, description = read_predictions(tmp_path / "a.tsv")
+    assert description["sampling"]["conditioning"] == "posterior" and description["network_calls"] == 1
+    quantiles = frame[[f"age_q{q:02d}" for q in (5, 25, 50, 75, 95)]].to_numpy()
+    assert (np.diff(quantiles) > 0).all()
+    known = frame.dropna(subset=["age_true"])
+    inside = (known["age_q05"] <= known["age_true"]) & (known["age_true"] <= known["age_q95"])
+    assert summary["all/age_in_90"] == pytest.approx(inside.mean())
+    assert frame.loc[frame["age_crps"].isna(), "key"].tolist() == ["sub-03"]
+
+    draws = pd.read_csv(tmp_path / "a.draws.tsv", sep="\t")
+    assert draws.groupby("key", sort=False).size().tolist() == [400] * len(frame)
+    drawn = draws.groupby("key", sort=False)["age"]
+    assert (np.abs(drawn.mean().to_numpy() - frame["age"]) < 4.5 * frame["age_sd"] / 20).all()
+    women = draws.assign(F=draws["sex"] == "F").groupby("key", sort=False)["F"].mean().to_numpy()
+    assert np.abs(women - frame["sex_p_F"]).max() < 0.12
+
+
+def test_a_posterior_does_not_depend_on_the_batch(tiny_model, tiny_dataset, tmp_path) -> None:
+    tables = []
+    for batch in (1, 5):
+        config = configuration(
+            tiny_model, tiny_dataset, tmp_path / f"{batch}.tsv", given=["image"], want=["age"], batch=batch, **EXACT
+        )
+        answer(config, tmp_path / "run")
+        tables.append(read_predictions(config.out)[0].drop(columns=["key", "subject", "not_given"]).to_numpy(float))
+    assert tables[1] == pytest.approx(tables[0], rel=1e-4, nan_ok=True)
+
+
 @pytest.mark.slow
 def test_two_workers_write_what_one_writes(tiny_model, tiny_dataset, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tiny_dataset.parent)  # workers read relative paths from where the driver is
@@ -94,11 +132,13 @@ def test_two_workers_write_what_one_writes(tiny_model, tiny_dataset, tmp_path, m
             tmp_path / f"{workers}.tsv",
             given=["image"],
             want=["age", "sex"],
+            draws=2,
             batch=4,
+            **EXACT,
             **{"compute.workers": workers, "compute.threads": 1},
         )
         answer(config, tmp_path / "run")
-        written.append(Path(config.out).read_bytes())
+        written.append([Path(config.out).with_suffix(end).read_bytes() for end in (".tsv", ".draws.tsv")])
     assert written[0] == written[1]
 
 
@@ -115,6 +155,8 @@ def test_two_workers_write_what_one_writes(tiny_model, tiny_dataset, tmp_path, m
         ({"given": [], "want": ["age"], "split_name": "fold-1"}, "unknown split"),
         ({"given": [], "want": ["age"], "samples": 0}, "at least one chain"),
         ({"given": [], "want": ["age"], "sampling.conditioning": "repant"}, "Did you mean 'repaint'"),
+        ({"given": [], "want": ["age"], "draws": 3}, "draws come from a posterior"),
+        ({"given": [], "want": ["age"], "sampling.conditioning": "posterior", "sampling.guidance": 2}, "no guidance"),
     ],
 )
 def test_a_bad_question_is_refused_with_its_reason(tiny_model, tiny_dataset, tmp_path, values, words) -> None:
@@ -137,7 +179,7 @@ def test_data_on_another_grid_are_refused(tiny_model, tiny_bids, tmp_path) -> No
     options = {"storage": "zarr", "schema": schema, "max_rejects": "0", "fractions": (0.4, 0.1, 0.5)}
     pack(tiny_bids, tmp_path / "coarse", spacing=10.0, shape=(16, 16, 16), **options)
     with pytest.raises(ConfigError, match=r"spacing.*pack again with spacing 8"):
-        Predictor(tiny_model, tmp_path / "coarse", ["image"], ["age"], 1, configuration_sampling(), 0, "cpu")
+        Predictor(tiny_model, tmp_path / "coarse", ["image"], ["age"], 1, 0, configuration_sampling(), 0, "cpu")
 
 
 def configuration_sampling() -> Any:

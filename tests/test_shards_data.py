@@ -263,6 +263,10 @@ def test_cells() -> None:
     ]:
         with pytest.raises(ValueError, match=reason):
             variable.parse(cell)
+    stage = Variable.from_dict("stage", {"kind": "ordinal", "range": [0, 3], "values": {"mild": 1, "severe": 3}})
+    assert [stage.parse(t) for t in ("mild", "2", "n/a")] == [1, 2, None]
+    with pytest.raises(ValueError, match="no whole number"):
+        stage.parse("1.5")
     coded = Variable.from_dict("hand", {"kind": "continuous", "range": [0, 1], "values": {"L": 0, "R": 1}})
     assert [coded.parse(t) for t in ("L", "R", "0.5", "n/a")] == [0, 1, 0.5, None]
 
@@ -275,6 +279,8 @@ def test_cells() -> None:
         ({"a": {"kind": "continuous", "rnge": [0, 1]}}, "Did you mean 'range'"),
         ({"a": {"kind": "continuous"}}, "needs a finite range"),
         ({"a": {"kind": "continuous", "range": [1, 0]}}, "smallest, largest"),
+        ({"a": {"kind": "ordinal"}}, "needs a finite range"),
+        ({"a": {"kind": "ordinal", "range": [0, 2.5]}}, "whole numbers"),
         ({"a": {"kind": "categorical", "classes": ["x"]}}, "two or more"),
         ({"a": {"kind": "categorical", "classes": [True, False]}}, "in quotes"),
         ({"a": {"kind": "categorical", "classes": ["x", "y"], "aliases": {"z": "w"}}}, "alias z"),

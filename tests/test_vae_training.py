@@ -10,6 +10,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from mvhpc.config import CONFIGS, ConfigError, VAEConfig, load_config
+from mvhpc.evaluation.similarity import psnr, ssim
 from mvhpc.models.bundle import load_autoencoder
 from mvhpc.models.perceptual import SqueezeLPIPS, WeightsError
 from mvhpc.run import Run
@@ -20,9 +21,7 @@ from mvhpc.training.vae import (
     discriminator_loss,
     generator_loss,
     least_squares,
-    psnr,
     run,
-    ssim,
 )
 from shards.loader import open_dataset
 from tests.ellipsoids import pack_ellipsoids

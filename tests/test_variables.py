@@ -18,6 +18,14 @@ VARIABLES = Variables.from_schema(
 )
 
 
+def test_ordinal_values_are_brought_to_whole_numbers_alone_where_drawn() -> None:
+    score = Variables.from_schema(Schema.from_dict({"score": {"kind": "ordinal", "range": [0, 30]}}), {})["score"]
+    assert isinstance(score, Continuous)
+    z = score.encode([0.0, 7.0, 30.0])
+    assert score.decode(z).tolist() == pytest.approx([0, 7, 30])
+    assert score.snap(score.decode(z + 0.02)).tolist() == [0, 7, 30]
+
+
 def test_schema_keeps_order_and_kinds() -> None:
     assert VARIABLES.names == ["image", "age", "site"]
     assert [(v.name, v.shape) for v in VARIABLES.volumes] == [("image", (2, 3, 4, 5))]

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from mvhpc import config
 from mvhpc.diffusion import schedules
 from mvhpc.diffusion.categorical import Uniform, draw
+from mvhpc.diffusion.density import density
 from mvhpc.diffusion.gaussian import TARGETS, Gaussian
 from mvhpc.randomness import rand, randn
-from mvhpc.variables import Categorical, Variable, Variables, Volume
+from mvhpc.variables import Categorical, Continuous, Variable, Variables, Volume
 
 Batch = dict[str, Tensor]
 
@@ -25,12 +26,14 @@ class Noised:
         z: what the denoiser sees: (B, C, h, w, d), (B, 1) or int64 (B,) by kind of variable.
         t: the levels it is told, int64 (B,).
         target: what it should say: eps, v or z_0 shaped like z, or the class (B,).
+        clean: x_0, shaped like z.
         counts: (B,) bool, False where there is no loss: a missing value, or one at rest at t = 0.
     """
 
     z: Batch
     t: Batch
     target: Batch
+    clean: Batch
     counts: Batch
 
 
@@ -66,6 +69,15 @@ class JointDiffusion(nn.Module):
     def independent(self) -> bool:
         """Whether each variable has a level of its own."""
         return self.config.time == "independent"
+
+    @property
+    def blind(self) -> int | None:
+        """The level whose values need not be shown to the network, as they are noise; None where they are asked for.
+
+        With ``shared`` time all levels are shown, as in the paper; eps can be said of a value that is seen alone.
+        """
+        c = self.config
+        return self.steps if self.independent and "eps" not in (c.volume, c.continuous) else None
 
     @property
     def device(self) -> torch.device:
@@ -118,7 +130,7 @@ class JointDiffusion(nn.Module):
             t: levels, int64 (B,) by variable.
             generators: one per row.
         """
-        z, times, target, counts = {}, {}, {}, {}
+        z, times, target, clean, counts = {}, {}, {}, {}, {}
         for v in self.variables:
             level, there = t[v.name], present.get(v.name)
             if there is None:
@@ -133,11 +145,14 @@ class JointDiffusion(nn.Module):
                 x_t = self.gaussian.add_noise(x0, level, pure)
             z[v.name] = torch.where(_against(there, x_t), x_t, pure)
             times[v.name] = torch.where(there, level, self.steps) if self.independent else level
+            clean[v.name] = x0
             counts[v.name] = there & (level > 0)
-        return Noised(z, times, target, counts)
+        return Noised(z, times, target, clean, counts)
 
     def losses(self, outputs: Mapping[str, Tensor], noised: Noised) -> Batch:
         """Loss of each row and variable (paper, eq. 5): mean over elements of the squared error, or cross-entropy.
+
+        Where a number is at t = T and the network gives a density for it, its negative logarithm is added.
 
         Returns:
             By variable (B,) float32, without weights; 0 where ``noised.counts`` is False. Their mean over B is not
@@ -149,7 +164,10 @@ class JointDiffusion(nn.Module):
             if isinstance(v, Categorical):
                 loss = F.cross_entropy(output, target, reduction="none")
             else:
-                loss = (output - target).square().flatten(1).mean(1)
+                loss = (output[:, : target.shape[1]] - target).square().flatten(1).mean(1)
+                if isinstance(v, Continuous) and output.shape[1] > 1:
+                    surprise = -density(output).log_prob(noised.clean[v.name][:, 0].double()).float()
+                    loss = loss + torch.where(noised.t[v.name] == self.steps, surprise, 0.0)
             losses[v.name] = torch.where(noised.counts[v.name], loss, 0.0)
         return losses
 
@@ -177,7 +195,7 @@ class JointDiffusion(nn.Module):
         """What an output says of x_0: E[z_0 | z_t] shaped like z_t, or p(x_0 | z_t) (B, K)."""
         if isinstance(variable, Categorical):
             return output.double().softmax(-1)
-        return self.gaussian.x0(output.float(), z_t, t, self.parameterization(variable))
+        return self.gaussian.x0(output[:, : z_t.shape[1]].float(), z_t, t, self.parameterization(variable))
 
     def step(
         self,

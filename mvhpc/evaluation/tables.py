@@ -62,6 +62,21 @@ def score(frame: pd.DataFrame, variable: Variable, seed: int = 0) -> Estimate | 
     return mean_over_subjects(values, frame["subject"].astype(str).tolist(), seed=seed)
 
 
+def coverage(frame: pd.DataFrame, name: str, seed: int = 0) -> Estimate | None:
+    """How often the true value lies in the predicted 90 % interval; None where there is no interval.
+
+    Args:
+        frame: predictions, with the columns ``NAME_q05``, ``NAME_q95``, ``NAME_true`` and ``subject``.
+        name: of a continuous variable.
+        seed: of the bootstrap over subjects.
+    """
+    if f"{name}_q05" not in frame:
+        return None
+    low, high, true = (frame[f"{name}_{c}"].to_numpy(float) for c in ("q05", "q95", "true"))
+    inside = np.where(np.isfinite(true), (low <= true) & (true <= high), np.nan)
+    return mean_over_subjects(inside, frame["subject"].astype(str).tolist(), seed=seed)
+
+
 def constant_predictions(
     dataset: Dataset, schema: Schema, want: Sequence[str], part: str = "test", split: str = "default"
 ) -> pd.DataFrame:
@@ -146,7 +161,8 @@ def scoreboard(
         seed: of the bootstrap.
 
     Returns:
-        A table whose columns are the error (in the variable's unit; smaller is better) or the accuracy.
+        A table whose columns are the error (in the variable's unit; smaller is better) or the accuracy, and for numbers
+        with predicted intervals how often the 90 % interval holds the true value.
     """
     merged: dict[str, list[pd.DataFrame]] = {}
     for name, frame in entries:
@@ -156,10 +172,13 @@ def scoreboard(
     for variable in variables:
         unit = f" ({variable.unit})" if variable.unit else ""
         header.append(f"{variable.name} accuracy" if variable.kind == "categorical" else f"{variable.name} error{unit}")
-    header.append("subjects")
+    covered = [v.name for v in variables if any(f"{v.name}_q05" in frame for _, frame in entries)]
+    header += [*(f"{name} in 90 % interval" for name in covered), "subjects"]
     rows = []
     for name, frames in merged.items():
-        scores = [score(pd.concat(frames, ignore_index=True), variable, seed) for variable in variables]
-        cells = [s.format(2) if s else "-" for s in scores]
+        frame = pd.concat(frames, ignore_index=True)
+        scores = [score(frame, variable, seed) for variable in variables]
+        inside = [coverage(frame, variable, seed) for variable in covered]
+        cells = [s.format(2) if s else "-" for s in [*scores, *inside]]
         rows.append([name, *cells, str(max((s.n for s in scores if s), default=0))])
     return Table(header, rows)

@@ -1,6 +1,7 @@
-"""What prediction, generation and inpainting share: a loaded model on a device, and chains drawn from it."""
+"""What prediction, generation and inpainting share: a loaded model, asked by chains or for its posterior."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from mvhpc.config import Compute, ConfigError, Sampling, choose, to_dict
 from mvhpc.devices import resolve_device, resolve_precision
+from mvhpc.diffusion.posterior import Posterior, hindrance
 from mvhpc.diffusion.sampling import sample, time_grid
 from mvhpc.models.bundle import JointModel, load_joint
 from shards.schema import Schema
@@ -22,27 +24,49 @@ class Sampler:
         sampling: how a conditional is sampled.
         device: auto | cpu | cuda.
         precision: float32 | bfloat16, of the networks.
+        scalars: whether scalars are all that is wanted, which a posterior can answer.
 
     Attributes:
         model: the loaded :class:`~mvhpc.models.bundle.JointModel`.
         device: where it is.
+        sampling: as given, ``auto`` resolved: the cheapest way that is exact for this model.
 
     Raises:
-        ConfigError: an unknown way of conditioning or precision, or ``clean`` with a model of shared time.
+        ConfigError: an unknown way of conditioning or precision, or one that this model or question does not allow.
         ModelError: no model there, or a damaged one.
     """
 
-    def __init__(self, model: str | Path, sampling: Sampling, device: str = "auto", precision: str = "float32") -> None:
-        choose(sampling.conditioning, ["repaint", "clean"], "conditioning")
+    def __init__(
+        self,
+        model: str | Path,
+        sampling: Sampling,
+        device: str = "auto",
+        precision: str = "float32",
+        scalars: bool = False,
+    ) -> None:
+        choose(sampling.conditioning, ["auto", "posterior", "clean", "repaint"], "conditioning")
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
-        self.sampling = sampling
         self.model: JointModel = load_joint(model, self.device)
+        self.sampling = replace(sampling, conditioning=self._way(sampling, scalars))
+
+    def _way(self, sampling: Sampling, scalars: bool) -> str:
+        diffusion = self.model.diffusion
+        reason = hindrance(self.model.denoiser, diffusion) if scalars else "it answers for scalars, not for volumes"
+        if not reason and sampling.guidance != 1:
+            reason = f"it knows no guidance (sampling.guidance={sampling.guidance:g})"
+        if sampling.conditioning == "auto":
+            return "posterior" if not reason else "clean" if diffusion.independent else "repaint"
+        if sampling.conditioning == "posterior" and reason:
+            raise ConfigError(f"sampling.conditioning=posterior: {reason}; leave it at auto")
+        return sampling.conditioning
 
     @property
     def calls(self) -> int:
-        """Network calls of one chain."""
+        """Network calls of one chain; of a posterior 1, the down path's."""
         c = self.sampling
+        if c.conditioning == "posterior":
+            return 1
         return len(time_grid(self.model.diffusion.gaussian, c.steps, c.stride, c.solver)) - 1
 
     @torch.inference_mode()
@@ -64,6 +88,15 @@ class Sampler:
                 mask=mask,
                 **to_dict(self.sampling),
             )
+
+    @torch.inference_mode()
+    def posterior(
+        self, given: Mapping[str, Tensor], rows: int, present: Mapping[str, Tensor] | None = None
+    ) -> Posterior:
+        """The predictive laws of ``rows`` people; see :class:`mvhpc.diffusion.posterior.Posterior`."""
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32):
+            model = self.model
+            return Posterior(model.denoiser, model.diffusion, given, rows, present, model.spread)
 
 
 def set_threads(compute: Compute) -> None:

@@ -72,7 +72,7 @@ def decode(sampler: Sampler, name: str, drawn: torch.Tensor) -> Any:
         return sampler.model.decode(name, drawn)[0, 0].float().cpu().numpy()  # (H, W, D)
     if isinstance(variable, Continuous):
         low, high = sampler.model.schema[name].range
-        return min(max(variable.decode(drawn).item(), low), high)
+        return min(max(variable.snap(variable.decode(drawn)).item(), low), high)
     return variable.decode(drawn)[0]
 
 

@@ -20,7 +20,7 @@ from mvhpc.config import ConfigError, InpaintConfig, choose
 from mvhpc.evaluation.figures import inpainting
 from mvhpc.inference.chains import Sampler, parse_given, set_threads
 from mvhpc.inference.generate import Person, caption, decode, nifti
-from mvhpc.inference.predict import check_data
+from mvhpc.inference.subjects import check_data
 from mvhpc.randomness import generator
 from mvhpc.run import Run
 from mvhpc.variables import Volume

@@ -1,34 +1,40 @@
 """Any question about every subject of a packed data set: some variables given, others wanted.
 
-One row a subject. A wanted continuous variable gets the mean and standard deviation over the chains; a category gets
-the share of the chains in each class and the commonest one (the paper's majority vote, section 4.2). The noise of a
-chain comes from (seed, key, chain), so a row does not depend on the batch or the worker that made it.
+One row a subject. From a posterior a wanted number gets its expectation, SD and quantiles, a category the chances of
+its classes and the most probable one; where the truth is recorded, the score of the whole distribution (CRPS) too. From
+chains it is their mean and SD, the classes' shares and the commonest class (the paper's majority vote, section 4.2).
+Noise comes from (seed, key, chain), so a row does not depend on the batch or the worker that made it.
 """
 
 import json
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributions import MixtureSameFamily
 
 from mvhpc.config import ConfigError, PredictConfig, Sampling, choose, to_dict
+from mvhpc.diffusion.density import crps, quantile
+from mvhpc.diffusion.joint import Batch
 from mvhpc.evaluation.figures import predicted_against_true
-from mvhpc.evaluation.tables import MISSING, label, read_predictions, score, sidecar, subject_of, true_value
+from mvhpc.evaluation.tables import MISSING, coverage, label, read_predictions, score, sidecar, subject_of, true_value
 from mvhpc.inference.chains import Sampler, set_threads, versions
-from mvhpc.models.bundle import JointModel
-from mvhpc.randomness import generator
+from mvhpc.inference.subjects import check_data, read_given, subjects
+from mvhpc.randomness import generator, rand
 from mvhpc.run import Run, identity
-from mvhpc.variables import Volume
+from mvhpc.variables import Categorical, Continuous
 from shards.files import whole_file, write_text
-from shards.loader import Dataset, open_dataset
+from shards.loader import open_dataset
 from shards.progress import Progress
 from shards.schema import Schema
 
-Row = dict[str, float | str | None]
+Row = dict[str, Any]
+QUANTILES = (5, 25, 50, 75, 95)  # %, of the answers of a posterior
 
 
 def check_question(schema: Schema, given: Sequence[str], want: Sequence[str]) -> None:
@@ -54,26 +60,6 @@ def check_question(schema: Schema, given: Sequence[str], want: Sequence[str]) ->
             )
 
 
-def check_data(model: JointModel, dataset: Dataset, given: Sequence[str]) -> None:
-    """Refuse data that are not as the model saw them.
-
-    Raises:
-        ConfigError: latents instead of volumes, a given variable the data lack, or another grid.
-    """
-    index = dataset.index
-    if index.kind != "volumes":
-        raise ConfigError(f"{dataset.folder} holds {index.kind}; give the packed volumes they were made from")
-    for name in given:
-        choose(name, [variable.name for variable in index.schema], f"variable of {dataset.folder}")
-    for fact in ("spacing", "shape", "affine"):
-        ours, theirs = model.grid[fact], index.grid[fact]
-        if np.shape(ours) != np.shape(theirs) or not np.allclose(ours, theirs, atol=1e-4):
-            raise ConfigError(
-                f"{dataset.folder} has {fact} {theirs}, the model was trained on {ours}; "
-                f"pack again with spacing {model.grid['spacing']} and shape {model.grid['shape']}"
-            )
-
-
 class Predictor:
     """Answers one question about any subjects of one data set.
 
@@ -83,6 +69,7 @@ class Predictor:
         given: names of the variables that are known. One that a subject lacks is unknown for this subject.
         want: names of the scalars to predict.
         samples: chains per subject.
+        draws: joint draws per subject from a posterior; 0 for none.
         sampling: how a conditional is sampled.
         seed: of the noise.
         device: auto | cpu | cuda.
@@ -100,6 +87,7 @@ class Predictor:
         given: Sequence[str],
         want: Sequence[str],
         samples: int,
+        draws: int,
         sampling: Sampling,
         seed: int,
         device: str = "auto",
@@ -107,86 +95,123 @@ class Predictor:
     ) -> None:
         if samples < 1:
             raise ConfigError(f"samples={samples}: at least one chain is needed")
-        self.sampler = Sampler(model, sampling, device, precision)
+        self.sampler = Sampler(model, sampling, device, precision, scalars=True)
+        self.exact = self.sampler.sampling.conditioning == "posterior"
+        if draws and not self.exact:
+            raise ConfigError(f"draws={draws}: joint draws come from a posterior, which this model or sampling has not")
         self.model, self.dataset = self.sampler.model, open_dataset(data)
         check_question(self.model.schema, given, want)
         check_data(self.model, self.dataset, given)
         self.given, self.want = list(given), list(want)
-        self.samples, self.seed = samples, seed
+        self.samples, self.draws, self.seed = samples, draws, seed
 
     @torch.inference_mode()
     def __call__(self, keys: Sequence[str]) -> list[Row]:
-        """The answers about some subjects, one row each, in order.
+        """The answers about some subjects, one row each, in order; with ``draws`` under that key, values by variable.
 
         Raises:
             IntegrityError: a damaged volume, named.
         """
-        noise = [generator(self.seed, "predict", key, chain) for key in keys for chain in range(self.samples)]
-        given, present = self._given(keys)
-        drawn = self.sampler(
-            {name: value.repeat_interleave(self.samples, 0) for name, value in given.items()},
-            noise,
-            {name: there.repeat_interleave(self.samples) for name, there in present.items()},
-        )
-        chains = {name: self._decode(name, drawn[name], len(keys)) for name in self.want}
-        rows = []
+        given, present = read_given(self.sampler, self.dataset, keys, self.given)
+        answers = (self._laws if self.exact else self._chains)(keys, given, present)
+        rows: list[Row] = []
         for i, key in enumerate(keys):
             lacking = [name for name in self.given if not present[name][i]]
-            rows.append(self._row(key, {name: chains[name][i] for name in self.want}, lacking))
+            row: Row = {"key": key, "subject": subject_of(key)}
+            for name in self.want:
+                true = true_value(self.dataset, key, self.model.schema[name])
+                row |= answers[name][i] | {f"{name}_true": true}
+            rows.append(row | {"not_given": ",".join(lacking) or None})
         return rows
 
-    def _given(self, keys: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Clean encoded values by variable, a row a subject, and which subjects have one: (B,) bool."""
-        schema, variables = self.model.schema, self.model.variables
-        rows = [{v.name: true_value(self.dataset, key, v) for v in schema.scalars} for key in keys]
-        given, present = variables.encode_scalars(rows)
-        for volume in variables.volumes:
-            if volume.name in self.given:
-                latents = [self._latent(key, volume) for key in keys]
-                absent = torch.zeros(1, *volume.shape, device=self.sampler.device)
-                given[volume.name] = torch.cat([absent if z is None else z for z in latents])  # (B, C, h, w, d)
-                present[volume.name] = torch.tensor([z is not None for z in latents])
-        return {name: given[name] for name in self.given}, {name: present[name] for name in self.given}
+    def _laws(self, keys: Sequence[str], given: Batch, present: Batch) -> dict[str, list[Row]]:
+        """The posterior's answers, by wanted variable a row a subject; joint draws go with the first."""
+        posterior = self.sampler.posterior(given, len(keys), present)
+        rows: dict[str, list[Row]] = {}
+        for name, law in posterior.laws(self.want).items():
+            variable = self.model.variables[name]
+            if isinstance(variable, Categorical):
+                assert isinstance(law, Tensor)
+                rows[name] = [_chances(name, dict(zip(variable.classes, p))) for p in law.tolist()]
+            else:
+                assert isinstance(variable, Continuous) and isinstance(law, MixtureSameFamily)
+                rows[name] = self._law(variable, law, keys)
+        if self.draws:
+            noise = [generator(self.seed, "predict", key, "draws") for key in keys]
+            uniform = rand(noise, (self.draws, len(self.want)), self.sampler.device).double()
+            drawn = posterior.draw(self.want, uniform.clamp(1e-7, 1 - 1e-7))
+            values = {name: self._decode(name, drawn[name], len(keys)) for name in self.want}
+            for i, row in enumerate(rows[self.want[0]]):
+                row["draws"] = {name: x[i] for name, x in values.items()}
+        return rows
 
-    def _latent(self, key: str, variable: Volume) -> Tensor | None:
-        """The latent (1, C, h, w, d) of one volume; encoded alone, so that it is the same in any batch."""
-        if not self.dataset.has(key, variable.name):
-            return None
-        voxels = torch.from_numpy(self.dataset.read(key, variable.name).astype(np.float32))  # (H, W, D)
-        return self.model.encode(variable.name, voxels[None, None].to(self.sampler.device))
+    def _law(self, variable: Continuous, law: MixtureSameFamily, keys: Sequence[str]) -> list[Row]:
+        name, scale = variable.name, (variable.high - variable.low) / 2
+        shares = torch.tensor(QUANTILES, dtype=torch.float64) / 100
+        points = quantile(law, shares.to(self.sampler.device))  # (B, 5)
+        columns = {name: variable.decode(law.mean), f"{name}_sd": law.stddev * scale}
+        columns |= {f"{name}_q{q:02d}": variable.snap(variable.decode(points[:, i])) for i, q in enumerate(QUANTILES)}
+        truth = [true_value(self.dataset, key, self.model.schema[name]) for key in keys]
+        encoded = variable.encode(truth).to(self.sampler.device)[:, 0].double()  # 0 where missing
+        columns[f"{name}_crps"] = crps(law, encoded) * scale
+        rows: list[Row] = [dict(zip(columns, cells)) for cells in zip(*(c.tolist() for c in columns.values()))]
+        return [row if x is not None else row | {f"{name}_crps": None} for row, x in zip(rows, truth)]
+
+    def _chains(self, keys: Sequence[str], given: Batch, present: Batch) -> dict[str, list[Row]]:
+        """What chains say, by wanted variable a row a subject."""
+        n = self.samples
+        drawn = self.sampler(
+            {name: value.repeat_interleave(n, 0) for name, value in given.items()},
+            [generator(self.seed, "predict", key, chain) for key in keys for chain in range(n)],
+            {name: there.repeat_interleave(n) for name, there in present.items()},
+        )
+        rows: dict[str, list[Row]] = {}
+        for name in self.want:
+            variable, chains = self.model.variables[name], self._decode(name, drawn[name], len(keys))
+            if isinstance(variable, Categorical):
+                rows[name] = [_chances(name, {c: x.count(c) / n for c in variable.classes}) for x in chains]
+            else:
+                sds = [float(np.std(x, ddof=1)) if n > 1 else None for x in chains]
+                rows[name] = [{name: float(np.mean(x)), f"{name}_sd": sd} for x, sd in zip(chains, sds)]
+        return rows
 
     def _decode(self, name: str, drawn: Tensor, subjects: int) -> list[list[Any]]:
-        """Values in the variable's unit, or classes: subjects x chains."""
-        values = self.model.variables[name].decode(drawn)
-        flat = values.tolist() if isinstance(values, Tensor) else values
-        return [flat[i * self.samples : (i + 1) * self.samples] for i in range(subjects)]
+        """Values in the variable's unit, or classes: subjects x draws."""
+        variable = self.model.variables[name]
+        if isinstance(variable, Continuous):
+            flat: list[Any] = variable.snap(variable.decode(drawn)).tolist()
+        else:
+            flat = list(variable.decode(drawn))
+        n = len(flat) // subjects
+        return [flat[i * n : (i + 1) * n] for i in range(subjects)]
 
-    def _row(self, key: str, chains: dict[str, list[Any]], lacking: Sequence[str]) -> Row:
-        row: Row = {"key": key, "subject": subject_of(key)}
-        for name, values in chains.items():
-            variable = self.model.schema[name]
-            if variable.kind == "categorical":
-                share = {c: values.count(c) / len(values) for c in variable.classes}
-                row[name] = max(share, key=share.__getitem__)
-                row |= {f"{name}_p_{c}": p for c, p in share.items()}
-            else:
-                row[name] = float(np.mean(values))
-                row[f"{name}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            row[f"{name}_true"] = true_value(self.dataset, key, variable)
-        row["not_given"] = ",".join(lacking) or None
-        return row
+
+def _chances(name: str, p: Mapping[str, float]) -> Row:
+    return {name: max(p, key=p.__getitem__), **{f"{name}_p_{c}": chance for c, chance in p.items()}}
 
 
 def write_predictions(path: Path, rows: Sequence[Row], description: dict[str, Any]) -> None:
-    """Write rows as TSV (missing values as n/a) and, beside it, ``description`` as JSON; each whole, the TSV last."""
+    """Write rows as TSV (missing values as n/a) and, beside it, ``description`` as JSON; each whole, the TSV last.
 
-    def cell(value: float | str | None) -> str:
-        return MISSING if value is None else value if isinstance(value, str) else f"{value:.6g}"
+    Joint draws go to ``NAME.draws.tsv``: a line each, with the subject's key and the number of the draw.
+    """
+
+    def write(file: Path, header: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
+        with whole_file(file) as part, part.open("w") as stream:
+            for line in [header, *lines]:
+                stream.write("\t".join(_cell(value) for value in line) + "\n")
 
     write_text(sidecar(path), json.dumps(description, indent=1))
-    with whole_file(path) as part:
-        lines = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
-        part.write_text("".join("\t".join(line) + "\n" for line in lines))
+    if "draws" in rows[0]:
+        names = list(rows[0]["draws"])
+        draws = ((row["key"], i, *values) for row in rows for i, values in enumerate(zip(*row["draws"].values())))
+        write(path.with_suffix(".draws.tsv"), ["key", "draw", *names], draws)
+    columns = [name for name in rows[0] if name != "draws"]
+    write(path, columns, ([row[name] for name in columns] for row in rows))
+
+
+def _cell(value: float | str | None) -> str:
+    return MISSING if value is None else value if isinstance(value, str) else f"{value:.6g}"
 
 
 def run(config: PredictConfig, run: Run) -> dict[str, Any]:
@@ -195,7 +220,8 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
     With more than one worker the batches are spread by Ray Data; the rows are the same.
 
     Returns:
-        Per wanted variable the mean absolute error or accuracy with its 95 % interval, and the throughput.
+        Per wanted variable the mean absolute error or accuracy with its 95 % interval; for a number with a predicted
+        law also how often its 90 % interval holds the truth, and the CRPS; and the throughput.
 
     Raises:
         ConfigError: a question the model cannot be asked, data on another grid, or nobody to ask about.
@@ -210,6 +236,7 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
         "given": config.given,
         "want": config.want,
         "samples": config.samples,
+        "draws": config.draws,
         "sampling": config.sampling,
         "seed": config.seed,
         "device": config.compute.device,
@@ -217,12 +244,11 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
     }
     predictor = Predictor(**question)
     dataset, schema = predictor.dataset, predictor.model.schema
-    part = choose(config.split, ["train", "validation", "test", "all"], "part")
-    choose(config.split_name, list(dataset.index.splits), "split")
-    keys = dataset.keys(None if part == "all" else part, config.split_name)
-    if not keys:
-        raise ConfigError(f"{config.data}: the {part} part of split {config.split_name!r} is empty")
-
+    part, keys = config.split, subjects(dataset, config.split, config.split_name)
+    way = predictor.sampler.sampling.conditioning
+    calls = predictor.sampler.calls * (1 if predictor.exact else config.samples)
+    asked = f"{', '.join(config.want)} given {label(config.given)}"
+    print(f"{asked}: by {way}, {calls} network call{'s' * (calls > 1)} a subject", file=sys.stderr)
     batches = [keys[i : i + config.batch] for i in range(0, len(keys), config.batch)]
     start = time.monotonic()
     answers: Iterable[list[Row]]
@@ -233,13 +259,12 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
     else:
         answers = map(predictor, batches)
     rows: dict[str, Row] = {}
-    with Progress(f"{', '.join(config.want)} given {label(config.given)}", len(keys), "subject") as bar:
+    with Progress(asked, len(keys), "subject") as bar:
         for answered in answers:
             rows |= {str(row["key"]): row for row in answered}
             bar.update(len(answered))
     seconds = time.monotonic() - start
 
-    calls = config.samples * predictor.sampler.calls
     description = {
         "given": config.given,
         "want": config.want,
@@ -248,8 +273,8 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
         "model": identity(config.model),
         "data": dataset.index.digest,
         "schema": schema.to_dict(),
-        "samples": config.samples,
-        "sampling": to_dict(config.sampling),
+        "samples": None if predictor.exact else config.samples,
+        "sampling": to_dict(predictor.sampler.sampling),
         "network_calls": calls,
         "seed": config.seed,
         "versions": versions(),
@@ -270,7 +295,9 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
             continue
         metric = f"{part}/{name}_{'accuracy' if variable.kind == 'categorical' else 'mae'}"
         summary |= {metric: result.value, f"{metric}_low": result.low, f"{metric}_high": result.high}
-        if variable.kind == "continuous":
+        if held := coverage(frame, name):
+            summary |= {f"{part}/{name}_in_90": held.value, f"{part}/{name}_crps": float(frame[f"{name}_crps"].mean())}
+        if variable.kind != "categorical":
             with run.figure(f"{name}.png") as path:
                 note = f"given {label(config.given)}: MAE {result.format(2)}"
                 true, predicted, sd = (frame[f"{name}{s}"].to_numpy(float) for s in ("_true", "", "_sd"))

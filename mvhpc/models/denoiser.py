@@ -1,8 +1,15 @@
-"""The network of the joint model (paper, section 3.1 and figure 1): a 3D U-Net of latent diffusion in which scalars
-enter as input channels and cross-attention tokens and leave by heads on the bottleneck."""
+"""The network of the joint model: a 3D U-Net over the volumes, which scalars enter and leave in one of two ways.
+
+``early`` is the paper's (section 3.1, figure 1): scalars are input channels and cross-attention tokens of the whole
+U-Net, and heads on its bottleneck answer for them. ``late`` is this project's: the down path sees the volumes alone, so
+that what it makes of an image is computed once for any number of questions; the scalars meet it in a small trunk, which
+answers for them, and in the up path.
+"""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +18,30 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mvhpc import config
+from mvhpc.models.heads import PaperHead, Summary, Token, Trunk
 from mvhpc.variables import Categorical, Scalar, Variables
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the down path makes of a batch.
+
+    Attributes:
+        bottleneck: (B, C, h, w, d).
+        skips: of the levels, for the up path.
+        summary: for the scalars' trunk, (B, C); None in the ``early`` design.
+        size: of the latents before padding.
+    """
+
+    bottleneck: Tensor
+    skips: list[Tensor]
+    summary: Tensor | None
+    size: torch.Size
+
+    def repeated(self, n: int) -> "Features":
+        """Each row n times over, as far as the trunk needs it."""
+        assert self.summary is not None
+        return Features(self.bottleneck[:0], [], self.summary.repeat_interleave(n, 0), self.size)
 
 
 class JointDenoiser(nn.Module):
@@ -22,14 +52,16 @@ class JointDenoiser(nn.Module):
 
     Args:
         variables: at least one volume; all volumes of one spatial size.
-        model: widths.
+        model: widths and design.
+        blind: the level from which a value is pure noise and not shown: zero stands in its place. None: all are shown.
 
     Raises:
         ValueError: no volume, or volumes of different size.
     """
 
-    def __init__(self, variables: Variables, model: config.Denoiser) -> None:
+    def __init__(self, variables: Variables, model: config.Denoiser, blind: int | None = None) -> None:
         super().__init__()
+        config.choose(model.scalars, ("early", "late"), "way for scalars into the network")
         volumes, scalars = variables.volumes, variables.scalars
         if not volumes:
             raise ValueError("the joint model needs at least one volume variable; the schema has none")
@@ -37,31 +69,41 @@ class JointDenoiser(nn.Module):
         if len(set(sizes.values())) > 1:
             raise ValueError(f"volumes of one model must have latents of one size, not {sizes}")
         self.volumes, self.scalars, self.names = volumes, scalars, variables.names
-        self.embedding, self.checkpointing = model.embedding, model.checkpointing
+        self.late, self.components = model.scalars == "late", model.components
+        self.blind, self.embedding, self.checkpointing = blind, model.embedding, model.checkpointing
         self.factor = 2 ** (len(model.channels) - 1)
         channels = sum(v.shape[0] for v in volumes)
-        self.unet = DiffusionModelUNet(
+        unet = partial(
+            DiffusionModelUNet,
             spatial_dims=3,
-            in_channels=channels + len(scalars),
             out_channels=channels,
             channels=model.channels,
             attention_levels=model.attention,
             num_res_blocks=model.res_blocks,
             num_head_channels=model.head_channels,
             norm_num_groups=model.norm_groups,
-            with_conditioning=bool(scalars),
-            cross_attention_dim=model.embedding if scalars else None,
             dropout_cattn=model.dropout,
             use_flash_attention=model.dropout == 0,  # MONAI's keeps its dropout on outside of training
         )
+        told = {"with_conditioning": bool(scalars), "cross_attention_dim": model.embedding if scalars else None}
+        whole = unet(in_channels=channels + (0 if self.late else len(scalars)), **told)
+        half = unet(in_channels=channels) if self.late else whole  # without cross-attention
+        self.conv_in, self.down, self.middle = half.conv_in, half.down_blocks, half.middle_block
+        self.up, self.out = whole.up_blocks, whole.out
+
         width = 4 * model.channels[0]  # of the time embedding, as MONAI has it
-        self.unet.time_embed = nn.Sequential(  # the first layer is a sum of one embedding per variable
-            nn.Linear(len(variables) * model.embedding, width), nn.SiLU(), nn.Linear(width, width)
-        )
+        waves = len(variables) * model.embedding
+        self.time = _mlp(len(volumes) * model.embedding if self.late else waves, width)
         self.tokens = nn.ModuleList(Token(v, model.embedding) for v in scalars)
-        padded = [n + -n % self.factor for n in next(iter(sizes.values()))]
-        self.read = nn.Linear(channels * math.prod(padded), model.channels[-1]) if scalars else None
-        self.heads = nn.ModuleList(Head(v, model, width) for v in scalars)
+        self.summary, self.trunk = None, None
+        if self.late:
+            padded = [n + -n % self.factor for n in next(iter(sizes.values()))]
+            self.up_time = _mlp(waves, width)
+            if scalars:
+                self.summary = Summary(channels * math.prod(padded), model)
+                self.trunk = Trunk(scalars, len(variables), model)
+        else:
+            self.heads = nn.ModuleList(PaperHead(v, model) for v in scalars)
 
     def forward(
         self, z: Mapping[str, Tensor], t: Mapping[str, Tensor], want: Collection[str] | None = None
@@ -73,43 +115,80 @@ class JointDenoiser(nn.Module):
             want: variables to answer for, None for all; without a volume among them the up path is not run.
 
         Returns:
-            By variable: like z; logits (B, K) for categories.
+            By variable: like z; for categories logits (B, K); for numbers (B, 1 + 3 components), see
+            :mod:`mvhpc.diffusion.density`.
         """
         want = set(self.names if want is None else want)
-        image = torch.cat([z[v.name] for v in self.volumes], 1)  # (B, sum C, h, w, d)
+        features = self.encode(z, t)
+        outputs = self.answer(features, z, t, want)
+        return outputs if want.isdisjoint(v.name for v in self.volumes) else outputs | self.decode(features, z, t)
+
+    def encode(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> Features:
+        """The down path. In the ``late`` design it depends on the volumes' values and levels alone."""
+        image = torch.cat([z[v.name] * self._shown(v.name, t, 5) for v in self.volumes], 1)  # (B, sum C, h, w, d)
         size = image.shape[2:]
         image = F.pad(image, [p for n in reversed(size) for p in (0, -n % self.factor)])  # (B, sum C, h', w', d')
-        scalars = [_number(v, z[v.name]) for v in self.scalars]
-        planes = [x[:, :, None, None, None].expand(-1, -1, *image.shape[2:]) for x in scalars]
-        x = torch.cat([image, *planes], 1)  # (B, sum C + scalars, h', w', d')
-
-        waves = {name: sinusoid(t[name], self.embedding).to(x.dtype) for name in self.names}  # each (B, E)
-        time = self.unet.time_embed(torch.cat([waves[name] for name in self.names], 1))  # (B, 4 channels[0])
-        tokens = [token(z[v.name], waves[v.name]) for v, token in zip(self.scalars, self.tokens)]
-        context = torch.stack(tokens, 1) if tokens else None  # (B, scalars, E)
-
-        h = self.unet.conv_in(x)
+        x, context = image, None
+        if not self.late:
+            scalars = [_number(v, z[v.name]) * self._shown(v.name, t, 2) for v in self.scalars]
+            planes = [value[:, :, None, None, None].expand(-1, -1, *image.shape[2:]) for value in scalars]
+            x, context = torch.cat([image, *planes], 1), self._context(z, t)  # (B, sum C + scalars, h', w', d')
+        time = self._time(t)
+        h = self.conv_in(x)
         skips = [h]
-        for down in self.unet.down_blocks:
-            h, passed = self._run(down, h, time, context)
+        for block in self.down:
+            h, passed = self._run(block, h, time, context)
             skips += passed
-        h = self._run(self.unet.middle_block, h, time, context)  # (B, channels[-1], h'/factor, ...)
+        h = self._run(self.middle, h, time, context)  # (B, channels[-1], h'/factor, ...)
+        return Features(h, skips, self.summary(h, image) if self.summary else None, size)
 
-        read = self.read(image.flatten(1)) if self.read else None  # (B, channels[-1])
-        outputs = {
-            v.name: head(h, read, token, time)
-            for v, head, token in zip(self.scalars, self.heads, tokens)
-            if v.name in want
-        }
-        if want.isdisjoint(v.name for v in self.volumes):
-            return outputs
-        for up in self.unet.up_blocks:
-            n = len(up.resnets)
+    def answer(
+        self, features: Features, z: Mapping[str, Tensor], t: Mapping[str, Tensor], want: Collection[str]
+    ) -> dict[str, Tensor]:
+        """The outputs of the scalars among ``want``; in the ``late`` design from ``features.summary`` alone."""
+        asked = [(i, v) for i, v in enumerate(self.scalars) if v.name in want]
+        if not asked:
+            return {}
+        if self.trunk is None:
+            return {v.name: self.heads[i](features.bottleneck) for i, v in asked}
+        levels = [self._wave(v.name, t) for v in self.volumes]
+        told = torch.cat([*self._tokens(z, t), *levels], 1)  # (B, variables x E)
+        return {v.name: self.trunk(i, features.summary, told) for i, v in asked}
+
+    def decode(self, features: Features, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The up path: the outputs of the volumes."""
+        h, skips, context = features.bottleneck, features.skips, self._context(z, t)
+        time = self._time(t)
+        if self.late:
+            levels = [self._wave(v.name, t) for v in self.volumes]
+            time = self.up_time(torch.cat([*self._tokens(z, t), *levels], 1))
+        for block in self.up:
+            n = len(block.resnets)
             skips, passed = skips[:-n], skips[-n:]
-            h = self._run(up, h, passed, time, context)
-        image = self.unet.out(h)[:, :, : size[0], : size[1], : size[2]]  # (B, sum C, h, w, d)
-        parts = image.split([v.shape[0] for v in self.volumes], 1)
-        return outputs | {v.name: part for v, part in zip(self.volumes, parts)}
+            h = self._run(block, h, passed, time, context)
+        image = self.out(h)[:, :, : features.size[0], : features.size[1], : features.size[2]]  # (B, sum C, h, w, d)
+        return {v.name: part for v, part in zip(self.volumes, image.split([v.shape[0] for v in self.volumes], 1))}
+
+    def _time(self, t: Mapping[str, Tensor]) -> Tensor:
+        names = [v.name for v in self.volumes] if self.late else self.names
+        return self.time(torch.cat([self._wave(name, t) for name in names], 1))  # (B, 4 channels[0])
+
+    def _tokens(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> list[Tensor]:
+        return [
+            token(z[v.name], self._wave(v.name, t), self._shown(v.name, t, 2))
+            for v, token in zip(self.scalars, self.tokens)
+        ]
+
+    def _context(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> Tensor | None:
+        return torch.stack(self._tokens(z, t), 1) if self.scalars else None  # (B, scalars, E)
+
+    def _wave(self, name: str, t: Mapping[str, Tensor]) -> Tensor:
+        return sinusoid(t[name], self.embedding).to(self.conv_in.conv.weight.dtype)  # (B, E)
+
+    def _shown(self, name: str, t: Mapping[str, Tensor], dimensions: int) -> Tensor:
+        """1 where a value is shown to the network, else 0; (B, 1, ...)."""
+        seen = torch.ones_like(t[name]) if self.blind is None else t[name] < self.blind
+        return seen.to(self.conv_in.conv.weight.dtype).reshape(-1, *[1] * (dimensions - 1))
 
     def _run(self, block: Callable[..., Tensor], *args: Tensor | Sequence[Tensor] | None) -> Tensor:
         if self.checkpointing and self.training:
@@ -117,58 +196,8 @@ class JointDenoiser(nn.Module):
         return block(*args)
 
 
-class Token(nn.Module):
-    """A scalar as one cross-attention token: its value, its level and its name, each embedded."""
-
-    def __init__(self, variable: Scalar, width: int) -> None:
-        super().__init__()
-        self.classes = variable.size if isinstance(variable, Categorical) else 0
-        self.value = nn.Embedding(self.classes, width) if self.classes else nn.Linear(1, width)
-        self.level = nn.Linear(width, width)  # its bias is the embedding of the name
-
-    def forward(self, z: Tensor, wave: Tensor) -> Tensor:
-        """Value (B, 1) or class (B,), and sinusoid of its level (B, E), to the token (B, E)."""
-        return self.value(z) + self.level(wave)
-
-
-class Head(nn.Module):
-    """What the network says of one scalar.
-
-    The paper's head, two GroupNorm-SiLU-Conv blocks with a skip and global average pooling, sees what the U-Net makes
-    of the image, but neither where a feature was nor, after normalisation, how much of it there was. Beside it a linear
-    map reads the latents cell by cell, and stays linear up to the output: a second layer overfits a hundred subjects.
-    The scalar's own token and all levels scale and shift it, as what is left to say depends on them (v is a multiple of
-    z_t less a multiple of z_0).
-    """
-
-    def __init__(self, variable: Scalar, model: config.Denoiser, time_width: int) -> None:
-        super().__init__()
-        width = model.channels[-1]
-        self.blocks = nn.Sequential(*(_block(width, model.norm_groups) for _ in range(2)))
-        self.modulate = nn.Linear(model.embedding + time_width, 2 * width)
-        self.own = nn.Sequential(nn.Linear(model.embedding, width), nn.SiLU())
-        self.out = nn.Linear(width, variable.size if isinstance(variable, Categorical) else 1)
-        nn.init.zeros_(self.out.weight)  # starts as "nothing known": zero, or even odds
-        nn.init.zeros_(self.out.bias)
-
-    def forward(self, features: Tensor, read: Tensor, token: Tensor, time: Tensor) -> Tensor:
-        """
-        Args:
-            features: of the bottleneck, (B, C, h, w, d).
-            read: the linear map of the latents, (B, C).
-            token: of the scalar, (B, E).
-            time: embedding of all levels, (B, T).
-
-        Returns:
-            (B, 1), or logits (B, K).
-        """
-        pooled = (features + self.blocks(features)).mean((2, 3, 4))  # (B, C)
-        scale, shift = self.modulate(F.silu(torch.cat([token, time], 1))).chunk(2, 1)  # each (B, C)
-        return self.out((pooled + read) * (1 + scale) + shift + self.own(token))
-
-
-def _block(width: int, groups: int) -> nn.Module:
-    return nn.Sequential(nn.GroupNorm(groups, width), nn.SiLU(), nn.Conv3d(width, width, 3, padding=1))
+def _mlp(inputs: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
 
 
 def _number(variable: Scalar, z: Tensor) -> Tensor:

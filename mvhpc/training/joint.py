@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from mvhpc.config import ConfigError, JointConfig, choose
+from mvhpc.devices import resolve_device
 from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.models.bundle import save_joint
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.randomness import generator, rand
+from mvhpc.training.calibration import calibrate
 from mvhpc.training.cluster import launch
 from mvhpc.training.engine import Engine
 from mvhpc.training.loop import train
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from mvhpc.run import Run
 
 SD_FLOOR = 0.1  # of an element, in typical SDs: latents of empty background hardly vary
+CALIBRATION = 1000  # validation people it takes at most
 VALIDATION_DRAWS = 16  # noisings of each validation sample, the same at every validation
 
 
@@ -132,7 +135,7 @@ class JointTask:
         self.people, self.others = People(train, variables), People(others, variables)
         self.samples, self.validation = len(self.people.keys), len(self.others.keys)
         torch.manual_seed(config.training.seed)  # the layers' initial weights
-        self.networks: dict[str, nn.Module] = {"denoiser": JointDenoiser(variables, config.model)}
+        self.networks: dict[str, nn.Module] = {"denoiser": JointDenoiser(variables, config.model, self.diffusion.blind)}
         self.learning_rates = {"denoiser": config.optimizer.lr}
 
     def _moments(self, train: Records, volume: str, index: Index) -> dict[str, Any]:
@@ -159,7 +162,7 @@ class JointTask:
         """
         intervals: dict[str, list[float]] = {}
         for v in self.schema.scalars if self.config.scaling == "sd" else ():
-            if v.kind == "continuous":
+            if v.kind != "categorical":
                 known = np.array([x for x in (row[v.name] for row in train.rows) if x is not None], float)
                 if len(known) > 1 and known.std() > 0:
                     intervals[v.name] = [known.mean() - known.std(), known.mean() + known.std()]
@@ -220,7 +223,15 @@ class JointTask:
         }
 
     def export(self, folder: Path, states: dict[str, dict[str, Tensor]], metrics: dict[str, float]) -> None:
-        """Write the self-contained model: averaged denoiser, autoencoder, schema, latents' scale."""
+        """Write the self-contained model: averaged denoiser, calibration, autoencoder, schema, latents' scale."""
+        denoiser = JointDenoiser(self.diffusion.variables, self.config.model, self.diffusion.blind)
+        denoiser.load_state_dict(states["denoiser"])
+        values, present = self.others.take(list(range(min(self.validation, CALIBRATION))))
+        unmirrored = torch.zeros(min(self.validation, CALIBRATION), dtype=torch.bool)
+        device = resolve_device(self.config.compute.device)
+        spread = calibrate(
+            denoiser.to(device).eval(), self.diffusion.to(device), self._encode(values, unmirrored), present
+        )
         save_joint(
             folder,
             states["denoiser"],
@@ -230,8 +241,9 @@ class JointTask:
             schema=self.schema,
             latent=self.latent,
             intervals=self.intervals,
+            spread=spread,
             grid=self.grid,
-            extra={"validation": metrics},
+            extra={"validation": metrics, "calibrated on": min(self.validation, CALIBRATION)},
         )
 
 

@@ -1,0 +1,56 @@
+"""Predictive densities of numbers: mixtures of normal distributions.
+
+What the network says of a number is a row (1 + 3M): its v (or whatever the diffusion asks for) and, of M components,
+log weights, offsets of the means from -v (which is x_0 at t = T), and logarithms of the SDs.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, MixtureSameFamily, Normal
+
+BISECTIONS = 40
+LOG_SD = (-5.0, 2.0)  # limits, in the scale of z_0, where a variable has unit SD
+
+
+def density(output: Tensor, spread: Tensor | float = 1.0) -> MixtureSameFamily:
+    """p(x_0 | given) of a number that is at t = T, from the network's output (B, 1 + 3M); in the scale of z_0.
+
+    ``spread``, a number or (B, 1), stretches it about its mean.
+    """
+    logits, offsets, logs = output[:, 1:].double().chunk(3, 1)  # each (B, M)
+    middle = (logits.softmax(1) * offsets).sum(1, keepdim=True)
+    means = middle + spread * (offsets - middle) - output[:, :1].double()
+    return MixtureSameFamily(Categorical(logits=logits), Normal(means, spread * logs.clamp(*LOG_SD).exp()))
+
+
+def quantile(law: MixtureSameFamily, p: Tensor) -> Tensor:
+    """Values (B, Q) below which shares p (B, Q) or (Q,), strictly between 0 and 1, of the mass lie; by bisection."""
+    spread = law.component_distribution.stddev.amax(1, keepdim=True) * 40
+    middle = law.component_distribution.mean
+    p = p.expand(len(middle), -1)
+    low = (middle.amin(1, keepdim=True) - spread).expand_as(p)
+    high = (middle.amax(1, keepdim=True) + spread).expand_as(p)
+    for _ in range(BISECTIONS):
+        half = (low + high) / 2
+        below = p > law.cdf(half.T).T  # cdf takes (Q, B)
+        low, high = torch.where(below, half, low), torch.where(below, high, half)
+    return (low + high) / 2
+
+
+def crps(law: MixtureSameFamily, x: Tensor) -> Tensor:
+    """Continuous ranked probability score (B,) of values x (B,), in their scale: 0 is a certain and right answer.
+
+    Closed form for mixtures of normal distributions (Grimit et al. 2006, eq. 5).
+    """
+    weights, parts = law.mixture_distribution.probs, law.component_distribution  # (B, M)
+
+    def expected(m: Tensor, variance: Tensor) -> Tensor:  # E|N(m, variance)|
+        s = variance.sqrt()
+        return s * math.sqrt(2 / math.pi) * (-0.5 * (m / s) ** 2).exp() + m * torch.erf(m / s / math.sqrt(2))
+
+    off = expected(x[:, None] - parts.mean, parts.variance)
+    m = parts.mean[:, :, None] - parts.mean[:, None, :]
+    apart = expected(m, parts.variance[:, :, None] + parts.variance[:, None, :])  # (B, M, M)
+    return (weights * off).sum(1) - 0.5 * torch.einsum("bi,bj,bij->b", weights, weights, apart)

@@ -1,0 +1,85 @@
+"""The people of a packed data set, as a joint model takes them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mvhpc.config import ConfigError, choose
+from mvhpc.diffusion.joint import Batch
+from mvhpc.evaluation.tables import true_value
+from mvhpc.inference.chains import Sampler
+from mvhpc.models.bundle import JointModel
+from mvhpc.variables import Volume
+from shards.loader import Dataset
+
+
+def check_data(model: JointModel, dataset: Dataset, given: Sequence[str]) -> None:
+    """Refuse data that are not as the model saw them.
+
+    Raises:
+        ConfigError: latents instead of volumes, a given variable the data lack, or another grid.
+    """
+    index = dataset.index
+    if index.kind != "volumes":
+        raise ConfigError(f"{dataset.folder} holds {index.kind}; give the packed volumes they were made from")
+    for name in given:
+        choose(name, [variable.name for variable in index.schema], f"variable of {dataset.folder}")
+    for fact in ("spacing", "shape", "affine"):
+        ours, theirs = model.grid[fact], index.grid[fact]
+        if np.shape(ours) != np.shape(theirs) or not np.allclose(ours, theirs, atol=1e-4):
+            raise ConfigError(
+                f"{dataset.folder} has {fact} {theirs}, the model was trained on {ours}; "
+                f"pack again with spacing {model.grid['spacing']} and shape {model.grid['shape']}"
+            )
+
+
+def subjects(dataset: Dataset, part: str, split: str) -> list[str]:
+    """Keys of one part of a recorded split: train | validation | test | all.
+
+    Raises:
+        ConfigError: an unknown part or split (naming the nearest), or nobody in it.
+    """
+    choose(part, ["train", "validation", "test", "all"], "part")
+    choose(split, list(dataset.index.splits), "split")
+    keys = dataset.keys(None if part == "all" else part, split)
+    if not keys:
+        raise ConfigError(f"{dataset.folder}: the {part} part of split {split!r} is empty")
+    return keys
+
+
+@torch.inference_mode()
+def read_given(sampler: Sampler, dataset: Dataset, keys: Sequence[str], names: Sequence[str]) -> tuple[Batch, Batch]:
+    """Clean encoded values of some variables, and who has them.
+
+    Args:
+        sampler: of the model.
+        dataset: packed volumes.
+        keys: B people.
+        names: of the variables that are given.
+
+    Returns:
+        By variable (B, C, h, w, d), (B, 1) or (B,); and (B,) bool.
+
+    Raises:
+        IntegrityError: a damaged volume, named.
+    """
+    schema, variables = sampler.model.schema, sampler.model.variables
+    rows = [{v.name: true_value(dataset, key, v) for v in schema.scalars} for key in keys]
+    given, present = variables.encode_scalars(rows)
+    for volume in variables.volumes:
+        if volume.name in names:
+            latents = [_latent(sampler, dataset, key, volume) for key in keys]
+            absent = torch.zeros(1, *volume.shape, device=sampler.device)
+            given[volume.name] = torch.cat([absent if z is None else z for z in latents])  # (B, C, h, w, d)
+            present[volume.name] = torch.tensor([z is not None for z in latents])
+    return {name: given[name] for name in names}, {name: present[name] for name in names}
+
+
+def _latent(sampler: Sampler, dataset: Dataset, key: str, variable: Volume) -> Tensor | None:
+    """The latent (1, C, h, w, d) of one volume; encoded alone, so that it is the same in any batch."""
+    if not dataset.has(key, variable.name):
+        return None
+    voxels = torch.from_numpy(dataset.read(key, variable.name).astype(np.float32))  # (H, W, D)
+    return sampler.model.encode(variable.name, voxels[None, None].to(sampler.device))

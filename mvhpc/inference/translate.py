@@ -1,0 +1,98 @@
+"""One volume of every subject from the others: a missing contrast from the one that was taken.
+
+Where a subject has the wanted volume, the drawn one is compared with it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from mvhpc.config import ConfigError, TranslateConfig, choose, to_dict
+from mvhpc.evaluation.figures import gallery, slices
+from mvhpc.evaluation.similarity import psnr, ssim
+from mvhpc.evaluation.tables import label
+from mvhpc.inference.chains import Sampler, set_threads, versions
+from mvhpc.inference.generate import nifti
+from mvhpc.inference.subjects import check_data, read_given, subjects
+from mvhpc.randomness import generator
+from mvhpc.run import Run, identity
+from shards.files import whole_folder, write_text
+from shards.loader import open_dataset
+from shards.progress import progress
+
+SHOWN = 4  # subjects in the figure
+
+
+def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
+    """Stage ``translate``: write ``config.want`` of every subject to ``config.out``, a BIDS derivative.
+
+    Returns:
+        How many, and over those that have the volume the mean PSNR (dB) and SSIM of what was drawn.
+
+    Raises:
+        ConfigError: a question the model cannot be asked, data on another grid, or nobody to ask about.
+        FileExistsError: where ``config.out`` holds something already.
+    """
+    set_threads(config.compute)
+    sampler = Sampler(config.model, config.sampling, config.compute.device, config.compute.precision)
+    dataset, schema = open_dataset(config.data), sampler.model.schema
+    choose(config.want, [v.name for v in schema.volumes], "volume")
+    for name in config.given:
+        choose(name, [v.name for v in schema], "variable")
+    if config.want in config.given:
+        raise ConfigError(f"{config.want} is both given and wanted; name each variable once")
+    check_data(sampler.model, dataset, config.given)
+    keys = subjects(dataset, config.split, config.split_name)
+    wanted = schema[config.want]
+    scores: list[tuple[float, float]] = []
+    shown: list[list[Any]] = []
+    with whole_folder(Path(config.out)) as tree:
+        batches = range(0, len(keys), config.batch)
+        for start in progress(batches, f"{config.want} given {label(config.given)}", unit="batch"):
+            part = keys[start : start + config.batch]
+            given, present = read_given(sampler, dataset, part, config.given)
+            drawn = sampler(given, [generator(config.seed, "translate", key) for key in part], present)
+            with torch.inference_mode():
+                voxels = sampler.model.decode(config.want, drawn[config.want]).float().cpu()  # (B, 1, H, W, D)
+            for key, made in zip(part, voxels):
+                folder = tree.joinpath(*key.split("_"), "anat")
+                folder.mkdir(parents=True)
+                file = folder / f"{key}_desc-synthetic_{wanted.suffix}.nii.gz"
+                nib.save(nifti(made[0].numpy(), sampler.model.grid["affine"]), file)
+                if dataset.has(key, config.want):
+                    true = torch.from_numpy(dataset.read(key, config.want).astype(np.float32))
+                    scores.append(
+                        (psnr(made[None], true[None, None]).item(), ssim(made[None], true[None, None]).item())
+                    )
+                    if len(shown) < SHOWN:
+                        shown.append([key, true.numpy(), made[0].numpy()])
+        about = {
+            "Name": f"{config.want} drawn from a generative model given {label(config.given)}",
+            "BIDSVersion": "1.10.0",
+            "DatasetType": "derivative",
+            "GeneratedBy": [
+                {
+                    "Name": "mvhpc",
+                    "Version": versions()["mvhpc"],
+                    "Description": "These volumes were drawn, not measured.",
+                    "Model": identity(config.model),
+                    "Data": dataset.index.digest,
+                    "Given": config.given,
+                    "Sampling": to_dict(sampler.sampling),
+                    "Seed": config.seed,
+                    "Packages": versions(),
+                }
+            ],
+        }
+        write_text(tree / "dataset_description.json", json.dumps(about, indent=1))
+    summary: dict[str, Any] = {"subjects": len(keys)}
+    if scores:
+        summary |= dict(zip(("psnr_db", "ssim"), np.mean(scores, 0).tolist()))
+        with run.figure("translation.png") as path:
+            pairs = [[slices(true), slices(made)] for _, true, made in shown]
+            gallery(pairs, path, [[key, key] for key, *_ in shown], columns=["measured", "drawn"])
+    return summary

@@ -1,0 +1,128 @@
+"""What the joint model says of scalars: the paper's heads, and the trunk that takes their place in the late design."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mvhpc import config
+from mvhpc.variables import Categorical, Scalar
+
+
+class Token(nn.Module):
+    """A scalar as one token: its value, its level and its name, each embedded."""
+
+    def __init__(self, variable: Scalar, width: int) -> None:
+        super().__init__()
+        self.classes = variable.size if isinstance(variable, Categorical) else 0
+        self.value = nn.Embedding(self.classes, width) if self.classes else nn.Linear(1, width)
+        self.level = nn.Linear(width, width)  # its bias is the embedding of the name
+
+    def forward(self, z: Tensor, wave: Tensor, shown: Tensor) -> Tensor:
+        """Value (B, 1) or class (B,), sinusoid of its level (B, E), and 1 or 0 (B, 1) by whether the value is shown, to
+        the token (B, E)."""
+        return self.value(z) * shown + self.level(wave)
+
+
+class PaperHead(nn.Module):
+    """Section 3.1 of the paper: two GroupNorm-SiLU-Conv blocks with a skip, global average pooling, a linear layer."""
+
+    def __init__(self, variable: Scalar, model: config.Denoiser) -> None:
+        super().__init__()
+        self.pool = _Pool(model)
+        self.out = _silent(model.channels[-1], variable.size if isinstance(variable, Categorical) else 1)
+
+    def forward(self, bottleneck: Tensor) -> Tensor:
+        """Features (B, C, h, w, d) to (B, 1), or logits (B, K)."""
+        return self.out(self.pool(bottleneck))
+
+
+class Summary(nn.Module):
+    """What the trunk knows of the volumes: the paper's pooled features, and a linear map of the latents.
+
+    The pooled features know neither where something was nor, after normalisation, how much of it there was; the linear
+    map, cell by cell, knows both, and overfits a hundred subjects less than a deeper one does.
+    """
+
+    def __init__(self, cells: int, model: config.Denoiser) -> None:
+        super().__init__()
+        self.pool = _Pool(model)
+        self.read = nn.Linear(cells, model.channels[-1])
+
+    def forward(self, bottleneck: Tensor, image: Tensor) -> Tensor:
+        """Features (B, C, h, w, d) and latents (B, channels, h', w', d') to (B, C)."""
+        return self.pool(bottleneck) + self.read(image.flatten(1))
+
+
+class Trunk(nn.Module):
+    """What is said of each scalar, from the summary of the volumes and the tokens and levels of everything.
+
+    The tokens scale and shift the summary, which else goes linearly to the output; a layer that is not linear adds what
+    the rest lacks.
+
+    Args:
+        scalars: in the schema's order.
+        variables: how many there are, volumes included.
+        model: widths.
+    """
+
+    def __init__(self, scalars: list[Scalar], variables: int, model: config.Denoiser) -> None:
+        super().__init__()
+        width, told = model.channels[-1], 2 * model.embedding
+        self.told = nn.Sequential(
+            nn.Linear(variables * model.embedding, told), nn.SiLU(), nn.Linear(told, told), nn.SiLU()
+        )
+        self.modulate = nn.ModuleList(nn.Linear(told, 2 * width) for _ in scalars)
+        self.bend = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, told), nn.SiLU(), nn.Linear(told, width)) for _ in scalars
+        )
+        self.out = nn.ModuleList(
+            _silent(width, v.size) if isinstance(v, Categorical) else _density(width, model.components) for v in scalars
+        )
+
+    def forward(self, scalar: int, summary: Tensor, told: Tensor) -> Tensor:
+        """
+        Args:
+            scalar: which, by its place among the scalars.
+            summary: of the volumes, (B, C).
+            told: tokens of the scalars and levels of the volumes, (B, variables x E).
+
+        Returns:
+            Logits (B, K), or (B, 1 + 3 components).
+        """
+        scale, shift = self.modulate[scalar](self.told(told)).chunk(2, 1)  # each (B, C)
+        x = summary * (1 + scale) + shift
+        return self.out[scalar](x + self.bend[scalar](x))
+
+
+class _Pool(nn.Module):
+    def __init__(self, model: config.Denoiser) -> None:
+        super().__init__()
+        width = model.channels[-1]
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(nn.GroupNorm(model.norm_groups, width), nn.SiLU(), nn.Conv3d(width, width, 3, padding=1))
+                for _ in range(2)
+            )
+        )
+
+    def forward(self, h: Tensor) -> Tensor:
+        return (h + self.blocks(h)).mean((2, 3, 4))  # (B, C)
+
+
+def _silent(width: int, outputs: int) -> nn.Linear:
+    """A linear layer that starts as "nothing known": zero, or even odds."""
+    layer = nn.Linear(width, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _density(width: int, components: int) -> nn.Linear:
+    """As :func:`_silent`, with the parameters of a broad density (:mod:`mvhpc.diffusion.density`)."""
+    layer = _silent(width, 1 + 3 * components)
+    if components:
+        with torch.no_grad():
+            layer.bias[1 + components : 1 + 2 * components] = torch.linspace(-1.5, 1.5, components)
+            layer.bias[1 + 2 * components :] = math.log(0.6)
+    return layer

@@ -1,0 +1,72 @@
+"""Variables are configuration: two contrasts, sites, a score, sex as a number, and nothing but the volume."""
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from mvhpc.config import ConfigError, load_config
+from mvhpc.evaluation.tables import read_predictions
+from mvhpc.models.bundle import load_joint
+from mvhpc.pipeline import run_pipeline
+from mvhpc.run import execute
+from mvhpc.stages import STAGES
+from mvhpc.variables import Continuous
+from tests.test_pipeline import SMALL, configuration
+
+FEW = {"sampling.steps": 2, "sampling.stride": 500}
+
+
+def do(stage: str, preset: str = "default", **values: object) -> dict:
+    config = load_config(STAGES[stage].config, stage, preset, (), {k.replace("__", "."): v for k, v in values.items()})
+    return execute(stage, config)
+
+
+@pytest.mark.slow
+def test_schemas_need_no_line_of_code(tmp_path: Path) -> None:
+    root = tmp_path / "rich"
+    questions = [
+        {"want": ["memory", "site", "age"], "given": ["image", "sex"]},
+        {"want": ["memory"], "given": ["age", "t2w"]},
+    ]
+    rich = {"phantom": {**SMALL["phantom"], "rich": True}, "pack": {**SMALL["pack"], "schema": "rich"}}
+    run_pipeline(configuration(root, **rich, questions=questions, predict={"draws": 5}))
+    frame, description = read_predictions(root / "predictions" / "memory-site-age-given-image-sex.tsv")
+    assert description["network_calls"] == 1
+    assert frame[[f"site_p_{s}" for s in ("Arden", "Birch", "Cedar", "Doone", "Elmet")]].sum(axis=1).to_numpy() == (
+        pytest.approx(1, abs=1e-5)
+    )
+    assert (frame["memory_q50"] == frame["memory_q50"].round()).all() and not (frame["memory"] % 1 == 0).all()
+    draws = pd.read_csv(root / "predictions" / "memory-site-age-given-image-sex.draws.tsv", sep="\t")
+    assert list(draws) == ["key", "draw", "memory", "site", "age"] and (draws["memory"] % 1 == 0).all()
+    tree = root / "synthetic"
+    assert len(list(tree.rglob("*_T2w.nii.gz"))) == len(list(tree.rglob("*_T1w.nii.gz"))) == 2
+
+    common = {"model": root / "joint", "data": root / "packed", **FEW}
+    common = {k: str(v) if isinstance(v, Path) else v for k, v in common.items()}
+    made = do("translate", out=str(tmp_path / "t2w"), given=["image", "age"], want="t2w", batch=2, **common)
+    files = sorted((tmp_path / "t2w").rglob("*_desc-synthetic_T2w.nii.gz"))
+    assert len(files) == made["subjects"] and 0 < made["ssim"] < 1
+    again = do("translate", out=str(tmp_path / "again"), given=["image", "age"], want="t2w", batch=1, **common)
+    assert again["psnr_db"] == pytest.approx(made["psnr_db"], rel=1e-4)
+    about = json.loads((tmp_path / "t2w" / "dataset_description.json").read_text())
+    assert about["GeneratedBy"][0]["Given"] == ["image", "age"]
+    assert np.abs(nib.load(files[0]).get_fdata()).max() <= 1
+    with pytest.raises(ConfigError, match="Did you mean 't2w'"):
+        do("translate", out=str(tmp_path / "x"), given=["image"], want="t2", **common)
+    with pytest.raises(ConfigError, match="both given and wanted"):
+        do("translate", out=str(tmp_path / "x"), given=["t2w"], want="t2w", **common)
+
+    small = {f"model.{k}": v for k, v in SMALL["joint"]["model"].items()}
+    small |= {"latents": str(root / "latents"), "vae": str(root / "vae"), "training.epochs": 1, "training.batch": 4}
+    for schema, names in (("image-only", ["image"]), ("continuous-sex", ["image", "age", "sex"])):
+        folder = tmp_path / schema
+        do("joint", "demo", out=str(folder), schema=schema, **small, **{"compute.workers": 1})
+        model = load_joint(folder)
+        assert model.variables.names == names
+        people = do("generate", out=str(tmp_path / f"{schema}-people"), model=str(folder), count=2, **FEW)
+        assert people["people"] == 2
+    assert isinstance(model.variables["sex"], Continuous)

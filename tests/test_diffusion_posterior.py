@@ -1,0 +1,169 @@
+"""Laws of densities and of the posterior: closed forms, round trips, and one exact answer for every question."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.integrate import quad
+from torch import Tensor
+from torch.distributions import Categorical, MixtureSameFamily, Normal
+
+from mvhpc.diffusion.density import crps, density, quantile
+from mvhpc.diffusion.posterior import Posterior
+from mvhpc.training.calibration import calibrate
+from tests.mixed_law import K, MixedLaw, diffusion, mixture, one_hot_share, stderr
+
+
+def law(weights: list[float], means: list[float], sds: list[float]) -> MixtureSameFamily:
+    w, m, s = (torch.tensor([x], dtype=torch.float64) for x in (weights, means, sds))
+    return MixtureSameFamily(Categorical(w), Normal(m, s))
+
+
+TWO = law([0.3, 0.7], [-1.0, 2.0], [0.5, 1.5])
+
+
+def test_outputs_are_read_as_offsets_from_what_v_says_of_x0() -> None:
+    """At t = T v is -x_0: a single component without offset is centred there."""
+    output = torch.tensor([[-1.5, 0.0, 0.0, math.log(0.2)]])
+    one = density(output)
+    assert one.mean.item() == pytest.approx(1.5) and one.stddev.item() == pytest.approx(0.2)
+    shifted = density(torch.tensor([[-1.5, 5.0, 5.0, -1.0, 3.0, 0.0, 0.0]]))
+    assert shifted.mean.item() == pytest.approx(1.5 + 1.0)
+
+
+def test_quantiles_invert_the_distribution_function() -> None:
+    p = torch.tensor([1e-4, 0.05, 0.5, 0.95, 1 - 1e-4], dtype=torch.float64)
+    assert TWO.cdf(quantile(TWO, p).T).T.flatten().tolist() == pytest.approx(p.tolist(), abs=1e-9)
+
+
+@pytest.mark.parametrize("x", [-2.0, 0.4, 3.0])
+def test_crps_is_the_integral_that_defines_it(x: float) -> None:
+    def squared(y: float) -> float:
+        return (float(TWO.cdf(torch.tensor([y], dtype=torch.float64))) - (y >= x)) ** 2
+
+    integral = quad(squared, -20, x, limit=200)[0] + quad(squared, x, 20, limit=200)[0]
+    assert crps(TWO, torch.tensor([x], dtype=torch.float64)).item() == pytest.approx(integral, rel=1e-5)
+
+
+class Answers:
+    """The law's exact answers about scalars, in the form of a network's output; its features are the image."""
+
+    late, components = True, K
+
+    def __init__(self, law: MixedLaw, sure: float = 1.0) -> None:
+        self.law, self.encoded, self.sure = law, 0, sure  # times surer than it should be
+
+    def encode(self, z: dict[str, Tensor], t: dict[str, Tensor]) -> "Image":
+        self.encoded += 1
+        return Image(z["image"].flatten(1), t["image"])
+
+    def answer(
+        self, features: "Image", z: dict[str, Tensor], t: dict[str, Tensor], want: list[str]
+    ) -> dict[str, Tensor]:
+        told = torch.stack([features.t == 0, t["age"] == 0], 1)
+        x = torch.cat([features.voxels, z["age"]], 1).double()
+        said = {name: torch.zeros(len(x), K if name == "sex" else 1 + 3 * K).double() for name in want}
+        for pattern in told.unique(dim=0).tolist():
+            rows = (told == torch.tensor(pattern)).all(1)
+            dims = [i for places, known in zip(([0, 1], [2]), pattern) for i in places if known]
+            chances, mean, covariance = self.law.given(x[rows][:, dims], dims)
+            chances = torch.where((t["sex"][rows] == 0)[:, None], F.one_hot(z["sex"][rows], K), chances)
+            log = chances.clamp(min=1e-30).log()
+            for name in want:
+                if name == "sex":
+                    said[name][rows] = log * self.sure
+                else:
+                    logs = (covariance[:, -1, -1].sqrt() / self.sure).log().expand(len(log), K)
+                    said[name][rows] = torch.cat([torch.zeros(len(log), 1), log, mean[..., -1], logs], 1)
+        return said
+
+
+class Image:
+    def __init__(self, voxels: Tensor, t: Tensor) -> None:
+        self.voxels, self.t = voxels, t
+
+    def repeated(self, n: int) -> "Image":
+        return Image(self.voxels.repeat_interleave(n, 0), self.t.repeat_interleave(n, 0))
+
+
+def asked(given: list[str], present: dict[str, Tensor] | None = None) -> tuple[Posterior, MixedLaw, dict[str, Tensor]]:
+    law = MixedLaw(diffusion())
+    person = law.draw(2, 1)
+    network = Answers(law)
+    posterior = Posterior(network, law.diffusion, {name: person[name] for name in given}, 2, present)
+    return posterior, law, person
+
+
+def test_what_is_missing_in_a_row_is_unknown_there() -> None:
+    some, _, _ = asked(["image", "sex"], {"image": torch.tensor([True, False])})
+    whole, none = asked(["image", "sex"])[0], asked(["sex"])[0]
+    mean, full, without = (p.laws(["age"])["age"].mean for p in (some, whole, none))
+    assert mean[0] == full[0] and mean[1] == without[1]
+
+
+@pytest.mark.parametrize("order", [["age", "sex"], ["sex", "age"]])
+def test_joint_draws_follow_the_joint_law_in_any_order(order: list[str]) -> None:
+    posterior, law, person = asked(["image"])
+    n = 4000
+    uniform = torch.rand(2, n, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = posterior.draw(order, uniform)
+    age, sex = drawn["age"].reshape(2, n), drawn["sex"].reshape(2, n)
+    for row in range(2):
+        chances, mean, covariance = law.given(person["image"][row].flatten().double(), [0, 1])
+        assert (one_hot_share(sex[row]) - chances).abs().max() < stderr(n, 0.5)
+        for k in range(K):
+            ages = age[row][sex[row] == k].double()
+            if len(ages) > 100:
+                assert abs(ages.mean() - mean[k, 0]) < stderr(len(ages), covariance[k, 0, 0].sqrt())
+        centre, spread = mixture(chances, mean, covariance)
+        said = posterior.laws(["age"])["age"]
+        assert said.mean[row].item() == pytest.approx(centre.item(), abs=1e-4)
+        assert said.variance[row].item() == pytest.approx(spread.item(), rel=1e-4)
+
+
+def test_one_pass_of_the_down_path_serves_every_question() -> None:
+    posterior, _, _ = asked(["image"])
+    posterior.laws(["age"])
+    posterior.draw(["age", "sex"], torch.full((2, 3, 2), 0.5, dtype=torch.float64))
+    assert posterior.denoiser.encoded == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("sure", [1.0, 2.5])
+def test_calibration_finds_how_much_too_sure_a_model_is(sure: float) -> None:
+    law = MixedLaw(diffusion())
+    everybody = {name: torch.ones(300, dtype=torch.bool) for name in law.diffusion.variables.names}
+    factors = calibrate(Answers(law, sure), law.diffusion, law.draw(300, 3), everybody)
+    assert factors["sex"] == pytest.approx(sure, rel=0.25)
+    # an age between classes does not narrow with its parts
+    assert factors["age"] == pytest.approx(sure, rel=0.25) if sure == 1 else 1.2 < factors["age"] < sure
+
+
+def test_a_few_people_move_calibration_little_and_nobody_not_at_all() -> None:
+    law = MixedLaw(diffusion())
+    clean = law.draw(3, 3)
+    present = {name: torch.ones(3, dtype=torch.bool) for name in clean}
+    factors = calibrate(Answers(law), law.diffusion, clean, present)
+    assert all(0.4 < factor < 2.5 for factor in factors.values())
+    assert calibrate(Answers(law), law.diffusion, clean, present | {"image": ~present["image"]}) == {}
+
+
+def test_spread_widens_answers_from_volumes_alone() -> None:
+    law = MixedLaw(diffusion())
+    person = law.draw(1, 1)
+    wide = Posterior(Answers(law), law.diffusion, {"image": person["image"]}, 1, spread={"age": 2.0}).laws(["age"])
+    plain = Posterior(Answers(law), law.diffusion, {"image": person["image"]}, 1).laws(["age"])
+    assert wide["age"].mean.item() == pytest.approx(plain["age"].mean.item())
+    assert wide["age"].stddev.item() == pytest.approx(2 * plain["age"].stddev.item())
+    blind = [Posterior(Answers(law), law.diffusion, {}, 1, spread=s).laws(["age"])["age"] for s in ({"age": 2.0}, {})]
+    assert blind[0].stddev == blind[1].stddev
+
+
+def test_models_without_a_posterior_say_why() -> None:
+    network = Answers(MixedLaw(diffusion()))
+    for process in (diffusion("shared"), diffusion(kind="eps")):
+        with pytest.raises(ValueError, match="independent times and without eps"):
+            Posterior(network, process, {}, 1)
+    network.late = False
+    with pytest.raises(ValueError, match=r"model\.scalars"):
+        Posterior(network, diffusion(), {}, 1)
