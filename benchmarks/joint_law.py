@@ -43,7 +43,7 @@ VARIABLES = Variables(
     ]
 )
 NETWORK = config.Denoiser("late", 8, [32, 64], [False, True], 1, 32, 8, 64, 0.0, False)
-DIFFUSION = config.Diffusion(1000, 0.0015, 0.0195, "independent", 0.1, 0.4, 0.3, "v", "v", {})
+DIFFUSION = config.Diffusion(1000, 0.0015, 0.0195, "independent", 0.1, 0.4, 0.3, "v", "v", {}, {})
 SCALARS = (*NUMBERS, "site")
 METHODS: dict[str, dict[str, object]] = {
     "posterior": {},

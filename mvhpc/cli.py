@@ -29,7 +29,7 @@ or a YAML file; key=value sets any single key over it, as in training.epochs=20.
 examples:
   mvhpc run --config demo
   mvhpc train joint --config paper latents=runs/latents vae=runs/vae out=runs/joint compute.workers=4
-  mvhpc predict --model runs/joint --data runs/packed --given image,sex --want age --samples 3 --out age.tsv
+  mvhpc predict --model runs/joint --data runs/packed --given image,sex --want age --out age.tsv
   mvhpc generate --model runs/joint --count 100 --given age=70,sex=F --out synthetic
 """
 
@@ -49,15 +49,16 @@ COMMANDS: dict[str, tuple[str, str, dict[str, str]]] = {
     "predict": (
         "predict",
         "mvhpc predict --model runs/joint --data runs/packed --split test --given image,sex --want age "
-        "--samples 3 --out age.tsv\n"
-        "  mvhpc predict --model runs/joint --data runs/packed --given image --want age,sex --out both.tsv",
+        "--out age.tsv\n"
+        "  mvhpc predict --model runs/joint --data runs/packed --given image --want age,sex --draws 100 --out both.tsv",
         {
             "model": "run folder of the joint model",
             "data": "packed data set",
             "split": "train, validation, test or all",
             "given": "variables that are known, by comma; empty for none",
             "want": "variables to predict, by comma",
-            "samples": "chains per subject",
+            "samples": "chains per subject, for models that are asked by chains",
+            "draws": "joint draws per subject of all that is wanted, into a second table",
             "out": "TSV file to write, one row a subject",
         },
     ),

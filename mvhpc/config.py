@@ -199,6 +199,7 @@ class Diffusion:
     noise_fraction: float  # probability, per variable, of resting at t = T
     volume: str  # eps | v | x0
     continuous: str  # eps | v | x0
+    targets: dict[str, str]  # eps | v | x0 of single variables, by name
     weights: dict[str, float]  # loss weight per variable, 1 where not named
 
 
@@ -233,6 +234,7 @@ class Sampling:
     stride: int  # of categorical variables, in units of t
     solver: str  # of volumes and continuous variables: ddim | dpm (DPM-Solver++ 2M)
     guidance: float  # 1 is none; above 1 the given values count for more
+    resample: int  # times that each step is taken, with noise put back in between (RePaint); 1: once
 
 
 @dataclass

@@ -31,6 +31,7 @@ DIFFUSION = config.Diffusion(
     noise_fraction=0.25,
     volume="v",
     continuous="v",
+    targets={},
     weights={},
 )
 

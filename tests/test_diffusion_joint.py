@@ -167,7 +167,14 @@ def test_the_exact_denoiser_has_the_least_loss() -> None:
 
 def test_what_is_misspelt_is_named() -> None:
     def build(**change: Any) -> JointDiffusion:
-        fields: dict[str, Any] = {"time": "shared", "volume": "eps", "continuous": "v", "weights": {}, **change}
+        fields: dict[str, Any] = {
+            "time": "shared",
+            "volume": "eps",
+            "continuous": "v",
+            "targets": {},
+            "weights": {},
+            **change,
+        }
         return JointDiffusion(
             VARIABLES,
             config.Diffusion(1000, 0.0015, 0.0195, shared_fraction=0, clean_fraction=0, noise_fraction=0, **fields),
@@ -177,6 +184,8 @@ def test_what_is_misspelt_is_named() -> None:
         ({"time": "indipendent"}, "Did you mean 'independent'"),
         ({"volume": "epsilon"}, "Did you mean 'eps'"),
         ({"weights": {"aeg": 1.0}}, "Did you mean 'age'"),
+        ({"targets": {"aeg": "v"}}, "Did you mean 'age'"),
+        ({"targets": {"age": "x00"}}, "Did you mean 'x0'"),
     ]
     for change, match in cases:
         with pytest.raises(config.ConfigError, match=match):

@@ -21,7 +21,7 @@ from shards import volumes
 from shards.loader import open_dataset
 from shards.pack import pack
 
-FEW = Sampling(conditioning="repaint", steps=5, stride=200, solver="ddim", guidance=1.0)
+FEW = Sampling(conditioning="repaint", steps=5, stride=200, solver="ddim", guidance=1.0, resample=1)
 
 
 def configuration(model: Path, out: Path, **values: Any) -> GenerateConfig:

@@ -24,14 +24,14 @@ class Uniform(nn.Module):
         super().__init__()
         self.register_buffer("abar", abar.double(), persistent=False)
 
-    def marginal(self, p0: Tensor, t: int | Tensor) -> Tensor:
-        """q(x_t) of classes that start as p0 (B, K), a one-hot row for a known start; (B, K) float64."""
-        keep = self.abar[t].reshape(-1, 1)
-        return keep * p0 + (1 - keep) / p0.shape[-1]
+    def marginal(self, p_s: Tensor, t: int | Tensor, s: int | Tensor = 0) -> Tensor:
+        """q(x_t) of classes that at level s <= t are p_s (B, K), a one-hot row where known; (B, K) float64."""
+        keep = (self.abar[t] / self.abar[s]).reshape(-1, 1)
+        return keep * p_s + (1 - keep) / p_s.shape[-1]
 
-    def add_noise(self, x0: Tensor, t: int | Tensor, classes: int, uniform: Tensor) -> Tensor:
-        """Draw x_t (B,) given x_0 (B,) int64 of ``classes`` classes, with ``uniform`` (B,) draws from [0, 1)."""
-        return draw(self.marginal(F.one_hot(x0, classes).double(), t), uniform)
+    def add_noise(self, x_s: Tensor, t: int | Tensor, classes: int, uniform: Tensor, s: int | Tensor = 0) -> Tensor:
+        """Draw x_t (B,) given x_s (B,) int64 of ``classes`` classes, with ``uniform`` (B,) draws from [0, 1)."""
+        return draw(self.marginal(F.one_hot(x_s, classes).double(), t, s), uniform)
 
     def reverse(self, p0: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor) -> Tensor:
         """p(x_s | x_t) = sum over x_0 of q(x_s | x_t, x_0) p(x_0 | x_t), for any s < t.

@@ -21,15 +21,15 @@ class Gaussian(nn.Module):
         super().__init__()
         self.register_buffer("abar", abar.double(), persistent=False)
 
-    def coefficients(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(abar_t) and sqrt(1 - abar_t), in the type of ``like`` and shaped to multiply it."""
-        abar = self.abar[t].reshape(-1, *[1] * (like.ndim - 1))  # (B or 1, 1, ...)
+    def coefficients(self, t: int | Tensor, like: Tensor, s: int | Tensor = 0) -> tuple[Tensor, Tensor]:
+        """sqrt(a) and sqrt(1 - a) for a = abar_t / abar_s, in the type of ``like`` and shaped to multiply it."""
+        abar = (self.abar[t] / self.abar[s]).reshape(-1, *[1] * (like.ndim - 1))  # (B or 1, 1, ...)
         return abar.sqrt().to(like.dtype), (1 - abar).sqrt().to(like.dtype)
 
-    def add_noise(self, z0: Tensor, t: int | Tensor, eps: Tensor) -> Tensor:
-        """z_t by eq. 1."""
-        a, b = self.coefficients(t, z0)
-        return a * z0 + b * eps
+    def add_noise(self, z_s: Tensor, t: int | Tensor, eps: Tensor, s: int | Tensor = 0) -> Tensor:
+        """z_t from z_s, s <= t; from z_0 by eq. 1."""
+        a, b = self.coefficients(t, z_s, s)
+        return a * z_s + b * eps
 
     def target(self, z0: Tensor, eps: Tensor, t: int | Tensor, kind: str) -> Tensor:
         """What the network should say: eps, z_0, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) z_0."""

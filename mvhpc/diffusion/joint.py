@@ -47,16 +47,16 @@ class JointDiffusion(nn.Module):
         diffusion: T, schedule, law of the levels, parameterisations and loss weights.
 
     Raises:
-        config.ConfigError: for an unknown law or parameterisation, or a weight of no variable.
+        config.ConfigError: for an unknown law or parameterisation, or a target or weight of no variable.
     """
 
     def __init__(self, variables: Variables, diffusion: config.Diffusion) -> None:
         super().__init__()
         config.choose(diffusion.time, ("shared", "independent"), "law of the times")
-        for kind in (diffusion.volume, diffusion.continuous):
+        for kind in (diffusion.volume, diffusion.continuous, *diffusion.targets.values()):
             config.choose(kind, TARGETS, "parameterisation")
-        for name in diffusion.weights:
-            config.choose(name, variables.names, "variable among the loss weights")
+        for name in (*diffusion.targets, *diffusion.weights):
+            config.choose(name, variables.names, "variable among the targets or loss weights")
         self.variables = variables
         self.config = diffusion
         self.steps = diffusion.steps
@@ -76,8 +76,8 @@ class JointDiffusion(nn.Module):
 
         With ``shared`` time all levels are shown, as in the paper; eps can be said of a value that is seen alone.
         """
-        c = self.config
-        return self.steps if self.independent and "eps" not in (c.volume, c.continuous) else None
+        kinds = {self.parameterization(v) for v in self.variables if not isinstance(v, Categorical)}
+        return self.steps if self.independent and "eps" not in kinds else None
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +86,8 @@ class JointDiffusion(nn.Module):
 
     def parameterization(self, variable: Variable) -> str:
         """What the denoiser says about a volume or continuous variable: eps, v or x0."""
-        return self.config.volume if isinstance(variable, Volume) else self.config.continuous
+        kind = self.config.volume if isinstance(variable, Volume) else self.config.continuous
+        return self.config.targets.get(variable.name, kind)
 
     # --- training -----------------------------------------------------------------------------------------------
 
@@ -185,11 +186,18 @@ class JointDiffusion(nn.Module):
         shape = variable.shape if isinstance(variable, Volume) else (1,)
         return randn(generators, shape, self.device)
 
-    def renoise(self, variable: Variable, x0: Tensor, t: int | Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """A fresh draw of q(x_t | x_0)."""
+    def renoise(
+        self,
+        variable: Variable,
+        x_s: Tensor,
+        t: int | Tensor,
+        generators: Sequence[torch.Generator],
+        s: int | Tensor = 0,
+    ) -> Tensor:
+        """A fresh draw of q(x_t | x_s), s <= t."""
         if isinstance(variable, Categorical):
-            return self.categorical.add_noise(x0, t, variable.size, rand(generators, (), self.device))
-        return self.gaussian.add_noise(x0, t, randn(generators, x0.shape[1:], self.device))
+            return self.categorical.add_noise(x_s, t, variable.size, rand(generators, (), self.device), s)
+        return self.gaussian.add_noise(x_s, t, randn(generators, x_s.shape[1:], self.device), s)
 
     def predict(self, variable: Variable, output: Tensor, z_t: Tensor, t: int | Tensor) -> Tensor:
         """What an output says of x_0: E[z_0 | z_t] shaped like z_t, or p(x_0 | z_t) (B, K)."""

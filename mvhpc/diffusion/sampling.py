@@ -68,12 +68,15 @@ def sample(
     conditioning: str = "repaint",
     solver: str = "ddim",
     guidance: float = 1.0,
+    resample: int = 1,
     present: Mapping[str, Tensor] | None = None,
     mask: Mapping[str, Tensor] | None = None,
 ) -> Batch:
     """Draw all variables of B people given any subset of them.
 
-    ``repaint`` (the paper): at every level the given values are overwritten by a fresh draw of q(z_t | z_0).
+    ``repaint`` (the paper): at every level the given values are overwritten by a fresh draw of q(z_t | z_0). Each step
+    may be taken ``resample`` times, with noise put back in between, so that the rest can settle to what is given
+    (Lugmayr et al. 2022, jump length of one step).
     ``clean``: they rest at t = 0, which the denoiser must have been trained for. A volume given in part has one level
     for all of its voxels, hence its known voxels are noised anew at every level in both.
 
@@ -91,6 +94,7 @@ def sample(
         stride: of categories, in levels; see :func:`time_grid`.
         conditioning: repaint | clean.
         solver: of volumes and continuous variables, ddim | dpm (DPM-Solver++ 2M: of second order).
+        resample: times that each step but the last is taken.
         guidance: w; above 1 the given values count for more than they should, and samples vary less.
         present: who has a given value, (B,) bool by variable; others have it sampled. No entry: everybody.
         mask: for given volumes, where they are known: bool (B, 1, h, w, d) at latent resolution. No entry: everywhere.
@@ -126,24 +130,30 @@ def sample(
     z = {v.name: diffusion.prior(v, evolve[v.name]) for v in variables}
     before: dict[str, tuple[Tensor, int]] = {}
     for t, s in pairwise(grid):
-        times = {}
-        for v in variables:
-            times[v.name] = torch.full((len(generators),), t, device=device)
-            if v.name in fixed:
-                z[v.name] = torch.where(known[v.name], given[v.name], z[v.name])
-                times[v.name] = times[v.name].masked_fill(fixed[v.name], 0)
-            elif v.name in given:
-                noisy = diffusion.renoise(v, given[v.name], t, renoise[v.name])
-                z[v.name] = torch.where(known[v.name], noisy, z[v.name])
-        x0 = _predict(denoiser, diffusion, z, times, unknown)
-        if guided:
-            blind = {n: torch.where(known[n], diffusion.prior(variables[n], renoise[n]), z[n]) for n in whole}
-            rest = {n: times[n].masked_fill(rows, diffusion.steps) for n, rows in whole.items()}
-            without = _predict(denoiser, diffusion, z | blind, times | rest, unknown)
-            x0 = {n: _extrapolate(variables[n], without[n], x, guidance) for n, x in x0.items()}
-        for n, x in x0.items():
-            z[n] = diffusion.step(variables[n], x, z[n], t, s, evolve[n], before.get(n) if solver == "dpm" else None)
-            before[n] = x, t
+        for left in range(resample if s else 1, 0, -1):
+            times = {}
+            for v in variables:
+                times[v.name] = torch.full((len(generators),), t, device=device)
+                if v.name in fixed:
+                    z[v.name] = torch.where(known[v.name], given[v.name], z[v.name])
+                    times[v.name] = times[v.name].masked_fill(fixed[v.name], 0)
+                elif v.name in given:
+                    noisy = diffusion.renoise(v, given[v.name], t, renoise[v.name])
+                    z[v.name] = torch.where(known[v.name], noisy, z[v.name])
+            x0 = _predict(denoiser, diffusion, z, times, unknown)
+            if guided:
+                blind = {n: torch.where(known[n], diffusion.prior(variables[n], renoise[n]), z[n]) for n in whole}
+                rest = {n: times[n].masked_fill(rows, diffusion.steps) for n, rows in whole.items()}
+                without = _predict(denoiser, diffusion, z | blind, times | rest, unknown)
+                x0 = {n: _extrapolate(variables[n], without[n], x, guidance) for n, x in x0.items()}
+            for n, x in x0.items():
+                z[n] = diffusion.step(
+                    variables[n], x, z[n], t, s, evolve[n], before.get(n) if solver == "dpm" else None
+                )
+                before[n] = x, t
+            if left > 1:
+                z = {v.name: diffusion.renoise(v, z[v.name], t, evolve[v.name], s) for v in variables}
+                before.clear()
     return {name: torch.where(known[name], given[name], x) if name in given else x for name, x in z.items()}
 
 

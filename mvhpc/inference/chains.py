@@ -67,7 +67,8 @@ class Sampler:
         c = self.sampling
         if c.conditioning == "posterior":
             return 1
-        return len(time_grid(self.model.diffusion.gaussian, c.steps, c.stride, c.solver)) - 1
+        steps = len(time_grid(self.model.diffusion.gaussian, c.steps, c.stride, c.solver)) - 1
+        return (steps - 1) * c.resample + 1
 
     @torch.inference_mode()
     def __call__(
