@@ -3,8 +3,8 @@
     python benchmarks/speed.py [--preset default] [--latents 8 16 16 16] [--batch 8]
 
 Both see the same latents, an age and a sex. MONAI's as it comes: the scalars as input channels and as cross-attention
-context, float32, its own attention. Ours as it is trained and asked: scalars late, fused attention, channels last,
-bfloat16 where the device is made for it. Training is a whole step (noise, forward, loss, backward, AdamW). Prediction
+context, float32, its own attention. Ours as it is trained and asked: scalars late, fused attention, bfloat16
+where the device is made for it. Training is a whole step (noise, forward, loss, backward, AdamW). Prediction
 is one denoising of everything, and for ours also one answer about age and sex, which needs no up path. Medians over
 interleaved repetitions, so that both meet the same machine.
 """
@@ -42,7 +42,6 @@ class Ours:
         self.diffusion = JointDiffusion(variables, config.diffusion).to(device)
         torch.manual_seed(0)
         self.network = JointDenoiser(variables, config.model, self.diffusion.blind).to(device)
-        self.network.to(memory_format=torch.channels_last_3d)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), 1e-4)
         self.device, self.precision = device, resolve_precision("auto", device)
         keep_thin_convolutions_exact(self.network)
