@@ -24,12 +24,13 @@ TWO = law([0.3, 0.7], [-1.0, 2.0], [0.5, 1.5])
 
 
 def test_outputs_are_read_as_offsets_from_what_v_says_of_x0() -> None:
-    """At t = T v is -x_0: a single component without offset is centred there."""
+    """At t = T v is -x_0: a single component without offset is centred there; x0 is itself."""
     output = torch.tensor([[-1.5, 0.0, 0.0, math.log(0.2)]])
     one = density(output)
     assert one.mean.item() == pytest.approx(1.5) and one.stddev.item() == pytest.approx(0.2)
     shifted = density(torch.tensor([[-1.5, 5.0, 5.0, -1.0, 3.0, 0.0, 0.0]]))
     assert shifted.mean.item() == pytest.approx(1.5 + 1.0)
+    assert density(output, "x0").mean.item() == pytest.approx(-1.5)
 
 
 def test_quantiles_invert_the_distribution_function() -> None:

@@ -1,7 +1,7 @@
 """Predictive densities of numbers: mixtures of normal distributions.
 
-What the network says of a number is a row (1 + 3M): its v (or whatever the diffusion asks for) and, of M components,
-log weights, offsets of the means from -v (which is x_0 at t = T), and logarithms of the SDs.
+What the network says of a number is a row (1 + 3M): its v or x_0 (whichever the diffusion asks for) and, of M
+components, log weights, offsets of the means from what the first says of x_0, and logarithms of the SDs.
 """
 
 import math
@@ -14,14 +14,16 @@ BISECTIONS = 40
 LOG_SD = (-5.0, 2.0)  # limits, in the scale of z_0, where a variable has unit SD
 
 
-def density(output: Tensor, spread: Tensor | float = 1.0) -> MixtureSameFamily:
+def density(output: Tensor, kind: str = "v", spread: Tensor | float = 1.0) -> MixtureSameFamily:
     """p(x_0 | given) of a number that is at t = T, from the network's output (B, 1 + 3M); in the scale of z_0.
 
-    ``spread``, a number or (B, 1), stretches it about its mean.
+    ``kind`` is what the first column is, v (-x_0 at t = T) or x0. ``spread``, a number or (B, 1), stretches the density
+    about its mean.
     """
+    centre = output[:, :1].double() * (1 if kind == "x0" else -1)
     logits, offsets, logs = output[:, 1:].double().chunk(3, 1)  # each (B, M)
     middle = (logits.softmax(1) * offsets).sum(1, keepdim=True)
-    means = middle + spread * (offsets - middle) - output[:, :1].double()
+    means = centre + middle + spread * (offsets - middle)
     return MixtureSameFamily(Categorical(logits=logits), Normal(means, spread * logs.clamp(*LOG_SD).exp()))
 
 

@@ -167,7 +167,8 @@ class JointDiffusion(nn.Module):
             else:
                 loss = (output[:, : target.shape[1]] - target).square().flatten(1).mean(1)
                 if isinstance(v, Continuous) and output.shape[1] > 1:
-                    surprise = -density(output).log_prob(noised.clean[v.name][:, 0].double()).float()
+                    law = density(output, self.parameterization(v))
+                    surprise = -law.log_prob(noised.clean[v.name][:, 0].double()).float()
                     loss = loss + torch.where(noised.t[v.name] == self.steps, surprise, 0.0)
             losses[v.name] = torch.where(noised.counts[v.name], loss, 0.0)
         return losses

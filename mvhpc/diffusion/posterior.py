@@ -118,5 +118,5 @@ class Posterior:
             if isinstance(variables[name], Categorical):
                 laws[name] = (output.double() / spread).softmax(-1)
             else:
-                laws[name] = density(output, spread)
+                laws[name] = density(output, self.diffusion.parameterization(variables[name]), spread)
         return laws

@@ -57,15 +57,15 @@ def calibrate(
                 asked = Posterior(denoiser, diffusion, known[0], len(part), known[1])
                 said.append(denoiser.answer(asked.features, asked.z, asked.t, [v.name])[v.name])
         truth = clean[v.name][rows].repeat(2, *[1] * (clean[v.name].ndim - 1)).to(diffusion.device)
-        surprise = partial(_surprise, torch.cat(said).double(), truth)
+        surprise = partial(_surprise, torch.cat(said).double(), truth, diffusion.parameterization(v))
         factors[v.name] = math.exp(minimize_scalar(surprise, bounds=LIMITS, method="bounded").x)
     return factors
 
 
-def _surprise(said: Tensor, truth: Tensor, log: float) -> float:
+def _surprise(said: Tensor, truth: Tensor, kind: str, log: float) -> float:
     """Negative logarithm of how probable a factor is, from outputs about N people, twice; ``log`` of the factor."""
     if truth.dtype is torch.int64:
         total = F.cross_entropy(said / math.exp(log), truth, reduction="sum")
     else:
-        total = -density(said, math.exp(log)).log_prob(truth[:, 0].double()).sum()
+        total = -density(said, kind, math.exp(log)).log_prob(truth[:, 0].double()).sum()
     return float(total) / 2 + 0.5 * (log / PRIOR) ** 2
