@@ -55,8 +55,8 @@ def check_question(schema: Schema, given: Sequence[str], want: Sequence[str]) ->
     for name in want:
         if schema[name].kind == "volume":
             raise ConfigError(
-                f"{name} is a volume: use `mvhpc generate` to sample volumes (given=name=value,...) "
-                "or `mvhpc inpaint` to fill in a part of one"
+                f"{name} is a volume: use `mvhpc translate` to draw it for every subject, `mvhpc generate` to sample "
+                "people (given=name=value,...) or `mvhpc inpaint` to fill in a part of one"
             )
 
 
