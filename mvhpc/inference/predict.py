@@ -247,6 +247,7 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
     part, keys = config.split, subjects(dataset, config.split, config.split_name)
     way = predictor.sampler.sampling.conditioning
     calls = predictor.sampler.calls * (1 if predictor.exact else config.samples)
+    calls *= 2 if config.sampling.guidance != 1 and config.given else 1  # with and without what is given
     asked = f"{', '.join(config.want)} given {label(config.given)}"
     print(f"{asked}: by {way}, {calls} network call{'s' * (calls > 1)} a subject", file=sys.stderr)
     batches = [keys[i : i + config.batch] for i in range(0, len(keys), config.batch)]
