@@ -300,7 +300,7 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
             summary |= {f"{part}/{name}_in_90": held.value, f"{part}/{name}_crps": float(frame[f"{name}_crps"].mean())}
         if variable.kind != "categorical":
             with run.figure(f"{name}.png") as path:
-                note = f"given {label(config.given)}: MAE {result.format(2)}"
+                note = f"given {label(config.given)}\nMAE {result.format(2)}; bars: one SD"
                 true, predicted, sd = (frame[f"{name}{s}"].to_numpy(float) for s in ("_true", "", "_sd"))
                 predicted_against_true(true, predicted, sd, path, name, variable.unit or "", note)
     return summary
