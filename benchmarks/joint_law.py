@@ -45,6 +45,7 @@ VARIABLES = Variables(
 NETWORK = config.Denoiser("late", 8, [32, 64], [False, True], 1, 32, 8, 64, 0.0, False)
 DIFFUSION = config.Diffusion(1000, 0.0015, 0.0195, "independent", 0.1, 0.4, 0.3, "v", "v", {}, {})
 SCALARS = (*NUMBERS, "site")
+QUESTIONS = 8  # asked of each row in training
 METHODS: dict[str, dict[str, object]] = {
     "posterior": {},
     "repaint, DDIM, 50 steps": {"conditioning": "repaint", "solver": "ddim", "steps": 50, "stride": 20},
@@ -113,7 +114,7 @@ def learn(law: Law, steps: int, batch: int = 128) -> tuple[JointDenoiser, JointD
     )
     g = torch.Generator().manual_seed(1)
     for step in progress(range(steps), "training", unit="step"):
-        generators = [generator(0, "law", step, i) for i in range(batch)]
+        generators = [generator(0, "law", step, i, q) for i in range(batch) for q in range(QUESTIONS)]
         noised = diffusion.noise(law.draw(batch, g), {}, diffusion.draw_times(generators), generators)
         loss = diffusion.total(diffusion.losses(network(noised.z, noised.t), noised)).mean()
         optimizer.zero_grad()

@@ -107,6 +107,38 @@ def test_late_scalars_leave_the_features_alone() -> None:
         torch.testing.assert_close(x, whole[name].repeat_interleave(2, 0))
 
 
+def test_several_questions_of_a_row_are_rows_of_one_volume() -> None:
+    """The answers are those of single questions; volumes are told the first."""
+    v = variables()
+    z, t = inputs(v, 2)
+    more, levels = inputs(v, 6)
+    net = model(v)
+    ours = net({**more, "v0": z["v0"]}, {**levels, "v0": t["v0"]})
+    rows = net({**more, "v0": z["v0"].repeat_interleave(3, 0)}, {**levels, "v0": t["v0"].repeat_interleave(3)})
+    for name in ("age", "site"):
+        torch.testing.assert_close(ours[name], rows[name])
+    torch.testing.assert_close(ours["v0"], rows["v0"][::3])
+
+
+@DESIGNS
+def test_volumes_at_rest_cost_no_up_path(design: str) -> None:
+    """Rows whose volumes are known get zeros for them, everybody else the same values and gradients as ever."""
+    v = variables(channels=(2, 1))
+    z, t = inputs(v, 4)
+    t |= {"v0": torch.tensor([0, 5, 0, 0]), "v1": torch.tensor([0, 0, 0, 9])}
+    net = model(v, design)
+    rows: list[int] = []
+    hook = net.up[0].register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(args[0])), with_kwargs=True)
+    ours, whole = net(z, t), net.decode(net.encode(z, t), z, t)
+    assert rows == [2, 4]
+    for name in ("v0", "v1"):
+        torch.testing.assert_close(ours[name][[1, 3]], whole[name][[1, 3]])
+        assert not ours[name][[0, 2]].any()
+    net(z, {**t, "v0": t["v0"] * 0, "v1": t["v1"] * 0})
+    assert rows[2] == 1, "the same layers run at every worker"
+    hook.remove()
+
+
 @DESIGNS
 def test_values_that_are_noise_are_not_shown(design: str) -> None:
     v = variables(channels=(2, 1))

@@ -1,5 +1,6 @@
 """Laws of the joint forward process and its loss."""
 
+import math
 from typing import Any
 
 import pytest
@@ -87,6 +88,28 @@ def test_noise_of_a_row_comes_from_its_generator_alone() -> None:
     for name in VARIABLES.names:
         assert torch.equal(whole.z[name][4:], part.z[name])
         assert torch.equal(whole.t[name][4:], part.t[name])
+
+
+def test_several_questions_of_a_row_are_rows_with_one_volume() -> None:
+    """The first question is as ever, each other one of the same person at levels of its own; losses are means."""
+    process = diffusion()
+    people, there = MixedLaw(process).draw(6, 1), {"age": torch.arange(6) % 2 == 0}
+    t = process.draw_times(generators(18))
+    ours = process.noise(people, there, t, generators(18))
+    first = process.noise(people, there, {name: x[::3] for name, x in t.items()}, generators(18)[::3])
+    for part in ("z", "t", "target", "clean", "counts"):
+        for name in VARIABLES.names:
+            got = getattr(ours, part)[name]
+            assert len(got) == (6 if name == "image" else 18)
+            assert torch.equal(got if name == "image" else got[::3], getattr(first, part)[name])
+    known = there["age"].repeat_interleave(3)
+    assert torch.equal(ours.counts["age"], known & (t["age"] > 0)) and torch.equal(ours.t["sex"], t["sex"])
+    x0 = process.predict(VARIABLES["age"], ours.target["age"], ours.z["age"], ours.t["age"][:, None])
+    torch.testing.assert_close(x0[known], people["age"].repeat_interleave(3, 0)[known].float(), rtol=1e-3, atol=1e-3)
+    outputs = {name: x if name == "sex" else x + 1 for name, x in ours.target.items()}
+    for name, loss in process.losses({**outputs, "sex": torch.zeros(18, 3)}, ours).items():
+        worth = math.log(3) if name == "sex" else 1.0
+        torch.testing.assert_close(loss, worth * ours.counts[name].reshape(6, -1).float().mean(1))
 
 
 @pytest.mark.parametrize("time", ["shared", "independent"])

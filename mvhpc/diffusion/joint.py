@@ -28,6 +28,8 @@ class Noised:
         target: what it should say: eps, v or z_0 shaped like z, or the class (B,).
         clean: x_0, shaped like z.
         counts: (B,) bool, False where there is no loss: a missing value, or one at rest at t = 0.
+
+    With Q questions a row, what is of scalars has B x Q rows in place of B, row by row.
     """
 
     z: Batch
@@ -122,25 +124,32 @@ class JointDiffusion(nn.Module):
     ) -> Noised:
         """Bring a batch to the levels ``t``.
 
+        There may be Q generators and levels for each row of the batch, row by row: so many times over each scalar is
+        noised; a volume once, to the level and by the generator that come first.
+
         A missing value is replaced by pure noise and has no loss. In independent time the denoiser is told t = T for
         it; in shared time, where all must have one level, it is told that level.
 
         Args:
             batch: encoded values, (B, C, h, w, d), (B, 1) or int64 (B,); what stands for a missing one has no effect.
             present: (B,) bool by variable; a variable without entry is there in every row.
-            t: levels, int64 (B,) by variable.
-            generators: one per row.
+            t: levels, int64 (B Q,) by variable.
+            generators: Q per row.
         """
         z, times, target, clean, counts = {}, {}, {}, {}, {}
+        n = len(generators) // len(batch[self.variables.names[0]])  # Q
         for v in self.variables:
-            level, there = t[v.name], present.get(v.name)
-            if there is None:
-                there = torch.ones_like(level, dtype=torch.bool)
-            x0 = batch[v.name].masked_fill(~_against(there, batch[v.name]), 0)
-            pure = self.prior(v, generators)
+            volume = isinstance(v, Volume)
+            rows, level = (generators[::n], t[v.name][::n]) if volume else (generators, t[v.name])
+            x0 = batch[v.name] if volume else batch[v.name].repeat_interleave(n, 0)
+            there = torch.ones_like(level, dtype=torch.bool)
+            if v.name in present:
+                there = present[v.name] if volume else present[v.name].repeat_interleave(n)
+            x0 = x0.masked_fill(~_against(there, x0), 0)
+            pure = self.prior(v, rows)
             if isinstance(v, Categorical):
                 target[v.name] = x0
-                x_t = self.categorical.add_noise(x0, level, v.size, rand(generators, (), self.device))
+                x_t = self.categorical.add_noise(x0, level, v.size, rand(rows, (), self.device))
             else:
                 target[v.name] = self.gaussian.target(x0, pure, level, self.parameterization(v))
                 x_t = self.gaussian.add_noise(x0, level, pure)
@@ -156,10 +165,11 @@ class JointDiffusion(nn.Module):
         Where a number is at t = T and the network gives a density for it, its negative logarithm is added.
 
         Returns:
-            By variable (B,) float32, without weights; 0 where ``noised.counts`` is False. Their mean over B is not
-            divided by the share that counts.
+            By variable (B,) float32, without weights, the mean over a row's questions; 0 where ``noised.counts`` is
+            False. Their mean over B is not divided by the share that counts.
         """
         losses = {}
+        rows = min(len(z) for z in noised.z.values())  # B
         for v in self.variables:
             output, target = outputs[v.name].float(), noised.target[v.name]
             if isinstance(v, Categorical):
@@ -170,7 +180,7 @@ class JointDiffusion(nn.Module):
                     law = density(output, self.parameterization(v))
                     surprise = -law.log_prob(noised.clean[v.name][:, 0].double()).float()
                     loss = loss + torch.where(noised.t[v.name] == self.steps, surprise, 0.0)
-            losses[v.name] = torch.where(noised.counts[v.name], loss, 0.0)
+            losses[v.name] = torch.where(noised.counts[v.name], loss, 0.0).reshape(rows, -1).mean(1)
         return losses
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:

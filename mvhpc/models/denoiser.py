@@ -110,18 +110,27 @@ class JointDenoiser(nn.Module):
     ) -> dict[str, Tensor]:
         """
         Args:
-            z: noisy values: (B, C, h, w, d), (B, 1), or int64 (B,) for categories.
-            t: levels, int64 (B,) by variable.
+            z: noisy values: (B, C, h, w, d), (B, 1), or int64 (B,) for categories. In the ``late`` design scalars may
+                have B x Q rows, row by row: Q questions about each, for one run of the down path; the first of them is
+                what the volumes are told.
+            t: levels, int64 (B,) by variable, (B x Q,) of such scalars.
             want: variables to answer for, None for all; without a volume among them the up path is not run.
 
         Returns:
             By variable: like z; for categories logits (B, K); for numbers (B, 1 + 3 components), see
-            :mod:`mvhpc.diffusion.density`.
+            :mod:`mvhpc.diffusion.density`. Zero for the volumes of a row in which all of them rest at t = 0: the up
+            path is not run for it.
         """
         want = set(self.names if want is None else want)
         features = self.encode(z, t)
-        outputs = self.answer(features, z, t, want)
-        return outputs if want.isdisjoint(v.name for v in self.volumes) else outputs | self.decode(features, z, t)
+        volumes, scalars = [v.name for v in self.volumes], [v.name for v in self.scalars]
+        n = len(z[scalars[0]]) // len(features.bottleneck) if scalars else 1  # Q
+        levels = {name: t[name].repeat_interleave(n) if name in volumes else t[name] for name in self.names}
+        outputs = self.answer(features.repeated(n) if n > 1 else features, z, levels, want)
+        if want.isdisjoint(volumes):
+            return outputs
+        first = [{name: x if name in volumes else x[::n] for name, x in values.items()} for values in (z, t)]
+        return outputs | self._decode_moving(features, *first)
 
     def encode(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> Features:
         """The down path. In the ``late`` design it depends on the volumes' values and levels alone."""
@@ -168,6 +177,18 @@ class JointDenoiser(nn.Module):
             h = self._run(block, h, passed, time, context)
         image = self.out(h)[:, :, : features.size[0], : features.size[1], : features.size[2]]  # (B, sum C, h, w, d)
         return {v.name: part for v, part in zip(self.volumes, image.split([v.shape[0] for v in self.volumes], 1))}
+
+    def _decode_moving(self, features: Features, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The up path for the rows with a volume that is not at rest, and for the first row whatever it is: all workers
+        must run the same layers."""
+        moving = torch.stack([t[v.name] > 0 for v in self.volumes]).any(0)  # (B,)
+        moving[0] |= ~moving.any()
+        if moving.all():
+            return self.decode(features, z, t)
+        rows = torch.nonzero(moving)[:, 0]
+        part = Features(features.bottleneck[rows], [skip[rows] for skip in features.skips], None, features.size)
+        decoded = self.decode(part, {n: x[rows] for n, x in z.items()}, {n: x[rows] for n, x in t.items()})
+        return {name: x.new_zeros(len(moving), *x.shape[1:]).index_copy(0, rows, x) for name, x in decoded.items()}
 
     def _time(self, t: Mapping[str, Tensor]) -> Tensor:
         names = [v.name for v in self.volumes] if self.late else self.names

@@ -109,7 +109,8 @@ class JointTask:
     """One step of the joint diffusion; see :class:`mvhpc.training.loop.Task`.
 
     Raises:
-        ConfigError: a variable that the data do not have, or data that are no latents.
+        ConfigError: a variable that the data do not have, data that are no latents, or questions that the design does
+            not allow.
     """
 
     averaged: str | None = "denoiser"
@@ -125,6 +126,12 @@ class JointTask:
         self.schema = Schema.load(config.schema) if config.schema else index.schema
         self.grid = index.grid
         choose(config.scaling, ("sd", "range"), "scaling")
+        several = config.diffusion.time == "independent" and config.model.scalars == "late"
+        if config.questions < 1 or (config.questions > 1 and not several):
+            raise ConfigError(
+                f"questions={config.questions}: at least 1, and only 1 unless diffusion.time=independent and "
+                "model.scalars=late, where scalars have levels of their own and the down path does not see them"
+            )
         train, others = (
             read_records(dataset, dataset.keys(part, config.split), self.schema) for part in ("train", "validation")
         )
@@ -191,8 +198,9 @@ class JointTask:
         first = next(iter(batch["present"].values()))
         self.diffusion.to(first.device)
         clean = self._encode(batch["values"], rand(generators, (), first.device) < 0.5)
-        t = self.diffusion.draw_times(generators)
-        noised = self.diffusion.noise(clean, batch["present"], t, generators)
+        questions = range(self.config.questions)
+        rows = [generator(self.config.training.seed, "train", step, i, q) for i in indices for q in questions]
+        noised = self.diffusion.noise(clean, batch["present"], self.diffusion.draw_times(rows), rows)
         losses = self.diffusion.losses(engine(noised.z, noised.t), noised)
         loss = self.diffusion.total(losses).mean()
         engine.backward(loss)
