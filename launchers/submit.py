@@ -1,120 +1,209 @@
-"""Submit a stage as a job, watch it, and report how it ended: `python launchers/submit.py --stage joint --nodes 1`."""
+"""Submit stages as jobs, to SLURM or to this machine: `python launchers/submit.py --stage joint --nodes 4`."""
 
 import argparse
 import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from launchers import local
-from mvhpc.config import ConfigError, choose, load_config, to_dict, to_yaml
-from mvhpc.run import execute, run_folder
+from launchers import jobs, local, manage, plan, slurm
+from launchers.jobs import Job
+from launchers.nodes import supervise
+from launchers.plan import Step
+from launchers.site import Site, load_site
+from mvhpc.config import ConfigError, choose, to_yaml
+from mvhpc.run import record
 from mvhpc.stages import STAGES
 
-CLUSTERS = {"local": local}  # name -> module with executor(folder, nodes) and script(folder, nodes)
-POLL_S = 0.5
 TAIL = 8  # lines of the log that a failure shows
 
 EXAMPLES = """examples:
   python launchers/submit.py --stage pack --config demo source=scans out=runs/packed
   python launchers/submit.py --stage vae --config demo data=runs/packed out=runs/vae compute.workers=2
-  python launchers/submit.py --stage joint --nodes 1 --dry-run latents=runs/latents vae=runs/vae out=runs/joint
-  python launchers/submit.py --stage predict model=runs/joint data=runs/packed "given=[image]" "want=[age]" out=age.tsv
+  python launchers/submit.py --stage joint --nodes 4 --gpus-per-node 8 --dry-run latents=runs/latents vae=runs/vae \\
+      out=runs/joint
+  python launchers/submit.py --stage all --config demo --nodes 2 root=runs/demo
+  python launchers/submit.py status
+  python launchers/submit.py logs 1234 --follow
+  python launchers/submit.py cancel 1234
 
-key=value sets any key of the stage's configuration; --dry-run shows them all. The job's files and its log are in
-`jobs` in the run folder. A stage that was interrupted goes on from its last checkpoint when it is submitted again.
+key=value sets any key of the stage's configuration (of the pipeline's, with --stage all); --dry-run shows them all.
+The job's files and logs are in `jobs` in the run folder. What was interrupted goes on from its last checkpoint when it
+is submitted again; while its job waits or runs, it is not started beside.
 """
 
 
-def work(stage: str, values: dict[str, Any]) -> dict[str, Any]:
-    """What the job does: the stage, from plain values that any process can rebuild its configuration from."""
-    return execute(stage, load_config(STAGES[stage].config, stage, values=values))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 1 the job failed, 2 wrong arguments, 130 interrupted."""
-    parser = argparse.ArgumentParser(
-        prog="submit.py",
-        description="Submit one stage of the pipeline as a job, show its progress, and report how it ended.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--stage", required=True, help=", ".join(STAGES))
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines to run on (default: 1)")
-    parser.add_argument("--config", default="default", metavar="NAME_OR_FILE", help="preset of the stage or YAML file")
-    parser.add_argument("--cluster", default="auto", help=f"auto (default), {', '.join(CLUSTERS)}")
-    parser.add_argument("--dry-run", action="store_true", help="show configuration and job, start nothing")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the configuration")
-    options = parser.parse_intermixed_args(arguments)
+    """Entry point; returns the exit status: 0 done or submitted, 1 a job failed, 2 wrong arguments, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        stage = choose(options.stage, list(STAGES), "stage")
-        name = choose(options.cluster, ["auto", *CLUSTERS], "cluster")
-        config: Any = load_config(STAGES[stage].config, stage, options.config, options.overrides)
-        cluster = CLUSTERS["local" if name == "auto" else name]
-        folder = run_folder(stage, config.out)
-        if options.dry_run:
-            script = cluster.script(folder / "jobs", options.nodes).splitlines()
-            print(f"# stage {stage}, run folder {folder}; the job:")
-            print("".join(f"#   {line}\n" for line in script) + to_yaml(config), end="")
-            return 0
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        executor = cluster.executor(folder / "jobs", options.nodes)
+        if words and words[0] in {"status", "logs", "cancel"}:
+            return manage.main(words)
+        return _submit(_parser().parse_intermixed_args(words))
     except ConfigError as error:
         print(f"submit.py: {error}", file=sys.stderr)
         return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="submit.py",
+        description="Submit one stage of the pipeline, or all of them, as jobs.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--stage", required=True, help=", ".join([*STAGES, plan.ALL]))
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines to run on (default: 1)")
+    parser.add_argument("--min-nodes", type=int, metavar="M", help="with how many it may start (default: all)")
+    parser.add_argument("--gpus-per-node", type=int, metavar="G")
+    parser.add_argument("--time", metavar="LIMIT", help="minutes, hours:minutes:seconds or days-hours")
+    parser.add_argument("--partition")
+    parser.add_argument("--account")
+    parser.add_argument("--config", default="default", metavar="NAME_OR_FILE", help="preset of the stage or YAML file")
+    parser.add_argument("--cluster", default="auto", help="auto (default: slurm where it answers), slurm, local")
+    parser.add_argument("--cluster-config", default="default", metavar="NAME_OR_FILE", help="in configs/cluster")
+    parser.add_argument("--wait", action="store_true", help="follow the job to its end (on this machine: always)")
+    parser.add_argument("--dry-run", action="store_true", help="show configuration and job, start nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the configuration")
+    return parser
+
+
+def _submit(options: argparse.Namespace) -> int:
+    stage = choose(options.stage, [*STAGES, plan.ALL], "stage")
+    cluster = choose(options.cluster, ["auto", "slurm", "local"], "cluster")
+    if cluster == "auto":
+        cluster = "slurm" if slurm.available() else "local"
+    on_slurm = cluster == "slurm"
+    site = load_site(
+        options.cluster_config,
+        {
+            "partition": options.partition,
+            "account": options.account,
+            "time": options.time,
+            "gpus_per_node": options.gpus_per_node,
+        },
+    )
+    if not 1 <= (options.min_nodes or 1) <= options.nodes:
+        raise ConfigError(f"--min-nodes {options.min_nodes} --nodes {options.nodes}: give 1 <= M <= N")
+    if not on_slurm:
+        local.check(options.nodes)
+    layout = (options.config, options.overrides, options.nodes, site.gpus_per_node, on_slurm)
+    steps = plan.chain(*layout) if stage == plan.ALL else [plan.single(stage, *layout)]
+    start: Callable[[Step, str | None], Job] = (
+        (lambda step, after: _to_slurm(step, site, options.min_nodes, after)) if on_slurm else _to_local(site)
+    )
+    if options.dry_run:
+        for step in steps:
+            _show(step, site, options.min_nodes, on_slurm)
+        return 0
+    after: str | None = None
+    status = 0
+    for step in steps:
+        if step.finished:
+            print(f"{step.stage}: complete and unchanged: reused {step.config.out}", file=sys.stderr)
+            continue
+        job = _hold(step, after, start, chained=stage == plan.ALL)
+        after = job.id
+        if not on_slurm or (options.wait and step is steps[-1]):
+            status = _watch(job, step.config.out)
+            if status:
+                return status
+        else:
+            print(f"job {job.id}: {step.stage}, log in {job.log}", file=sys.stderr)
+            print(job.id)
+    if on_slurm and not options.wait and after:
+        print(f"follow it with `submit.py logs {after} --follow`, or see `submit.py status`", file=sys.stderr)
+    return status
+
+
+def _hold(step: Step, after: str | None, start: Callable[[Step, str | None], Job], chained: bool) -> Job:
+    """Submit a step and note in its run folder who works there.
+
+    Raises:
+        ConfigError: where a job of before still does; of a chain, that one is taken as it is.
+    """
+    step.run.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with jobs.locked(step.run) as lock:
+        holder = lock.holder
+        if holder is not None and (now := manage.state(holder)):
+            if chained:
+                print(f"{step.stage}: job {holder.id} is {now} already", file=sys.stderr)
+                return holder
+            raise ConfigError(
+                f"{step.run} is held by job {holder.id} ({now}), submitted on {holder.host}; see `submit.py logs "
+                f"{holder.id}`, or end it with `submit.py cancel {holder.id}`"
+            )
+        job = start(step, after)
+        lock.give(job)
+        job.save()
+    return job
+
+
+def _to_slurm(step: Step, site: Site, fewest: int | None, after: str | None) -> Job:
+    submitter = _slurm_executor(step, site, fewest, after)
+    found = submitter.submit(supervise, step.assignment(site))
+    return jobs.submitted(step.run, found.job_id, "slurm", step.stage, step.nodes)
+
+
+def _slurm_executor(step: Step, site: Site, fewest: int | None, after: str | None) -> Any:
+    least = min(fewest or step.nodes, step.nodes)
+    folder = (step.run / "jobs").absolute()
+    return slurm.executor(folder, site, step.stage, step.nodes, least, step.gpus, after)
+
+
+def _to_local(site: Site) -> Callable[[Step, str | None], Job]:
+    def start(step: Step, after: str | None) -> Job:
+        found = local.executor(step.run / "jobs").submit(local.work, step.assignment(site))
+        _STARTED.append(found)
+        return jobs.submitted(step.run, found.job_id, "local", step.stage, 1, local.born(found.job_id))
+
+    return start
+
+
+_STARTED: list[Any] = []  # submitit ends a local job whose object is forgotten
+
+
+def _show(step: Step, site: Site, fewest: int | None, on_slurm: bool) -> None:
+    """Print what would be submitted; all of it is YAML."""
+    if on_slurm:
+        script = slurm.script(_slurm_executor(step, site, fewest, None))
+    else:
+        script = local.script(step.run / "jobs")
+    print(f"# stage {step.stage}, run folder {step.run}; the job:")
+    print("".join(f"#   {line}\n" for line in script.splitlines()) + to_yaml(step.config), end="")
+
+
+def _watch(job: Job, out: str) -> int:
+    """Show a job's log as it grows, then its result; an interrupt cancels a local one."""
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell's `&` or nohup had it ignored
         signal.signal(number, signal.default_int_handler)
-    return _watch(executor.submit(work, stage, to_dict(config)), stage, config.out)
-
-
-def _watch(job: Any, stage: str, out: str) -> int:
-    """Show a job's log as it grows, then its result; an interrupt cancels it."""
-    log = Path(job.paths.stdout)
-    print(f"job {job.job_id}: {stage}, log in {log}", file=sys.stderr)
+    print(f"job {job.id}: {job.stage}, log in {job.log}", file=sys.stderr)
     try:
-        for line in _lines(job, log):
+        for line in manage.lines(job):
             print(line, file=sys.stderr, flush=True)
-        summary = job.result()
+        while manage.state(job):
+            time.sleep(manage.POLL_S)
     except KeyboardInterrupt:
-        job.cancel()
-        while not job.done():
-            time.sleep(POLL_S)
-        print(f"job {job.job_id} cancelled; submit it again to go on from its last checkpoint", file=sys.stderr)
+        if job.cluster == "slurm":
+            print(f"job {job.id} goes on; end it with `submit.py cancel {job.id}`", file=sys.stderr)
+            return 130
+        manage.cancel(job)
+        print(f"job {job.id} cancelled; submit it again to go on from its last checkpoint", file=sys.stderr)
         return 130
-    except Exception as error:  # as many kinds as there are ways to end
-        tail = deque(log.open(errors="replace"), TAIL) if log.is_file() else [str(error)]
-        print(f"job {job.job_id} failed; the end of {log}:\n" + "".join(tail), file=sys.stderr)
+    if not jobs.ending(job).startswith("finished"):
+        tail = deque(job.log.open(errors="replace"), TAIL) if job.log.is_file() else [jobs.ending(job)]
+        print(f"job {job.id} failed; the end of {job.log}:\n" + "".join(tail), file=sys.stderr)
         return 1
-    for name, value in summary.items():
+    for name, value in record(Path(job.run)).get("summary", {}).items():
         print(f"{name:32s} {value:.4g}" if isinstance(value, float) else f"{name:32s} {value}")
     print(f"{'written to':32s} {out}")
     return 0
 
 
-def _lines(job: Any, log: Path) -> Iterator[str]:
-    """The lines of a job's log as they come, until it ends; submitit's own and the traceback of a failure left out."""
-    position, rest, over = 0, "", False
-    while not over:
-        over = job.done()
-        if log.is_file():
-            with log.open(errors="replace") as file:
-                file.seek(position)
-                text = file.read()
-                position = file.tell()
-            *lines, rest = (rest + text).split("\n")
-            for line in lines:
-                if line.startswith("submitit ERROR"):
-                    return
-                if not line.startswith("submitit "):
-                    yield line
-        if not over:
-            time.sleep(POLL_S)
-
-
 if __name__ == "__main__":
-    from launchers.submit import main as imported  # under its importable name, which is how a job finds `work`
+    from launchers.submit import main as imported  # under its importable name, which is how a job finds its function
 
     sys.exit(imported())

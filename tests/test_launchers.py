@@ -16,6 +16,13 @@ from mvhpc.config import CONFIGS, PackConfig, load_config, to_dict
 from shards.index import Index
 from shards.phantom import make_phantoms
 
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No note of these runs among the user's."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+
+
 SUBMIT = CONFIGS.parent / "launchers" / "submit.py"
 
 
@@ -23,7 +30,7 @@ def test_dry_run_prints_the_resolved_configuration_and_starts_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys = [f"source={tmp_path}/scans", f"out={tmp_path}/packed", "spacing=3.5"]
-    assert main(["--stage", "pack", "--config", "demo", "--dry-run", *keys]) == 0
+    assert main(["--stage", "pack", "--cluster", "local", "--config", "demo", "--dry-run", *keys]) == 0
     shown = capsys.readouterr().out
     assert yaml.safe_load(shown) == to_dict(load_config(PackConfig, "pack", "demo", keys))
     assert f"submitit.core._submit {tmp_path}/packed.run/jobs" in shown
@@ -52,7 +59,7 @@ def test_jobs_end_as_the_command_does(tmp_path: Path) -> None:
 
     def submit(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, str(SUBMIT), "--stage", "pack", "--config", "demo", *arguments],
+            [sys.executable, str(SUBMIT), "--stage", "pack", "--cluster", "local", "--config", "demo", *arguments],
             cwd=tmp_path,  # relative paths are the caller's
             capture_output=True,
             text=True,
@@ -73,7 +80,16 @@ def test_jobs_end_as_the_command_does(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_interrupt_ends_the_job_and_leaves_no_process(tmp_path: Path) -> None:
-    command = [sys.executable, str(SUBMIT), "--stage", "phantom", f"out={tmp_path}/scans", "subjects=9999"]
+    command = [
+        sys.executable,
+        str(SUBMIT),
+        "--stage",
+        "phantom",
+        "--cluster",
+        "local",
+        f"out={tmp_path}/scans",
+        "subjects=9999",
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as submit:
         assert submit.stderr is not None
         assert "phantom" in submit.stderr.readline()

@@ -1,0 +1,106 @@
+"""From what was asked for to jobs: which stages, with which configuration, on how many nodes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launchers.allocation import Assignment
+from launchers.site import Site
+from mvhpc.config import ConfigError, load_config, to_dict
+from mvhpc.run import run_folder
+from mvhpc.stages import STAGES
+
+TRAINING = {"vae", "joint"}  # stages that write checkpoints on request
+SPREADING = TRAINING | {"predict"}  # stages that use several nodes
+ALL = "all"
+
+
+@dataclass
+class Step:
+    """One stage to be submitted.
+
+    Attributes:
+        stage: its name.
+        config: its configuration.
+        nodes: for it.
+        gpus: of each.
+        chained: it is one stage of a pipeline.
+        finished: it is complete, and so is all before it: nothing to do.
+    """
+
+    stage: str
+    config: Any
+    nodes: int
+    gpus: int
+    chained: bool
+    finished: bool = False
+
+    @property
+    def run(self) -> Path:
+        """Its run folder."""
+        return run_folder(self.stage, self.config.out)
+
+    def assignment(self, site: Site) -> Assignment:
+        """What its job does."""
+        return Assignment(
+            stage=self.stage,
+            run=str(self.run.absolute()),
+            values=to_dict(self.config),
+            inputs={
+                # What an earlier job of the chain has yet to make is there when this one starts.
+                name: str(getattr(self.config, name))
+                for name in STAGES[self.stage].inputs
+                if getattr(self.config, name)
+            },
+            chained=self.chained,
+            trains=self.stage in TRAINING,
+            nodes=self.nodes,
+            place=str(Path.cwd()),
+            scratch=site.scratch,
+            interface=site.interface,
+            signal_delay=site.signal_delay,
+        )
+
+
+def single(stage: str, preset: str, overrides: Sequence[str], nodes: int, gpus: int, slurm: bool) -> Step:
+    """One stage.
+
+    Raises:
+        ConfigError: a configuration, or a number of nodes, that cannot be used.
+    """
+    config: Any = load_config(STAGES[stage].config, stage, preset, overrides)
+    if nodes > 1 and stage not in SPREADING:
+        raise ConfigError(f"--nodes {nodes}: {stage} runs on one node; take --nodes 1")
+    named = any(word.partition("=")[0] == "compute.workers" for word in overrides)
+    return _step(stage, config, nodes, gpus, chained=False, workers_named=named, slurm=slurm)
+
+
+def chain(preset: str, overrides: Sequence[str], nodes: int, gpus: int, slurm: bool) -> list[Step]:
+    """All stages of a pipeline preset, in order."""
+    from mvhpc.pipeline import Pipeline, PipelineConfig, state  # (imports torch)
+
+    pipeline = Pipeline(load_config(PipelineConfig, "pipeline", preset, overrides))
+    steps: list[Step] = []
+    for stage, config in pipeline.steps:
+        named = "workers" in getattr(pipeline.config, stage).get("compute", {})
+        step = _step(stage, config, nodes if stage in SPREADING else 1, gpus, True, named, slurm)
+        # Behind one that has yet to run, what is there may be outdated by then: its job looks again.
+        step.finished = all(s.finished for s in steps) and state(stage, step.config) == "finished"
+        steps.append(step)
+    return steps
+
+
+def _step(stage: str, config: Any, nodes: int, gpus: int, chained: bool, workers_named: bool, slurm: bool) -> Step:
+    compute = getattr(config, "compute", None)
+    gpus = gpus if compute is not None and compute.device != "cpu" else 0
+    if slurm and stage in SPREADING and not workers_named:
+        config.compute.workers = nodes * max(1, gpus)
+    if stage in TRAINING:
+        parts = config.compute.workers * config.training.accumulate
+        if config.training.batch % parts:
+            raise ConfigError(
+                f"training.batch={config.training.batch} does not divide evenly among {config.compute.workers} "
+                f"workers x training.accumulate={config.training.accumulate}; change --nodes, or the batch"
+            )
+    return Step(stage, config, nodes, gpus, chained)

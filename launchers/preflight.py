@@ -1,0 +1,150 @@
+"""Seconds of looking before any training: what would make a job fail or crawl later, said in words that name the node.
+
+Every node examines itself and writes what it found to the run folder; node 0 compares and reports all that is wrong.
+"""
+
+import contextlib
+import csv
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ["mvhpc", "torch", "deepspeed", "ray", "monai", "numpy", "zarr", "safetensors"]
+FREE_GIB = 1.0  # of the run folder, and of the scratch folder, below which a checkpoint or a session may not fit
+GPU_FAULTS = {  # field of nvidia-smi -> the value of a healthy GPU, what another one means
+    "ecc.errors.uncorrected.volatile.total": ("0", "has uncorrected memory errors"),
+    "retired_pages.pending": ("No", "has memory pages to retire; it needs a reset"),
+    "clocks_throttle_reasons.hw_slowdown": ("Not Active", "is slowed down by its hardware (heat or power)"),
+}
+
+
+def examine(run: Path, inputs: Mapping[str, str], scratch: Path, gpus: int) -> dict[str, Any]:
+    """What this node says of itself.
+
+    Args:
+        run: the run folder.
+        inputs: configuration key -> path that the stage reads.
+        scratch: this node's temporary folder.
+        gpus: how many the job was given here.
+
+    Returns:
+        ``versions`` and ``problems``, sentences without the node's name.
+    """
+    problems = [*_folder(run), *_scratch(scratch), *_gpus(gpus)]
+    for key, path in inputs.items():
+        problems += _readable(key, Path(path))
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {"versions": versions, "problems": problems}
+
+
+def _folder(run: Path) -> list[str]:
+    probe = run / "jobs" / f".probe-{platform.node()}-{os.getpid()}"
+    try:
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        return [f"cannot write to the run folder {run} ({error.strerror}); look at its permissions and quota"]
+    free = shutil.disk_usage(run).free / 2**30
+    if free < FREE_GIB:
+        return [f"only {free:.1f} GiB are free in the run folder {run}; make room for checkpoints"]
+    return []
+
+
+def _scratch(scratch: Path) -> list[str]:
+    problems = []
+    free = shutil.disk_usage(scratch).free / 2**30
+    if free < FREE_GIB:
+        problems.append(
+            f"only {free:.1f} GiB are free in {scratch.parent}; name another `scratch` in the cluster's YAML"
+        )
+    return problems
+
+
+def _readable(key: str, path: Path) -> list[str]:
+    """Read the first bytes of the input: of its index and of one file of its data."""
+    try:
+        files = (
+            [path]
+            if path.is_file()
+            else [p for p in (path / "index.json", path / "model" / "model.json") if p.is_file()]
+        )
+        if path.is_dir() and not files:
+            next(path.iterdir(), None)
+        if path.is_dir():
+            files += [p for p in sorted(path.glob("*.tar"))[:1] if p.is_file()]
+        for file in files:
+            with file.open("rb") as content:
+                content.read(4096)
+        if not path.is_file():
+            next(path.iterdir(), None)
+    except OSError as error:
+        return [f"cannot read {key}={path} ({error.strerror}); is it on a file system that all nodes share?"]
+    return []
+
+
+def _gpus(expected: int) -> list[str]:
+    if expected == 0:
+        return []
+    query = ",".join(["index", *GPU_FAULTS])
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return [f"nvidia-smi does not answer ({error}); exclude the node and tell the site"]
+    rows = [[cell.strip() for cell in row] for row in csv.reader(done.stdout.splitlines())]
+    problems = []
+    if len(rows) < expected:
+        problems.append(f"{expected} GPUs were asked for and nvidia-smi sees {len(rows)}; exclude the node")
+    for index, *values in rows:
+        for value, (healthy, meaning) in zip(values, GPU_FAULTS.values()):
+            if value != healthy and not value.startswith("["):  # [N/A]: not a thing of this kind of GPU
+                problems.append(f"GPU {index} {meaning} ({value}); exclude the node and tell the site")
+    return problems
+
+
+def judge(reports: Mapping[str, Mapping[str, Any]], missing: Sequence[str] = ()) -> list[str]:
+    """All that is wrong, a sentence each.
+
+    Args:
+        reports: node name -> what :func:`examine` returned there, with ``reduce`` where nodes were connected.
+        missing: nodes whose report did not come.
+    """
+    problems = [f"{node}: {problem}" for node, report in reports.items() for problem in report["problems"]]
+    problems += [
+        f"{node}: its report cannot be seen in the run folder; is that on a file system that all nodes share?"
+        for node in missing
+    ]
+    versions = {node: report["versions"] for node, report in reports.items()}
+    for name in sorted({name for found in versions.values() for name in found}):
+        told = {node: found.get(name, "none") for node, found in versions.items()}
+        usual, _ = Counter(told.values()).most_common(1)[0]
+        problems += [
+            f"{node}: {name} {version} where other nodes have {usual}; let all nodes use one environment"
+            for node, version in told.items()
+            if version != usual
+        ]
+    for node, report in reports.items():
+        if (found := report.get("reduce")) is None:
+            continue
+        if "error" in found:
+            problems.append(
+                f"{node}: the test all-reduce failed ({found['error']}); name the `interface` between nodes in the "
+                f"cluster's YAML, or exclude the node"
+            )
+        elif not found["right"]:
+            problems.append(f"{node}: the test all-reduce gave a wrong sum; exclude the node and tell the site")
+    return problems

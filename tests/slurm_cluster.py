@@ -1,0 +1,244 @@
+"""A real SLURM on this one machine: a controller and four node daemons, with munge, in one short temporary folder.
+
+The four nodes share the machine's address and differ in ports, so nothing that runs on them may rely on host names.
+Partition `urgent` preempts `batch`: a job there gets its user signal, `GRACE_S` seconds, and is queued again.
+"""
+
+import contextlib
+import getpass
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+NODES = ("n1", "n2", "n3", "n4")
+CPUS = 4  # of each node, by word alone
+GRACE_S = 60
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+GONE = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "DEADLINE", "BOOT_FAIL", ""})
+
+CONFIGURATION = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdSpoolDir={folder}/%n
+SlurmdPidFile={folder}/%n.pid
+SlurmdLogFile={folder}/%n.log
+SlurmctldParameters=preempt_send_user_signal
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+JobCompType=jobcomp/filetxt
+JobCompLoc={folder}/jobs.txt
+JobRequeue=1
+KillWait=15
+MinJobAge=20
+SlurmdTimeout=20
+ReturnToService=2
+NodeName=n[1-4] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs={cpus} State=UNKNOWN
+PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime={grace} State=UP
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=9 PreemptMode=OFF State=UP
+"""
+
+
+class SlurmCluster:
+    """A running SLURM.
+
+    Attributes:
+        folder: its configuration, state and logs.
+        environment: what a command needs to speak to it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        self._daemons: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        """Start all daemons and wait until every node is idle."""
+        port = _free_ports(1 + len(NODES))
+        (self.folder / "slurm.conf").write_text(
+            CONFIGURATION.format(
+                folder=self.folder,
+                host=socket.gethostname().partition(".")[0],
+                user=getpass.getuser(),
+                port=port,
+                first=port + 1,
+                last=port + len(NODES),
+                cpus=CPUS,
+                grace=GRACE_S,
+            )
+        )
+        for name in ("state", *NODES):
+            (self.folder / name).mkdir()
+        key = self.folder / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(128))
+        files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        options = [f"--{option}={self.folder}/munge.{name}" for option, name in files.items()]
+        self._daemon("munged", "--foreground", "--force", "--num-threads=2", *options)
+        wait_for(lambda: (self.folder / "munge.socket").exists(), 10)
+        self._daemon("slurmctld", "-D")
+        for node in NODES:
+            self._daemon("slurmd", "-D", "-N", node)
+        wait_for(lambda: self.nodes() == dict.fromkeys(NODES, "idle"), 30, "SLURM's nodes did not come up")
+
+    def _daemon(self, *command: str) -> None:
+        log = (self.folder / "daemons.log").open("ab")
+        # A session of its own: an interrupt from a terminal is for the tests, which then stop the daemons.
+        process = subprocess.Popen(
+            command, env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        log.close()
+        self._daemons.append(process)
+
+    def stop(self) -> None:
+        """End every job and every daemon."""
+        with contextlib.suppress(subprocess.SubprocessError, AssertionError):
+            self.run("scancel", "--user", getpass.getuser(), timeout=10)
+            wait_for(lambda: not self.run("squeue", "--noheader"), 20)
+        for process in reversed(self._daemons):
+            process.send_signal(signal.SIGTERM)
+        for process in self._daemons:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+        for left in self.processes():
+            with contextlib.suppress(psutil.Error):
+                left.kill()
+        for process in self._daemons:
+            process.wait(10)
+
+    # --- asking and telling ---
+
+    def run(self, *command: str, timeout: float = 30) -> str:
+        """What one of SLURM's commands prints."""
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, check=False, timeout=timeout
+        )
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout.strip()
+
+    def nodes(self) -> dict[str, str]:
+        """Node -> state in lower case."""
+        done = subprocess.run(
+            ["sinfo", "--noheader", "--Node", "--partition=batch", "--format=%N %t"],
+            env=self.environment, capture_output=True, text=True, check=False, timeout=30,
+        )  # fmt: skip
+        return dict(line.split() for line in done.stdout.splitlines())
+
+    def state(self, job: str) -> str:
+        """A job's state as squeue calls it; empty once SLURM has forgotten it."""
+        done = subprocess.run(
+            ["squeue", "--noheader", "--states=all", "--jobs", job, "--format=%T"],
+            env=self.environment, capture_output=True, text=True, check=False, timeout=30,
+        )  # fmt: skip
+        return done.stdout.strip()
+
+    def restarts(self, job: str) -> int:
+        """How often a job has been queued again."""
+        return int(self.run("scontrol", "show", "job", job).partition("Restarts=")[2].split()[0])
+
+    def wait(self, job: str, *states: str, seconds: float = 120) -> str:
+        """Wait until a job is in one of ``states`` (default: over) and return which."""
+        wanted = states or GONE
+        wait_for(lambda: self.state(job) in wanted, seconds, f"job {job} is {self.state(job)}, not {wanted}")
+        return self.state(job)
+
+    def start_again(self, job: str, restarts: int, seconds: float = 60) -> None:
+        """Wait until a job was queued again for the ``restarts``-th time, and let it start at once.
+
+        SLURM otherwise lets two minutes pass.
+        """
+        wait_for(lambda: self.restarts(job) >= restarts and self.state(job) == "PENDING", seconds)
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def down(self, node: str) -> None:
+        """Call a node dead; its jobs are queued again."""
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+
+    def up(self, node: str) -> None:
+        """Call a node well."""
+        self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        wait_for(lambda: self.nodes().get(node) == "idle", 30, f"{node} does not come back")
+
+    def job_processes(self, job: str) -> list[psutil.Process]:
+        """Every process of a job on any node, its own daemons' too."""
+        return _with_variable("SLURM_JOB_ID", job, self.processes())
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process that speaks to this SLURM: daemons, steps, jobs."""
+        return _with_variable("SLURM_CONF", self.environment["SLURM_CONF"], psutil.process_iter())
+
+
+def _with_variable(
+    name: str, value: str, among: "Iterator[psutil.Process] | list[psutil.Process]"
+) -> list[psutil.Process]:
+    found = []
+    for process in among:
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(name) == value and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def _free_ports(count: int) -> int:
+    """The first of ``count`` neighbouring free ports below those that the system hands out."""
+    for first in range(17000 + os.getpid() % 900 * 10, 32000, 10):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+    raise RuntimeError("no free ports")
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60, what: str = "waited in vain") -> None:
+    """Wait until ``condition()`` holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster() -> Iterator[SlurmCluster]:
+    """The cluster, for as long as the tests last; nothing of it is left afterwards."""
+    os.environ["PATH"] = os.environ["PATH"] + os.pathsep + "/usr/sbin"  # where Debian keeps the daemons
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"no SLURM here ({', '.join(missing)} missing): apt-get install slurm-wlm munge")
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
+    cluster = SlurmCluster(folder)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def slurm(slurm_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> SlurmCluster:
+    """The cluster, with this process's environment pointing to it."""
+    monkeypatch.setenv("SLURM_CONF", slurm_cluster.environment["SLURM_CONF"])
+    return slurm_cluster
