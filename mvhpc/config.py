@@ -63,6 +63,10 @@ class Compute:
     device: str  # auto | cpu | cuda
     threads: int  # per worker; 0 divides the cores among the workers
     retries: int  # restarts of killed workers from the last checkpoint
+    # Of training alone, so that other stages need not name them.
+    offload: str = "none"  # none | cpu: where the optimiser's state lives, from ZeRO-1 on
+    compile: bool = False  # networks through torch.compile
+    hang_minutes: float = 30.0  # without a step, after which a worker writes all stacks to its log and ends; 0: never
 
 
 @dataclass

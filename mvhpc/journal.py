@@ -2,9 +2,11 @@
 
 The training loop writes and knows no reader; progress bars and MLflow read and may die, lag or be replayed without
 touching the run. Events: ``start`` (step, total), ``metrics`` (step, metrics), ``artifact`` (path relative to the
-folder), ``end`` (step).
+folder), ``trouble`` (text: one sentence on what went wrong and was survived), ``end`` (step).
 """
 
+import contextlib
+import errno
 import json
 import os
 import threading
@@ -21,7 +23,8 @@ class Journal:
     """Appends events to ``folder/journal.jsonl``.
 
     Each line leaves in one ``write`` call on a file opened for appending, so several processes may write and a
-    killed one can only tear its own last line, which the next writer ends and readers skip.
+    killed one can only tear its own last line, which the next writer ends and readers skip. Lines that cannot be
+    written, on a full disc say, stay in memory and go before the next ones.
 
     Args:
         folder: the run folder; made where it is missing.
@@ -30,14 +33,29 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / FILE
+        self._lines: list[bytes] = []  # not yet written
 
     def write(self, event: str, **fields: Any) -> None:
         """Append ``event`` with the time (seconds since 1970) and its ``fields`` (JSON-able)."""
         line = json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n"
+        self._lines.append(line.encode())
+        with contextlib.suppress(OSError):
+            self.flush()
+
+    def flush(self) -> None:
+        """Append what could not be written before.
+
+        Raises:
+            OSError: it still cannot.
+        """
         with self.path.open("ab+", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
-            file.write((b"\n" if torn else b"") + line.encode())
+            while self._lines:
+                size = file.seek(0, os.SEEK_END)
+                torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+                line = (b"\n" if torn else b"") + self._lines[0]
+                if file.write(line) < len(line) - 1:  # the disc is full: what is there is a torn line, readers skip it
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                del self._lines[0]
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

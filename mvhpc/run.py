@@ -19,6 +19,10 @@ from shards.index import Index
 FOLDERS = {"vae", "joint"}  # stages whose output is the run folder itself
 
 
+class Interrupted(RuntimeError):
+    """A stage stopped on request, its state in a checkpoint; the same command goes on from there."""
+
+
 class Run:
     """What a stage writes to beside its result.
 
@@ -69,7 +73,8 @@ def identity(path: str | Path) -> str:
 def stage_fingerprint(stage: str, config: Any, inputs: dict[str, str]) -> str:
     """Identifies a stage's result: its configuration less what cannot change the result, and its inputs' content."""
     decisive = {k: v for k, v in to_dict(config).items() if k not in {"out", "tracking", *inputs}}
-    decisive.get("compute", {}).pop("retries", None)
+    for key in ("retries", "hang_minutes"):
+        decisive.get("compute", {}).pop(key, None)
     return fingerprint(stage, decisive, inputs)
 
 

@@ -10,6 +10,7 @@ keeps an equal point once), and of the steps that a resumed run goes through twi
 """
 
 import functools
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -31,7 +32,7 @@ import yaml
 
 from mvhpc.config import to_dict
 from mvhpc.journal import follow, read, unseen
-from mvhpc.run import identity, stage_fingerprint
+from mvhpc.run import Interrupted, identity, stage_fingerprint
 from shards.files import write_text
 from shards.index import Index
 from shards.progress import Progress
@@ -40,10 +41,22 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 STATE = "tracking.json"
+KNOWN = ("run", "experiment_id", "sent", "described", "told")  # of a state: what one store knows
 SQLITE = "sqlite:///"
 PERIOD_S = 3.0  # between two replays
 GRACE_S = 60.0  # how long a stage that has ended waits for the last replay
 METRICS, PARAMETERS = 1000, 100  # per request, MLflow's limits
+NOTE = {
+    "train/loss": "loss {:.4g}",
+    "train/grad_norm": "gradient {:.3g}",
+    "train/lr": "rate {:.2g}",
+    "system/samples_per_second": "{:.3g} samples/s",
+    "system/model_tflops": "{:.3g} TFLOP/s",
+    "system/utilisation_percent": "{:.0f} % used",
+    "system/data_wait_percent": "{:.0f} % waiting",
+    "system/memory_gib": "{:.1f} GiB",
+    "system/gpu_memory_gib": "{:.1f} GiB on the GPU",
+}
 PACKAGES = ["mvhpc", "torch", "monai", "deepspeed", "ray", "zarr", "mlflow", "numpy"]
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # seconds; its default of 120, five times over, is for people who wait
@@ -126,7 +139,8 @@ class Tracker:
             made = {"output": identity(self.out)} if self.out.exists() else {}
             ending: dict[str, Any] = {"status": "FINISHED", "made": made, "datasets": _datasets(self.out, "output")}
         else:
-            ending = {"status": "FAILED" if issubclass(kind, Exception) else "KILLED", "made": {"error": kind.__name__}}
+            failed = issubclass(kind, Exception) and not issubclass(kind, Interrupted)
+            ending = {"status": "FAILED" if failed else "KILLED", "made": {"error": kind.__name__}}
         try:
             self._process.communicate(json.dumps(ending) + "\n", timeout=GRACE_S)
         except subprocess.TimeoutExpired:
@@ -144,40 +158,56 @@ class Tracker:
                 continue
             if event["event"] == "start":
                 bar = Progress(self.stage, event["total"], "step", initial=event["step"])
+            elif event["event"] == "trouble":
+                print(f"step {event['step']}: {event['text']}", file=sys.stderr)
             elif bar is not None and event["event"] in {"metrics", "end"}:
-                loss = event.get("metrics", {}).get("train/loss")
-                bar.update(max(0, event["step"] - bar.done), None if loss is None else f"loss {loss:.4g}")
+                bar.update(max(0, event["step"] - bar.done), _note(event.get("metrics", {})))
         if bar is not None:
             bar.close()
 
 
-def sync(folder: Path) -> None:
+def _note(metrics: dict[str, float]) -> str | None:
+    """What the progress bar says of an interval of training; None for other metrics."""
+    if "train/loss" not in metrics and "system/samples_per_second" not in metrics:
+        return None
+    return ", ".join(text.format(metrics[name]) for name, text in NOTE.items() if name in metrics)
+
+
+def sync(folder: Path, uri: str = "") -> None:
     """Bring a run folder's MLflow run up to date with its journal; what the store has already is not sent again.
 
     Args:
         folder: a run folder with a ``tracking.json``.
+        uri: of another store than the run's own; what that one knows is noted in a file of its own.
 
     Raises:
         FileNotFoundError: there is no ``tracking.json``.
         Exception: whatever MLflow raises where the store does not answer; nothing is lost, call it again later.
     """
-    state = _state(folder)
+    state, name = _state(folder), STATE
+    if uri and (uri := _store(uri, folder)[0]) != state["uri"]:
+        name = f"tracking.{hashlib.sha256(uri.encode()).hexdigest()[:8]}.json"
+        known = _state(folder, name) if (folder / name).is_file() else {}
+        if known.get("id") != state["id"]:
+            known = {"sent": 0, "described": False, "told": None}
+        state = {k: v for k, v in state.items() if k not in KNOWN} | {k: known[k] for k in KNOWN if k in known}
+        state["uri"] = uri
     client = store_client(_uri(state["uri"], folder))
     if "run" not in state:
         state |= _open(client, folder, state)
-        _save(folder, state)
+        _save(folder, state, name)
     if not state["described"]:
         _describe(client, state)
         state["described"] = True
-        _save(folder, state)
+        _save(folder, state, name)
     events = list(unseen(map(_point, read(folder)[state["begin"] :])))
     _replay(client, state["run"], folder, events[state["sent"] :])
     state["sent"] = len(events)
-    _save(folder, state)
+    _save(folder, state, name)
     if state["told"] != state["status"]:
         _tell(client, state)
         state["told"] = state["status"]
-        _save(folder, state)
+        _save(folder, state, name)
 
 
 def catch_up(root: Path) -> None:
@@ -305,12 +335,12 @@ def _log_datasets(client: "MlflowClient", run: str, datasets: list[dict[str, str
 # --- what is told ------------------------------------------------------------------------------------------------
 
 
-def _state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / STATE).read_text())
+def _state(folder: Path, name: str = STATE) -> dict[str, Any]:
+    return json.loads((folder / name).read_text())
 
 
-def _save(folder: Path, state: dict[str, Any]) -> None:
-    write_text(folder / STATE, json.dumps(state, indent=1))
+def _save(folder: Path, state: dict[str, Any], name: str = STATE) -> None:
+    write_text(folder / name, json.dumps(state, indent=1))
 
 
 def _now() -> int:

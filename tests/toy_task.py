@@ -8,8 +8,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import resource
 import signal
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from mvhpc.journal import read, unseen
 from mvhpc.randomness import generator, randn
 from mvhpc.training.engine import Engine
 from mvhpc.training.loop import train
+from shards.loader import Order
 
 
 @dataclass
@@ -31,6 +34,11 @@ class Faults:
     fail_at: int = -1  # step at which it is interrupted
     kill_at: int = -1  # step at which one of its processes is killed, once: the one that makes the file `mark`
     mark: str = ""
+    poison: list[int] = field(default_factory=list)  # steps of whose samples one is not finite
+    transient: bool = False  # poisoned only the first time
+    stop_at: int = -1  # step at which the stop file appears
+    full: list[int] = field(default_factory=list)  # first and last step at which no file can grow
+    hang_at: int = -1
 
 
 @dataclass
@@ -45,6 +53,7 @@ class ToyConfig:
     tracking: Faults  # where a resumed run may differ
     adversarial: bool = True
     dropout: float = 0.0
+    width: int = 16
 
 
 def toy_config(**changes: Any) -> ToyConfig:
@@ -84,8 +93,11 @@ class ToyTask:
         torch.manual_seed(config.training.seed)
         self.config = config
         self.networks: dict[str, nn.Module] = {
-            "denoiser": nn.Sequential(nn.Linear(2, 16), nn.SiLU(), nn.Dropout(config.dropout), nn.Linear(16, 2))
+            "denoiser": nn.Sequential(
+                nn.Linear(2, config.width), nn.SiLU(), nn.Dropout(config.dropout), nn.Linear(config.width, 2)
+            )
         }
+        self.struck: set[int] = set()
         self.learning_rates = {"denoiser": config.optimizer.lr}
         if config.adversarial:
             self.networks["discriminator"] = nn.Sequential(nn.Linear(2, 8), nn.SiLU(), nn.Linear(8, 1))
@@ -99,16 +111,33 @@ class ToyTask:
     def load(self, indices: list[int]) -> dict[str, Any]:
         return {"x": self.points(indices)}
 
+    def _suffer(self, step: int, x: Tensor, indices: list[int]) -> Tensor:
+        """What the configuration says befalls this step."""
+        faults = self.config.tracking
+        if step == faults.fail_at:
+            raise Interrupted
+        if step == faults.kill_at:
+            with contextlib.suppress(FileExistsError):
+                Path(faults.mark).touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
+        if step == faults.stop_at:
+            Path(os.environ["MVHPC_STOP_FILE"]).touch()
+        while step == faults.hang_at:
+            time.sleep(1)
+        rank, world = (int(os.environ.get(name, 1)) for name in ("RANK", "WORLD_SIZE"))
+        if faults.full and rank >= world - 1:  # for every file of this process, the last of the workers
+            soft = 100 if faults.full[0] <= step <= faults.full[1] else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, resource.RLIM_INFINITY))
+        if step in faults.poison and not (faults.transient and step in self.struck):
+            first = Order(self.samples, self.config.training.batch, self.config.training.seed).indices(step)[0]
+            x = torch.where(torch.tensor(indices, device=x.device)[:, None] == first, torch.nan, x)
+        self.struck.add(step)
+        return x
+
     def step(
         self, batch: dict[str, Any], engines: dict[str, Engine], step: int, indices: list[int]
     ) -> dict[str, Tensor]:
-        if step == self.config.tracking.fail_at:
-            raise Interrupted
-        if step == self.config.tracking.kill_at:
-            with contextlib.suppress(FileExistsError):
-                Path(self.config.tracking.mark).touch(exist_ok=False)
-                os.kill(os.getpid(), signal.SIGKILL)
-        x = batch["x"]
+        x = self._suffer(step, batch["x"], indices)
         noise = randn([generator(self.config.training.seed, "train", step, i) for i in indices], (2,))
         denoised = engines["denoiser"](x + 0.3 * noise.to(x.device))
         loss = (denoised - x).square().mean()

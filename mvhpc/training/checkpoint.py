@@ -1,24 +1,31 @@
-"""Checkpoints that exist whole or not at all.
+"""Checkpoints that exist whole or not at all, written while training goes on.
 
-Every worker writes its part into a hidden folder; once all have, rank 0 adds ``manifest.json`` (sizes and SHA-256 of
-all files) and renames the folder to ``step-XXXXXXXX``. A folder without its manifest does not exist and is swept.
+Every worker hands over copies of its tensors, which a thread writes into a hidden folder; once all workers have
+written, rank 0 adds ``manifest.json`` (sizes and SHA-256 of all files) and renames the folder to ``step-XXXXXXXX``.
+A folder without its manifest does not exist and is swept.
 """
 
+import contextlib
+import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mvhpc.training.ranks import Ranks
 from shards.files import sha256, sync, write_text
 
 MANIFEST = "manifest.json"
+Digests = dict[str, dict[str, Any]]
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be resumed from; the message names it, what is wrong and what to do."""
+    """A checkpoint that cannot be written or resumed from; the message names it, what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +42,23 @@ class Checkpoint:
     folder: Path
     step: int
     state: dict[str, Any]
-    files: dict[str, dict[str, Any]]
+    files: Digests
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint on its way to the disc."""
+
+    step: int
+    state: dict[str, Any]
+    best: int
+    part: Path
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every method is collective: all workers call it, in the same order.
+    """The checkpoints of one run.
+
+    Methods are collective, but for :meth:`report` and :meth:`close`: all workers call them, in the same order.
 
     Args:
         folder: holds ``step-XXXXXXXX`` folders.
@@ -49,50 +68,117 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int, ranks: Ranks) -> None:
         self.folder, self.keep, self.ranks = folder, max(1, keep), ranks
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        # Where the pending one stands, the same at all workers: everybody writes, then rank 0 completes it.
+        self._pending: _Pending | None = None
+        self._begun = 0
+        self._completing = False
+        self._work: Future[Any] | None = None  # this worker's part in that
 
-    def save(self, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
-        """Write a checkpoint and remove the oldest beyond ``keep``.
+    # --- writing ---
+
+    def begin(self, step: int, files: dict[str, Any], state: dict[str, Any], best: int = 0) -> str | None:
+        """Begin a checkpoint, once the one before it is finished; :meth:`settle` or :meth:`finish` completes it.
 
         Args:
             step: steps done.
-            write: called by every worker with the (unfinished) folder; writes this worker's files into it.
+            files: relative path -> what ``torch.save`` writes there, of this worker; nobody changes it from now on.
             state: JSON-able; rank 0's is kept.
+            best: step of a checkpoint that is kept beside the newest ones; 0 for none.
 
         Returns:
-            the finished folder.
+            what went wrong with the one before; None where nothing did.
         """
-        final, part = self.folder / f"step-{step:08d}", self.folder / f".step-{step:08d}.part"
-        if self.ranks.rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-        self.ranks.barrier()
-        write(part)
-        self.ranks.barrier()
-        mine = sorted(p for p in part.rglob("*") if p.is_file())[self.ranks.rank :: self.ranks.world]
-        digests = {}
-        for path in mine:
-            sync(path)
-            digests[str(path.relative_to(part))] = {"size": path.stat().st_size, "sha256": sha256(path)}
-        files = {name: entry for part_of in self.ranks.gather(digests) for name, entry in part_of.items()}
-        if self.ranks.rank == 0:
-            manifest = {"step": step, "state": state, "files": files}
-            write_text(part / MANIFEST, json.dumps(manifest, indent=1))
-            sync(part)
-            _discard(final)
-            part.replace(final)
-            sync(self.folder)
-            for old in self._complete()[: -self.keep]:
-                _discard(old)
-        self.ranks.barrier()
-        return final
+        trouble = self.finish()
+        self._begun += 1  # each part has a name of its own: what is left of a failed one is removed meanwhile
+        part = self.folder / f".step-{step:08d}.{self._begun}.part"
+        self._pending, self._completing = _Pending(step, state, best, part), False
+        self._work = self._writer.submit(self._write, part, files)
+        return trouble
 
-    def _complete(self) -> list[Path]:
+    def report(self, wait: bool = False) -> Any:
+        """How far this worker has come with its part, for :meth:`settle`: None while it is busy.
+
+        Args:
+            wait: until it is done.
+        """
+        if self._work is None or not (wait or self._work.done()):
+            return None
+        try:
+            return self._work.result()
+        except OSError as error:
+            return f"{error.strerror or error}: {error.filename or self.folder} (worker {self.ranks.rank})"
+
+    def settle(self, reports: Sequence[Any]) -> str | None:
+        """Go on with the pending checkpoint as far as all workers' :meth:`report` allow; waits for nothing.
+
+        Returns:
+            what went wrong, in which case the pending checkpoint is dropped; None where nothing did.
+        """
+        pending = self._pending
+        if pending is None or (reports[0] is None if self._completing else None in reports):
+            return None
+        words = [report for report in reports if isinstance(report, str)]
+        if words or self._completing:
+            self._pending = self._work = None
+        if words:
+            if self.ranks.rank == 0:
+                self._writer.submit(shutil.rmtree, pending.part, ignore_errors=True)
+            return f"the checkpoint of step {pending.step} could not be written: {words[0]}"
+        if not self._completing:
+            self._completing, self._work = True, None
+            if self.ranks.rank == 0:
+                self._work = self._writer.submit(self._complete, pending, list(reports))
+        return None
+
+    def finish(self) -> str | None:
+        """Wait for the pending checkpoint.
+
+        Returns:
+            as :meth:`settle`.
+        """
+        trouble = None
+        while self._pending is not None:
+            trouble = self.settle(self.ranks.gather(self.report(wait=True)))
+        return trouble
+
+    def close(self) -> None:
+        """Let the writer end: with one worker the pending checkpoint is completed, with more it is left to be swept."""
+        if self.ranks.world == 1:
+            self.finish()
+        self._writer.shutdown(wait=True)
+
+    def _write(self, part: Path, files: dict[str, Any]) -> Digests:
+        digests = {}
+        for name, content in files.items():
+            path = part / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            digests[name] = _save(content, path)
+        return digests
+
+    def _complete(self, pending: _Pending, reports: list[Digests]) -> bool:
+        part, final = pending.part, self.folder / f"step-{pending.step:08d}"
+        files = {name: entry for digests in reports for name, entry in digests.items()}
+        manifest = {"step": pending.step, "state": pending.state, "files": files}
+        write_text(part / MANIFEST, json.dumps(manifest, indent=1))
+        sync(part)
+        _discard(final)
+        part.replace(final)
+        sync(self.folder)
+        for old in self._all()[: -self.keep]:
+            if old.name != f"step-{pending.best:08d}":
+                _discard(old)
+        return True
+
+    # --- reading ---
+
+    def _all(self) -> list[Path]:
         return sorted(path.parent for path in self.folder.glob(f"step-*/{MANIFEST}"))
 
     def sweep(self) -> None:
         """Remove what an interrupted run left unfinished."""
         if self.ranks.rank == 0 and self.folder.is_dir():
-            complete = set(self._complete())
+            complete = set(self._all())
             for path in [*self.folder.glob("step-*"), *self.folder.glob(".step-*.part")]:
                 if path not in complete:
                     shutil.rmtree(path)
@@ -104,17 +190,15 @@ class Checkpoints:
         Raises:
             CheckpointError: naming the manifest that cannot be read.
         """
-        complete = self._complete()
+        complete = self._all()
         # Rank 0's view is everybody's: shared file systems show a new folder to some nodes later than to others.
         name = self.ranks.gather(complete[-1].name if complete else None)[0]
         if name is None:
             return None
-        path = self.folder / name / MANIFEST
         try:
-            manifest = json.loads(path.read_text())
-            return Checkpoint(path.parent, manifest["step"], manifest["state"], manifest["files"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: not a manifest ({error}); {self._advice()}") from error
+            return read_checkpoint(self.folder / name)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {self._advice()}") from error
 
     def verify(self, checkpoint: Checkpoint) -> None:
         """Check the size and SHA-256 of every file, the work shared among the workers.
@@ -134,9 +218,70 @@ class Checkpoints:
             raise CheckpointError(f"{found[0]}; {self._advice()}")
 
     def _advice(self) -> str:
-        complete = self._complete()
+        complete = self._all()
         before = f"to resume from {complete[-2].name}" if len(complete) > 1 else "to begin anew"
         return f"remove the folder {complete[-1]} {before}"
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in ``folder``, by its manifest.
+
+    Raises:
+        CheckpointError: naming the manifest that cannot be read.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        return Checkpoint(folder, manifest["step"], manifest["state"], manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a manifest ({error})") from error
+
+
+class _Hashing:
+    """A file being written, and the digest of what was written."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.size, self.sha = file, 0, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        content = memoryview(content).cast("B")
+        with self._keeping():
+            self.file.write(content)
+        self.sha.update(content)
+        self.size += content.nbytes
+        return content.nbytes
+
+    def flush(self) -> None:
+        with self._keeping():
+            self.file.flush()
+
+    @contextlib.contextmanager
+    def _keeping(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # kept, for torch reports a sentence of its own
+            self.error = error
+            raise
+
+
+def _save(content: Any, path: Path) -> dict[str, Any]:
+    """``torch.save`` to the disc, flushed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with path.open("wb") as file:
+        hashing = _Hashing(file)
+        try:
+            torch.save(content, hashing)  # type: ignore[arg-type]
+        except Exception as error:
+            cause = hashing.error or error
+            if not isinstance(cause, OSError):
+                raise
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+    sync(path)
+    return {"size": hashing.size, "sha256": hashing.sha.hexdigest()}
 
 
 def _discard(folder: Path) -> None:

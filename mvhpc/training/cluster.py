@@ -25,6 +25,8 @@ from typing import Any
 import torch
 
 from mvhpc.config import Compute, ConfigError
+from mvhpc.run import Interrupted
+from mvhpc.training.guard import STOP_FILE
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
 Target = Callable[[Any, Path, int, int], dict[str, float]]
@@ -55,6 +57,7 @@ def launch(target: str, config: Any, folder: Path, workers: int) -> dict[str, fl
 
     Raises:
         WorkerError: with several workers. With one, whatever the function raises.
+        Interrupted: stopped on request.
         ConfigError: more workers than GPUs.
     """
     if workers == 1:
@@ -94,8 +97,8 @@ def _launch_ray(target: str, config: Any, folder: Path, workers: int) -> dict[st
     folder = folder.absolute()
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    for leftover in (logs / "error.json", logs / "result.json"):
-        leftover.unlink(missing_ok=True)
+    for leftover in ("error.json", "result.json", "stopped.json"):
+        (logs / leftover).unlink(missing_ok=True)
     with ray_session(workers, logs), tempfile.TemporaryDirectory(prefix="mvhpc-") as storage:
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -110,6 +113,7 @@ def _launch_ray(target: str, config: Any, folder: Path, workers: int) -> dict[st
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
             "OMP_NUM_THREADS": str(threads),
             **({} if gpus else {"DS_ACCELERATOR": "cpu"}),
+            **{name: os.environ[name] for name in (STOP_FILE,) if name in os.environ},
         }
         trainer = TorchTrainer(
             _worker,
@@ -138,9 +142,16 @@ def _launch_ray(target: str, config: Any, folder: Path, workers: int) -> dict[st
             raise _explain(error, logs) from None
         if (logs / "error.json").is_file():
             raise _explain(None, logs)
-        result = json.loads((logs / "result.json").read_text())
-        (logs / "result.json").unlink()
-        return result
+        if (logs / "stopped.json").is_file():
+            raise Interrupted(_take(logs / "stopped.json"))
+        return _take(logs / "result.json")
+
+
+def _take(path: Path) -> Any:
+    """The content of a JSON file, which is gone afterwards."""
+    content = json.loads(path.read_text())
+    path.unlink()
+    return content
 
 
 def _explain(error: Any, logs: Path) -> WorkerError:
@@ -239,6 +250,9 @@ def _worker(settings: dict[str, Any]) -> None:
     keep_freed_memory()
     try:
         result = _call(settings["target"])(settings["config"], folder, rank, world)
+    except Interrupted as error:  # no failure, which Ray would try again
+        _write_once(logs / "stopped.json", str(error))
+        return
     except Exception as error:
         traceback.print_exc()
         if not any(word in str(error).lower() for word in CONSEQUENCES):

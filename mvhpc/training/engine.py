@@ -5,9 +5,7 @@ float32, the same way with one worker or many.
 """
 
 import contextlib
-import logging
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,12 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
-from mvhpc.config import Compute, ConfigError, Optimizer, choose
+from mvhpc.config import Compute, Optimizer, choose
 from mvhpc.devices import keep_thin_convolutions_exact, resolve_device, resolve_precision
 from mvhpc.training.ranks import Ranks
+from mvhpc.training.whole import LOCAL, Whole, read_whole, trained
 
 SCHEDULES = ("constant", "cosine")
+SPIKE = 1000.0  # times the largest gradient norm of late: a gradient that would undo what was learnt
+SETTLED = 100  # updates before a norm can be called a spike
+MEMORY = 0.99  # per update, of the largest norm of late
 
 
 def learning_rate(step: int, total: int, base: float, optimizer: Optimizer) -> float:
@@ -81,9 +84,16 @@ class Engine(ABC):
     Attributes:
         module: the network.
         device: where it is and its inputs must be.
-        grad_norm: gradient norm before clipping, over all workers, of the last update; a 0-dimensional tensor.
-        updates: optimiser updates done.
+        grad_norm: gradient norm before clipping, over all workers, of the last update that was applied; a
+            0-dimensional tensor.
+        skipped: 1 where the last update was left out because its gradient was not finite or exploded, else 0; a
+            0-dimensional tensor, the same at all workers.
+        updates: optimiser updates done, those left out too.
+        flops: of one forward pass of one micro-batch at this worker; 0 before the first.
+        layout: how a checkpoint of this engine is divided; :meth:`load` reads that of any other too.
     """
+
+    layout: str
 
     def __init__(
         self,
@@ -95,8 +105,11 @@ class Engine(ABC):
     ) -> None:
         self.module = module
         self.device = device
-        self.grad_norm = torch.zeros(())
+        self.grad_norm = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), device=device)
+        self.usual = torch.zeros((), device=device)  # the largest gradient norm of late
         self.updates = 0
+        self.flops = 0
         self._clip = optimizer.clip
         self._accumulate = accumulate
         self._micro = 0
@@ -114,8 +127,19 @@ class Engine(ABC):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The network's output; floating tensors in it are float32."""
+        if not self.flops:
+            self._count(*args, **kwargs)
         with self.autocast():
             return _float32(self._forward(*args, **kwargs))
+
+    def _count(self, *args: Any, **kwargs: Any) -> None:
+        """Count the operations of a forward pass by taking one more, which leaves no trace."""
+        self.module.eval()
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), self.autocast(), torch.compiler.set_stance("force_eager"), counter:
+            self.module(*args, **kwargs)
+        self.module.train()
+        self.flops = counter.get_total_flops()
 
     def frozen(self, *args: Any, **kwargs: Any) -> Any:
         """Forward with the weights held constant: gradients reach the inputs but not the weights.
@@ -144,6 +168,17 @@ class Engine(ABC):
     @abstractmethod
     def _update(self, last: bool) -> None: ...
 
+    def _judge(self, norm: Tensor) -> Tensor:
+        """Whether an update with this gradient norm is to be left out, as 1 or 0, decided on the norm's device."""
+        norm = norm.detach().float()
+        bad = ~torch.isfinite(norm) | (norm < 0)
+        if self.updates >= SETTLED:
+            bad = bad | ((norm > SPIKE * self.usual) & (self.usual > 0))
+        self.usual = torch.where(bad, self.usual, torch.maximum(MEMORY * self.usual, norm))
+        self.grad_norm = torch.where(bad, self.grad_norm, norm)
+        self.skipped = bad.float()
+        return self.skipped
+
     @abstractmethod
     def set_learning_rate(self, rate: float) -> None:
         """Use ``rate`` from the next update on."""
@@ -169,26 +204,45 @@ class Engine(ABC):
         """The whole state dict on the CPU, of what is in place now. Collective; only rank 0's result is whole."""
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write this worker's part of all that decides the future into ``folder``. Collective."""
+    def snapshot(self) -> dict[str, Any]:
+        """Copies in host memory of this worker's part of all that decides the future: file name -> content. Collective.
+
+        Each content is for ``torch.save``.
+        """
 
     @abstractmethod
-    def load(self, folder: Path) -> None:
-        """Take up what :meth:`save` wrote. Collective."""
+    def load(self, folder: Path, layout: str) -> None:
+        """Take up what :meth:`snapshot` gave. Collective.
+
+        Args:
+            folder: holds the files of all workers.
+            layout: of the engines that wrote them.
+        """
+
+
+def to_host(tree: Any) -> Any:
+    """A copy in host memory of all tensors of a nested structure."""
+    return tree_map_only(
+        Tensor,
+        lambda x: x.detach().to("cpu", copy=True),
+        tree,
+        is_leaf=lambda node: isinstance(node, torch.Size),  # not to become a plain tuple
+    )
 
 
 def _float32(output: Any) -> Any:
     return tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, output)
 
 
-def _adamw(module: nn.Module, rate: float, optimizer: Optimizer) -> torch.optim.AdamW:
+def adamw(module: nn.Module, rate: float, optimizer: Optimizer) -> torch.optim.AdamW:
+    """AdamW over what is trained of a network; fused, so that ``found_inf`` leaves a step out without waiting."""
     trained = [p for p in module.parameters() if p.requires_grad]
     first, second = optimizer.betas
     return torch.optim.AdamW(trained, lr=rate, betas=(first, second), weight_decay=optimizer.weight_decay, fused=True)
 
 
 class LocalEngine(Engine):
-    """One worker: plain torch."""
+    """One worker: plain torch. ``compute.zero_stage`` and ``compute.offload`` have nothing to divide or move here."""
 
     def __init__(
         self,
@@ -201,7 +255,10 @@ class LocalEngine(Engine):
     ) -> None:
         device = resolve_device(compute.device)
         super().__init__(module.to(device).train(), optimizer, compute, accumulate, device)
-        self.optimizer = _adamw(module, rate, optimizer)
+        self.layout = "1 worker"
+        if compute.compile:
+            module.compile(dynamic=False)
+        self.optimizer = adamw(module, rate, optimizer)
         if decay is not None:
             self.average = Average(list(module.parameters()), decay)
 
@@ -215,7 +272,8 @@ class LocalEngine(Engine):
         if not last:
             return
         limit = self._clip if self._clip > 0 else math.inf
-        self.grad_norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+        self.optimizer.found_inf = self._judge(norm)  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -226,155 +284,27 @@ class LocalEngine(Engine):
     def weights(self) -> dict[str, Tensor]:
         return {name: value.detach().cpu().clone() for name, value in self.module.state_dict().items()}
 
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            "network": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": None if self.average is None else self.average.values,
-            "updates": self.updates,
-        }
-        torch.save(state, folder / "state.pt")
-
-    def load(self, folder: Path) -> None:
-        state = torch.load(folder / "state.pt", map_location=self.device, weights_only=True)
-        self.module.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.updates = state["updates"]
-        if self.average is not None:
-            torch._foreach_copy_(self.average.values, state["average"])
-
-
-class DeepSpeedEngine(Engine):
-    """Many workers: DeepSpeed ZeRO on the process group that Ray (or a test) has set up.
-
-    Stage 0 copies everything, 1 divides the optimiser state among the workers, 2 the gradients too, 3 the weights
-    and their average too (Rajbhandari et al. 2020).
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        rate: float,
-        optimizer: Optimizer,
-        compute: Compute,
-        decay: float | None,
-        accumulate: int,
-        micro_batch: int,
-        ranks: Ranks,
-    ) -> None:
-        device = resolve_device(compute.device)
-        super().__init__(module.to(device).train(), optimizer, compute, accumulate, device)
-        self._deepspeed = import_deepspeed(device)
-        self._ranks = ranks
-        if compute.zero_stage not in range(4):
-            raise ConfigError(f"compute.zero_stage={compute.zero_stage}: DeepSpeed ZeRO has stages 0 to 3")
-        self.stage = compute.zero_stage
-        settings = {
-            "train_micro_batch_size_per_gpu": micro_batch,
-            "gradient_accumulation_steps": accumulate,
-            "gradient_clipping": optimizer.clip,
-            # Threshold 0: no weights stay gathered between steps, where an exchange with the average would miss them.
-            "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0},
-            "torch_autocast": {
-                "enabled": self._dtype != torch.float32,
-                "dtype": str(self._dtype).removeprefix("torch."),
-                "lower_precision_safe_modules": [],  # gradients travel in float32
-            },
-            "steps_per_print": 2**31,
-        }
-        self._engine, *_ = self._deepspeed.initialize(
-            model=module, optimizer=_adamw(module, rate, optimizer), config=settings, dist_init_required=False
+    def snapshot(self) -> dict[str, Any]:
+        average = () if self.average is None else self.average.values
+        whole = Whole(
+            network=dict(self.module.state_dict()),
+            moments={name: self.optimizer.state[p] for name, p in trained(self.module) if p in self.optimizer.state},
+            average={name: value for (name, _), value in zip(self.module.named_parameters(), average)},
+            updates=self.updates,
+            usual=self.usual,
         )
-        self._engine.checkpoint_engine = weights_only_engine()
-        if decay is not None:
-            # (ds_tensor: this worker's partition of a weight, under ZeRO-3)
-            weights = [getattr(p, "ds_tensor", p) for p in module.parameters()]
-            self.average = Average(weights, decay)
+        return {LOCAL: to_host(vars(whole))}
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._engine(*args, **kwargs)
-
-    def frozen(self, *args: Any, **kwargs: Any) -> Any:
-        if self.stage == 3:
-            raise ValueError("frozen() needs whole weights; keep this network at compute.zero_stage=2 or below")
-        return super().frozen(*args, **kwargs)
-
-    def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss)
-
-    def _update(self, last: bool) -> None:
-        if last and self.stage == 0:  # DeepSpeed knows the norm from stage 1 on
-            self.grad_norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
-        self._engine.step()
-        if last and self.stage > 0:
-            self.grad_norm = torch.as_tensor(self._engine.get_global_grad_norm())
-
-    def set_learning_rate(self, rate: float) -> None:
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
-
-    def _exchange(self) -> None:
-        if self.stage == 3:
-            self._engine.empty_partition_cache()
-        super()._exchange()
-
-    def weights(self) -> dict[str, Tensor]:
-        parameters = dict(self.module.named_parameters())
-        whole = {}
-        for name, value in self.module.state_dict().items():
-            parameter = parameters.get(name)
-            divided = self.stage == 3 and parameter is not None
-            with self._deepspeed.zero.GatheredParameters([parameter] if divided else [], enabled=divided):
-                if self._ranks.rank == 0:
-                    whole[name] = (value if parameter is None else parameter).detach().cpu().clone()
-        return whole
-
-    def _average_file(self, folder: Path) -> Path:
-        return folder / (f"average-{self._ranks.rank:05d}.pt" if self.stage == 3 else "average.pt")
-
-    def save(self, folder: Path) -> None:
-        # DeepSpeed's own layout, which its converters (universal checkpoint, zero_to_fp32) read.
-        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-        if self.average is not None and (self.stage == 3 or self._ranks.rank == 0):
-            torch.save(self.average.values, self._average_file(folder))
-
-    def load(self, folder: Path) -> None:
-        path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        if path is None:
-            raise FileNotFoundError(f"{folder}: DeepSpeed finds no checkpoint in it")
-        self.updates = self._engine.global_steps
+    def load(self, folder: Path, layout: str) -> None:
+        whole = read_whole(folder)
+        self.module.load_state_dict(whole.network)
+        state = {i: whole.moments[name] for i, (name, _) in enumerate(trained(self.module)) if name in whole.moments}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        self.updates = whole.updates
+        self.usual.copy_(whole.usual)
         if self.average is not None:
-            values = torch.load(self._average_file(folder), map_location=self.device, weights_only=True)
-            torch._foreach_copy_(self.average.values, values)
-
-
-def import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, told which accelerator to use."""
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    # On CPUs DeepSpeed's first start compiles an all-reduce through shared memory, for about a minute and behind a lock
-    # that hangs every later run once a process is killed in it. Only tensor-parallel inference would use it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-def weights_only_engine() -> Any:
-    """DeepSpeed's checkpoint files, read without running what a pickle may hold."""
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    class WeightsOnly(TorchCheckpointEngine):
-        def load(self, path: str, map_location: Any = None) -> Any:
-            with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-                return torch.load(path, map_location=map_location, weights_only=True)
-
-    return WeightsOnly()
+            for (name, _), value in zip(self.module.named_parameters(), self.average.values, strict=True):
+                value.copy_(whole.average[name])
 
 
 def make_engine(
@@ -393,7 +323,7 @@ def make_engine(
         module: the network, with equal weights at every worker.
         rate: its largest learning rate.
         optimizer: AdamW's other settings and the clipping.
-        compute: precision, device and ZeRO stage.
+        compute: precision, device, ZeRO stage, offload and compilation.
         decay: of the running average of its weights; None for none.
         accumulate: micro-batches per step.
         micro_batch: samples in each.
@@ -401,4 +331,6 @@ def make_engine(
     """
     if ranks.world == 1:
         return LocalEngine(module, rate, optimizer, compute, decay, accumulate)
+    from mvhpc.training.deepspeed_engine import DeepSpeedEngine
+
     return DeepSpeedEngine(module, rate, optimizer, compute, decay, accumulate, micro_batch, ranks)

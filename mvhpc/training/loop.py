@@ -8,116 +8,47 @@ nothing but the order of floating-point sums.
 
 import contextlib
 import dataclasses
+import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from mvhpc.config import Compute, ConfigError, Optimizer, Training, to_dict
+from mvhpc.config import Compute
 from mvhpc.devices import resolve_device
 from mvhpc.journal import Journal
 from mvhpc.randomness import generator
+from mvhpc.run import Interrupted
+from mvhpc.training.agreement import agree, flat
 from mvhpc.training.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from mvhpc.training.engine import Engine, learning_rate, make_engine
-from mvhpc.training.meters import ADVICE, Clock, Meter
+from mvhpc.training.guard import Pace, Watch, stop_requested
+from mvhpc.training.meters import ADVICE, Clock, Diverged, Meter, Skips, peak
 from mvhpc.training.ranks import Ranks
+from mvhpc.training.task import Config, Task, micro_batch
 from shards.loader import Order, prefetch
 
-# What a configuration may change between a checkpoint and its resumption, because it does not decide the weights.
-# (With a cosine schedule `training.epochs` decides them too: the rate of every step depends on it.)
-FREE = (
-    "out",
-    "tracking.",
-    "training.epochs",
-    "training.validate_every",
-    "training.checkpoint_every",
-    "training.keep",
-    "training.log_every",
-    "compute.workers",
-    "compute.zero_stage",
-    "compute.device",
-    "compute.threads",
-    "compute.retries",
-)
-
-
-class Config(Protocol):
-    """The parts of a stage's configuration that the loop reads; ``ema`` too where the task averages a network."""
-
-    optimizer: Optimizer
-    training: Training
-    compute: Compute
-
-
-class Task(Protocol):
-    """What is trained, and what one step of it is.
-
-    Attributes:
-        networks: each gets an engine of its own; equal weights at every worker.
-        learning_rates: largest rate of each network.
-        averaged: the network whose weights are averaged (with the configuration's ``ema``); None for none.
-        best: the network that is exported at the best validation.
-        samples: how many training samples there are.
-        validation: how many validation samples; 0 exports the last weights.
-        score: the metric of :meth:`validate` to minimise.
-
-    A task may also have ``figures(networks, step) -> {file name: function that writes a path}``, called by every worker
-    with the averaged weights in place after each export; rank 0 alone calls the functions.
-    """
-
-    networks: dict[str, nn.Module]
-    learning_rates: dict[str, float]
-    averaged: str | None
-    best: str
-    samples: int
-    validation: int
-    score: str
-
-    def load(self, indices: list[int]) -> dict[str, Any]:
-        """The training samples ``indices`` as a batch in host memory; runs in prefetching threads."""
-
-    def step(
-        self, batch: dict[str, Any], engines: dict[str, Engine], step: int, indices: list[int]
-    ) -> dict[str, Tensor]:
-        """One micro-batch (tensors on the device): forward, ``engine.backward(loss)``, ``engine.step()``.
-
-        Returns:
-            scalars to log, means over the micro-batch.
-        """
-
-    def validate(self, indices: list[int], networks: dict[str, nn.Module]) -> dict[str, Tensor]:
-        """Metrics (B,) of the validation samples ``indices``; NaN where a metric has no value for a sample."""
-
-    def export(self, folder: Path, states: dict[str, dict[str, Tensor]], metrics: dict[str, float]) -> None:
-        """Write the model into the empty ``folder``; ``states`` holds the (averaged) state dict of ``best``."""
-
-
-def micro_batch(training: Training, world: int) -> int:
-    """Samples per worker and micro-batch.
-
-    Raises:
-        ConfigError: where the global batch does not divide evenly.
-    """
-    parts = world * training.accumulate
-    if training.batch < 1 or training.accumulate < 1 or training.batch % parts:
-        raise ConfigError(
-            f"training.batch={training.batch} does not divide evenly among {world} worker(s) x "
-            f"training.accumulate={training.accumulate}; make it a multiple of {parts}"
-        )
-    return training.batch // parts
+INSIST_S = 300.0  # how long the last checkpoint is tried again where it cannot be written
+RETRY_S = 5.0  # between two attempts
 
 
 def train(task: Task, config: Config, folder: Path, rank: int = 0, world: int = 1) -> dict[str, float]:
     """Train ``task`` to the end, from its newest checkpoint in ``folder`` where there is one.
 
     Writes ``folder/checkpoints``, ``folder/model`` (the best validation, by ``task.export``), ``folder/figures`` and
-    the journal. A run that was finished before returns its summary at once. A finished run with a constant schedule
+    the journal. Where an update would not be finite it is left out; after several in a row training goes back to its
+    newest checkpoint, once for each place. Storage that cannot be written for a while costs checkpoints, not the run.
+    The file of ``MVHPC_STOP_FILE`` stops it. A checkpoint of any number of workers and any ZeRO stage is taken up.
+
+    A run that was finished before returns its summary at once. A finished run with a constant schedule
     goes on when ``training.epochs`` is raised.
 
     Args:
@@ -133,8 +64,9 @@ def train(task: Task, config: Config, folder: Path, rank: int = 0, world: int = 
 
     Raises:
         ConfigError: a batch that does not divide evenly, or a configuration that is not the checkpoint's.
-        CheckpointError: a damaged checkpoint, or one of another number of workers.
-        FloatingPointError: a loss that is not finite.
+        CheckpointError: a damaged checkpoint, or one that cannot be written at the end.
+        FloatingPointError: gradients that are not finite or explode, step after step, also after going back.
+        Interrupted: stopped on request, a checkpoint written.
     """
     return _Run(task, config, folder, Ranks(rank, world)).train()
 
@@ -153,21 +85,29 @@ class _Run:
         self.device = resolve_device(config.compute.device)
         self.journal = Journal(folder) if ranks.rank == 0 else None
         self.checkpoints = Checkpoints(folder / "checkpoints", training.keep, ranks)
-        self.layout = f"{ranks.world} workers, ZeRO-{config.compute.zero_stage}" if ranks.world > 1 else "1 worker"
-        self.meter = Meter(ranks)
+        self.meter, self.skips = Meter(ranks), Skips()
+        self.watch = Watch(config.compute.hang_minutes)
         self.best: dict[str, float] = {}
         self.clock = Clock()
         self.engines: dict[str, Engine] = {}
+        self.owed: tuple[dict[str, dict[str, Tensor]], dict[str, float]] | None = None  # a model not yet exported
 
     def train(self) -> dict[str, float]:
-        self.checkpoints.sweep()
-        checkpoint = self.checkpoints.latest()
-        start = 0
-        if checkpoint is not None:
-            self._agree(checkpoint)
-            start = checkpoint.step
-            if start == self.total:
-                return dict(checkpoint.state["summary"])
+        with contextlib.closing(self.checkpoints):
+            self.checkpoints.sweep()
+            checkpoint = self.checkpoints.latest()
+            if checkpoint is not None:
+                agree(checkpoint, self.config, self.total)
+                if checkpoint.step == self.total:
+                    return dict(checkpoint.state["summary"])
+            self._build()
+            start = self._resume(checkpoint)
+            with self.watch.armed():
+                self._attempts(start)
+            self._write("end", step=self.total)
+            return self._summary()
+
+    def _build(self) -> None:
         for name, module in self.task.networks.items():
             self.engines[name] = make_engine(
                 module,
@@ -179,50 +119,88 @@ class _Run:
                 self.micro_batch,
                 self.ranks,
             )
-        if checkpoint is not None:
-            self._resume(checkpoint)
-        self._write("start", step=start, total=self.total)
-        self._steps(start)
-        self._write("end", step=self.total)
-        return self._summary()
 
     def _beside(self) -> Compute:
         """Networks beside the exported one, critics, stay whole: `Engine.frozen` needs all their weights."""
         compute = self.config.compute
         return dataclasses.replace(compute, zero_stage=min(compute.zero_stage, 2))
 
+    def _attempts(self, start: int) -> None:
+        """All steps, going back once from each place where the gradients are lost."""
+        lost: set[int] = set()
+        while True:
+            self._write("start", step=start, total=self.total)
+            try:
+                return self._steps(start)
+            except Diverged as error:
+                self._trouble(start, self.checkpoints.finish())
+                checkpoint = self.checkpoints.latest()
+                if error.first in lost or checkpoint is None:
+                    raise
+                lost.add(error.first)
+                with self.watch.paused():
+                    start = self._resume(checkpoint)
+                self._trouble(start, f"{error.what}; training goes back to step {start}")
+
     # --- steps ---
 
     def _steps(self, start: int) -> None:
         training, epoch = self.training, self.order.steps_per_epoch
-        batches = self._batches(start)
-        clock = self.clock = Clock(self.clock.seconds)  # building the networks was no training
-        for step in range(start, self.total):
-            for name, engine in self.engines.items():
-                base = self.task.learning_rates[name]
-                engine.set_learning_rate(learning_rate(step, self.total, base, self.config.optimizer))
-            # Layers such as dropout draw from the global state: seeded anew, they too depend on the step alone.
-            torch.manual_seed(generator(training.seed, "step", step, self.ranks.rank).initial_seed())
-            for _ in range(training.accumulate):
-                with clock.waiting():
-                    indices, batch = next(batches)
-                batch = tree_map_only(Tensor, lambda x: x.to(self.device, non_blocking=True), batch)
-                scalars = self.task.step(batch, self.engines, step, indices)
-                self.meter.add(step, scalars)
-            clock.tick()
-            done = step + 1
-            last = done == self.total
-            if done % training.log_every == 0 or last:
-                self._log(done)
-            if last or done % (training.validate_every * epoch) == 0:
-                with clock.stopped():
-                    self._validate(done)
-            if last or done % training.checkpoint_every == 0:
-                self.meter.collect()  # no checkpoint of a run that has diverged
-                with clock.stopped():
-                    self.checkpoints.save(done, self._save, self._state(done))
+        self.clock = Clock(self.clock.seconds)  # building the networks was no training
+        self.pace = Pace(start)
+        with contextlib.closing(self._batches(start)) as batches:
+            for step in range(start, self.total):
+                self._step(step, batches)
+                done = step + 1
+                last = done == self.total
+                stop = done >= self.pace.next and self._poll(done) and not last
+                if done % training.log_every == 0 or last:
+                    self._log(done)
+                improved = False
+                if last or done % (training.validate_every * epoch) == 0:
+                    with self._aside():
+                        improved = self._validate(done)
+                if last or stop or improved or done % training.checkpoint_every == 0:
+                    with self._aside():
+                        self._checkpoint(done, insist=last or stop)
+                if stop:
+                    self._write("stopped", step=done)
+                    raise Interrupted(f"stopped on request after step {done} of {self.total}; run it again to go on")
 
-    def _batches(self, start: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    def _step(self, step: int, batches: Generator[tuple[list[int], dict[str, Any]]]) -> None:
+        for name, engine in self.engines.items():
+            base = self.task.learning_rates[name]
+            engine.set_learning_rate(learning_rate(step, self.total, base, self.config.optimizer))
+        # Layers such as dropout draw from the global state: seeded anew, they too depend on the step alone.
+        torch.manual_seed(generator(self.training.seed, "step", step, self.ranks.rank).initial_seed())
+        scalars = []
+        for _ in range(self.training.accumulate):
+            with self.clock.waiting():
+                indices, batch = next(batches)
+            batch = tree_map_only(Tensor, lambda x: x.to(self.device, non_blocking=True), batch)
+            scalars.append(self.task.step(batch, self.engines, step, indices))
+        skipped = torch.stack([engine.skipped for engine in self.engines.values()]).amax()
+        self.skips.add(step, skipped)
+        for of_micro_batch in scalars:
+            self.meter.add(of_micro_batch, skipped)
+        self.clock.tick()
+
+    @contextlib.contextmanager
+    def _aside(self) -> Generator[None]:
+        """What is done inside is no training: it may take long, and its time does not count."""
+        with self.clock.stopped(), self.watch.paused():
+            yield
+
+    def _poll(self, done: int) -> bool:
+        """What the workers agree on about once a second; whether to stop after ``done`` steps."""
+        self.watch.arm()
+        said = self.ranks.gather((stop_requested(), self.checkpoints.report(), self.pace.suggest(done)))
+        self._trouble(done, self.checkpoints.settle([report for _, report, _ in said]))
+        self.pace.next = done + said[0][2]
+        self.skips.collect()
+        return any(stop for stop, _, _ in said)
+
+    def _batches(self, start: int) -> Generator[tuple[list[int], dict[str, Any]]]:
         accumulate = self.training.accumulate
         rank, world = self.ranks.rank * accumulate, self.ranks.world * accumulate
 
@@ -231,16 +209,25 @@ class _Run:
             indices = self.order.part(step, rank + part, world)
             return indices, self.task.load(indices)
 
-        return prefetch(load, range(start * accumulate, self.total * accumulate))
+        yield from prefetch(load, range(start * accumulate, self.total * accumulate))
 
     def _log(self, step: int) -> None:
+        self.skips.collect()
         metrics = {f"train/{name}": value for name, value in self.meter.mean().items()}
         for name, engine in self.engines.items():
             suffix = "" if name == self.task.best else f"_{name}"
             metrics[f"train/grad_norm{suffix}"] = float(engine.grad_norm)
             base = self.task.learning_rates[name]
             metrics[f"train/lr{suffix}"] = learning_rate(step - 1, self.total, base, self.config.optimizer)
+        metrics["train/skipped_steps"] = float(self.skips.total)
         metrics |= self.clock.interval(self.training.batch)
+        # Of the exported network alone; a backward pass costs two forward passes.
+        flops = 3 * self.engines[self.task.best].flops / self.micro_batch
+        metrics["system/model_tflops"] = flops * metrics["system/samples_per_second"] / 1e12
+        most = peak(self.device) if self.config.compute.precision != "float32" else None
+        if most is not None:
+            share = metrics["system/model_tflops"] / (most * self.ranks.world)
+            metrics["system/utilisation_percent"] = 100 * share
         metrics["system/memory_gib"] = psutil.Process().memory_info().rss / 2**30
         if self.device.type == "cuda":
             metrics["system/gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
@@ -248,7 +235,8 @@ class _Run:
 
     # --- validation and export ---
 
-    def _validate(self, step: int) -> None:
+    def _validate(self, step: int) -> bool:
+        """Validate, and export what is better than all before; whether it was."""
         self.meter.collect()
         with contextlib.ExitStack() as stack:
             for engine in self.engines.values():
@@ -258,10 +246,13 @@ class _Run:
             named = {f"validation/{name}": value for name, value in metrics.items()}
             if named:
                 self._write("metrics", step=step, metrics=named)
-            if score is None or best is None or score < best:
-                self.best = {**named, "best_step": step}
-                self._export(metrics)
-                self._draw(step)
+            if score is not None and best is not None and score >= best:
+                return False
+            self.best = {**named, "best_step": step}
+            self.owed = ({self.task.best: self.engines[self.task.best].weights()}, metrics)
+            self._trouble(step, self._export())
+            self._draw(step)
+            return True
 
     def _metrics(self) -> dict[str, float]:
         """Means over the validation set, each worker taking the same number of batches, padded with weight 0."""
@@ -287,19 +278,36 @@ class _Run:
             raise FloatingPointError(f"validation {self.task.score} is not finite; {ADVICE}")
         return means
 
-    def _export(self, metrics: dict[str, float]) -> None:
-        states = {self.task.best: self.engines[self.task.best].weights()}
+    def _export(self) -> str | None:
+        """Write the model that is owed, if one is. Collective.
+
+        Returns:
+            why it could not be written, at all workers; it is then owed still.
+        """
+        if self.owed is None:
+            return None
+        trouble = None
         if self.ranks.rank == 0:
-            part, final, old = (self.folder / name for name in (".model.part", "model", ".model.old"))
-            for leftover in (part, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-            part.mkdir(parents=True)
+            try:
+                self._write_model(*self.owed)
+            except (OSError, SafetensorError) as error:
+                trouble = f"the model of step {self.best['best_step']} could not be written: {error}"
+        trouble = self.ranks.share(trouble)
+        if trouble is None:
+            self.owed = None
+        return trouble
+
+    def _write_model(self, states: dict[str, dict[str, Tensor]], metrics: dict[str, float]) -> None:
+        part, final, old = (self.folder / name for name in (".model.part", "model", ".model.old"))
+        for leftover in (part, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        part.mkdir(parents=True)
+        with torch.no_grad(), self.engines[self.task.best].autocast():
             self.task.export(part, states, metrics)
-            if final.exists():
-                final.replace(old)
-            part.replace(final)
-            shutil.rmtree(old, ignore_errors=True)
-        self.ranks.barrier()
+        if final.exists():
+            final.replace(old)
+        part.replace(final)
+        shutil.rmtree(old, ignore_errors=True)
 
     def _draw(self, step: int) -> None:
         draw = getattr(self.task, "figures", None)
@@ -308,55 +316,68 @@ class _Run:
         networks = {name: engine.module for name, engine in self.engines.items()}
         figures: dict[str, Callable[[Path], None]] = draw(networks, step)
         if self.ranks.rank == 0:
-            (self.folder / "figures").mkdir(exist_ok=True)
-            for name, write in figures.items():
-                write(self.folder / "figures" / name)
-                self._write("artifact", step=step, path=f"figures/{name}")
+            try:
+                (self.folder / "figures").mkdir(exist_ok=True)
+                for name, write in figures.items():
+                    write(self.folder / "figures" / name)
+                    self._write("artifact", step=step, path=f"figures/{name}")
+            except OSError as error:
+                self._trouble(step, f"a figure could not be written: {error}")
 
     # --- checkpoints ---
 
-    def _save(self, folder: Path) -> None:
-        for name, engine in self.engines.items():
-            engine.save(folder / name)
+    def _checkpoint(self, step: int, insist: bool) -> None:
+        """Begin a checkpoint, and where ``insist`` wait until it is there. It implies that the model is exported.
+
+        Raises:
+            CheckpointError: it cannot be written for too long.
+        """
+        self.meter.collect()
+        self.skips.collect()
+        if self.skips.streak and not insist:
+            return  # a run that is about to go back goes back to before it all
+        files = {
+            f"{name}/{file}": content
+            for name, engine in self.engines.items()
+            for file, content in engine.snapshot().items()
+        }
+        state, end = self._state(step), time.monotonic() + INSIST_S
+        while True:
+            trouble = self._export()
+            if trouble is None:
+                before = self.checkpoints.begin(step, files, state, int(self.best.get("best_step", 0)))
+                self._trouble(step, before)
+                trouble = self.checkpoints.finish() if insist else None
+            self._trouble(step, trouble)
+            if trouble is None or not insist:
+                return
+            if self.ranks.share(time.monotonic() > end):
+                raise CheckpointError(f"{trouble}; free or mend the storage and run it again, from the last checkpoint")
+            time.sleep(RETRY_S)
 
     def _state(self, step: int) -> dict[str, Any]:
         return {
-            "configuration": _flat(self.config),
-            "layout": self.layout,
+            "configuration": flat(self.config),
+            "layouts": {name: engine.layout for name, engine in self.engines.items()},
             "best": self.best,
             "seconds": self.clock.seconds,
             "meter": self.meter.state(),
+            "skips": self.skips.state(),
             "summary": self._summary() if step == self.total else None,
         }
 
-    def _resume(self, checkpoint: Checkpoint) -> None:
+    def _resume(self, checkpoint: Checkpoint | None) -> int:
+        """Take up a checkpoint; the steps done by then."""
+        if checkpoint is None:
+            return 0
         self.checkpoints.verify(checkpoint)
         for name, engine in self.engines.items():
-            engine.load(checkpoint.folder / name)
-        self.best = checkpoint.state["best"]
+            engine.load(checkpoint.folder / name, checkpoint.state["layouts"][name])
+        self.best, self.owed = checkpoint.state["best"], None
         self.clock = Clock(checkpoint.state["seconds"])
         self.meter.restore(checkpoint.state["meter"])
-
-    def _agree(self, checkpoint: Checkpoint) -> None:
-        """Refuse a checkpoint that another configuration wrote."""
-        before, now = checkpoint.state["configuration"], _flat(self.config)
-        free = [k for k in FREE if k != "training.epochs" or self.config.optimizer.schedule == "constant"]
-        for key in sorted({*before, *now}):
-            if before.get(key) != now.get(key) and not any(key == k or key.startswith(k) for k in free):
-                raise ConfigError(
-                    f"{checkpoint.folder} was trained with {key}={before.get(key)}, not {now.get(key)}; "
-                    f"set it back, or train in another folder (out=...)"
-                )
-        if checkpoint.step > self.total:
-            raise ConfigError(
-                f"{checkpoint.folder} is beyond the {self.total} steps of training.epochs={self.training.epochs}; "
-                f"raise it, or train in another folder (out=...)"
-            )
-        if checkpoint.step < self.total and checkpoint.state["layout"] != self.layout:
-            raise CheckpointError(
-                f"{checkpoint.folder} was written by {checkpoint.state['layout']}, and this run has {self.layout}; "
-                f"set compute.workers and compute.zero_stage back to resume"
-            )
+        self.skips.restore(checkpoint.state["skips"])
+        return checkpoint.step
 
     # --- words ---
 
@@ -368,15 +389,8 @@ class _Run:
         if self.journal is not None:
             self.journal.write(event, **fields)
 
-
-def _flat(config: Any) -> dict[str, Any]:
-    """A configuration as dotted key -> JSON-able value."""
-
-    def walk(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
-    return dict(walk(to_dict(config), ""))
+    def _trouble(self, step: int, text: str | None) -> None:
+        """Say what went wrong and was survived."""
+        if text is not None and self.ranks.rank == 0:
+            self._write("trouble", step=step, text=text)
+            logging.getLogger(__name__).warning("step %d: %s", step, text)

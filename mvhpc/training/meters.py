@@ -1,6 +1,7 @@
 """What the training loop measures: means of scalars over steps and workers, and where the time goes."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,40 +11,119 @@ from torch import Tensor
 
 from mvhpc.training.ranks import Ranks
 
+PATIENCE = 5  # updates left out in a row
+# Dense bfloat16 TFLOP/s by name of the GPU (NVIDIA's data sheets), the longer names first.
+PEAKS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "A6000": 155.0,
+    "A40": 150.0,
+    "RTX 4090": 165.0,
+}
 ADVICE = "lower optimizer.lr, lengthen optimizer.warmup or set optimizer.clip; the checkpoints were written before it"
+
+
+class Diverged(FloatingPointError):
+    """Updates were left out :data:`PATIENCE` times in a row.
+
+    Args:
+        first: step (from 0) of the first of them.
+
+    Attributes:
+        what: the message without advice.
+    """
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+        self.what = f"the gradients of steps {first + 1} to {first + PATIENCE} are not finite or explode"
+        super().__init__(f"{self.what}; {ADVICE}")
+
+
+def peak(device: torch.device) -> float | None:
+    """TFLOP/s that a device reaches at most in bfloat16; None where that is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((value for part, value in PEAKS.items() if part in name), None)
+
+
+class Skips:
+    """The updates that engines left out; like the scalars of :class:`Meter` they stay on their device for a while.
+
+    Attributes:
+        total: how many steps had one.
+        streak: how many of the last steps had one, one after another.
+    """
+
+    def __init__(self) -> None:
+        self.total = self.streak = 0
+        self._pending: list[tuple[int, Tensor]] = []
+
+    def add(self, step: int, skipped: Tensor) -> None:
+        """Take in whether an engine left out its update in ``step`` (from 0): 1 or 0."""
+        self._pending.append((step, skipped))
+
+    def collect(self) -> None:
+        """Bring in what is still on the devices.
+
+        Raises:
+            Diverged: at every worker, since they all leave out the same updates.
+        """
+        if not self._pending:
+            return
+        steps = [step for step, _ in self._pending]
+        skipped = torch.stack([flag for _, flag in self._pending]).tolist()
+        self._pending.clear()
+        for step, flag in zip(steps, skipped, strict=True):
+            self.total += int(flag)
+            self.streak = self.streak + 1 if flag else 0
+            if self.streak == PATIENCE:
+                raise Diverged(step + 1 - PATIENCE)
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint must hold; :meth:`collect` first."""
+        return {"total": self.total, "streak": self.streak}
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Take up what :meth:`state` gave."""
+        self.total, self.streak = state["total"], state["streak"]
+        self._pending.clear()
 
 
 class Meter:
     """Means of the scalars of each step, over the steps since the last mean and over all workers.
 
+    A step whose update was left out does not count, nor does a value that is not finite.
     Scalars stay on their device until :meth:`collect`, so that a step never waits for them.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._pending: list[tuple[int, list[str], Tensor]] = []
+        self._pending: list[tuple[list[str], Tensor]] = []
         self._sums: dict[str, list[float]] = {}  # name -> [sum, count]
 
-    def add(self, step: int, scalars: dict[str, Tensor]) -> None:
-        """Take in the scalars of a micro-batch of ``step`` (from 0)."""
+    def add(self, scalars: dict[str, Tensor], skipped: Tensor) -> None:
+        """Take in the scalars of a micro-batch; they do not count where ``skipped`` is 1."""
         if scalars:
             values = torch.stack([value.detach().double().reshape(()) for value in scalars.values()])
-            self._pending.append((step, list(scalars), values))
+            values = torch.where(skipped > 0, torch.nan, values)
+            self._pending.append((list(scalars), values))
 
     def collect(self) -> None:
-        """Bring in what is still on the devices. Collective.
-
-        Raises:
-            FloatingPointError: at every worker, naming the first step and scalar that is not finite.
-        """
+        """Bring in what is still on the devices. Collective."""
         if not self._pending:
             return
-        values = self._ranks.sum(torch.cat([v for _, _, v in self._pending])) / self._ranks.world
-        keys = [(step, name) for step, names, _ in self._pending for name in names]
+        values = self._ranks.sum(torch.cat([v for _, v in self._pending])) / self._ranks.world
+        keys = [name for names, _ in self._pending for name in names]
         self._pending.clear()
-        for (step, name), value in zip(keys, values.tolist(), strict=True):
-            if value - value != 0:  # infinite or not a number
-                raise FloatingPointError(f"step {step + 1}: train/{name} is {value}; {ADVICE}")
+        for name, value in zip(keys, values.tolist(), strict=True):
+            if not math.isfinite(value):
+                continue
             total = self._sums.setdefault(name, [0.0, 0])
             total[0] += value
             total[1] += 1
@@ -62,6 +142,7 @@ class Meter:
     def restore(self, state: dict[str, Any]) -> None:
         """Take up what :meth:`state` gave."""
         self._sums = {name: list(pair) for name, pair in state.items()}
+        self._pending.clear()
 
 
 class Clock:

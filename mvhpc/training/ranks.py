@@ -35,6 +35,14 @@ class Ranks:
         dist.all_gather_object(values, value, group=self._group)
         return values  # type: ignore[return-value]
 
+    def share(self, value: T) -> T:
+        """Rank 0's ``value``, at every worker."""
+        if self.world == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum over workers of a tensor of one shape, in float64 on the CPU."""
         total = values.detach().to("cpu", torch.float64)

@@ -1,0 +1,75 @@
+"""What the training loop asks of a stage that trains networks."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from mvhpc.config import Compute, ConfigError, Optimizer, Training
+from mvhpc.training.engine import Engine
+
+
+class Config(Protocol):
+    """The parts of a stage's configuration that the loop reads; ``ema`` too where the task averages a network."""
+
+    optimizer: Optimizer
+    training: Training
+    compute: Compute
+
+
+class Task(Protocol):
+    """What is trained, and what one step of it is.
+
+    Attributes:
+        networks: each gets an engine of its own; equal weights at every worker.
+        learning_rates: largest rate of each network.
+        averaged: the network whose weights are averaged (with the configuration's ``ema``); None for none.
+        best: the network that is exported at the best validation.
+        samples: how many training samples there are.
+        validation: how many validation samples; 0 exports the last weights.
+        score: the metric of :meth:`validate` to minimise.
+
+    A task may also have ``figures(networks, step) -> {file name: function that writes a path}``, called by every worker
+    with the averaged weights in place after each export; rank 0 alone calls the functions.
+    """
+
+    networks: dict[str, nn.Module]
+    learning_rates: dict[str, float]
+    averaged: str | None
+    best: str
+    samples: int
+    validation: int
+    score: str
+
+    def load(self, indices: list[int]) -> dict[str, Any]:
+        """The training samples ``indices`` as a batch in host memory; runs in prefetching threads."""
+
+    def step(
+        self, batch: dict[str, Any], engines: dict[str, Engine], step: int, indices: list[int]
+    ) -> dict[str, Tensor]:
+        """One micro-batch (tensors on the device): forward, ``engine.backward(loss)``, ``engine.step()``.
+
+        Returns:
+            scalars to log, means over the micro-batch.
+        """
+
+    def validate(self, indices: list[int], networks: dict[str, nn.Module]) -> dict[str, Tensor]:
+        """Metrics (B,) of the validation samples ``indices``; NaN where a metric has no value for a sample."""
+
+    def export(self, folder: Path, states: dict[str, dict[str, Tensor]], metrics: dict[str, float]) -> None:
+        """Write the model into the empty ``folder``; ``states`` holds the (averaged) state dict of ``best``."""
+
+
+def micro_batch(training: Training, world: int) -> int:
+    """Samples per worker and micro-batch.
+
+    Raises:
+        ConfigError: where the global batch does not divide evenly.
+    """
+    parts = world * training.accumulate
+    if training.batch < 1 or training.accumulate < 1 or training.batch % parts:
+        raise ConfigError(
+            f"training.batch={training.batch} does not divide evenly among {world} worker(s) x "
+            f"training.accumulate={training.accumulate}; make it a multiple of {parts}"
+        )
+    return training.batch // parts

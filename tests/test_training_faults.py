@@ -1,0 +1,142 @@
+"""Laws of one worker under faults: whatever befalls it, it ends with the bits of an undisturbed run."""
+
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvhpc.journal import read
+from mvhpc.run import Interrupted
+from mvhpc.training import guard, loop
+from mvhpc.training.checkpoint import CheckpointError
+from tests.test_training_loop import checkpoints, final_state
+from tests.toy_task import Interrupted as Broken
+from tests.toy_task import curves, exported, run_toy, toy_config
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread, a poll after every step, no patience, and discs that are empty again afterwards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(guard, "PERIOD_S", 0.0)
+    monkeypatch.setattr(loop, "INSIST_S", 0.0)
+    monkeypatch.setattr(loop, "RETRY_S", 0.0)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    torch.set_num_threads(threads)
+
+
+def troubles(folder: Path) -> list[str]:
+    return [event["text"] for event in read(folder) if event["event"] == "trouble"]
+
+
+def test_stopped_on_request_and_resumed_equals_undisturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_toy(toy_config(dropout=0.2), tmp_path / "whole", 0, 1)
+    file = tmp_path / "stop"
+    monkeypatch.setenv("MVHPC_STOP_FILE", str(file))
+    step = random.randrange(14)
+    for at in sorted({step, min(step + 3, 13)}):
+        with pytest.raises(Interrupted, match=rf"after step {at + 1} of 15"):
+            run_toy(toy_config(dropout=0.2, tracking__stop_at=at), tmp_path / "run", 0, 1)
+        assert checkpoints(tmp_path / "run")[-1] == f"step-{at + 1:08d}", step
+        file.unlink()
+    run_toy(toy_config(dropout=0.2), tmp_path / "run", 0, 1)
+    assert final_state(tmp_path / "run") == final_state(tmp_path / "whole"), step
+    assert curves(tmp_path / "run") == curves(tmp_path / "whole"), step
+
+
+def test_a_poisoned_step_is_left_out_counted_and_survives_a_resumption(tmp_path: Path) -> None:
+    poison = [2, 6, 7]
+    run_toy(toy_config(tracking__poison=poison), tmp_path / "whole", 0, 1)
+    with pytest.raises(Broken):  # between the poisoned steps
+        run_toy(toy_config(tracking__poison=poison, tracking__fail_at=7), tmp_path / "pieces", 0, 1)
+    run_toy(toy_config(tracking__poison=poison), tmp_path / "pieces", 0, 1)
+    assert final_state(tmp_path / "whole") == final_state(tmp_path / "pieces")
+    assert curves(tmp_path / "whole") == curves(tmp_path / "pieces")
+    counted = {
+        step: value for (step, name), value in curves(tmp_path / "whole").items() if name.endswith("skipped_steps")
+    }
+    assert [counted[step] for step in (2, 4, 6, 8, 15)] == [0, 1, 1, 3, 3]
+    assert all(value == value for value in curves(tmp_path / "whole").values())
+    assert all(value.isfinite().all() for value in exported(tmp_path / "whole").values())
+
+
+def test_after_five_in_a_row_training_goes_back_and_where_it_recurs_stops(tmp_path: Path) -> None:
+    run_toy(toy_config(), tmp_path / "whole", 0, 1)
+    poison = [9, 10, 11, 12, 13]
+    run_toy(toy_config(tracking__poison=poison, tracking__transient=True), tmp_path / "run", 0, 1)
+    assert final_state(tmp_path / "run") == final_state(tmp_path / "whole")
+    told = "the gradients of steps 10 to 14 are not finite or explode; training goes back to step 8"
+    assert troubles(tmp_path / "run") == [told]
+    with pytest.raises(FloatingPointError, match=r"steps 10 to 14 are not finite.*lower optimizer\.lr"):
+        run_toy(toy_config(tracking__poison=poison), tmp_path / "twice", 0, 1)
+    assert sum("goes back" in text for text in troubles(tmp_path / "twice")) == 1
+
+
+def test_a_full_disc_costs_checkpoints_alone(tmp_path: Path) -> None:
+    run_toy(toy_config(), tmp_path / "whole", 0, 1)
+    run_toy(toy_config(tracking__full=[5, 12]), tmp_path / "run", 0, 1)
+    assert final_state(tmp_path / "run") == final_state(tmp_path / "whole")
+    assert curves(tmp_path / "run") == curves(tmp_path / "whole")  # the journal's lines waited in memory
+    told = troubles(tmp_path / "run")
+    assert any("the checkpoint of step" in text and "File too large" in text for text in told), told
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints", "figures", "journal.jsonl", "model"]
+    assert all(name.startswith("step-") for name in checkpoints(tmp_path / "run"))
+
+    full = toy_config(tracking__full=[5, 1000])
+    with pytest.raises(CheckpointError, match=r"File too large.*free or mend the storage"):
+        run_toy(full, tmp_path / "late", 0, 1)
+    assert checkpoints(tmp_path / "late")[0] == "step-00000004"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    run_toy(toy_config(), tmp_path / "late", 0, 1)
+    assert final_state(tmp_path / "late") == final_state(tmp_path / "whole")
+
+
+# --- a process of its own ---
+
+
+def start(folder: Path, **changes: object) -> subprocess.Popen[str]:
+    code = (
+        "import sys, torch; from pathlib import Path; from tests.toy_task import run_toy, toy_config\n"
+        "torch.set_num_threads(1); run_toy(toy_config(**eval(sys.argv[2])), Path(sys.argv[1]), 0, 1)\n"
+    )
+    command = [sys.executable, "-c", code, str(folder), repr(changes)]
+    return subprocess.Popen(command, cwd=Path(__file__).parent.parent, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_killed_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    """The one before stays valid; the result stays the same."""
+    large = {"width": 1_000_000, "adversarial": False}  # 80 MB a checkpoint
+    process = start(tmp_path / "run", **large)
+    part, complete = "checkpoints/.step-*.part/*/*", "checkpoints/step-*/manifest.json"
+    end = time.monotonic() + 100
+    while not (list((tmp_path / "run").glob(complete)) and list((tmp_path / "run").glob(part))):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list((tmp_path / "run").glob(part))
+    for folder in ("run", "whole"):
+        run_toy(toy_config(**large), tmp_path / folder, 0, 1)
+    assert final_state(tmp_path / "run") == final_state(tmp_path / "whole")
+    assert not list((tmp_path / "run").glob(part))
+
+
+@pytest.mark.slow
+def test_a_hang_is_told_with_all_stacks_and_ends_the_process(tmp_path: Path) -> None:
+    process = start(tmp_path, tracking__hang_at=9, compute__hang_minutes=0.1)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert "Timeout" in said and "_suffer" in said and "prefetch" in said
+    with pytest.raises(Broken):  # what was written before is there
+        run_toy(toy_config(tracking__fail_at=9), tmp_path, 0, 1)
+    assert [event["step"] for event in read(tmp_path) if event["event"] == "start"][1] >= 4
