@@ -222,7 +222,8 @@ def progress(job: Job) -> str:
 
 def ending(job: Job) -> str:
     """What its own last event says; ``ended without a word`` where it says of no end."""
-    last = next((e for e in reversed(job.events()) if e["event"] in ENDS), None)
+    events = job.events()
+    last = next((e for e in reversed(events) if e["event"] in ENDS), None)
     if last is None:
-        return SILENT
+        return SILENT if events else "never started"
     return f"{last['event']}{': ' + last['why'] if last.get('why') else ''}"

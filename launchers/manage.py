@@ -65,7 +65,7 @@ def cancel(job: Job) -> None:
         if time.monotonic() > end:
             raise ConfigError(f"job {job.id} does not end; see {job.log}")
         time.sleep(POLL_S)
-    if jobs.ending(job) == jobs.SILENT:
+    if not any(event["event"] in jobs.ENDS for event in job.events()):
         job.tell("cancelled")
     (job.folder / "token").unlink(missing_ok=True)
     jobs.release(Path(job.run), job.id)

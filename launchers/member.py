@@ -5,6 +5,7 @@ them would stop those of the user's other jobs too.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -171,14 +172,11 @@ class Member:
         if allocation.gpus:
             cpus = max(allocation.cpus, allocation.gpus)
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
-        # The client's port would let others run code; 0: none. The others' default range is one for all of a host.
-        command += (
-            ["--head", "--port=0", "--include-dashboard=false", "--ray-client-server-port=0"]
-            if head is None
-            else [f"--address={head}"]
-        )
+        command += ["--head", "--port=0", "--include-dashboard=false"] if head is None else [f"--address={head}"]
+        if head is None and importlib.util.find_spec("grpc"):
+            command.append("--ray-client-server-port=0")  # none: it is one more door, always at one port
         command += [
-            "--min-worker-port=0",
+            "--min-worker-port=0",  # any free ones; Ray's range is the same for all of a host
             "--max-worker-port=0",
             f"--node-ip-address={self.ip}",
             f"--node-name={allocation.name}",

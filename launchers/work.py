@@ -27,18 +27,20 @@ def prepare(stage: str, config: Any) -> bool:
     if now == "finished":
         print(f"complete and unchanged: reused {config.out}", file=sys.stderr)
         return False
-    if now == "changed":
+    if now != "changed":
+        return True
+    folder = run_folder(stage, config.out)
+    outdated = [child for child in folder.iterdir() if child.name != "jobs"] if folder.is_dir() else []
+    if outdated or Path(config.out) != folder:
         print(f"{config.out} was made with other settings or inputs: set aside", file=sys.stderr)
-        folder = run_folder(stage, config.out)
-        if Path(config.out) != folder:
-            set_aside(Path(config.out))
-        if folder.is_dir():
-            number = 1 + len(list(folder.parent.glob(f"{folder.name}.old-*")))
-            old = folder.with_name(f"{folder.name}.old-{number}")
-            old.mkdir(mode=0o700)
-            for child in folder.iterdir():
-                if child.name != "jobs":
-                    child.rename(old / child.name)
+    if Path(config.out) != folder:
+        set_aside(Path(config.out))
+    if outdated:
+        number = 1 + len(list(folder.parent.glob(f"{folder.name}.old-*")))
+        old = folder.with_name(f"{folder.name}.old-{number}")
+        old.mkdir(mode=0o700)
+        for child in outdated:
+            child.rename(old / child.name)
     return True
 
 

@@ -43,6 +43,7 @@ SlurmctldParameters=preempt_send_user_signal
 SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+TaskProlog={folder}/prolog.sh
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -92,6 +93,10 @@ class SlurmCluster:
         )
         for name in ("state", *NODES):
             (self.folder / name).mkdir()
+            self.task_environment(name)
+        prolog = self.folder / "prolog.sh"
+        prolog.write_text(f'#!/bin/sh\ncat "{self.folder}/$SLURMD_NODENAME.environment"\n')
+        prolog.chmod(0o755)
         key = self.folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
@@ -182,24 +187,35 @@ class SlurmCluster:
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
         wait_for(lambda: self.nodes().get(node) == "idle", 30, f"{node} does not come back")
 
+    def task_environment(self, node: str, **variables: str) -> None:
+        """Let tasks that start on a node from now on have these variables, and no others that were said so before."""
+        lines = "".join(f"export {name}={value}\n" for name, value in variables.items())
+        (self.folder / f"{node}.environment").write_text(lines)
+
     def job_processes(self, job: str) -> list[psutil.Process]:
-        """Every process of a job on any node, its own daemons' too."""
-        return _with_variable("SLURM_JOB_ID", job, self.processes())
+        """Every process of a job on any node, SLURM's own for it too."""
+        found = {p for p in self.processes() if _variable(p, "SLURM_JOB_ID") == job}
+        for process in list(found):  # Ray's workers write their titles over their environment
+            with contextlib.suppress(psutil.Error):
+                found.update(process.children(recursive=True))
+        return [p for p in found if _alive(p)]
 
     def processes(self) -> list[psutil.Process]:
         """Every process that speaks to this SLURM: daemons, steps, jobs."""
-        return _with_variable("SLURM_CONF", self.environment["SLURM_CONF"], psutil.process_iter())
+        mine = self.environment["SLURM_CONF"]
+        return [p for p in psutil.process_iter() if _alive(p) and _variable(p, "SLURM_CONF") == mine]
 
 
-def _with_variable(
-    name: str, value: str, among: "Iterator[psutil.Process] | list[psutil.Process]"
-) -> list[psutil.Process]:
-    found = []
-    for process in among:
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(name) == value and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+def _variable(process: psutil.Process, name: str) -> str | None:
+    with contextlib.suppress(psutil.Error):
+        return process.environ().get(name)
+    return None
+
+
+def _alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _free_ports(count: int) -> int:

@@ -1,0 +1,236 @@
+"""The launcher on a real SLURM: a job's whole life, what it leaves behind, and what stops it before it begins."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from launchers import jobs
+from launchers.allocation import Allocation, Assignment
+from launchers.site import load_site, minutes
+from launchers.ward import Ward
+from mvhpc.config import CONFIGS, ConfigError, PackConfig, load_config, to_dict
+from mvhpc.run import record
+from shards.index import Index
+from tests.slurm_cluster import SlurmCluster, wait_for
+
+SUBMIT = CONFIGS.parent / "launchers" / "submit.py"
+
+
+@pytest.fixture(autouse=True)
+def state_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No note of these runs among the user's."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+def submit(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run submit.py and expect its exit status."""
+    done = subprocess.run([sys.executable, str(SUBMIT), *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def nothing_is_left(slurm: SlurmCluster, job: str, run: Path) -> None:
+    """No process, temporary folder, secret or lock of a job outlives it."""
+    wait_for(lambda: not slurm.job_processes(job), 30, f"left: {slurm.job_processes(job)}")
+    assert not list(Path("/tmp").glob(f"mv-{job}-*"))
+    assert not (run / "jobs" / "lock").exists()
+    assert not (run / "jobs" / job / "token").exists()
+
+
+@pytest.mark.slow
+def test_a_job_from_its_submission_to_its_end(slurm: SlurmCluster, tiny_bids: Path, tmp_path: Path) -> None:
+    """Shown, held, not started beside, run, followed; all of it without accounting, also once SLURM forgot the job."""
+    site = tmp_path / "site.yaml"
+    site.write_text("time: '0:10:00'\nsbatch: {hold: true}\nenvironment: {NOTE: two words}\n")
+    out, run = tmp_path / "packed", tmp_path / "packed.run"
+    keys = [f"source={tiny_bids}", f"out={out}", "spacing=8.0", "shape=[16,16,16]", "workers=1"]
+    stage = ["--stage", "pack", "--config", "demo", "--cluster-config", str(site), *keys]
+
+    shown = submit(*stage, "--dry-run").stdout
+    assert yaml.safe_load(shown) == to_dict(load_config(PackConfig, "pack", "demo", keys))
+    for line in ("#SBATCH --time=10", "export NOTE='two words'", "#SBATCH --hold", "#SBATCH --requeue"):
+        assert line in shown
+    assert not run.exists()
+
+    job = submit(*stage).stdout.strip()
+    assert f"held by job {job} (pending" in submit(*stage, status=2).stderr
+    assert "pending" in submit("status").stdout
+    slurm.run("scontrol", "release", job)
+    slurm.wait(job, "RUNNING")
+    assert f"held by job {job}" in submit(*stage, status=2).stderr
+    followed = submit("logs", job, "--follow")
+    assert f"job {job} finished" in followed.stdout
+    assert len(Index.load(out).records) == 12
+
+    slurm.wait(job)
+    assert "finished" in submit("status", str(run)).stdout
+    wait_for(lambda: slurm.state(job) == "", 60, "SLURM does not forget")
+    assert "stage finished" in submit("status").stdout
+    assert "finished" in submit("logs", str(run)).stderr
+    assert run.stat().st_mode & 0o777 == 0o700
+    for name in (f"{job}_submission.sh", f"{job}/job.json", f"{job}/code.diff", f"{job}/start-0/preflight.json"):
+        assert (run / "jobs" / name).is_file()
+    assert (run / "config.yaml").is_file()
+    nothing_is_left(slurm, job, run)
+
+
+@pytest.mark.slow
+def test_cancel_leaves_nothing_and_a_dead_jobs_lock_is_taken_over(slurm: SlurmCluster, tmp_path: Path) -> None:
+    run = tmp_path / "scans.run"
+    stage = ["--stage", "phantom", "--time", "10", f"out={tmp_path}/scans", "subjects=9999"]
+    job = submit(*stage).stdout.strip()
+    wait_for(lambda: record(run).get("status") == "running")
+    submit("cancel", job)
+    nothing_is_left(slurm, job, run)
+    assert "cancelled" in submit("status").stdout
+
+    second = submit(*stage, "shape=[16,16,16]").stdout.strip()
+    wait_for(lambda: record(run).get("status") == "running" and bool(slurm.job_processes(second)))
+    for process in slurm.job_processes(second):  # all at once, as a power cut; the lock stays
+        if "slurmstepd" not in process.name():
+            process.kill()
+    slurm.wait(second)
+    third = submit(*stage, "shape=[16,16,16]").stdout.strip()
+    assert third != second
+    submit("cancel", str(run))
+    nothing_is_left(slurm, third, run)
+
+
+@pytest.mark.slow
+def test_preflight_reports_all_that_is_wrong_and_names_the_node(slurm: SlurmCluster, tmp_path: Path) -> None:
+    """Another version of a package on one node, a scratch folder, an input: the job ends before anything starts."""
+    other = slurm.folder / "other"
+    (other / "numpy-0.0.dist-info").mkdir(parents=True)
+    (other / "numpy-0.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.0\n")
+    slurm.task_environment("n2", PYTHONPATH=str(other))
+    keys = [f"latents={tmp_path}/none", f"vae={tmp_path}", f"out={tmp_path}/joint"]
+    try:
+        job = submit("--stage", "joint", "--config", "demo", "--nodes", "2", "--time", "10", *keys).stdout.strip()
+        slurm.wait(job)
+    finally:
+        slurm.task_environment("n2")
+    said = submit("status").stdout
+    assert "failed" in said
+    assert "n2: numpy 0.0 where other nodes have" in said
+    for node in ("n1", "n2"):
+        assert f"{node}: cannot read latents={tmp_path}/none" in said
+    assert "gbit_per_second" in (tmp_path / "joint" / "jobs" / job / "start-0" / "preflight.json").read_text()
+    assert not (tmp_path / "joint" / "stage.json").exists()
+    nothing_is_left(slurm, job, tmp_path / "joint")
+
+
+# --- laws that need no SLURM ---
+
+
+def test_a_ward_ends_its_whole_offspring_however_its_parent_ends(tmp_path: Path) -> None:
+    """Daemons that left their parents and ignore SIGTERM are ended on request, and when their starter is killed."""
+    script = (
+        "import os, signal, sys, time, pathlib\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid()\n"
+        "    if os.fork() == 0:\n"
+        "        signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "        pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
+        "        time.sleep(600)\n"
+        "    os._exit(0)\n"
+        "time.sleep(600)\n"
+    )
+    starter = (
+        "import sys, time, os\n"
+        "from pathlib import Path\n"
+        "from launchers.ward import Ward\n"
+        "ward = Ward([sys.executable, '-c', sys.argv[1], sys.argv[2]], dict(os.environ), None, Path(sys.argv[3]))\n"
+        "if sys.argv[4] == 'end':\n"
+        "    while not Path(sys.argv[2]).exists(): time.sleep(0.1)\n"
+        "    print(ward.end())\n"
+        "time.sleep(600)\n"
+    )
+    for way in ("end", "kill"):
+        mark, scratch = tmp_path / way, Path(tempfile.mkdtemp(dir=tmp_path))
+        command = [sys.executable, "-c", starter, script, str(mark), str(scratch), way]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            wait_for(lambda mark=mark: mark.is_file() and bool(mark.read_text()), 20)
+            daemon = psutil.Process(int(mark.read_text()))
+            if way == "end":
+                assert process.stdout is not None
+                assert process.stdout.readline().strip() == str(128 + signal.SIGTERM)
+                assert scratch.exists()  # still its own to remove
+            process.kill()
+            wait_for(lambda daemon=daemon: not daemon.is_running() or daemon.status() == "zombie", 20)
+            if way == "kill":
+                wait_for(lambda scratch=scratch: not scratch.exists(), 10)
+
+
+def test_a_wards_command_does_not_hear_the_signals_of_the_job(tmp_path: Path) -> None:
+    environment = dict(os.environ)
+    ward = Ward(
+        [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(2)"],
+        environment,
+        tmp_path / "log",
+        tmp_path,
+    )
+    wait_for(lambda: "up" in (tmp_path / "log").read_text())
+    for process in [psutil.Process(ward._process.pid), *psutil.Process(ward._process.pid).children()]:
+        process.send_signal(signal.SIGUSR2)
+    wait_for(lambda: ward.poll() is not None, 20)
+    assert ward.end() == 0
+
+
+def test_of_concurrent_holders_one_wins(tmp_path: Path) -> None:
+    """Many processes take the lock where it is free and let it go: never two at a time, and no file in the end."""
+    script = (
+        "import sys, time, os\n"
+        "from pathlib import Path\n"
+        "from launchers import jobs\n"
+        "run, mark = Path(sys.argv[1]), Path(sys.argv[1]) / 'holding'\n"
+        "done = 0\n"
+        "while done < 20:\n"
+        "    job = jobs.submitted(run, str(os.getpid()), 'local', 'pack', 1)\n"
+        "    with jobs.locked(run) as lock:\n"
+        "        if lock.holder is not None: continue\n"
+        "        lock.give(job)\n"
+        "    mark.touch(exist_ok=False); time.sleep(0.001); mark.unlink()\n"
+        "    jobs.release(run, job.id)\n"
+        "    done += 1\n"
+    )
+    workers = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) for _ in range(3)]
+    assert [worker.wait(60) for worker in workers] == [0, 0, 0]
+    assert not (tmp_path / "jobs" / "lock").exists()
+
+
+def test_fewer_nodes_take_the_most_workers_that_divide_the_batch() -> None:
+    def workers(nodes: int, gpus: int, batch: int, accumulate: int = 1) -> int:
+        values = {"compute": {"workers": 16}, "training": {"batch": batch, "accumulate": accumulate}}
+        assignment = Assignment("joint", "/", values, {}, False, True, 4, "/", "/tmp", "", 60)
+        return assignment.workers(Allocation("1", 0, 0, nodes, "n", 8, gpus))
+
+    assert workers(4, 4, 48) == 16
+    assert workers(3, 4, 48) == 12
+    assert workers(3, 4, 32) == 8
+    assert workers(2, 4, 32, accumulate=8) == 4
+    assert workers(1, 0, 32) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"), [("90", 90), ("1:30", 2), ("1:30:00", 90), ("2-12", 3600), ("1-0:30", 1470), ("0:0:20", 1)]
+)
+def test_time_limits_are_read_as_sbatch_reads_them(text: str, limit: int) -> None:
+    assert minutes(text) == limit
+
+
+def test_what_a_site_cannot_mean_is_refused(tmp_path: Path) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("partitoin: gpu\n")
+    with pytest.raises(ConfigError, match="Did you mean 'partition'"):
+        load_site(str(site), {})
+    with pytest.raises(ConfigError, match="days-hours"):
+        load_site("default", {"time": "tomorrow"})
+    with pytest.raises(ConfigError, match="no job 4711"):
+        jobs.find("4711")

@@ -1,0 +1,196 @@
+"""Training on two nodes of a real SLURM, through whatever may happen to it: not one bit of the model changes."""
+
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mvhpc.config import EncodeConfig, load_config
+from mvhpc.inference.encode import run as encode
+from mvhpc.journal import read
+from mvhpc.models.bundle import load_joint
+from mvhpc.run import Run
+from tests.slurm_cluster import NODES, SlurmCluster, wait_for
+from tests.test_slurm import nothing_is_left, state_of_its_own, submit  # noqa: F401 (a fixture)
+from tests.toy_task import curves, digest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+STEPS = 240
+KEYS = [
+    "model.channels=[16,16]",
+    "model.attention=[false,true]",
+    "model.head_channels=16",
+    "model.norm_groups=8",
+    "model.embedding=16",
+    "model.res_blocks=1",
+    "optimizer.warmup=4",
+    "training.batch=2",
+    f"training.epochs={STEPS // 2}",  # four people train
+    "training.validate_every=30",
+    "training.checkpoint_every=20",
+    "training.log_every=1",
+    "compute.threads=1",
+    "compute.zero_stage=2",
+    "compute.retries=3",
+]
+
+
+@dataclass
+class Training:
+    """One run of the joint stage on the cluster."""
+
+    slurm: SlurmCluster
+    run: Path
+    job: str
+
+    def step(self) -> int:
+        """The last step that was done."""
+        return max((e["step"] for e in read(self.run) if e["event"] == "metrics"), default=0)
+
+    def starts(self) -> int:
+        """How often training began."""
+        return sum(e["event"] == "start" for e in read(self.run))
+
+    def reach(self, step: int, seconds: float = 200) -> None:
+        """Wait until that step was done since training last began."""
+        begun = self.starts()
+        wait_for(
+            lambda: self.step() >= step or self.slurm.state(self.job) not in {"RUNNING", "PENDING"},
+            seconds,
+            f"step {step} does not come; it is at {self.step()}",
+        )
+        assert self.slurm.state(self.job) == "RUNNING", (begun, self.slurm.state(self.job))
+
+    def process(self, title: str) -> psutil.Process:
+        """One of the job's processes, by a word of its command line."""
+        found = [p for p in self.slurm.job_processes(self.job) if title in _words(p)]
+        assert found, f"no {title}"
+        return min(found, key=lambda p: p.pid)
+
+    def model(self) -> str:
+        """A hash over the bits of all weights of the model."""
+        return digest(dict(load_joint(self.run / "model").denoiser.state_dict()))
+
+
+def _words(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def start(slurm: SlurmCluster, latents: Path, vae: Path, run: Path, *more: str) -> Training:
+    """Submit the joint stage to two nodes."""
+    arguments = [f"latents={latents}", f"vae={vae}", f"out={run}", *KEYS]
+    job = submit("--stage", "joint", "--nodes", "2", "--time", "30", *more, *arguments).stdout.strip()
+    return Training(slurm, run, job)
+
+
+@pytest.fixture(scope="module")
+def latents(tiny_dataset: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The latents of twelve people."""
+    out = tmp_path_factory.mktemp("faults") / "latents"
+    places = {"data": str(tiny_dataset), "vae": str(tiny_model.parent / "vae"), "out": str(out)}
+    encode(load_config(EncodeConfig, "encode", "default", (), places), Run(out.with_name("run")))
+    return out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    slurm_cluster: SlurmCluster, latents: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Training:
+    """What training comes to when nothing happens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", slurm_cluster.environment["SLURM_CONF"])
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        training = start(slurm_cluster, latents, tiny_model.parent / "vae", tmp_path_factory.mktemp("whole") / "joint")
+        slurm_cluster.wait(training.job, "COMPLETED", seconds=300)
+    assert training.starts() == 1
+    return training
+
+
+# --- what may happen ---
+
+
+def worker_killed(training: Training) -> None:
+    """By the kernel, for lack of memory: Ray starts the workers again."""
+    training.process("RayTrainWorker").send_signal(signal.SIGKILL)
+
+
+def head_killed(training: Training) -> None:
+    """The heart of Ray: the supervisors start all of it again."""
+    training.process("gcs_server").send_signal(signal.SIGKILL)
+
+
+def driver_killed(training: Training) -> None:
+    """The process that Ray's workers work for."""
+    ward = training.process("launchers.work")  # the smallest number: the one that watches over it
+    ward.children()[0].send_signal(signal.SIGKILL)
+
+
+def preempted(training: Training) -> None:
+    """By a job of a partition that goes before."""
+    slurm = training.slurm
+    restarts = slurm.restarts(training.job)
+    other = slurm.run("sbatch", "--parsable", "--partition=urgent", f"--nodes={len(NODES)}", "--exclusive",
+                      "--output=/dev/null", "--wrap=sleep 1")  # fmt: skip
+    slurm.wait(other, "COMPLETED", "")
+    slurm.start_again(training.job, restarts + 1)
+
+
+def out_of_time(training: Training) -> None:
+    """The time limit comes near."""
+    slurm = training.slurm
+    restarts = slurm.restarts(training.job)
+    slurm.run("scontrol", "update", f"JobId={training.job}", "TimeLimit=+0")
+    ran = slurm.run("squeue", "--noheader", "--jobs", training.job, "--format=%M").split(":")
+    slurm.run("scontrol", "update", f"JobId={training.job}", f"TimeLimit={int(ran[-2]) + 2}")
+    wait_for(lambda: slurm.restarts(training.job) > restarts, 120)
+    slurm.run("scontrol", "update", f"JobId={training.job}", "TimeLimit=30")
+    slurm.start_again(training.job, restarts + 1)
+
+
+def node_down(training: Training) -> None:
+    """A node is called dead; SLURM takes the job back by itself and chooses others."""
+    slurm = training.slurm
+    restarts = slurm.restarts(training.job)
+    slurm.down("n2")
+    slurm.start_again(training.job, restarts + 1)
+    slurm.up("n2")
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [[worker_killed, head_killed, driver_killed], [preempted, out_of_time, node_down]],
+    ids=["processes", "nodes"],
+)
+def test_the_model_is_the_one_of_an_undisturbed_run(
+    faults: list[Callable[[Training], None]],
+    slurm: SlurmCluster,
+    undisturbed: Training,
+    latents: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
+    seed = time.time_ns() % 10**6
+    draw = random.Random(seed)
+    training = start(slurm, latents, tiny_model.parent / "vae", tmp_path / "joint")
+    for number, fault in enumerate(faults):
+        part = STEPS // (len(faults) + 1)
+        step = draw.randrange(number * part + part // 2, (number + 1) * part)
+        print(f"seed {seed}: {fault.__name__} at step {step}")
+        training.reach(step)
+        began, when = training.starts(), time.monotonic()
+        fault(training)
+        wait_for(lambda began=began: training.starts() > began, 200, f"training does not go on after {fault.__name__}")
+        print(f"  next step after {time.monotonic() - when:.1f} s")
+    assert slurm.wait(training.job, "COMPLETED", "", seconds=300) == "COMPLETED"
+    assert training.model() == undisturbed.model()
+    assert curves(training.run) == curves(undisturbed.run)
+    nothing_is_left(slurm, training.job, training.run)
