@@ -1,0 +1,329 @@
+"""What the training loop costs beside a bare one, and how long a start and a resumption take; one run for all.
+
+    python benchmarks/overhead.py [--steps 120] [--rounds 7] [--markdown FILE]
+
+The demo's joint network on latents of phantoms, the same batches and noise for all; an untrained autoencoder encodes
+them, for what is in the latents costs nothing. A bare loop has what the weights need (noise, forward, loss, backward,
+clipping, AdamW, the running average) and no more: it loads in turn and logs nothing. Blocks of steps of every way of
+training alternate, so that all meet the same machine; overheads are paired by round. With two workers all of them run
+in the same two processes.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mvhpc.config import Compute, JointConfig, VAEConfig, load_config
+from mvhpc.devices import resolve_device, resolve_precision
+from mvhpc.models.autoencoder import Autoencoder
+from mvhpc.models.bundle import save_autoencoder
+from mvhpc.run import execute
+from mvhpc.stages import STAGES
+from mvhpc.tracking import STATE, Tracker
+from mvhpc.training.cluster import launch
+from mvhpc.training.joint import JointTask
+from mvhpc.training.loop import train
+from shards.files import write_text
+from shards.loader import Order
+
+PEOPLE = 64
+WARM = 5  # steps at the beginning of a block that do not count
+NEVER = 10**6
+CHECKPOINTS = 50  # steps between them, where they are measured
+KILLED = 14  # the step (from 0) in which a worker is killed; a checkpoint every 4
+ONE = ("bare torch", "ours", "ours, MLflow", f"ours, checkpoint every {CHECKPOINTS}")
+TWO = ("DDP", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", f"ZeRO-1, checkpoint every {CHECKPOINTS}")
+
+
+# --- what is trained ------------------------------------------------------------------------------------------------
+
+
+def prepare(root: Path) -> None:
+    """Phantoms, shards, an untrained autoencoder and latents, by the package's own stages."""
+    vae = load_config(VAEConfig, "vae", "demo", values={"out": str(root / "vae"), "data": ""})
+    torch.manual_seed(0)
+    save_autoencoder(root / "vae" / "model", Autoencoder(vae.model), vae.model)
+    stages: dict[str, dict[str, str | int]] = {
+        "phantom": {"subjects": PEOPLE, "out": "scans"},
+        "pack": {"source": "scans", "out": "packed"},
+        "encode": {"data": "packed", "vae": "vae", "out": "latents"},
+    }
+    for stage, values in stages.items():
+        paths = {key: str(root / name) if isinstance(name, str) else name for key, name in values.items()}
+        execute(stage, load_config(STAGES[stage].config, stage, "demo", values=paths))
+
+
+def settings(root: Path, workers: int, steps: int) -> JointConfig:
+    """The demo's joint stage for ``steps`` steps, without validation and checkpoints on the way."""
+    paths = {"latents": str(root / "latents"), "vae": str(root / "vae"), "out": str(root / "joint")}
+    config = load_config(
+        JointConfig, "joint", "demo", values={**paths, "compute.threads": 1, "compute.workers": workers}
+    )
+    config.training.validate_every = config.training.checkpoint_every = NEVER
+    epoch = Order(JointTask(config).samples, config.training.batch, 0).steps_per_epoch
+    config.training.epochs = -(-steps // epoch)
+    return config
+
+
+class Timed(JointTask):
+    """The joint task, with the time at which each step begins."""
+
+    def __init__(self, config: JointConfig) -> None:
+        super().__init__(config)
+        self.times: list[float] = []
+
+    def step(self, batch: dict[str, Any], engines: Any, step: int, indices: list[int]) -> dict[str, Tensor]:
+        self.times.append(time.perf_counter())
+        return super().step(batch, engines, step, indices)
+
+    def seconds(self) -> list[float]:
+        """Of each step, from its beginning to that of the next."""
+        return [b - a for a, b in zip(self.times, self.times[1:])][WARM:]
+
+
+class Bare:
+    """A network and AdamW as anyone writes them down, with what an engine is asked for."""
+
+    def __init__(self, module: nn.Module, config: JointConfig, world: int) -> None:
+        device = resolve_device(config.compute.device)
+        self.module = module.to(device).train()
+        self.network = DistributedDataParallel(self.module) if world > 1 else self.module
+        o, self.clip, self.ema = config.optimizer, config.optimizer.clip, config.ema
+        betas = (o.betas[0], o.betas[1])
+        self.optimizer = torch.optim.AdamW(module.parameters(), o.lr, betas, weight_decay=o.weight_decay, fused=True)
+        self.weights = [p.detach() for p in module.parameters()]
+        self.average = [p.clone() for p in self.weights]
+        precision = resolve_precision(config.compute.precision, device)
+        self.autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+    def __call__(self, *args: Any) -> dict[str, Tensor]:
+        with self.autocast:
+            return {name: x.float() for name, x in self.network(*args).items()}
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        torch._foreach_lerp_(self.average, self.weights, 1 - self.ema)
+
+
+def bare(task: Timed, config: JointConfig, rank: int, world: int) -> None:
+    """The loop without us."""
+    order = Order(task.samples, config.training.batch, config.training.seed)
+    engines: Any = {"denoiser": Bare(task.networks["denoiser"], config, world)}
+    for step in range(config.training.epochs * order.steps_per_epoch):
+        indices = order.part(step, rank, world)
+        task.step(task.load(indices), engines, step, indices)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the workers are told.
+
+    Attributes:
+        config: of the joint stage.
+        rounds: over all ways of training.
+    """
+
+    config: JointConfig
+    rounds: int
+
+    @property
+    def compute(self) -> Compute:
+        """Where it runs."""
+        return self.config.compute
+
+
+# --- steps ----------------------------------------------------------------------------------------------------------
+
+
+def block(way: str, config: JointConfig, folder: Path, rank: int, world: int) -> list[float]:
+    """Seconds of the steps of one block of a way of training, in a folder of its own."""
+    task = Timed(config)
+    if way in (ONE[0], TWO[0]):
+        bare(task, config, rank, world)
+        return task.seconds()
+    every = CHECKPOINTS if "checkpoint" in way else NEVER
+    stage = int(way.removeprefix("ZeRO-")[0]) if way.startswith("ZeRO") else 0
+    config = replace(
+        config,
+        training=replace(config.training, checkpoint_every=every),
+        compute=replace(config.compute, zero_stage=stage),
+        out=str(folder),
+    )
+    with _tracked(config, folder) if "MLflow" in way else nullcontext():
+        train(task, config, folder, rank, world)
+    return task.seconds()
+
+
+@contextmanager
+def _tracked(config: JointConfig, folder: Path) -> Iterator[None]:
+    """MLflow beside, once it has come up: its start costs a run seconds, not every step."""
+    folder.mkdir(parents=True)
+    store = f"sqlite:///{folder.parent / 'mlflow.db'}"
+    with Tracker("joint", config, folder, uri=store, experiment="overhead", inputs={}):
+        while not json.loads((folder / STATE).read_text())["described"]:
+            time.sleep(0.1)
+        yield
+
+
+def worker(plan: Plan, folder: Path, rank: int, world: int) -> dict[str, float]:
+    """Every way of training, round after round; what a step of a block took, by way, round and measure."""
+    found = {}
+    for number in range(plan.rounds):
+        for way in ONE if world == 1 else TWO:
+            seconds = block(way, plan.config, folder / f"{way} {number}".replace(" ", "-"), rank, world)
+            found[f"{way}|{number}|median"] = statistics.median(seconds)
+            found[f"{way}|{number}|mean"] = statistics.fmean(seconds)
+    return found
+
+
+def steps(root: Path, workers: int, count: int, rounds: int) -> str:
+    """A table of what a step takes each way."""
+    plan = Plan(settings(root, workers, count), rounds)
+    found = launch("overhead:worker", plan, root / f"workers-{workers}", workers)
+    ways = ONE if workers == 1 else TWO
+    lines = ["| | step, ms | over the first, by medians, % | by means, % |", "|---|---:|---:|---:|"]
+    for way in ways:
+        base = ways[1 + ("ZeRO" in way)] if "checkpoint" in way else ways[0]
+        cells = [f"{1000 * statistics.median(found[f'{way}|{r}|median'] for r in range(rounds)):.1f}"]
+        for measure in ("median", "mean"):
+            over = [100 * (found[f"{way}|{r}|{measure}"] / found[f"{base}|{r}|{measure}"] - 1) for r in range(rounds)]
+            cells.append(f"{statistics.median(over):+.1f} [{min(over):+.1f}, {max(over):+.1f}]" if way != base else "")
+        lines.append(f"| {way}{f' (over {base})' if base != ways[0] else ''} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+# --- start and resumption -------------------------------------------------------------------------------------------
+
+
+def mark(folder: Path, what: str) -> None:
+    """Note the time of an event."""
+    with (folder / "marks.jsonl").open("a") as file:
+        file.write(json.dumps([what, time.time()]) + "\n")
+
+
+class Killed(Timed):
+    """Notes its first steps; in step :data:`KILLED` worker 1 is killed, once."""
+
+    def __init__(self, config: JointConfig, folder: Path, rank: int) -> None:
+        super().__init__(config)
+        self.folder, self.rank = folder, rank
+
+    def step(self, batch: dict[str, Any], engines: Any, step: int, indices: list[int]) -> dict[str, Tensor]:
+        if not self.times and self.rank == 0:
+            mark(self.folder, "engines")
+        if step == KILLED and self.rank == 1 and not (self.folder / "killed").exists():
+            (self.folder / "killed").touch()
+            mark(self.folder, "killed")
+            os.kill(os.getpid(), signal.SIGKILL)
+        scalars = super().step(batch, engines, step, indices)
+        if self.rank == 0 and (len(self.times) == 1 or step == KILLED):
+            mark(self.folder, "first step" if len(self.times) == 1 else "new step")
+        return scalars
+
+
+def started(config: JointConfig, folder: Path, rank: int, world: int) -> dict[str, float]:
+    """Train as worker ``rank``, noting what has been reached."""
+
+    def reached(what: str) -> None:
+        if rank == 0:
+            mark(folder, what)
+
+    reached("worker")
+    import deepspeed  # noqa: F401
+
+    reached("DeepSpeed")
+    task = Killed(config, folder, rank)
+    reached("data")
+    return train(task, config, folder, rank, world)
+
+
+def child(root: Path) -> None:
+    """What the measured command does."""
+    folder = root / "started"
+    mark(folder, "imports")
+    config = settings(root, 2, KILLED + 4)
+    config.training.checkpoint_every = 4
+    config.compute.retries = 2
+    config.out = str(folder)
+    launch("overhead:started", config, folder, 2)
+
+
+def start(root: Path) -> str:
+    """A table of where the time goes until the first step, and from a kill to the first new one."""
+    folder = root / "started"
+    folder.mkdir()
+    mark(folder, "command")
+    subprocess.run([sys.executable, __file__, "--child", str(root)], check=True, stdout=subprocess.DEVNULL)
+    events = [json.loads(line) for line in (folder / "marks.jsonl").read_text().splitlines()]
+    names = [name for name, _ in events]
+    cut = names.index("killed")
+    words = {
+        "imports": "Python and imports of the command",
+        "worker": "Ray, its workers, their imports and process group",
+        "DeepSpeed": "import of DeepSpeed",
+        "data": "data and network",
+        "engines": "engines; checkpoint read",
+        "first step": "first step",
+        "new step": "steps done again, and the first new one",
+    }
+    lines = ["| s | start | after the kill of a worker |", "|---|---:|---:|"]
+    both = [dict(zip(names[:cut], _laps(events[:cut]))), dict(zip(names[cut:], _laps(events[cut:])))]
+    for name, text in words.items():
+        lines.append(f"| {text} | " + " | ".join(f"{laps[name]:.1f}" if name in laps else "" for laps in both) + " |")
+    lines.append("| altogether | " + " | ".join(f"{sum(laps.values()):.1f}" for laps in both) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _laps(events: list[list[Any]]) -> list[float]:
+    times = [when for _, when in events]
+    return [b - a for a, b in zip([times[0], *times], times)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=120, help="of a block")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--markdown", type=Path, help="write the tables there too")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        return child(options.child)
+    parts: list[Callable[[Path], str]] = [
+        lambda root: "One worker:\n\n" + steps(root, 1, options.steps, options.rounds),
+        lambda root: "Two workers:\n\n" + steps(root, 2, options.steps, options.rounds),
+        lambda root: "From the command to the first step, two workers:\n\n" + start(root),
+    ]
+    text = ""
+    with tempfile.TemporaryDirectory(prefix="overhead-") as name:
+        prepare(Path(name))
+        for part in parts:
+            text += part(Path(name)) + "\n"
+            print(text, flush=True)
+    if options.markdown:
+        write_text(options.markdown, text)
+
+
+if __name__ == "__main__":
+    from overhead import main as imported  # under its importable name, which is how workers find it
+
+    imported()

@@ -1,0 +1,209 @@
+"""The arithmetic of training on many GPUs: seconds of a step, bytes of memory, checkpoints, failures.
+
+What the networks ask for is counted (:mod:`workload`), what machines can do stands in :mod:`rates`. Of a step:
+
+    computing = max(GPU, host), for each micro-batch
+    GPU       = the roofline of every operator; rows at rest are skipped as the slowest worker skips them
+    host      = operators x launch + rows x noising
+    update    = bytes of weights, gradients, moments and average / bandwidth of memory
+    exposed   = communication x (1 - hidden share)
+    step      = max(computing + update + exposed, reading of the step's volumes)
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+from rates import Rates
+from workload import VOXELS, Device, Work, count, settings
+
+NODE = 8  # GPUs
+WORD = 4  # bytes: weights, gradients, moments and the average are float32, and travel so
+BUCKET = 5 * 10**8  # elements that DeepSpeed gathers into one message
+
+
+# --- communication --------------------------------------------------------------------------------------------------
+
+
+def passes(stage: int, accumulate: int = 1) -> int:
+    """How often a step sends all weights' worth of bytes; one is a reduce-scatter or an all-gather.
+
+    Stage 0 all-reduces the gradients: a reduce-scatter and an all-gather. Stages 1 and 2 do so too in DeepSpeed 0.19
+    (`use_multi_rank_bucket_allreduce`, its default), then gather the weights that each worker has updated; stage 2
+    after every micro-batch, since it keeps no whole gradients. Stage 3 gathers the weights for the forward and again
+    for the backward pass and reduce-scatters the gradients, for every micro-batch.
+    """
+    return {0: 2, 1: 3, 2: 2 * accumulate + 1, 3: 3 * accumulate}[stage]
+
+
+def volume(size: float, gpus: int) -> tuple[float, float]:
+    """Bytes that each GPU sends in one pass over ``size`` bytes: inside its node, and between nodes.
+
+    First within the nodes, then each GPU its own share between them; together (N - 1) / N of ``size``.
+    """
+    inside, nodes = min(gpus, NODE), max(1, gpus // NODE)
+    return size * (inside - 1) / inside, size / inside * (nodes - 1) / nodes
+
+
+def communication(stage: int, work: Work, gpus: int, accumulate: int, rates: Rates) -> float:
+    """Seconds a step spends on communication that nothing hides."""
+    if gpus == 1:
+        return 0.0
+    near, far = volume(WORD * work.parameters, gpus)
+    moving = passes(stage, accumulate) * (near / rates.nvlink + far / rates.infiniband) / rates.reached
+    # Stage 3 fetches every tensor when its layer comes; the others fill buckets.
+    messages = 3 * accumulate * work.tensors if stage == 3 else passes(stage, accumulate) * _buckets(work)
+    waiting = messages * rates.latency * math.log2(gpus)
+    return (moving + waiting) * (1 - rates.hidden if stage == 3 else 1.0)
+
+
+def _buckets(work: Work) -> int:
+    return -(-work.parameters // BUCKET)
+
+
+# --- one step -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way of training a preset."""
+
+    kind: str  # joint | vae
+    preset: str
+    gpus: int
+    batch: int
+    accumulate: int
+    zero_stage: int
+
+    @property
+    def rows(self) -> int:
+        """Samples per GPU and micro-batch."""
+        return self.batch // (self.gpus * self.accumulate)
+
+
+@cache
+def slowest(rows: int, gpus: int, share: float) -> int:
+    """Expected largest count, over ``gpus`` workers, of those of ``rows`` that happen with probability ``share``.
+
+    Rounded, and at least 1: all wait for the worker whose up path has most to do, and each runs it at least once.
+    """
+    chances = [math.comb(rows, k) * share**k * (1 - share) ** (rows - k) for k in range(rows + 1)]
+    below = [sum(chances[: k + 1]) for k in range(rows + 1)]
+    return max(1, round(sum(1 - min(1.0, p) ** gpus for p in below)))
+
+
+def work_of(s: Setting, rates: Rates) -> Work:
+    """What one micro-batch asks of the GPU that has most to do."""
+    moving = s.rows
+    if s.kind == "joint":
+        d = settings("joint", s.preset).diffusion
+        if d.time == "independent":
+            moving = slowest(s.rows, s.gpus, 1 - (1 - d.shared_fraction) * d.clean_fraction)
+    return count(s.kind, s.preset, s.rows, moving, device(rates))
+
+
+def device(rates: Rates) -> Device:
+    """What an operator may use."""
+    return Device(rates.peak * rates.arithmetic, rates.bandwidth * rates.traffic)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of a step and of what it is made of."""
+
+    gpu: float
+    host: float
+    update: float
+    exposed: float
+    reading: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole step."""
+        return max(max(self.gpu, self.host) + self.update + self.exposed, self.reading)
+
+
+def step(s: Setting, rates: Rates) -> Step:
+    """The time of one step."""
+    work = work_of(s, rates)
+    host = work.kernels * rates.launch + (s.rows * rates.noising if s.kind == "joint" else 0.0)
+    divided = s.gpus if s.zero_stage > 0 else 1
+    moments = 7 * WORD * work.parameters / divided  # read: weight, gradient, two moments; written: weight, moments
+    average = 3 * WORD * work.parameters / (s.gpus if s.zero_stage == 3 else 1) if s.kind == "joint" else 0.0
+    read = s.rows * s.accumulate * 2 * math.prod(VOXELS) if s.kind == "vae" else 0  # float16; latents are in memory
+    return Step(
+        gpu=s.accumulate * work.seconds,
+        host=s.accumulate * host,
+        update=(moments + average) / (rates.bandwidth * rates.traffic),
+        exposed=communication(s.zero_stage, work, s.gpus, s.accumulate, rates),
+        reading=read / rates.loading,
+    )
+
+
+def memory(s: Setting, rates: Rates) -> float:
+    """Bytes on each GPU."""
+    work, stage = work_of(s, rates), s.zero_stage
+    whole = WORD * work.parameters
+
+    def part(since: int) -> float:
+        return whole / s.gpus if stage >= since else whole
+
+    average = part(3) if s.kind == "joint" else 0.0
+    master = whole / s.gpus if stage > 0 else 0.0  # DeepSpeed's own copy of the partition that it updates
+    bucket = WORD * min(BUCKET, work.parameters) if stage > 0 else 0.0
+    return part(3) + part(2) + 2 * part(1) + average + master + bucket + work.activations
+
+
+# --- checkpoints and failures ---------------------------------------------------------------------------------------
+
+
+def interval(visible: float, between: float) -> float:
+    """Young's (1974) seconds between checkpoints, the minimum of :func:`waste`.
+
+    Args:
+        visible: seconds that training stands still for a checkpoint.
+        between: seconds between failures.
+    """
+    return math.sqrt(2 * visible * between)
+
+
+def waste(seconds: float, visible: float, between: float, restart: float) -> float:
+    """Lost time per useful time with a checkpoint every ``seconds``: stops, and work done twice, and restarts."""
+    return visible / seconds + (seconds / 2 + restart) / between
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What checkpoints and failures do to a run: seconds, but ``goodput``, the share of time that trains."""
+
+    visible: float
+    written: float
+    every: float
+    goodput: float
+    goodput_llama: float
+
+
+def saving(s: Setting, rates: Rates) -> Saving:
+    """Checkpoints at the best interval, though never before the one before is written."""
+    work = work_of(s, rates)
+    whole = WORD * work.parameters
+    copies = 2 if s.kind == "joint" else 1  # weights and their average
+    divided = whole * (3 if s.zero_stage > 0 else 2) / s.gpus if s.zero_stage > 0 else whole * 2
+    first = divided + whole * copies / (s.gpus if s.zero_stage == 3 else 1)  # of rank 0, which has most
+    total = first if s.zero_stage == 0 else whole * (3 + copies)
+    nodes, ranks = max(1, s.gpus // NODE), min(s.gpus, NODE)
+    on_node = first if s.zero_stage == 0 else first + (ranks - 1) * (first if s.zero_stage == 3 else divided)
+    visible = first / rates.snapshot
+    written = (
+        visible
+        + first / rates.hashing
+        + max(on_node / rates.writing, total / min(rates.storage, nodes * rates.writing))
+    )
+    restart = rates.start + rates.requeue + total / min(rates.storage, nodes * rates.writing)
+    between = rates.failing * 3600 / s.gpus
+    every = max(interval(visible, between), written)
+    goods = [
+        1 / (1 + waste(every, visible, hours * 3600 / s.gpus, restart))
+        for hours in (rates.failing, rates.failing_llama)
+    ]
+    return Saving(visible, written, every, *goods)

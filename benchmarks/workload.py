@@ -1,0 +1,225 @@
+"""What one micro-batch of a preset asks of one GPU, counted on tensors without data.
+
+The real networks run forward and backward on fake tensors under bfloat16 autocast. Every operator that PyTorch sends
+to the device is counted: its floating-point operations (:data:`torch.utils.flop_counter.flop_registry`), the bytes it
+reads and writes, the memory that is alive beside it. An operator takes as long as the slower of its arithmetic and its
+traffic: a roofline.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributions import Distribution
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from mvhpc.config import JointConfig, VAEConfig, load_config
+from mvhpc.diffusion.joint import JointDiffusion, Noised
+from mvhpc.models.autoencoder import Autoencoder, kl_divergence
+from mvhpc.models.denoiser import Features, JointDenoiser
+from mvhpc.models.perceptual import SqueezeLPIPS, slice_distance
+from mvhpc.training.vae import Discriminator, discriminator_loss, generator_loss
+from mvhpc.variables import Categorical, Continuous, Variables, Volume
+
+VOXELS = (160, 192, 160)  # of the presets: 1 mm
+PRESETS = ("paper", "h200")
+STAGES: dict[str, type[JointConfig] | type[VAEConfig]] = {"joint": JointConfig, "vae": VAEConfig}
+REDUCTION = 8  # of the presets' autoencoders, per axis
+aten = torch.ops.aten
+autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+FORMULAS = flop_registry | {  # the fused attention of fake tensors is that of CPUs, which has no formula of its own
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """What an operator may use of a GPU: arithmetic in FLOP/s and memory traffic in bytes/s."""
+
+    arithmetic: float
+    traffic: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """One micro-batch on one GPU.
+
+    Attributes:
+        parameters: trained weights, all networks together.
+        tensors: that they are kept in.
+        flops: floating-point operations, forward and backward, recomputation of checkpointed activations included.
+        traffic: bytes read and written.
+        kernels: operators launched.
+        seconds: they take, by the roofline of a :class:`Device`.
+        activations: most bytes alive at a time beside weights, their gradients and what the optimiser keeps.
+    """
+
+    parameters: int
+    tensors: int
+    flops: int
+    traffic: int
+    kernels: int
+    seconds: float
+    activations: int
+
+
+class Counter(TorchDispatchMode):
+    """Counts what passes: see :class:`Work`."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        self.device = device
+        self.flops = self.traffic = self.kernels = self.alive = self.peak = 0
+        self.seconds = 0.0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given, results = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), out))
+        there = {x.untyped_storage()._cdata for x in given}  # of weights, which views of them share
+        for storage in (x.untyped_storage() for x in results):
+            if storage._cdata not in there | self._seen:
+                self._hold(storage)
+        if func.namespace == "aten" and not func.is_view:
+            traffic = sum(x.numel() * x.element_size() for x in (*given, *results))
+            formula = FORMULAS.get(func._overloadpacket)
+            flops = int(formula(*args, **(kwargs or {}), out_val=out)) if formula else 0
+            self.kernels += 1
+            self.flops += flops
+            self.traffic += traffic
+            self.seconds += max(flops / self.device.arithmetic, traffic / self.device.traffic)
+        return out
+
+    def _hold(self, storage: Any) -> None:
+        self._seen.add(storage._cdata)
+        self.alive += storage.nbytes()
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._release, storage._cdata, storage.nbytes())
+
+    def _release(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.alive -= size
+
+
+@contextmanager
+def _norms_as_on_cuda() -> Iterator[None]:
+    """Norms in float32, as CUDA's autocast has them and that of CPUs does not."""
+    before = {kind: kind.forward for kind in (nn.GroupNorm, nn.LayerNorm)}
+    for kind, forward in before.items():
+        kind.forward = lambda self, x, forward=forward: forward(self, x.float())  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for kind, forward in before.items():
+            kind.forward = forward  # type: ignore[method-assign]
+
+
+def joint_parts(preset: str) -> tuple[Variables, JointDiffusion, JointConfig]:
+    """What a joint model of brain, age and sex is made of, on the latents of the preset's autoencoder."""
+    config, channels = settings("joint", preset), settings("vae", preset).model.latent_channels
+    height, width, depth = (n // REDUCTION for n in VOXELS)
+    volume = Volume("image", (channels, height, width, depth))
+    variables = Variables([volume, Continuous("age", 0, 100), Categorical("sex", ("F", "M"))])
+    return variables, JointDiffusion(variables, config.diffusion), config
+
+
+def _joint(preset: str, batch: int, moving: int) -> tuple[list[nn.Module], Callable[[], None]]:
+    """The denoiser, and one micro-batch of it whose up path sees ``moving`` rows."""
+    variables, diffusion, config = joint_parts(preset)
+    network = JointDenoiser(variables, config.model, diffusion.blind)
+    rows, asked = (batch, *variables.volumes[0].shape), batch * config.questions
+    z = {"image": torch.randn(rows), "age": torch.randn(asked, 1), "sex": torch.zeros(asked, dtype=torch.int64)}
+    t = {name: torch.ones(len(x), dtype=torch.int64) for name, x in z.items()}
+    counts = {name: torch.ones(len(x), dtype=torch.bool) for name, x in z.items()}
+    names = [v.name for v in variables.scalars]
+
+    def part(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The rows of the up path, each with the first of its questions."""
+        return {name: x[: moving * (config.questions if name in names else 1)] for name, x in values.items()}
+
+    def step() -> None:
+        # `JointDenoiser.forward`, but for its choice of the rows that move, which needs data.
+        with autocast():
+            seen = network.encode(z, t)
+            told = {n: x if n in names else x.repeat_interleave(config.questions) for n, x in t.items()}
+            outputs = network.answer(
+                seen.repeated(config.questions) if seen.summary is not None else seen, z, told, names
+            )
+            some = Features(seen.bottleneck[:moving], [x[:moving] for x in seen.skips], None, seen.size)
+            first = [
+                {n: x[:: config.questions] if n in names else x for n, x in part(values).items()} for values in (z, t)
+            ]
+            image = network.decode(some, *first)["image"]
+        outputs["image"] = torch.zeros(rows).index_copy(0, torch.arange(moving), image.float())
+        noised = Noised(z, t, z, z, counts)
+        diffusion.total(diffusion.losses({n: x.float() for n, x in outputs.items()}, noised)).mean().backward()
+
+    return [network], step
+
+
+def _vae(preset: str, batch: int) -> tuple[list[nn.Module], Callable[[], None]]:
+    """Autoencoder and discriminator, and one micro-batch of both: :meth:`mvhpc.training.vae.VAETask.step`."""
+    config = settings("vae", preset)
+    loss = config.loss
+    autoencoder = Autoencoder(config.model)
+    discriminator = Discriminator(loss.discriminator_channels, loss.discriminator_layers, VOXELS)
+    frozen = Discriminator(loss.discriminator_channels, loss.discriminator_layers, VOXELS).requires_grad_(False)
+    lpips = SqueezeLPIPS().requires_grad_(False)
+    x = torch.rand(batch, 1, *VOXELS)
+    noise = torch.randn(batch, *autoencoder.latent_shape(VOXELS))
+    draws = [torch.Generator() for _ in range(batch)]
+
+    def step() -> None:
+        with autocast():
+            y, mean, sigma = (part.float() for part in autoencoder(x, noise))
+            judged = frozen(y).float()
+        total = (y - x).abs().mean() + loss.kl * kl_divergence(mean, sigma).mean() + generator_loss(judged)
+        total = total + loss.perceptual * slice_distance(lpips, y, x, loss.slices, draws).mean()
+        total.backward()
+        with autocast():
+            both = discriminator(torch.cat([y.detach(), x])).float()
+        discriminator_loss(*both.chunk(2)).backward()
+
+    return [autoencoder, discriminator], step
+
+
+@cache
+def settings(stage: str, preset: str) -> Any:
+    """The configuration of a stage's preset, its paths left open."""
+    paths = {"joint": ("out", "latents", "vae"), "vae": ("out", "data")}[stage]
+    return load_config(STAGES[stage], stage, preset, values=dict.fromkeys(paths, "..."))
+
+
+@cache
+def count(stage: str, preset: str, batch: int, moving: int, device: Device) -> Work:
+    """One micro-batch of a preset on one GPU.
+
+    Args:
+        stage: ``joint`` or ``vae``.
+        preset: ``paper`` or ``h200``, of ``configs/STAGE``.
+        batch: rows.
+        moving: those of them whose volume is not at rest at t = 0, for which alone the up path is run; joint only.
+        device: what an operator may use.
+    """
+    Distribution.set_default_validate_args(False)  # needs data
+    with FakeTensorMode(), torch.random.fork_rng(devices=[]):
+        networks, step = _joint(preset, batch, moving) if stage == "joint" else _vae(preset, batch)
+        weights = [p for network in networks for p in network.train().parameters()]
+        for p in weights:  # gradients are counted by themselves: ZeRO may divide them
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        with _norms_as_on_cuda(), Counter(device) as c:
+            step()
+    return Work(sum(p.numel() for p in weights), len(weights), c.flops, c.traffic, c.kernels, c.seconds, c.peak)
