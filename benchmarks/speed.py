@@ -5,7 +5,7 @@
 Both see the same latents, an age and a sex. MONAI's as it comes: the scalars as input channels and as cross-attention
 context, float32, its own attention. Ours as it is trained and asked: scalars late, fused attention, bfloat16
 where the device is made for it. Training is a whole step (noise, forward, loss, backward, AdamW). Prediction
-is one denoising of everything, and for ours also one answer about age and sex, which needs no up path. Medians over
+is one denoising of everything, and for ours also one answer about age and sex, which needs no U-Net. Medians over
 interleaved repetitions, so that both meet the same machine.
 """
 

@@ -85,7 +85,7 @@ class Setting:
 def slowest(rows: int, gpus: int, share: float) -> int:
     """Expected largest count, over ``gpus`` workers, of those of ``rows`` that happen with probability ``share``.
 
-    Rounded, and at least 1: all wait for the worker whose up path has most to do, and each runs it at least once.
+    Rounded, and at least 1: all wait for the worker whose U-Net has most to do, and each runs it at least once.
     """
     chances = [math.comb(rows, k) * share**k * (1 - share) ** (rows - k) for k in range(rows + 1)]
     below = [sum(chances[: k + 1]) for k in range(rows + 1)]

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from mvhpc.config import JointConfig, VAEConfig, load_config
 from mvhpc.diffusion.joint import JointDiffusion, Noised
 from mvhpc.models.autoencoder import Autoencoder, kl_divergence
-from mvhpc.models.denoiser import Features, JointDenoiser
+from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.models.perceptual import SqueezeLPIPS, slice_distance
 from mvhpc.training.vae import Discriminator, discriminator_loss, generator_loss
 from mvhpc.variables import Categorical, Continuous, Variables, Volume
@@ -137,7 +137,7 @@ def joint_parts(preset: str) -> tuple[Variables, JointDiffusion, JointConfig]:
 
 
 def _joint(preset: str, batch: int, moving: int) -> tuple[list[nn.Module], Callable[[], None]]:
-    """The denoiser, and one micro-batch of it whose up path sees ``moving`` rows."""
+    """The denoiser, and one micro-batch of it whose U-Net sees ``moving`` rows."""
     variables, diffusion, config = joint_parts(preset)
     network = JointDenoiser(variables, config.model, diffusion.blind)
     rows, asked = (batch, *variables.volumes[0].shape), batch * config.questions
@@ -147,22 +147,22 @@ def _joint(preset: str, batch: int, moving: int) -> tuple[list[nn.Module], Calla
     names = [v.name for v in variables.scalars]
 
     def part(values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The rows of the up path, each with the first of its questions."""
+        """The rows of the U-Net, each with all its questions."""
         return {name: x[: moving * (config.questions if name in names else 1)] for name, x in values.items()}
 
     def step() -> None:
         # `JointDenoiser.forward`, but for its choice of the rows that move, which needs data.
         with autocast():
-            seen = network.encode(z, t)
-            told = {n: x if n in names else x.repeat_interleave(config.questions) for n, x in t.items()}
-            outputs = network.answer(
-                seen.repeated(config.questions) if seen.summary is not None else seen, z, told, names
-            )
-            some = Features(seen.bottleneck[:moving], [x[:moving] for x in seen.skips], None, seen.size)
             first = [
                 {n: x[:: config.questions] if n in names else x for n, x in part(values).items()} for values in (z, t)
             ]
-            image = network.decode(some, *first)["image"]
+            if network.late:
+                told = {n: x if n in names else x.repeat_interleave(config.questions) for n, x in t.items()}
+                outputs = network.answer(network.read(z, t).repeat_interleave(config.questions, 0), z, told, names)
+                image = network.decode(network.encode(*first), *first)["image"]
+            else:
+                outputs = network(z, t)
+                image = outputs["image"][:moving]
         outputs["image"] = torch.zeros(rows).index_copy(0, torch.arange(moving), image.float())
         noised = Noised(z, t, z, z, counts)
         diffusion.total(diffusion.losses({n: x.float() for n, x in outputs.items()}, noised)).mean().backward()
@@ -211,7 +211,7 @@ def count(stage: str, preset: str, batch: int, moving: int, device: Device) -> W
         stage: ``joint`` or ``vae``.
         preset: ``paper`` or ``h200``, of ``configs/STAGE``.
         batch: rows.
-        moving: those of them whose volume is not at rest at t = 0, for which alone the up path is run; joint only.
+        moving: those of them whose volume is not at rest at t = 0, for which alone the U-Net is run; joint only.
         device: what an operator may use.
     """
     Distribution.set_default_validate_args(False)  # needs data

@@ -40,6 +40,14 @@ class Volume:
         """z_0 (B, C, h, w, d) -> latents that the autoencoder's decoder takes."""
         return z * self.sd.to(z.device) + self.mean.to(z.device)
 
+    def channelwise(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift, each (C, h, w, d), that make of z_0 latents standardised by channel: the same content then
+        looks alike in all places, as it does to the autoencoder."""
+        mean, sd = self.mean.expand(self.shape), self.sd.expand(self.shape)
+        centre = mean.mean((1, 2, 3), keepdim=True)
+        spread = (sd.square() + (mean - centre).square()).mean((1, 2, 3), keepdim=True).sqrt()
+        return sd / spread, (mean - centre) / spread
+
 
 @dataclass(frozen=True)
 class Continuous:

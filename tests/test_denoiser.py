@@ -47,7 +47,8 @@ def test_sizes_that_the_strides_do_not_divide_are_padded_with_zeros_and_cropped(
     padded = {**z, "v0": torch.nn.functional.pad(z["v0"], (0, 1, 0, 0, 0, 1))}
     ours, theirs = model(odd, design)(z, t), model(even, design)(padded, t)
     torch.testing.assert_close(ours["v0"], theirs["v0"][:, :, :3, :4, :1])
-    torch.testing.assert_close(ours["age"], theirs["age"])
+    if design == "early":
+        torch.testing.assert_close(ours["age"], theirs["age"])
 
 
 def test_several_volumes_leave_by_the_channels_they_entered() -> None:
@@ -92,18 +93,20 @@ def test_scalars_alone_are_answered_without_the_up_path(design: str) -> None:
     assert all(torch.equal(part[name], whole[name]) for name in part)
 
 
-def test_late_scalars_leave_the_features_alone() -> None:
-    """So that one pass of the down path serves every question: features of the volumes, other scalars, same answer."""
+def test_what_is_seen_of_volumes_serves_every_question() -> None:
+    """Neither the values of scalars nor their levels reach it; nor is the U-Net needed."""
     v = variables()
     z, t = inputs(v)
     other = {"age": -z["age"], "site": (z["site"] + 1) % 3}
     net = model(v)
-    features = net.encode({**z, **other}, {**t, "age": t["age"] // 2, "site": t["site"] // 3})
+    seen = net.read({**z, **other}, {**t, "age": t["age"] // 2, "site": t["site"] // 3})
     whole = net(z, t)
-    for name, x in net.answer(features, z, t, ["age", "site"]).items():
+    net.conv_in.register_forward_pre_hook(lambda *_: pytest.fail("the U-Net ran"))
+    for name, x in net.answer(seen, z, t, ["age", "site"]).items():
         assert torch.equal(x, whole[name])
+    net(z, t, want=["age"])
     twice = ({name: x.repeat_interleave(2, 0) for name, x in values.items()} for values in (z, t))
-    for name, x in net.answer(features.repeated(2), *twice, ["age", "site"]).items():
+    for name, x in net.answer(seen.repeat_interleave(2, 0), *twice, ["age", "site"]).items():
         torch.testing.assert_close(x, whole[name].repeat_interleave(2, 0))
 
 
@@ -120,15 +123,14 @@ def test_several_questions_of_a_row_are_rows_of_one_volume() -> None:
     torch.testing.assert_close(ours["v0"], rows["v0"][::3])
 
 
-@DESIGNS
-def test_volumes_at_rest_cost_no_up_path(design: str) -> None:
+def test_volumes_at_rest_cost_no_unet() -> None:
     """Rows whose volumes are known get zeros for them, everybody else the same values and gradients as ever."""
     v = variables(channels=(2, 1))
     z, t = inputs(v, 4)
     t |= {"v0": torch.tensor([0, 5, 0, 0]), "v1": torch.tensor([0, 0, 0, 9])}
-    net = model(v, design)
+    net = model(v)
     rows: list[int] = []
-    hook = net.up[0].register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(args[0])), with_kwargs=True)
+    hook = net.conv_in.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     ours, whole = net(z, t), net.decode(net.encode(z, t), z, t)
     assert rows == [2, 4]
     for name in ("v0", "v1"):

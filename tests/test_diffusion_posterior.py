@@ -48,22 +48,20 @@ def test_crps_is_the_integral_that_defines_it(x: float) -> None:
 
 
 class Answers:
-    """The law's exact answers about scalars, in the form of a network's output; its features are the image."""
+    """The law's exact answers about scalars, as a network's output; what it sees is the image and its level."""
 
     late, components = True, K
 
     def __init__(self, law: MixedLaw, sure: float = 1.0) -> None:
-        self.law, self.encoded, self.sure = law, 0, sure  # times surer than it should be
+        self.law, self.looked, self.sure = law, 0, sure  # times surer than it should be
 
-    def encode(self, z: dict[str, Tensor], t: dict[str, Tensor]) -> "Image":
-        self.encoded += 1
-        return Image(z["image"].flatten(1), t["image"])
+    def read(self, z: dict[str, Tensor], t: dict[str, Tensor]) -> Tensor:
+        self.looked += 1
+        return torch.cat([z["image"].flatten(1), t["image"][:, None]], 1)
 
-    def answer(
-        self, features: "Image", z: dict[str, Tensor], t: dict[str, Tensor], want: list[str]
-    ) -> dict[str, Tensor]:
-        told = torch.stack([features.t == 0, t["age"] == 0], 1)
-        x = torch.cat([features.voxels, z["age"]], 1).double()
+    def answer(self, seen: Tensor, z: dict[str, Tensor], t: dict[str, Tensor], want: list[str]) -> dict[str, Tensor]:
+        told = torch.stack([seen[:, -1] == 0, t["age"] == 0], 1)
+        x = torch.cat([seen[:, :-1], z["age"]], 1).double()
         said = {name: torch.zeros(len(x), K if name == "sex" else 1 + 3 * K).double() for name in want}
         for pattern in told.unique(dim=0).tolist():
             rows = (told == torch.tensor(pattern)).all(1)
@@ -78,14 +76,6 @@ class Answers:
                     logs = (covariance[:, -1, -1].sqrt() / self.sure).log().expand(len(log), K)
                     said[name][rows] = torch.cat([torch.zeros(len(log), 1), log, mean[..., -1], logs], 1)
         return said
-
-
-class Image:
-    def __init__(self, voxels: Tensor, t: Tensor) -> None:
-        self.voxels, self.t = voxels, t
-
-    def repeated(self, n: int) -> "Image":
-        return Image(self.voxels.repeat_interleave(n, 0), self.t.repeat_interleave(n, 0))
 
 
 def asked(given: list[str], present: dict[str, Tensor] | None = None) -> tuple[Posterior, MixedLaw, dict[str, Tensor]]:
@@ -127,7 +117,7 @@ def test_one_pass_of_the_down_path_serves_every_question() -> None:
     posterior, _, _ = asked(["image"])
     posterior.laws(["age"])
     posterior.draw(["age", "sex"], torch.full((2, 3, 2), 0.5, dtype=torch.float64))
-    assert posterior.denoiser.encoded == 1  # type: ignore[attr-defined]
+    assert posterior.denoiser.looked == 1  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("sure", [1.0, 2.5])

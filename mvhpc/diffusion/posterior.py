@@ -1,8 +1,8 @@
 """Exact answers about scalars without a chain: what is unknown rests at t = T, what is given at t = 0, and one pass of
-the network's down path serves every question about these people."""
+the network's reader serves every question about these people."""
 
 from collections.abc import Collection, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,22 +16,22 @@ from mvhpc.variables import Categorical, Volume
 Law = MixtureSameFamily | Tensor  # of a number, in the scale of z_0; or the chances of the classes (B, K)
 
 
-class Halved(Protocol):
-    """A network that says of scalars what it does from features of the volumes, computed once."""
+class Reading(Protocol):
+    """A network that says of scalars what it does from what it saw of the volumes, once."""
 
     late: bool
     components: int
 
-    def encode(self, z: Batch, t: Batch) -> Any:
-        """Features that depend on the volumes alone, with ``repeated(n)``: each row n times over."""
+    def read(self, z: Batch, t: Batch) -> Tensor:
+        """What there is to know of the volumes, (B, C)."""
         ...
 
-    def answer(self, features: Any, z: Batch, t: Batch, want: Collection[str]) -> Mapping[str, Tensor]:
+    def answer(self, seen: Tensor, z: Batch, t: Batch, want: Collection[str]) -> Mapping[str, Tensor]:
         """Logits (B, K), or parameters (B, 1 + 3M) of :func:`mvhpc.diffusion.density.density`."""
         ...
 
 
-def hindrance(denoiser: Halved, diffusion: JointDiffusion) -> str:
+def hindrance(denoiser: Reading, diffusion: JointDiffusion) -> str:
     """Why a model cannot be asked for its posterior; empty where it can."""
     if diffusion.blind is None:
         return "it was not trained with independent times and without eps"
@@ -41,7 +41,7 @@ def hindrance(denoiser: Halved, diffusion: JointDiffusion) -> str:
 
 
 class Posterior:
-    """p(scalars | given) of B people; the down path runs once, here.
+    """p(scalars | given) of B people; the volumes are read once, here.
 
     Args:
         denoiser: the network.
@@ -59,7 +59,7 @@ class Posterior:
 
     def __init__(
         self,
-        denoiser: Halved,
+        denoiser: Reading,
         diffusion: JointDiffusion,
         given: Mapping[str, Tensor],
         rows: int,
@@ -83,11 +83,11 @@ class Posterior:
             known = known.to(device)
             self.z[v.name] = torch.where(known.reshape(-1, *[1] * (value.ndim - 1)), value.to(device), self.z[v.name])
             self.t[v.name] = self.t[v.name].masked_fill(known, 0)
-        self.features = denoiser.encode(self.z, self.t)
+        self.seen = denoiser.read(self.z, self.t)
 
     def laws(self, want: Collection[str]) -> dict[str, Law]:
         """The predictive law of each wanted scalar by itself."""
-        return self._laws(self.features, self.z, self.t, want)
+        return self._laws(self.seen, self.z, self.t, want)
 
     def draw(self, want: Collection[str], uniform: Tensor) -> Batch:
         """Joint draws by the chain rule: the first wanted given what is known, the next given that too, and so on.
@@ -100,21 +100,21 @@ class Posterior:
             By wanted variable clean encoded values (B x draws, 1) or (B x draws,), the draws of a person together.
         """
         n = uniform.shape[1]
-        features = self.features.repeated(n)
+        seen = self.seen.repeat_interleave(n, 0)
         z = {name: x.repeat_interleave(n, 0) for name, x in self.z.items()}
         t = {name: x.repeat_interleave(n, 0) for name, x in self.t.items()}
         for i, name in enumerate(want):
-            law, u = self._laws(features, z, t, [name])[name], uniform[..., i].reshape(-1)
+            law, u = self._laws(seen, z, t, [name])[name], uniform[..., i].reshape(-1)
             z[name] = draw(law, u) if isinstance(law, Tensor) else quantile(law, u[:, None]).float()
             t[name] = torch.zeros_like(t[name])
         return {name: z[name] for name in want}
 
-    def _laws(self, features: Any, z: Batch, t: Batch, want: Collection[str]) -> dict[str, Law]:
+    def _laws(self, seen: Tensor, z: Batch, t: Batch, want: Collection[str]) -> dict[str, Law]:
         variables = self.diffusion.variables
-        seen = torch.stack([t[v.name] == 0 for v in variables.volumes]).any(0)[:, None]  # (B, 1)
+        sure = torch.stack([t[v.name] == 0 for v in variables.volumes]).any(0)[:, None]  # (B, 1)
         laws: dict[str, Law] = {}
-        for name, output in self.denoiser.answer(features, z, t, want).items():
-            spread = 1.0 + (self.spread.get(name, 1.0) - 1.0) * seen.double()
+        for name, output in self.denoiser.answer(seen, z, t, want).items():
+            spread = 1.0 + (self.spread.get(name, 1.0) - 1.0) * sure.double()
             if isinstance(variables[name], Categorical):
                 laws[name] = (output.double() / spread).softmax(-1)
             else:

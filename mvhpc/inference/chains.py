@@ -63,7 +63,7 @@ class Sampler:
 
     @property
     def calls(self) -> int:
-        """Network calls of one chain; of a posterior 1, the down path's."""
+        """Network calls of one chain; of a posterior 1, the reader's."""
         c = self.sampling
         if c.conditioning == "posterior":
             return 1

@@ -1,9 +1,9 @@
 """The network of the joint model: a 3D U-Net over the volumes, which scalars enter and leave in one of two ways.
 
 ``early`` is the paper's (section 3.1, figure 1): scalars are input channels and cross-attention tokens of the whole
-U-Net, and heads on its bottleneck answer for them. ``late`` is this project's: the down path sees the volumes alone, so
-that what it makes of an image is computed once for any number of questions; the scalars meet it in a small trunk, which
-answers for them, and in the up path.
+U-Net, and heads on its bottleneck answer for them. ``late`` is this project's: a small reader looks at the volumes once
+for any number of questions, a trunk answers for the scalars from what it saw, and the U-Net, which the scalars meet in
+its up path, is run for volumes alone.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mvhpc import config
-from mvhpc.models.heads import PaperHead, Summary, Token, Trunk
+from mvhpc.models.heads import PaperHead, Reader, Token, Trunk
 from mvhpc.variables import Categorical, Scalar, Variables
 
 
@@ -29,19 +29,12 @@ class Features:
     Attributes:
         bottleneck: (B, C, h, w, d).
         skips: of the levels, for the up path.
-        summary: for the scalars' trunk, (B, C); None in the ``early`` design.
         size: of the latents before padding.
     """
 
     bottleneck: Tensor
     skips: list[Tensor]
-    summary: Tensor | None
     size: torch.Size
-
-    def repeated(self, n: int) -> "Features":
-        """Each row n times over, as far as the trunk needs it."""
-        assert self.summary is not None
-        return Features(self.bottleneck[:0], [], self.summary.repeat_interleave(n, 0), self.size)
 
 
 class JointDenoiser(nn.Module):
@@ -59,6 +52,9 @@ class JointDenoiser(nn.Module):
         ValueError: no volume, or volumes of different size.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, variables: Variables, model: config.Denoiser, blind: int | None = None) -> None:
         super().__init__()
         config.choose(model.scalars, ("early", "late"), "way for scalars into the network")
@@ -73,6 +69,9 @@ class JointDenoiser(nn.Module):
         self.blind, self.embedding, self.checkpointing = blind, model.embedding, model.checkpointing
         self.factor = 2 ** (len(model.channels) - 1)
         channels = sum(v.shape[0] for v in volumes)
+        parts = zip(*(v.channelwise() for v in volumes))
+        for name, part in zip(("scale", "shift"), parts):  # (sum C, h, w, d)
+            self.register_buffer(name, torch.cat(part), persistent=False)
         unet = partial(
             DiffusionModelUNet,
             spatial_dims=3,
@@ -95,12 +94,10 @@ class JointDenoiser(nn.Module):
         waves = len(variables) * model.embedding
         self.time = _mlp(len(volumes) * model.embedding if self.late else waves, width)
         self.tokens = nn.ModuleList(Token(v, model.embedding) for v in scalars)
-        self.summary, self.trunk = None, None
         if self.late:
-            padded = [n + -n % self.factor for n in next(iter(sizes.values()))]
             self.up_time = _mlp(waves, width)
             if scalars:
-                self.summary = Summary(channels * math.prod(padded), model)
+                self.reader = Reader(channels, model)
                 self.trunk = Trunk(scalars, len(variables), model)
         else:
             self.heads = nn.ModuleList(PaperHead(v, model) for v in scalars)
@@ -111,30 +108,48 @@ class JointDenoiser(nn.Module):
         """
         Args:
             z: noisy values: (B, C, h, w, d), (B, 1), or int64 (B,) for categories. In the ``late`` design scalars may
-                have B x Q rows, row by row: Q questions about each, for one run of the down path; the first of them is
+                have B x Q rows, row by row: Q questions about each, for one look at the volumes; the first of them is
                 what the volumes are told.
             t: levels, int64 (B,) by variable, (B x Q,) of such scalars.
-            want: variables to answer for, None for all; without a volume among them the up path is not run.
+            want: variables to answer for, None for all. The up path is run for volumes alone, in the ``late`` design
+                the down path too.
 
         Returns:
             By variable: like z; for categories logits (B, K); for numbers (B, 1 + 3 components), see
-            :mod:`mvhpc.diffusion.density`. Zero for the volumes of a row in which all of them rest at t = 0: the up
-            path is not run for it.
+            :mod:`mvhpc.diffusion.density`. Zero for the volumes of a row in which all of them rest at t = 0: the U-Net
+            is not run for it.
         """
         want = set(self.names if want is None else want)
-        features = self.encode(z, t)
-        volumes, scalars = [v.name for v in self.volumes], [v.name for v in self.scalars]
-        n = len(z[scalars[0]]) // len(features.bottleneck) if scalars else 1  # Q
-        levels = {name: t[name].repeat_interleave(n) if name in volumes else t[name] for name in self.names}
-        outputs = self.answer(features.repeated(n) if n > 1 else features, z, levels, want)
+        volumes, scalars = {v.name for v in self.volumes}, [v.name for v in self.scalars]
+        if not self.late:
+            features = self.encode(z, t)
+            outputs = {v.name: self.heads[i](features.bottleneck) for i, v in enumerate(self.scalars) if v.name in want}
+            return outputs if want.isdisjoint(volumes) else outputs | self.decode(features, z, t)
+        n = len(z[scalars[0]]) // len(z[self.volumes[0].name]) if scalars else 1  # Q
+        outputs = {}
+        if not want.isdisjoint(scalars):
+            levels = {name: x.repeat_interleave(n) if name in volumes else x for name, x in t.items()}
+            outputs = self.answer(self.read(z, t).repeat_interleave(n, 0), z, levels, want)
         if want.isdisjoint(volumes):
             return outputs
         first = [{name: x if name in volumes else x[::n] for name, x in values.items()} for values in (z, t)]
-        return outputs | self._decode_moving(features, *first)
+        return outputs | self._denoise_moving(*first)
+
+    def read(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> Tensor:
+        """``late``: what the reader sees of the volumes, (B, C); a row may be repeated for many questions."""
+        return self.reader(self._image(z, t) * self.scale + self.shift)
+
+    def answer(
+        self, seen: Tensor, z: Mapping[str, Tensor], t: Mapping[str, Tensor], want: Collection[str]
+    ) -> dict[str, Tensor]:
+        """``late``: the outputs of the scalars among ``want``, from what :meth:`read` gave."""
+        levels = [self._wave(v.name, t) for v in self.volumes]
+        told = torch.cat([*self._tokens(z, t), *levels], 1)  # (B, variables x E)
+        return {v.name: self.trunk(i, seen, told) for i, v in enumerate(self.scalars) if v.name in want}
 
     def encode(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> Features:
         """The down path. In the ``late`` design it depends on the volumes' values and levels alone."""
-        image = torch.cat([z[v.name] * self._shown(v.name, t, 5) for v in self.volumes], 1)  # (B, sum C, h, w, d)
+        image = self._image(z, t)
         size = image.shape[2:]
         image = F.pad(image, [p for n in reversed(size) for p in (0, -n % self.factor)])  # (B, sum C, h', w', d')
         x, context = image, None
@@ -149,20 +164,7 @@ class JointDenoiser(nn.Module):
             h, passed = self._run(block, h, time, context)
             skips += passed
         h = self._run(self.middle, h, time, context)  # (B, channels[-1], h'/factor, ...)
-        return Features(h, skips, self.summary(h, image) if self.summary else None, size)
-
-    def answer(
-        self, features: Features, z: Mapping[str, Tensor], t: Mapping[str, Tensor], want: Collection[str]
-    ) -> dict[str, Tensor]:
-        """The outputs of the scalars among ``want``; in the ``late`` design from ``features.summary`` alone."""
-        asked = [(i, v) for i, v in enumerate(self.scalars) if v.name in want]
-        if not asked:
-            return {}
-        if self.trunk is None:
-            return {v.name: self.heads[i](features.bottleneck) for i, v in asked}
-        levels = [self._wave(v.name, t) for v in self.volumes]
-        told = torch.cat([*self._tokens(z, t), *levels], 1)  # (B, variables x E)
-        return {v.name: self.trunk(i, features.summary, told) for i, v in asked}
+        return Features(h, skips, size)
 
     def decode(self, features: Features, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The up path: the outputs of the volumes."""
@@ -178,17 +180,18 @@ class JointDenoiser(nn.Module):
         image = self.out(h)[:, :, : features.size[0], : features.size[1], : features.size[2]]  # (B, sum C, h, w, d)
         return {v.name: part for v, part in zip(self.volumes, image.split([v.shape[0] for v in self.volumes], 1))}
 
-    def _decode_moving(self, features: Features, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The up path for the rows with a volume that is not at rest, and for the first row whatever it is: all workers
+    def _denoise_moving(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The U-Net for the rows with a volume that is not at rest, and for the first row whatever it is: all workers
         must run the same layers."""
         moving = torch.stack([t[v.name] > 0 for v in self.volumes]).any(0)  # (B,)
         moving[0] |= ~moving.any()
-        if moving.all():
-            return self.decode(features, z, t)
         rows = torch.nonzero(moving)[:, 0]
-        part = Features(features.bottleneck[rows], [skip[rows] for skip in features.skips], None, features.size)
-        decoded = self.decode(part, {n: x[rows] for n, x in z.items()}, {n: x[rows] for n, x in t.items()})
-        return {name: x.new_zeros(len(moving), *x.shape[1:]).index_copy(0, rows, x) for name, x in decoded.items()}
+        z, t = ({name: x[rows] for name, x in values.items()} for values in (z, t))
+        denoised = self.decode(self.encode(z, t), z, t)
+        return {name: x.new_zeros(len(moving), *x.shape[1:]).index_copy(0, rows, x) for name, x in denoised.items()}
+
+    def _image(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([z[v.name] * self._shown(v.name, t, 5) for v in self.volumes], 1)  # (B, sum C, h, w, d)
 
     def _time(self, t: Mapping[str, Tensor]) -> Tensor:
         names = [v.name for v in self.volumes] if self.late else self.names

@@ -29,35 +29,53 @@ class PaperHead(nn.Module):
 
     def __init__(self, variable: Scalar, model: config.Denoiser) -> None:
         super().__init__()
-        self.pool = _Pool(model)
-        self.out = _silent(model.channels[-1], variable.size if isinstance(variable, Categorical) else 1)
+        width = model.channels[-1]
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(nn.GroupNorm(model.norm_groups, width), nn.SiLU(), nn.Conv3d(width, width, 3, padding=1))
+                for _ in range(2)
+            )
+        )
+        self.out = _silent(width, variable.size if isinstance(variable, Categorical) else 1)
 
     def forward(self, bottleneck: Tensor) -> Tensor:
         """Features (B, C, h, w, d) to (B, 1), or logits (B, K)."""
-        return self.out(self.pool(bottleneck))
+        pooled = (bottleneck + self.blocks(bottleneck)).mean((2, 3, 4))  # (B, C)
+        return self.out(pooled)
 
 
-class Summary(nn.Module):
-    """What the trunk knows of the volumes: the paper's pooled features, and a linear map of the latents.
+class Reader(nn.Module):
+    """What the trunk knows of the volumes: a few convolutions, averaged over space.
 
-    The pooled features know neither where something was nor, after normalisation, how much of it there was; the linear
-    map, cell by cell, knows both, and overfits a hundred subjects less than a deeper one does.
+    It sees the latents standardised by channel, where equal tissue is one number in all places, so that it can measure
+    how much there is of what. Standardised element by element, as the U-Net has them, it is another number in each.
+
+    Args:
+        channels: of the latents of all volumes.
+        model: widths.
     """
 
-    def __init__(self, cells: int, model: config.Denoiser) -> None:
+    def __init__(self, channels: int, model: config.Denoiser) -> None:
         super().__init__()
-        self.pool = _Pool(model)
-        self.read = nn.Linear(cells, model.channels[-1])
+        widths = [channels, *model.channels, model.channels[-1]]
+        strides = [1, *[2] * (len(model.channels) - 1), 1]
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv3d(i, o, 3, stride, padding=1), nn.GroupNorm(model.norm_groups, o), nn.SiLU())
+                for i, o, stride in zip(widths, widths[1:], strides)
+            )
+        )
+        self.out = nn.Linear(widths[-1], widths[-1])
 
-    def forward(self, bottleneck: Tensor, image: Tensor) -> Tensor:
-        """Features (B, C, h, w, d) and latents (B, channels, h', w', d') to (B, C)."""
-        return self.pool(bottleneck) + self.read(image.flatten(1))
+    def forward(self, latents: Tensor) -> Tensor:
+        """Latents (B, channels, h, w, d), standardised by channel, to (B, model.channels[-1])."""
+        return self.out(self.blocks(latents).mean((2, 3, 4)))
 
 
 class Trunk(nn.Module):
-    """What is said of each scalar, from the summary of the volumes and the tokens and levels of everything.
+    """What is said of each scalar, from what the reader saw of the volumes and the tokens and levels of everything.
 
-    The tokens scale and shift the summary, which else goes linearly to the output; a layer that is not linear adds what
+    The tokens scale and shift that, which else goes linearly to the output; a layer that is not linear adds what
     the rest lacks.
 
     Args:
@@ -80,34 +98,19 @@ class Trunk(nn.Module):
             _silent(width, v.size) if isinstance(v, Categorical) else _density(width, model.components) for v in scalars
         )
 
-    def forward(self, scalar: int, summary: Tensor, told: Tensor) -> Tensor:
+    def forward(self, scalar: int, seen: Tensor, told: Tensor) -> Tensor:
         """
         Args:
             scalar: which, by its place among the scalars.
-            summary: of the volumes, (B, C).
+            seen: of the volumes, (B, C).
             told: tokens of the scalars and levels of the volumes, (B, variables x E).
 
         Returns:
             Logits (B, K), or (B, 1 + 3 components).
         """
         scale, shift = self.modulate[scalar](self.told(told)).chunk(2, 1)  # each (B, C)
-        x = summary * (1 + scale) + shift
+        x = seen * (1 + scale) + shift
         return self.out[scalar](x + self.bend[scalar](x))
-
-
-class _Pool(nn.Module):
-    def __init__(self, model: config.Denoiser) -> None:
-        super().__init__()
-        width = model.channels[-1]
-        self.blocks = nn.Sequential(
-            *(
-                nn.Sequential(nn.GroupNorm(model.norm_groups, width), nn.SiLU(), nn.Conv3d(width, width, 3, padding=1))
-                for _ in range(2)
-            )
-        )
-
-    def forward(self, h: Tensor) -> Tensor:
-        return (h + self.blocks(h)).mean((2, 3, 4))  # (B, C)
 
 
 def _silent(width: int, outputs: int) -> nn.Linear:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mvhpc.diffusion.density import density
 from mvhpc.diffusion.joint import JointDiffusion
-from mvhpc.diffusion.posterior import Halved, Posterior, hindrance
+from mvhpc.diffusion.posterior import Posterior, Reading, hindrance
 
 PRIOR = math.log(2)  # SD of the factor's logarithm before anybody is seen: so few people cannot push it far
 LIMITS = (math.log(0.25), math.log(8))
@@ -26,7 +26,7 @@ PART = 64  # people at a time
 
 @torch.inference_mode()
 def calibrate(
-    denoiser: Halved, diffusion: JointDiffusion, clean: Mapping[str, Tensor], present: Mapping[str, Tensor]
+    denoiser: Reading, diffusion: JointDiffusion, clean: Mapping[str, Tensor], present: Mapping[str, Tensor]
 ) -> dict[str, float]:
     """The most probable factors, given people that were not trained on.
 
@@ -55,7 +55,7 @@ def calibrate(
             for part in rows.split(PART):
                 known = {name: clean[name][part] for name in given}, {name: present[name][part] for name in given}
                 asked = Posterior(denoiser, diffusion, known[0], len(part), known[1])
-                said.append(denoiser.answer(asked.features, asked.z, asked.t, [v.name])[v.name])
+                said.append(denoiser.answer(asked.seen, asked.z, asked.t, [v.name])[v.name])
         truth = clean[v.name][rows].repeat(2, *[1] * (clean[v.name].ndim - 1)).to(diffusion.device)
         surprise = partial(_surprise, torch.cat(said).double(), truth, diffusion.parameterization(v))
         factors[v.name] = math.exp(minimize_scalar(surprise, bounds=LIMITS, method="bounded").x)

@@ -130,7 +130,7 @@ class JointTask:
         if config.questions < 1 or (config.questions > 1 and not several):
             raise ConfigError(
                 f"questions={config.questions}: at least 1, and only 1 unless diffusion.time=independent and "
-                "model.scalars=late, where scalars have levels of their own and the down path does not see them"
+                "model.scalars=late, where scalars have levels of their own and the volumes are read without them"
             )
         train, others = (
             read_records(dataset, dataset.keys(part, config.split), self.schema) for part in ("train", "validation")
