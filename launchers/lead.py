@@ -17,7 +17,7 @@ from pathlib import Path
 
 from launchers import slurm
 from launchers.allocation import Allocation, Assignment
-from launchers.jobs import Job, jobs_of, release, submitted
+from launchers.jobs import Job, jobs_of, locked, release, submitted
 from launchers.link import Hub, Message, free_port, own_address
 from launchers.member import BOOT_S, TICK_S, Member, Signals
 from launchers.preflight import judge
@@ -69,6 +69,9 @@ class Lead:
         self.came, self.checked, self.joined, self.ended = {0}, set[int](), set[int](), set[int]()
         self.gone: set[int] = set()
         self.address = ""
+        self.attempt = 0
+        self.out_of_time = False
+        self.before = ""
         self.began = time.monotonic()
 
     def run(self) -> None:
@@ -81,6 +84,7 @@ class Lead:
         )
         why = ""
         try:
+            self._hold()
             end, why = self._boot_and_train()
         except Failed as error:
             end, why = "failed", str(error)
@@ -101,6 +105,13 @@ class Lead:
             self._finish(end, why)
         if end == "failed":
             raise SystemExit(1)
+
+    def _hold(self) -> None:
+        """Hold the run, as it was submitted; SLURM may have started this job again after another one took it over."""
+        with locked(self.run_folder) as lock:
+            if lock.holder is not None and lock.holder.id != self.job.id:
+                raise Failed(f"{self.run_folder} is held by job {lock.holder.id}")
+            lock.give(self.job)
 
     def _boot_and_train(self) -> tuple[str, str]:
         token = self.folder.parent / "token"
@@ -157,6 +168,8 @@ class Lead:
         if message is None:
             self.gone.add(node)
             raise Lost(f"{name} is gone")
+        if message.get("attempt", self.attempt) != self.attempt:
+            return  # of a Ray that was ended since
         if message["event"] == "came":
             self.names[node] = message.get("name", name)
             self.came.add(node)
@@ -222,6 +235,7 @@ class Lead:
 
     def _attempt(self, attempt: int) -> int:
         """Start Ray and the driver, and return the driver's exit status."""
+        self.attempt = attempt
         start = time.monotonic()
         try:
             if self.with_ray:
@@ -336,7 +350,9 @@ class Lead:
         self.job.tell("requeue", why=why)
         print(f"job {self.job.id}: {why}; back to the queue", flush=True)
         try:
-            slurm.requeue(self.job.id)
+            # Called dead by SLURM, this node may be late: the job may wait, or run elsewhere, already.
+            if slurm.restarts(self.job.id) == self.allocation.restart:
+                slurm.requeue(self.job.id)
         except Exception as error:
             self._finish("failed", f"{why}, and SLURM did not take it back ({error}); submit it again to go on")
             raise SystemExit(1) from None

@@ -94,6 +94,7 @@ class Member:
         self._ray: Ward | None = None
         self._ray_log = Path()
         self._joined = False
+        self._attempt = 0
 
     def obey(self, message: Message) -> None:
         """Do what node 0 says: ``check``, ``ray`` or ``end``; :meth:`tick` tells it how that went."""
@@ -113,12 +114,19 @@ class Member:
             return
         if (status := self._ray.poll()) is not None:
             self.end_ray()
-            self._tell({"event": "broken", "why": f"Ray ended with status {status}; its log is {self._ray_log}"})
+            self._tell(
+                {
+                    "event": "broken",
+                    "attempt": self._attempt,
+                    "why": f"Ray ended with status {status}; its log is {self._ray_log}",
+                }
+            )
         elif not self._joined and READY in self._ray_log.read_text(errors="replace"):
             self._joined = True
             # (a file that Ray writes in its head node's folder)
             address = self.scratch / "ray_current_cluster"
-            self._tell({"event": "joined", "address": address.read_text().strip() if address.is_file() else ""})
+            known = address.read_text().strip() if address.is_file() else ""
+            self._tell({"event": "joined", "attempt": self._attempt, "address": known})
 
     def close(self) -> None:
         """End everything of this job on this node."""
@@ -185,6 +193,7 @@ class Member:
             f"--num-gpus={allocation.gpus}",
             f"--object-store-memory={OBJECTS}",
         ]
+        self._attempt = attempt
         self._ray_log = self.logs / f"ray-{attempt}.log"
         self._joined = False
         self._ray_log.touch()

@@ -83,8 +83,9 @@ def chain(preset: str, overrides: Sequence[str], nodes: int, gpus: int, slurm: b
     pipeline = Pipeline(load_config(PipelineConfig, "pipeline", preset, overrides))
     steps: list[Step] = []
     for stage, config in pipeline.steps:
-        named = "workers" in getattr(pipeline.config, stage).get("compute", {})
-        step = _step(stage, config, nodes if stage in SPREADING else 1, gpus, True, named, slurm)
+        named = getattr(pipeline.config, stage, {}).get("compute", {}).get("workers", 0)
+        most = -(-named // max(1, gpus)) if named else nodes  # no more nodes than workers have a place for
+        step = _step(stage, config, min(nodes, most) if stage in SPREADING else 1, gpus, True, bool(named), slurm)
         # Behind one that has yet to run, what is there may be outdated by then: its job looks again.
         step.finished = all(s.finished for s in steps) and state(stage, step.config) == "finished"
         steps.append(step)

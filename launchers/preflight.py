@@ -4,7 +4,6 @@ Every node examines itself and writes what it found to the run folder; node 0 co
 """
 
 import contextlib
-import csv
 import importlib.metadata
 import os
 import platform
@@ -14,14 +13,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 PACKAGES = ["mvhpc", "torch", "deepspeed", "ray", "monai", "numpy", "zarr", "safetensors"]
 FREE_GIB = 1.0  # of the run folder, and of the scratch folder, below which a checkpoint or a session may not fit
-GPU_FAULTS = {  # field of nvidia-smi -> the value of a healthy GPU, what another one means
-    "ecc.errors.uncorrected.volatile.total": ("0", "has uncorrected memory errors"),
-    "retired_pages.pending": ("No", "has memory pages to retire; it needs a reset"),
-    "clocks_throttle_reasons.hw_slowdown": ("Not Active", "is slowed down by its hardware (heat or power)"),
+GPU_FAULTS = {  # part of a name in `nvidia-smi -q -x` -> what any value but "no" of it means
+    "uncorrectable": "has uncorrected memory errors",
+    "remapped_row_pending": "has memory rows to remap; it needs a reset",
+    "remapped_row_failure": "has memory rows that cannot be remapped",
+    "pending_retirement": "has memory pages to retire; it needs a reset",
+    "hw_slowdown": "is slowed down by its hardware (heat or power)",
 }
+WELL = {"0", "No", "Not Active", "N/A", ""}
 
 
 def examine(run: Path, inputs: Mapping[str, str], scratch: Path, gpus: int) -> dict[str, Any]:
@@ -94,26 +97,21 @@ def _readable(key: str, path: Path) -> list[str]:
 def _gpus(expected: int) -> list[str]:
     if expected == 0:
         return []
-    query = ",".join(["index", *GPU_FAULTS])
     try:
-        done = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
+        done = subprocess.run(["nvidia-smi", "-q", "-x"], capture_output=True, check=True, timeout=60)
+        found = ElementTree.fromstring(done.stdout).findall("gpu")
+    except (OSError, subprocess.SubprocessError, ElementTree.ParseError) as error:
         return [f"nvidia-smi does not answer ({error}); exclude the node and tell the site"]
-    rows = [[cell.strip() for cell in row] for row in csv.reader(done.stdout.splitlines())]
     problems = []
-    if len(rows) < expected:
-        problems.append(f"{expected} GPUs were asked for and nvidia-smi sees {len(rows)}; exclude the node")
-    for index, *values in rows:
-        for value, (healthy, meaning) in zip(values, GPU_FAULTS.values()):
-            if value != healthy and not value.startswith("["):  # [N/A]: not a thing of this kind of GPU
-                problems.append(f"GPU {index} {meaning} ({value}); exclude the node and tell the site")
-    return problems
+    if len(found) < expected:
+        problems.append(f"{expected} GPUs were asked for and nvidia-smi sees {len(found)}; exclude the node")
+    for number, gpu in enumerate(found):
+        for part in [gpu.find("ecc_errors/volatile"), *gpu]:
+            for entry in part if part is not None else ():
+                meaning = next((m for word, m in GPU_FAULTS.items() if word in entry.tag), None)
+                if meaning and (entry.text or "").strip() not in WELL:
+                    problems.append(f"GPU {number} {meaning}; exclude the node and tell the site")
+    return list(dict.fromkeys(problems))
 
 
 def judge(reports: Mapping[str, Mapping[str, Any]], missing: Sequence[str] = ()) -> list[str]:

@@ -102,11 +102,20 @@ def state(job: str) -> str:
     return f"{word.lower()} ({reason})" if word == "PENDING" else word.lower()
 
 
-def ending(job: str) -> str:
-    """SLURM's own word for a job's state, in capitals, also just after its end; empty once it is forgotten."""
+def _shown(job: str, field: str) -> str:
     shown = _ask("scontrol", "--oneliner", "show", "job", job)
     fields = dict(part.partition("=")[::2] for part in shown.split() if "=" in part)
-    return fields.get("JobState", "")
+    return fields.get(field, "")
+
+
+def ending(job: str) -> str:
+    """SLURM's own word for a job's state, in capitals, also just after its end; empty once it is forgotten."""
+    return _shown(job, "JobState")
+
+
+def restarts(job: str) -> int:
+    """How often a job has been taken back into the queue."""
+    return int(_shown(job, "Restarts"))
 
 
 def seconds_left(job: str) -> float:

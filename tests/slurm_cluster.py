@@ -93,7 +93,8 @@ class SlurmCluster:
         )
         for name in ("state", *NODES):
             (self.folder / name).mkdir()
-            self.task_environment(name)
+        for node in NODES:
+            self.task_environment(node)
         prolog = self.folder / "prolog.sh"
         prolog.write_text(f'#!/bin/sh\ncat "{self.folder}/$SLURMD_NODENAME.environment"\n')
         prolog.chmod(0o755)

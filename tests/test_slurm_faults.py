@@ -19,6 +19,7 @@ from tests.slurm_cluster import NODES, SlurmCluster, wait_for
 from tests.test_slurm import nothing_is_left, state_of_its_own, submit  # noqa: F401 (a fixture)
 from tests.toy_task import curves, digest
 
+pytest_plugins = ["tests.slurm_cluster"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS = 240
