@@ -3,9 +3,11 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from mvhpc.config import ConfigError, load_config
+from mvhpc.run import Interrupted
 from shards.errors import DataError, nearest
 
 USAGE = """mvhpc: one diffusion model over everything known of a person, and every question answered from it
@@ -21,6 +23,8 @@ commands:
   generate     make synthetic people, as a BIDS tree
   translate    draw one volume of every subject from the others: a contrast that was not taken
   inpaint      fill in the part of a volume that a mask does not call known
+  export       write the model of any checkpoint, of any number of workers
+  mlflow-sync  bring an MLflow store up to date with run folders
   dashboard    open the MLflow store, on this machine only
 
 `mvhpc COMMAND --help` shows a command's options and examples. --config takes a preset (configs/COMMAND/NAME.yaml)
@@ -169,6 +173,42 @@ def _run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _export(arguments: Sequence[str]) -> int:
+    from mvhpc.export import export
+
+    parser = _parser(
+        "export",
+        "mvhpc export runs/joint/checkpoints/step-00001000 --out model\n  mvhpc export runs/joint --out model",
+        "Write the model of a checkpoint as a folder of its own, on this machine, whatever number of workers wrote it. "
+        "Of a run folder the newest checkpoint is taken.",
+    )
+    parser.add_argument("source", metavar="CHECKPOINT_OR_RUN")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="model folder to write")
+    options = parser.parse_args(arguments)
+    print(f"step {export(Path(options.source), Path(options.out))} written to {options.out}")
+    return 0
+
+
+def _mlflow_sync(arguments: Sequence[str]) -> int:
+    from mvhpc.tracking import sync
+
+    parser = _parser(
+        "mlflow-sync",
+        "mvhpc mlflow-sync runs/vae runs/joint\n  mvhpc mlflow-sync runs/joint --uri http://127.0.0.1:5000",
+        "Bring an MLflow store up to date with the journals of run folders, for runs on machines that do not reach it. "
+        "What the store has already is not sent again.",
+    )
+    parser.add_argument("folders", nargs="+", metavar="RUN_FOLDER")
+    parser.add_argument("--uri", default="", help="tracking URI; without it the one that each run was configured with")
+    options = parser.parse_args(arguments)
+    for folder in map(Path, options.folders):
+        if not (folder / "tracking.json").is_file():
+            raise ConfigError(f"{folder}: no run folder (it has no tracking.json)")
+        sync(folder, options.uri)
+        print(f"{folder} is up to date")
+    return 0
+
+
 def _dashboard(arguments: Sequence[str]) -> int:
     from mvhpc.dashboard import dashboard
 
@@ -190,7 +230,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in {"-h", "--help", "help"}:
         print(USAGE, end="")
         return 0
-    handlers: dict[str, Callable[[Sequence[str]], int]] = {"run": _run, "dashboard": _dashboard}
+    handlers: dict[str, Callable[[Sequence[str]], int]] = {
+        "run": _run,
+        "export": _export,
+        "mlflow-sync": _mlflow_sync,
+        "dashboard": _dashboard,
+    }
     command = " ".join(arguments[:2]) if arguments[0] == "train" else arguments[0]
     rest = arguments[len(command.split()) :]
     try:
@@ -205,6 +250,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+    except Interrupted as error:
+        print(f"mvhpc: {error}", file=sys.stderr)
+        return 75  # EX_TEMPFAIL
     except (ConfigError, DataError) as error:
         print(f"mvhpc: {error}", file=sys.stderr)
         return 2

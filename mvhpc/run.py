@@ -17,6 +17,8 @@ from shards.files import write_text
 from shards.index import Index
 
 FOLDERS = {"vae", "joint"}  # stages whose output is the run folder itself
+# Of `compute`: where a stage runs, which changes its result by rounding at most. A job goes on with the nodes it gets.
+LAYOUT = ("workers", "zero_stage", "offload", "threads", "retries", "hang_minutes")
 
 
 class Interrupted(RuntimeError):
@@ -73,7 +75,7 @@ def identity(path: str | Path) -> str:
 def stage_fingerprint(stage: str, config: Any, inputs: dict[str, str]) -> str:
     """Identifies a stage's result: its configuration less what cannot change the result, and its inputs' content."""
     decisive = {k: v for k, v in to_dict(config).items() if k not in {"out", "tracking", *inputs}}
-    for key in ("retries", "hang_minutes"):
+    for key in LAYOUT:
         decisive.get("compute", {}).pop(key, None)
     return fingerprint(stage, decisive, inputs)
 

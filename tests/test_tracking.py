@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from mvhpc import tracking
+from mvhpc.cli import main
 from mvhpc.config import ConfigError, PackConfig, load_config
 from mvhpc.dashboard import dashboard
 from mvhpc.journal import Journal
@@ -130,6 +131,74 @@ def test_dead_server_costs_seconds_and_one_warning(tmp_path: Path, capfd: pytest
     with tracker(tmp_path):  # the same result into a store that works: from the first point on
         pass
     assert [step for step, _ in history(tmp_path)] == [0, 1, 2]
+
+
+def serve(store: Path, port: int) -> subprocess.Popen[bytes]:
+    """An MLflow server on this machine's loopback, answering."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{store / 'mlflow.db'}",
+        "--artifacts-destination",
+        str(store / "files"),
+    ]
+    with (store / "server.log").open("ab") as log:
+        server = subprocess.Popen(command, cwd=store, stdout=log, stderr=log, start_new_session=True)
+
+    def answers() -> bool:
+        try:
+            return get(f"http://127.0.0.1:{port}/health") == 200
+        except OSError:
+            assert server.poll() is None, (store / "server.log").read_text()
+            return False
+
+    wait_for(answers, 90)
+    return server
+
+
+@pytest.mark.slow
+def test_server_killed_and_started_again_and_a_second_store_have_every_point_once(tmp_path: Path) -> None:
+    store, folder = tmp_path / "store", tmp_path / "packed.run"
+    store.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
+    client = tracking.store_client(uri)
+
+    def steps() -> list[int]:
+        run = json.loads((folder / "tracking.json").read_text()).get("run")
+        return [m.step for m in client.get_metric_history(run, "train/loss")] if run else []
+
+    server = serve(store, port)
+    try:
+        with tracker(tmp_path, uri=uri):
+            losses(tmp_path, range(3))
+            wait_for(lambda: steps() == [0, 1, 2], 60)
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+            losses(tmp_path, range(3, 6))
+            time.sleep(2 * tracking.PERIOD_S)
+            server = serve(store, port)
+            losses(tmp_path, range(6, 9))
+        sync(folder)
+        assert steps() == list(range(9))
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+    other = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    before = (folder / "tracking.json").read_text()
+    assert main(["mlflow-sync", str(folder), "--uri", other]) == 0
+    Journal(folder).write("metrics", step=9, metrics={"train/loss": 0.1})
+    for note in tmp_path.glob("packed.run/tracking.*.json"):
+        note.unlink()  # what the second store knows is forgotten: all is sent again, and found to be there
+    assert main(["mlflow-sync", str(folder), "--uri", other]) == main(["mlflow-sync", str(folder), "--uri", other]) == 0
+    assert (folder / "tracking.json").read_text() == before
+    second = tracking.store_client(other)
+    (run,) = second.search_runs([second.get_experiment_by_name("laws").experiment_id])
+    assert [m.step for m in second.get_metric_history(run.info.run_id, "train/loss")] == list(range(10))
+    assert run.info.status == "FINISHED"
+    assert main(["mlflow-sync", str(store)]) == 2
 
 
 @pytest.mark.slow

@@ -44,6 +44,7 @@ def interrupted(folder: Path, *steps: int, **changes: object) -> dict[str, float
         {"dropout": 0.2},
         {"training__accumulate": 2, "optimizer__schedule": "cosine", "compute__precision": "bfloat16"},
         {"training__checkpoint_every": 5, "training__log_every": 3},
+        pytest.param({"compute__compile": True, "dropout": 0.2}, marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path, changes: dict) -> None:

@@ -80,6 +80,13 @@ class Interrupted(Exception):
     """Stands for whatever stops a run."""
 
 
+class Network(nn.Sequential):
+    """Layers in a row; torch.compile takes networks with a ``forward`` of their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 class ToyTask:
     """Denoise points of a curve, with an adversary that tells denoised points from real ones."""
 
@@ -93,14 +100,14 @@ class ToyTask:
         torch.manual_seed(config.training.seed)
         self.config = config
         self.networks: dict[str, nn.Module] = {
-            "denoiser": nn.Sequential(
+            "denoiser": Network(
                 nn.Linear(2, config.width), nn.SiLU(), nn.Dropout(config.dropout), nn.Linear(config.width, 2)
             )
         }
         self.struck: set[int] = set()
         self.learning_rates = {"denoiser": config.optimizer.lr}
         if config.adversarial:
-            self.networks["discriminator"] = nn.Sequential(nn.Linear(2, 8), nn.SiLU(), nn.Linear(8, 1))
+            self.networks["discriminator"] = Network(nn.Linear(2, 8), nn.SiLU(), nn.Linear(8, 1))
             self.learning_rates["discriminator"] = config.optimizer.lr / 2
 
     @staticmethod

@@ -1,0 +1,68 @@
+"""The law of export: from a checkpoint come the bytes that training itself exported at that step."""
+
+from pathlib import Path
+
+import pytest
+
+from mvhpc.cli import main
+from mvhpc.config import EncodeConfig, JointConfig, VAEConfig, load_config
+from mvhpc.inference.encode import run as encode
+from mvhpc.run import Run, execute
+from tests.ellipsoids import pack_ellipsoids
+
+SHORT = [
+    "training.epochs=4",
+    "training.batch=2",
+    "training.checkpoint_every=1000",
+    "compute.threads=1",
+    "optimizer.warmup=2",
+]
+VAE = [
+    "model.channels=[4,8]",
+    "model.norm_groups=4",
+    "model.res_blocks=1",
+    "loss.perceptual=0",
+    "loss.discriminator_channels=4",
+    "loss.discriminator_layers=1",
+    "optimizer.lr=1e-3",
+]
+JOINT = [
+    "model.channels=[16,16]",
+    "model.attention=[false,true]",
+    "model.head_channels=16",
+    "model.norm_groups=8",
+    "model.embedding=16",
+    "model.res_blocks=1",
+    "ema=0.9",
+]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
+def test_the_model_of_a_checkpoint_is_what_training_exported(
+    tmp_path: Path, tiny_dataset: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = pack_ellipsoids(tmp_path / "data", train=4, validation=2)
+    values = {"out": str(tmp_path / "vae"), "data": str(data)}
+    runs = {"vae": execute("vae", load_config(VAEConfig, "vae", "default", [*VAE, *SHORT], values))}
+
+    places = {"data": str(tiny_dataset), "vae": str(tiny_model.parent / "vae"), "out": str(tmp_path / "latents")}
+    encode(load_config(EncodeConfig, "encode", "default", (), places), Run(tmp_path / "encode"))
+    values = {"latents": places["out"], "vae": places["vae"], "out": str(tmp_path / "joint")}
+    two = ["compute.workers=2", "compute.zero_stage=3"]
+    runs["joint"] = execute("joint", load_config(JointConfig, "joint", "default", [*JOINT, *SHORT, *two], values))
+
+    for stage, summary in runs.items():
+        run, step = tmp_path / stage, int(summary["best_step"])
+        checkpoint = run / "checkpoints" / f"step-{step:08d}"
+        assert main(["export", str(checkpoint), "--out", str(tmp_path / f"{stage}-model")]) == 0
+        assert f"step {step} written" in capsys.readouterr().out
+        assert content(tmp_path / f"{stage}-model") == content(run / "model")
+        assert main(["export", str(run), "--out", str(tmp_path / f"{stage}-last")]) == 0
+        assert main(["export", str(run), "--out", str(tmp_path / f"{stage}-last")]) == 1
+        assert "is there already" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "latents"), "--out", str(tmp_path / "nothing")]) == 2
+    assert "neither a checkpoint" in capsys.readouterr().err
