@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mvhpc.config import ConfigError
-from mvhpc.tracking import ENVIRONMENT, SQLITE, catch_up, store_client
+from mvhpc.store import ENVIRONMENT, SQLITE, store_client
+from mvhpc.tracking import catch_up
 from shards.files import write_text
 
 HOST = "127.0.0.1"

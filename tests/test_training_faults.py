@@ -133,7 +133,7 @@ def test_killed_while_a_checkpoint_is_written(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_hang_is_told_with_all_stacks_and_ends_the_process(tmp_path: Path) -> None:
-    process = start(tmp_path, tracking__hang_at=9, compute__hang_minutes=0.1)
+    process = start(tmp_path, tracking__hang_at=9, tracking__mark=f"{tmp_path}/hung", compute__hang_minutes=0.1)
     _, said = process.communicate(timeout=100)
     assert process.returncode != 0
     assert "Timeout" in said and "_suffer" in said and said.count("(most recent call first)") > 1

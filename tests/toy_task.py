@@ -38,7 +38,7 @@ class Faults:
     transient: bool = False  # poisoned only the first time
     stop_at: int = -1  # step at which the stop file appears
     full: list[int] = field(default_factory=list)  # first and last step at which no file can grow
-    hang_at: int = -1
+    hang_at: int = -1  # step at which one of the processes hangs, once: as with `kill_at`
 
 
 @dataclass
@@ -129,8 +129,11 @@ class ToyTask:
                 os.kill(os.getpid(), signal.SIGKILL)
         if step == faults.stop_at:
             Path(os.environ["MVHPC_STOP_FILE"]).touch()
-        while step == faults.hang_at:
-            time.sleep(1)
+        if step == faults.hang_at:
+            with contextlib.suppress(FileExistsError):
+                Path(faults.mark).touch(exist_ok=False)
+                while True:
+                    time.sleep(1)
         rank, world = (int(os.environ.get(name, 1)) for name in ("RANK", "WORLD_SIZE"))
         if faults.full and rank >= world - 1:  # for every file of this process, the last of the workers
             soft = 100 if faults.full[0] <= step <= faults.full[1] else resource.RLIM_INFINITY

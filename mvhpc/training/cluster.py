@@ -164,7 +164,7 @@ def _explain(error: Any, logs: Path) -> WorkerError:
         failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
         dead = {r: e for r, e in failures.items() if "Died" in type(e).__name__}
         rank, cause = min((dead or failures).items(), default=(0, error))
-        what = "was killed, perhaps for lack of memory" if dead else str(cause).strip().splitlines()[-1]
+        what = "died (killed, out of memory, or ended after a hang)" if dead else str(cause).strip().splitlines()[-1]
     log = logs / f"worker-{rank}.log"
     return WorkerError(f"worker {rank}: {what} (its log: {log})")
 
@@ -206,6 +206,8 @@ def ray_session(workers: int, logs: Path) -> Iterator[None]:
         )
         quiet.setLevel(logging.ERROR)
         yield
+    except Interrupted:
+        raise
     except BaseException:
         if not (logs / "error.json").is_file():  # no fault of the function's: Ray's own logs may say more
             for session in Path(temporary).glob("session_latest/logs"):
