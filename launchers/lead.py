@@ -349,16 +349,19 @@ class Lead:
     def _requeue(self, why: str) -> None:
         self.job.tell("requeue", why=why)
         print(f"job {self.job.id}: {why}; back to the queue", flush=True)
+        why_not = ""
         try:
             # Called dead by SLURM, this node may be late: the job may wait, or run elsewhere, already.
             if slurm.restarts(self.job.id) == self.allocation.restart:
                 slurm.requeue(self.job.id)
-        except Exception as error:
-            self._finish("failed", f"{why}, and SLURM did not take it back ({error}); submit it again to go on")
-            raise SystemExit(1) from None
-        end = time.monotonic() + 60
+        except Exception as error:  # also where SLURM, taking the job back, ends the command that asked for it
+            why_not = str(error)
+        end = time.monotonic() + (2 if why_not else 60)
         while not self.signals.terminate and time.monotonic() < end:  # SLURM ends what it takes back
             time.sleep(TICK_S)
+        if why_not and not self.signals.terminate:
+            self._finish("failed", f"{why}, and SLURM did not take it back ({why_not}); submit it again to go on")
+            raise SystemExit(1)
         raise SystemExit(128 + signal.SIGTERM)
 
     def _terminated(self) -> None:

@@ -21,7 +21,7 @@ from typing import IO
 import psutil
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
-GRACE_S = 5.0  # between SIGTERM and SIGKILL
+GRACE_S = 1.0  # between SIGTERM and SIGKILL; what is written is written whole, so there is nothing to wait for
 STOP = b"stop\n"
 
 
@@ -70,38 +70,37 @@ def adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def end_descendants(grace: float = GRACE_S) -> None:
-    """End every descendant of this process: SIGTERM, then, after ``grace`` seconds, SIGKILL until none is left."""
+def end_descendants(child: "subprocess.Popen[bytes] | None" = None, grace: float = GRACE_S) -> None:
+    """End every descendant of this process: SIGTERM, then, after ``grace`` seconds, SIGKILL until none is left.
+
+    Args:
+        child: one of them, whose exit status is wanted.
+        grace: seconds.
+    """
     end = time.monotonic() + grace
-    number = signal.SIGTERM
     told: set[int] = set()
-    while True:
-        _reap()
-        # A zombie whose parent lives still is that one's to reap.
-        left = [p for p in psutil.Process().children(recursive=True) if _running(p)]
-        if not left:
-            return
+    while left := _descendants(child):
+        late = time.monotonic() > end
         for process in left:
-            if process.pid not in told or number == signal.SIGKILL:
-                with contextlib.suppress(psutil.Error):
-                    process.send_signal(number)
+            if late or process.pid not in told:
                 told.add(process.pid)
-        if time.monotonic() > end:
-            number = signal.SIGKILL
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(signal.SIGKILL if late else signal.SIGTERM)
         time.sleep(0.05)
 
 
-def _running(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
-
-
-def _reap() -> None:
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+def _descendants(child: "subprocess.Popen[bytes] | None") -> list[psutil.Process]:
+    """Those that still run; adopted ones that have ended are let go, and of ``child`` the status is kept."""
+    running = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error, ChildProcessError):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                running.append(process)
+            elif child is not None and process.pid == child.pid:
+                child.poll()
+            elif process.ppid() == os.getpid():
+                os.waitpid(process.pid, os.WNOHANG)
+    return running
 
 
 def main(scratch: str, command: Sequence[str]) -> int:
@@ -117,24 +116,13 @@ def main(scratch: str, command: Sequence[str]) -> int:
         start_new_session=True,
         preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
     )
-    said = b""
-    ended = False
-    while not ended:
-        if child.poll() is not None:
-            break
+    said, ended = b"", False
+    while not ended and child.poll() is None:
         if select.select([0], [], [], 0.1)[0]:
             said = os.read(0, len(STOP))
             ended = True
-    status = child.poll()
-    if status is None:
-        child.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(GRACE_S)
-        status = child.poll()
-    if status is None:
-        child.kill()
-        status = child.wait()
-    end_descendants()
+    end_descendants(child)
+    status = child.wait()
     if ended and said != STOP:  # whoever started this was killed
         shutil.rmtree(scratch, ignore_errors=True)
     return 128 - status if status < 0 else status

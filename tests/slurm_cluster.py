@@ -7,17 +7,14 @@ Partition `urgent` preempts `batch`: a job there gets its user signal, `GRACE_S`
 import contextlib
 import getpass
 import os
-import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import pytest
 
 NODES = ("n1", "n2", "n3", "n4")
 CPUS = 4  # of each node, by word alone
@@ -54,7 +51,7 @@ JobCompType=jobcomp/filetxt
 JobCompLoc={folder}/jobs.txt
 JobRequeue=1
 KillWait=15
-MinJobAge=20
+MinJobAge=5
 SlurmdTimeout=20
 ReturnToService=2
 NodeName=n[1-4] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs={cpus} State=UNKNOWN
@@ -235,27 +232,3 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60, what: str = "wa
     while not condition():
         assert time.monotonic() < end, what
         time.sleep(0.2)
-
-
-@pytest.fixture(scope="session")
-def slurm_cluster() -> Iterator[SlurmCluster]:
-    """The cluster, for as long as the tests last; nothing of it is left afterwards."""
-    os.environ["PATH"] = os.environ["PATH"] + os.pathsep + "/usr/sbin"  # where Debian keeps the daemons
-    missing = [name for name in PROGRAMS if shutil.which(name) is None]
-    if missing:
-        pytest.skip(f"no SLURM here ({', '.join(missing)} missing): apt-get install slurm-wlm munge")
-    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
-    cluster = SlurmCluster(folder)
-    try:
-        cluster.start()
-        yield cluster
-    finally:
-        cluster.stop()
-        shutil.rmtree(folder)
-
-
-@pytest.fixture
-def slurm(slurm_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> SlurmCluster:
-    """The cluster, with this process's environment pointing to it."""
-    monkeypatch.setenv("SLURM_CONF", slurm_cluster.environment["SLURM_CONF"])
-    return slurm_cluster

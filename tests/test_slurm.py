@@ -20,7 +20,7 @@ from mvhpc.run import record
 from shards.index import Index
 from tests.slurm_cluster import SlurmCluster, wait_for
 
-pytest_plugins = ["tests.slurm_cluster"]
+pytest_plugins = ["tests.slurm_fixtures"]
 SUBMIT = CONFIGS.parent / "launchers" / "submit.py"
 
 
