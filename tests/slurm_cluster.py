@@ -53,7 +53,7 @@ JobRequeue=1
 KillWait=15
 MinJobAge=5
 SlurmdTimeout=20
-ReturnToService=2
+ReturnToService=0
 NodeName=n[1-4] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs={cpus} State=UNKNOWN
 PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime={grace} State=UP
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=9 PreemptMode=OFF State=UP
@@ -183,7 +183,7 @@ class SlurmCluster:
     def up(self, node: str) -> None:
         """Call a node well."""
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
-        wait_for(lambda: self.nodes().get(node) == "idle", 30, f"{node} does not come back")
+        wait_for(lambda: self.nodes().get(node) in {"idle", "mix", "alloc"}, 30, f"{node} does not come back")
 
     def task_environment(self, node: str, **variables: str) -> None:
         """Let tasks that start on a node from now on have these variables, and no others that were said so before."""
