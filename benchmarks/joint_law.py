@@ -107,6 +107,7 @@ def learn(law: Law, steps: int, batch: int = 128) -> tuple[JointDenoiser, JointD
     torch.manual_seed(0)
     diffusion = JointDiffusion(VARIABLES, DIFFUSION)
     network = JointDenoiser(VARIABLES, NETWORK, diffusion.blind)
+    network.adapt({"image": law.draw(256, torch.Generator().manual_seed(6))["image"]})
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.05)
     averaged = torch.optim.swa_utils.AveragedModel(

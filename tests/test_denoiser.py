@@ -110,6 +110,20 @@ def test_what_is_seen_of_volumes_serves_every_question() -> None:
         torch.testing.assert_close(x, whole[name].repeat_interleave(2, 0))
 
 
+def test_the_reader_starts_with_features_of_one_scale_and_sees_nothing_in_noise() -> None:
+    v = variables()
+    z, t = inputs(v, 50)
+    net, same = model(v, blind=1000), model(v, blind=1000)
+    clean, noise = ({**t, "v0": torch.full((50,), level)} for level in (0, 1000))
+    net.adapt({"v0": z["v0"]})
+    same.reader.out = torch.nn.Identity()
+    features = same.read(z, clean)
+    scaled = (features - features.mean(0)) / features.std(0)
+    untouched = model(v).reader.out
+    torch.testing.assert_close(net.read(z, clean), untouched(scaled), rtol=1e-4, atol=1e-4)
+    assert not net.read(z, noise).any()
+
+
 def test_several_questions_of_a_row_are_rows_of_one_volume() -> None:
     """The answers are those of single questions; volumes are told the first."""
     v = variables()

@@ -136,8 +136,15 @@ class JointDenoiser(nn.Module):
         return outputs | self._denoise_moving(*first)
 
     def read(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> Tensor:
-        """``late``: what the reader sees of the volumes, (B, C); a row may be repeated for many questions."""
-        return self.reader(self._image(z, t) * self.scale + self.shift)
+        """``late``: what the reader sees of the volumes, (B, C), zero where none is shown; a row may be repeated for
+        many questions."""
+        shown = torch.stack([self._shown(v.name, t, 2) for v in self.volumes]).amax(0)  # (B, 1)
+        return self.reader(self._channelwise(z, t)) * shown
+
+    def adapt(self, z: Mapping[str, Tensor]) -> None:
+        """Start the reader on clean volumes (N, C, h, w, d) of some people; see :meth:`Reader.adapt`."""
+        if self.late and self.scalars:
+            self.reader.adapt(self._channelwise(z, {name: torch.zeros(len(x)) for name, x in z.items()}))
 
     def answer(
         self, seen: Tensor, z: Mapping[str, Tensor], t: Mapping[str, Tensor], want: Collection[str]
@@ -189,6 +196,9 @@ class JointDenoiser(nn.Module):
         z, t = ({name: x[rows] for name, x in values.items()} for values in (z, t))
         denoised = self.decode(self.encode(z, t), z, t)
         return {name: x.new_zeros(len(moving), *x.shape[1:]).index_copy(0, rows, x) for name, x in denoised.items()}
+
+    def _channelwise(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> Tensor:
+        return self._image(z, t) * self.scale + self.shift  # (B, sum C, h, w, d)
 
     def _image(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([z[v.name] * self._shown(v.name, t, 5) for v in self.volumes], 1)  # (B, sum C, h, w, d)

@@ -67,6 +67,16 @@ class Reader(nn.Module):
         )
         self.out = nn.Linear(widths[-1], widths[-1])
 
+    @torch.no_grad()
+    def adapt(self, latents: Tensor) -> None:
+        """Start with features of mean 0 and SD 1 over these people, (N, channels, h, w, d).
+
+        What tells people apart is a hundredth of a feature averaged over a brain; left as it is, it is learnt late.
+        """
+        features = self.blocks(latents).mean((2, 3, 4))  # (N, C)
+        self.out.weight.div_(features.std(0))
+        self.out.bias.sub_(self.out.weight @ features.mean(0))
+
     def forward(self, latents: Tensor) -> Tensor:
         """Latents (B, channels, h, w, d), standardised by channel, to (B, model.channels[-1])."""
         return self.out(self.blocks(latents).mean((2, 3, 4)))

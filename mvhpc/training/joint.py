@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mvhpc.run import Run
 
 SD_FLOOR = 0.1  # of an element, in typical SDs: latents of empty background hardly vary
+ADAPTED = 256  # training people whom the reader's first features are scaled by
 CALIBRATION = 1000  # validation people it takes at most
 VALIDATION_DRAWS = 16  # noisings of each validation sample, the same at every validation
 
@@ -142,7 +143,11 @@ class JointTask:
         self.people, self.others = People(train, variables), People(others, variables)
         self.samples, self.validation = len(self.people.keys), len(self.others.keys)
         torch.manual_seed(config.training.seed)  # the layers' initial weights
-        self.networks: dict[str, nn.Module] = {"denoiser": JointDenoiser(variables, config.model, self.diffusion.blind)}
+        denoiser = JointDenoiser(variables, config.model, self.diffusion.blind)
+        whole = torch.stack([self.people.present[v.name] for v in variables.volumes]).all(0).nonzero()[:ADAPTED, 0]
+        if len(whole) > 1:
+            denoiser.adapt({v.name: v.encode(self.people.values[v.name][whole, 0]) for v in variables.volumes})
+        self.networks: dict[str, nn.Module] = {"denoiser": denoiser}
         self.learning_rates = {"denoiser": config.optimizer.lr}
 
     def _moments(self, train: Records, volume: str, index: Index) -> dict[str, Any]:
