@@ -178,7 +178,7 @@ class EncodeConfig:
 class Denoiser:
     """3D U-Net of latent diffusion, and how scalars enter and leave it."""
 
-    scalars: str  # late: beside the down path, so that it runs once for any question; early: the paper's way
+    scalars: str  # late: beside the U-Net, from what a small reader sees of the volumes; early: the paper's way
     components: int  # of the density said of a number (late); 0: no density
     channels: list[int]
     attention: list[bool]
@@ -216,7 +216,7 @@ class JointConfig:
     vae: str
     split: str
     schema: str  # name under configs/schema, a YAML file, or "" for the schema the data were packed with
-    questions: int  # sets of the scalars' levels that each row is trained on, for one pass of the down path
+    questions: int  # sets of the scalars' levels that each row is trained on, for one look at its volumes
     scaling: str  # sd: one SD each way of the training mean becomes [-1, 1]; range: the schema's range does
     model: Denoiser
     diffusion: Diffusion
