@@ -25,7 +25,7 @@ from mvhpc.variables import Variables, Volume
 from shards.files import write_whole
 from shards.schema import Schema
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "model.json"
 
 

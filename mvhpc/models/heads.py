@@ -45,10 +45,11 @@ class PaperHead(nn.Module):
 
 
 class Reader(nn.Module):
-    """What the trunk knows of the volumes: a few convolutions, averaged over space.
+    """What the trunk knows of the volumes: a few convolutions, averaged over each octant.
 
     It sees the latents standardised by channel, where equal tissue is one number in all places, so that it can measure
-    how much there is of what. Standardised element by element, as the U-Net has them, it is another number in each.
+    how much there is of what, and roughly where. Standardised element by element, as the U-Net has them, it is another
+    number in each.
 
     Args:
         channels: of the latents of all volumes.
@@ -65,21 +66,30 @@ class Reader(nn.Module):
                 for i, o, stride in zip(widths, widths[1:], strides)
             )
         )
-        self.out = nn.Linear(widths[-1], widths[-1])
+        self.out = nn.Linear(8 * widths[-1], widths[-1])
 
     @torch.no_grad()
     def adapt(self, latents: Tensor) -> None:
         """Start with features of mean 0 and SD 1 over these people, (N, channels, h, w, d).
 
-        What tells people apart is a hundredth of a feature averaged over a brain; left as it is, it is learnt late.
+        What tells people apart is a hundredth of such an average; left as it is, it is learnt late.
         """
-        features = self.blocks(latents).mean((2, 3, 4))  # (N, C)
-        self.out.weight.div_(features.std(0))
+        features = _octants(self.blocks(latents))  # (N, 8 C)
+        self.out.weight.div_(features.std(0).clamp(min=1e-3))
         self.out.bias.sub_(self.out.weight @ features.mean(0))
 
     def forward(self, latents: Tensor) -> Tensor:
         """Latents (B, channels, h, w, d), standardised by channel, to (B, model.channels[-1])."""
-        return self.out(self.blocks(latents).mean((2, 3, 4)))
+        return self.out(_octants(self.blocks(latents)))
+
+
+def _octants(x: Tensor) -> Tensor:
+    """(B, C, h, w, d) to its means over both halves of each axis, (B, 8 C); `AdaptiveAvgPool3d(2)`, whose gradient is
+    not the same twice on GPUs."""
+    for _ in range(3):
+        n = x.shape[2]
+        x = torch.stack([x[:, :, : (n + 1) // 2].mean(2), x[:, :, n // 2 :].mean(2)], -1)
+    return x.flatten(1)
 
 
 class Trunk(nn.Module):
