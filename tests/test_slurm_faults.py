@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launchers import jobs
 from mvhpc.config import EncodeConfig, load_config
 from mvhpc.inference.encode import run as encode
 from mvhpc.journal import read
@@ -68,6 +69,12 @@ class Training:
         )
         assert self.slurm.state(self.job) == "RUNNING", (begun, self.slurm.state(self.job))
 
+    def finish(self, seconds: float = 300) -> None:
+        """Wait until the job is over, and expect a good end; its own word counts, SLURM soon forgets."""
+        self.slurm.wait(self.job, seconds=seconds)
+        job = next(job for job in jobs.jobs_of(self.run) if job.id == self.job)
+        assert jobs.ending(job) == "finished", job.log.read_text()
+
     def process(self, title: str) -> psutil.Process:
         """One of the job's processes, by a word of its command line."""
         found = [p for p in self.slurm.job_processes(self.job) if title in _words(p)]
@@ -111,7 +118,7 @@ def undisturbed(
         patch.setenv("SLURM_CONF", slurm_cluster.environment["SLURM_CONF"])
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         training = start(slurm_cluster, latents, tiny_model.parent / "vae", tmp_path_factory.mktemp("whole") / "joint")
-        slurm_cluster.wait(training.job, "COMPLETED", seconds=300)
+        training.finish()
     assert training.starts() == 1
     return training
 
@@ -141,7 +148,7 @@ def preempted(training: Training) -> None:
     restarts = slurm.restarts(training.job)
     other = slurm.run("sbatch", "--parsable", "--partition=urgent", f"--nodes={len(NODES)}", "--exclusive",
                       "--output=/dev/null", "--wrap=sleep 1")  # fmt: skip
-    slurm.wait(other, "COMPLETED", "")
+    slurm.wait(other)
     slurm.start_again(training.job, restarts + 1)
 
 
@@ -194,7 +201,7 @@ def test_the_model_is_the_one_of_an_undisturbed_run(
         fault(training)
         wait_for(lambda began=began: training.starts() > began, 200, f"training does not go on after {fault.__name__}")
         print(f"  next step after {time.monotonic() - when:.1f} s")
-    assert slurm.wait(training.job, "COMPLETED", "", seconds=300) == "COMPLETED"
+    training.finish()
     assert training.model() == undisturbed.model()
     assert curves(training.run) == curves(undisturbed.run)
     nothing_is_left(slurm, training.job, training.run)
@@ -215,7 +222,7 @@ def test_fewer_nodes_and_more_again_give_the_same_losses(
         slurm.up(node)
     training.reach(STEPS // 2)
     preempted(training)
-    assert slurm.wait(training.job, "COMPLETED", "", seconds=300) == "COMPLETED"
+    training.finish()
     journal = read(training.run / "jobs" / training.job)
     assert [event["workers"] for event in journal if event["event"] == "start"] == [2, 1, 2]
     ours, whole = curves(training.run), curves(undisturbed.run)
