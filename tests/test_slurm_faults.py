@@ -59,7 +59,7 @@ class Training:
         """How often training began."""
         return sum(e["event"] == "start" for e in read(self.run))
 
-    def reach(self, step: int, seconds: float = 200) -> None:
+    def reach(self, step: int, seconds: float = 300) -> None:
         """Wait until that step was done since training last began."""
         begun = self.starts()
         wait_for(
@@ -199,7 +199,7 @@ def test_the_model_is_the_one_of_an_undisturbed_run(
         training.reach(step)
         began, when = training.starts(), time.monotonic()
         fault(training)
-        wait_for(lambda began=began: training.starts() > began, 200, f"training does not go on after {fault.__name__}")
+        wait_for(lambda began=began: training.starts() > began, 300, f"training does not go on after {fault.__name__}")
         print(f"  next step after {time.monotonic() - when:.1f} s")
     training.finish()
     assert training.model() == undisturbed.model()
@@ -217,7 +217,7 @@ def test_fewer_nodes_and_more_again_give_the_same_losses(
     for node in ("n4", "n3", "n2"):
         slurm.down(node)
     slurm.start_again(training.job, restarts + 1)
-    wait_for(lambda: training.starts() > 1, 200, "training does not go on with one node")
+    wait_for(lambda: training.starts() > 1, 300, "training does not go on with one node")
     for node in ("n4", "n3", "n2"):
         slurm.up(node)
     training.reach(STEPS // 2)
