@@ -25,7 +25,7 @@ from mvhpc.variables import Variables, Volume
 from shards.files import write_whole
 from shards.schema import Schema
 
-FORMAT = 4
+FORMATS = {"autoencoder": 3, "joint": 4}  # each counts what changed in its own files
 MANIFEST = "model.json"
 
 
@@ -52,8 +52,8 @@ def _manifest(folder: Path, kind: str) -> dict[str, Any]:
         found = meta["format"], meta["kind"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: damaged: {error!r}; train the model again or copy the folder again") from error
-    if found != (FORMAT, kind):
-        raise ModelError(f"{path}: holds {found[1]!r} in format {found[0]}; needed is {kind!r} in format {FORMAT}")
+    if found != (FORMATS[kind], kind):
+        raise ModelError(f"{path}: holds {found[1]!r} in format {found[0]}; needed is {kind!r} in format {FORMATS[kind]}")
     return meta
 
 
@@ -65,7 +65,7 @@ def _save(folder: Path, meta: dict[str, Any], networks: Mapping[str, bytes]) -> 
         digest = hashlib.sha256(data).hexdigest()
         files[name] = {"file": f"{name}-{digest[:12]}.safetensors", "sha256": digest}
         write_whole(folder / files[name]["file"], data)
-    manifest = json.dumps({"format": FORMAT, **meta, "networks": files}, indent=1)
+    manifest = json.dumps({"format": FORMATS[meta["kind"]], **meta, "networks": files}, indent=1)
     write_whole(folder / MANIFEST, manifest.encode())
     named = {entry["file"] for entry in files.values()}
     for path in folder.glob("*.safetensors"):
