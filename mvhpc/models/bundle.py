@@ -53,7 +53,8 @@ def _manifest(folder: Path, kind: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: damaged: {error!r}; train the model again or copy the folder again") from error
     if found != (FORMATS[kind], kind):
-        raise ModelError(f"{path}: holds {found[1]!r} in format {found[0]}; needed is {kind!r} in format {FORMATS[kind]}")
+        needed = f"{kind!r} in format {FORMATS[kind]}"
+        raise ModelError(f"{path}: holds {found[1]!r} in format {found[0]}; needed is {needed}")
     return meta
 
 
