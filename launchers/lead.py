@@ -22,7 +22,7 @@ from launchers.link import Hub, Message, free_port, own_address
 from launchers.member import BOOT_S, TICK_S, Member, Signals
 from launchers.preflight import judge
 from launchers.ward import Ward
-from launchers.work import AGAIN, DONE, STOPPED
+from launchers.work import AGAIN, DONE, STOPPED, WRONG
 from shards.files import write_text
 
 LEAVE_S = 20  # how long nodes may take to end what they run
@@ -144,7 +144,7 @@ class Lead:
                     return self._stopped()
                 if self.signals.stop:
                     return "requeue", why
-                if status == 1:
+                if status == WRONG:
                     return "failed", self._last_words()
                 print(f"{why}; starting anew from the last checkpoint", flush=True)
             return "failed", f"{why}, for the {retries + 1}. time (compute.retries={retries}); see {self.folder}"

@@ -13,7 +13,7 @@ from mvhpc.config import ConfigError, load_config
 from mvhpc.run import Interrupted, execute, run_folder
 from mvhpc.stages import STAGES
 
-DONE, WRONG, AGAIN, STOPPED = 0, 1, 70, 75  # trying again helps after the third alone; the last wrote a checkpoint
+DONE, WRONG, AGAIN, STOPPED = 0, 65, 70, 75  # sysexits; the last wrote a checkpoint. 1, of a hang, is tried again
 
 
 def prepare(stage: str, config: Any) -> bool:

@@ -99,7 +99,7 @@ def _launch_ray(target: str, config: Any, folder: Path, workers: int) -> dict[st
     logs.mkdir(parents=True, exist_ok=True)
     for leftover in ("error.json", "result.json", "stopped.json"):
         (logs / leftover).unlink(missing_ok=True)
-    with ray_session(workers, logs), tempfile.TemporaryDirectory(prefix="mvhpc-") as storage:
+    with ray_session(workers, logs), _scratch(folder) as storage:
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
@@ -108,7 +108,8 @@ def _launch_ray(target: str, config: Any, folder: Path, workers: int) -> dict[st
         gpus = int(ray.cluster_resources().get("GPU", 0)) if compute.device != "cpu" else 0
         if 0 < gpus < workers:
             raise ConfigError(f"compute.workers={workers}, but Ray sees {gpus} GPUs; one worker takes one GPU")
-        threads = compute.threads or max(1, (os.cpu_count() or 1) // workers)
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        threads = compute.threads or max(1, (os.cpu_count() or 1) * nodes // workers)
         environment = {
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
             "OMP_NUM_THREADS": str(threads),
@@ -131,7 +132,7 @@ def _launch_ray(target: str, config: Any, folder: Path, workers: int) -> dict[st
             ),
             run_config=RunConfig(
                 name=folder.name,
-                storage_path=storage,
+                storage_path=str(storage),
                 failure_config=FailureConfig(max_failures=compute.retries),
                 worker_runtime_env={"env_vars": environment},
             ),
@@ -152,6 +153,18 @@ def _take(path: Path) -> Any:
     content = json.loads(path.read_text())
     path.unlink()
     return content
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Where Ray Train keeps its own notes: seen from all nodes, and gone afterwards."""
+    path = folder / ".ray"
+    shutil.rmtree(path, ignore_errors=True)  # of a driver that was killed
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _explain(error: Any, logs: Path) -> WorkerError:
