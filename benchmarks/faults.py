@@ -1,0 +1,315 @@
+"""Faults for runs in plain processes, and the process that suffers them.
+
+The process trains the real joint stage on tiny latents and does one more thing at each step: it looks whether a fault
+that can only come from within is ordered (a poisoned micro-batch, a hang).
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from trials import RECOVERY_S, Fault, audit, keys, settle, suffer
+
+from mvhpc.config import JointConfig, load_config
+from mvhpc.journal import read
+from mvhpc.training.cluster import launch
+from mvhpc.training.joint import JointTask
+from mvhpc.training.loop import train
+from mvhpc.training.meters import PATIENCE
+from shards.files import write_text
+from tests.slurm_cluster import wait_for
+
+DISC_MIB = 64
+HANG_S = 24  # well above what a busy machine may keep a step waiting
+
+
+# --- the process that suffers ---------------------------------------------------------------------------------------
+
+
+class Suffering(JointTask):
+    """The joint task, and what is ordered: by the file ``order`` in the folder of notes."""
+
+    def __init__(self, config: JointConfig) -> None:
+        super().__init__(config)
+        self.notes = Path(os.environ["CHAOS_NOTES"])
+        self.poisoned = {order["step"] for order in taken(self.notes) if order["kind"] == "poisoned"}
+        self.burst: set[int] = set()
+        self.last = -1
+
+    def step(self, batch: dict[str, Any], engines: Any, step: int, indices: list[int]) -> dict[str, Tensor]:
+        if step <= self.last:
+            self.burst.clear()  # once: having gone back, training meets good samples
+        self.last = step
+        order = self.notes / "order"
+        if order.exists():
+            kind = order.read_text()
+            with (self.notes / "taken.jsonl").open("a") as file:
+                file.write(json.dumps({"kind": kind, "step": step, "time": time.time()}) + "\n")
+            order.unlink()
+            if kind == "poisoned":
+                self.poisoned.add(step)
+            elif kind == "five poisoned":
+                self.burst.update(range(step, step + PATIENCE))
+            else:
+                time.sleep(600)
+        if step in self.poisoned or step in self.burst:
+            bad = {n: x.fill_(torch.nan) if x.dtype == torch.float16 else x for n, x in batch["values"].items()}
+            batch = {**batch, "values": bad}
+        return super().step(batch, engines, step, indices)
+
+
+def taken(notes: Path) -> list[dict[str, Any]]:
+    """The orders that were carried out."""
+    path = notes / "taken.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def worker(config: JointConfig, folder: Path, rank: int, world: int) -> dict[str, float]:
+    """As that of the joint stage."""
+    return train(Suffering(config), config, folder, rank, world)
+
+
+# --- the bench ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def disc(folder: Path) -> Iterator[Path]:
+    """A small file system of its own, which can be filled and made read-only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISC_MIB}m", "chaos", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+class Forked:
+    """A process of its own that has imported everything when it begins; else as subprocess.Popen."""
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["faults", "torch._dynamo"])
+
+    def __init__(self, target: Callable[..., None], *arguments: Any) -> None:
+        self._process = self.context.Process(target=target, args=arguments)
+        self._process.start()
+        self.kill, self.terminate = self._process.kill, self._process.terminate
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, seconds: float | None = None) -> int:
+        self._process.join(seconds)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("the run", seconds or 0.0)
+        return self._process.exitcode
+
+
+class Victim:
+    """A run in a plain process that is started again whenever it ends too soon.
+
+    Args:
+        run: its folder.
+        notes: folder for orders and the log, which outlives any fault of the run's disc.
+        told: keys of its configuration.
+        whole_command: `mvhpc train joint`, MLflow included; else the training alone, where faults can be ordered.
+    """
+
+    def __init__(self, run: Path, notes: Path, told: list[str], whole_command: bool) -> None:
+        self.run, self.notes, self.stop_file = run, notes, notes / "stop"
+        notes.mkdir(parents=True, exist_ok=True)
+        self.told, self.whole_command = told, whole_command
+        self.start()
+
+    def start(self) -> None:
+        """Begin, or go on."""
+        environment = {"CHAOS_NOTES": str(self.notes), "MVHPC_STOP_FILE": str(self.stop_file), "OMP_NUM_THREADS": "1"}
+        self.process: Any
+        if not self.whole_command:
+            self.process = Forked(main, self.told, environment)
+            return
+        environment = {k: v for k, v in os.environ.items() if k != "SLURM_CONF"} | environment
+        command = [sys.executable, "-m", "mvhpc", "train", "joint", *self.told]
+        with (self.notes / "log").open("ab") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+    def step(self) -> int:
+        """The last step that was done."""
+        return max((e["step"] for e in read(self.run) if e["event"] == "metrics"), default=0)
+
+    def reach(self, step: int) -> None:
+        """Wait for a step."""
+
+        def there() -> bool:
+            assert self.process.poll() is None or self.step() >= step, f"ended by itself, status {self.process.poll()}"
+            return self.step() >= step
+
+        wait_for(there, RECOVERY_S, f"step {step} does not come")
+
+    def end(self) -> None:
+        """Wait until it has ended, and start it again."""
+        self.process.wait(RECOVERY_S)
+        self.stop_file.unlink(missing_ok=True)
+        self.start()
+
+    def finish(self) -> None:
+        """Wait until it is done."""
+        status = self.process.wait(RECOVERY_S)
+        assert status == 0, f"ended with status {status}"
+
+
+def killed(victim: Victim, draw: random.Random) -> float:
+    time.sleep(0.3 * draw.random())
+    when = time.time()
+    victim.process.kill()
+    victim.end()
+    return when
+
+
+def killed_writing(victim: Victim, draw: random.Random) -> float:
+    """While a checkpoint is on its way to the disc."""
+    parts = victim.run / "checkpoints"
+    while True:
+        while not list(parts.glob(".step-*.part/*/*")):
+            assert victim.process.poll() is None, "ended by itself"
+        when = time.time()
+        victim.process.kill()
+        caught = list(parts.glob(".step-*.part"))
+        victim.process.wait()
+        if list(parts.glob(".step-*.part")) and caught:
+            break
+        victim.start()  # it was complete already: once more
+        victim.reach(victim.step() + 1)
+    victim.end()
+    return when
+
+
+def terminated(victim: Victim, draw: random.Random) -> float:
+    when = time.time()
+    victim.process.terminate()
+    victim.end()
+    return when
+
+
+def stopped(victim: Victim, draw: random.Random) -> float:
+    when = time.time()
+    victim.stop_file.touch()
+    victim.end()
+    return when
+
+
+def disc_full(victim: Victim, draw: random.Random) -> float:
+    filler = victim.run.parent / "filler"
+    when = time.time()
+    end = time.monotonic() + draw.uniform(1, 3)
+    with filler.open("wb", buffering=0) as file:
+        while time.monotonic() < end:  # what is freed meanwhile is taken too
+            with contextlib.suppress(OSError):
+                file.write(bytes(4096))
+    filler.unlink()
+    _writes_again(victim)
+    return when
+
+
+def read_only(victim: Victim, draw: random.Random) -> float:
+    def remount(how: str) -> bool:  # refused while a file is being written
+        return subprocess.run(["mount", "-o", f"remount,{how}", victim.run.parent], capture_output=True).returncode == 0
+
+    wait_for(lambda: remount("ro"), 60, "the disc cannot be made read-only")
+    when = time.time()
+    time.sleep(draw.uniform(1, 3))
+    assert remount("rw")
+    _writes_again(victim)
+    return when
+
+
+def _writes_again(victim: Victim) -> None:
+    """A checkpoint newer than the fault is there."""
+
+    def newest() -> str:
+        return max((p.name for p in (victim.run / "checkpoints").glob("step-*")), default="")
+
+    before = newest()
+    wait_for(lambda: newest() > before, 60, "no checkpoint is written any more")
+
+
+def _ordered(kind: str) -> Callable[[Victim, random.Random], float]:
+    def fault(victim: Victim, draw: random.Random) -> float:
+        count = len(taken(victim.notes))
+        write_text(victim.notes / "order", kind)
+        wait_for(lambda: len(taken(victim.notes)) > count, 60, "the order was not taken")
+        if kind == "hang":
+            victim.end()
+        return float(taken(victim.notes)[-1]["time"])
+
+    return fault
+
+
+ANEW = {"killed", "killed writing", "terminated", "stopped", "five poisoned", "hang"}
+PLAIN: dict[str, Callable[[Victim, random.Random], float]] = {
+    "killed": killed,
+    "killed writing": killed_writing,
+    "terminated": terminated,
+    "stopped": stopped,
+    "disc full": disc_full,
+    "read-only": read_only,
+    "poisoned": _ordered("poisoned"),
+    "five poisoned": _ordered("five poisoned"),
+    "hang": _ordered("hang"),
+}
+
+
+def excuses(notes: Path, run: Path) -> list[tuple[float, float]]:
+    """The times between five lost gradients and the return to before them."""
+    back = [e["time"] for e in read(run) if e["event"] == "trouble" and "goes back" in e["text"]]
+    bursts = [order["time"] for order in taken(notes) if order["kind"] == "five poisoned"]
+    return [(burst, min((t for t in back if t >= burst), default=burst)) for burst in bursts]
+
+
+def plain(root: Path, name: str, seed: int, plan: Iterator[str], draw: random.Random, deadline: float) -> list[Fault]:
+    """One run under faults until its steps or the time are used up; beside it an undisturbed one, as poisoned."""
+    steps, faults, notes = 400, list[Fault](), root / name
+    more = ("training.checkpoint_every=10", f"compute.hang_minutes={HANG_S / 60}")
+    with disc(root / name / "disc") as mounted:
+        victim = Victim(mounted / "joint", notes, keys(root, mounted / "joint", steps, *more), False)
+        try:
+            victim.reach(1)
+            while time.monotonic() < deadline:
+                target = victim.step() + draw.randrange(2, 15)
+                if target > steps - 100:
+                    break
+                victim.reach(target)
+                kind = next(plan)
+                faults.append(Fault(kind, "plain", 0, seed, name, victim.step(), 0.0))
+                act = PLAIN[kind]
+                if not suffer(faults[-1], victim, lambda act=act: act(victim, draw), kind in ANEW):
+                    break
+                print(f"{name}: {kind} at step {faults[-1].step}: {faults[-1].seconds} s", flush=True)
+            victim.finish()
+            whole = Victim(notes / "whole", notes, keys(root, notes / "whole", steps, *more), False)
+            whole.finish()
+            settle(faults, *audit(victim.run, whole.run, excuses(notes, victim.run)))
+        except (AssertionError, subprocess.SubprocessError) as error:
+            settle(faults, 0, f"the run did not finish: {error}"[:300])
+        finally:
+            victim.process.kill()
+    return faults
+
+
+def main(told: list[str], environment: dict[str, str]) -> None:
+    """The process that suffers."""
+    os.environ.update(environment)
+    log = os.open(Path(environment["CHAOS_NOTES"]) / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    config = load_config(JointConfig, "joint", "default", told)
+    launch("faults:worker", config, Path(config.out), 1)

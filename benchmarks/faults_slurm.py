@@ -1,0 +1,152 @@
+"""Faults for runs on two nodes of a real SLURM: processes, nodes, the job."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import psutil
+from trials import RECOVERY_S, Fault, audit, keys, settle, suffer
+
+from tests.slurm_cluster import SlurmCluster
+from tests.test_slurm import nothing_is_left, submit
+from tests.test_slurm_faults import Training, driver_killed, head_killed, out_of_time, preempted, worker_killed
+
+STEPS = 400
+
+
+def of_node(training: Training, title: str, number: int) -> psutil.Process:
+    """The oldest of the job's processes on one of its nodes, by a word of its command line."""
+    found = []
+    for process in training.slurm.job_processes(training.job):
+        with contextlib.suppress(psutil.Error):
+            if title in " ".join(process.cmdline()) and process.environ().get("SLURM_NODEID") == str(number):
+                found.append(process)
+    assert found, f"no {title} on node {number}"
+    return min(found, key=lambda process: (process.create_time(), process.pid))
+
+
+def raylet_killed(training: Training) -> None:
+    of_node(training, "raylet/raylet", 1).send_signal(signal.SIGKILL)
+
+
+def _supervisor_killed(training: Training, number: int) -> None:
+    slurm = training.slurm
+    restarts = slurm.restarts(training.job)
+    of_node(training, "submitit.core._submit", number).send_signal(signal.SIGKILL)
+    slurm.start_again(training.job, restarts + 1)
+
+
+def supervisor_killed(training: Training) -> None:
+    _supervisor_killed(training, 1)
+
+
+def first_supervisor_killed(training: Training) -> None:
+    _supervisor_killed(training, 0)
+
+
+def node_down(training: Training) -> None:
+    """One of the job's nodes is called dead; SLURM takes the job back by itself and chooses others."""
+    slurm = training.slurm
+    restarts = slurm.restarts(training.job)
+    nodes = slurm.run("squeue", "--noheader", "--jobs", training.job, "--format=%N")
+    node = random.choice(slurm.run("scontrol", "show", "hostnames", nodes).split())
+    slurm.down(node)
+    try:
+        slurm.start_again(training.job, restarts + 1)
+    finally:
+        slurm.up(node)
+
+
+SLURM: dict[str, Callable[[Training], None]] = {
+    "worker killed": worker_killed,
+    "head killed": head_killed,
+    "raylet killed": raylet_killed,
+    "driver killed": driver_killed,
+    "supervisor killed": supervisor_killed,
+    "first supervisor killed": first_supervisor_killed,
+    "node down": node_down,
+    "preempted": preempted,
+    "out of time": out_of_time,
+}
+
+
+@contextlib.contextmanager
+def cluster(root: Path) -> Iterator[SlurmCluster]:
+    """A SLURM, and this process's environment pointing to it."""
+    os.environ["PATH"] += os.pathsep + "/usr/sbin"  # where Debian keeps the daemons
+    os.environ["XDG_STATE_HOME"] = str(root / "state")  # no note of these runs among the user's
+    folder = Path(tempfile.mkdtemp(prefix="chaos-", dir="/tmp"))  # short, for the paths of sockets
+    slurm = SlurmCluster(folder)
+    os.environ["SLURM_CONF"] = slurm.environment["SLURM_CONF"]
+    try:
+        slurm.start()
+        yield slurm
+    finally:
+        slurm.stop()
+        shutil.rmtree(folder)
+
+
+def start(slurm: SlurmCluster, root: Path, run: Path, zero: int) -> Training:
+    """Submit the joint stage to two nodes, or submit it again."""
+    told = keys(root, run, STEPS, f"compute.zero_stage={zero}", "compute.retries=20", "training.checkpoint_every=10")
+    job = submit("--stage", "joint", "--nodes", "2", "--time", "60", *told).stdout.strip()
+    return Training(slurm, run, job)
+
+
+def undisturbed(slurm: SlurmCluster, root: Path, zero: int) -> Path:
+    """What training comes to when nothing happens."""
+    run = root / "whole" / f"zero-{zero}" / "joint"
+    if not (run / "stage.json").is_file() or '"finished"' not in (run / "stage.json").read_text():
+        slurm.wait(start(slurm, root, run, zero).job, "COMPLETED", seconds=600)
+    return run
+
+
+def on_slurm(
+    slurm: SlurmCluster, root: Path, name: str, zero: int, seed: int, plan: Iterator[str], draw: random.Random,
+    deadline: float,
+) -> list[Fault]:  # fmt: skip
+    """One run under faults until its steps or the time are used up, compared with an undisturbed one."""
+    faults: list[Fault] = []
+    whole = undisturbed(slurm, root, zero)
+    training = start(slurm, root, root / name / "joint", zero)
+    try:
+        training.reach(1, RECOVERY_S)
+        while time.monotonic() < deadline:
+            target = training.step() + draw.randrange(2, 20)
+            if target > STEPS - 40:
+                break
+            training.reach(target, RECOVERY_S)
+            kind = next(plan)
+            fault = Fault(kind, "slurm", zero, seed, name, training.step(), 0.0)
+            faults.append(fault)
+            if not suffer(fault, training, partial(act, training, kind), True):
+                state = slurm.state(training.job)
+                fault.note = f"{fault.note} (the job is {state or 'forgotten'})"
+                if state in {"RUNNING", "PENDING", "COMPLETING"}:
+                    break
+                training = start(slurm, root, training.run, zero)  # what a person would do
+                training.reach(target + 1, RECOVERY_S)
+            print(f"{name}: {kind} at step {fault.step}: {fault.seconds} s {fault.note}", flush=True)
+        state = slurm.wait(training.job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "", seconds=600)
+        assert state in {"COMPLETED", ""}, f"the job is {state}"
+        settle(faults, *audit(training.run, whole))
+        nothing_is_left(slurm, training.job, training.run)
+    except (AssertionError, OSError) as error:
+        settle(faults, 0, f"the run did not finish well: {error}"[:300])
+        with contextlib.suppress(AssertionError):
+            slurm.run("scancel", training.job)
+    return faults
+
+
+def act(training: Training, kind: str) -> float:
+    """Let it happen, and say when."""
+    when = time.time()
+    SLURM[kind](training)
+    return when

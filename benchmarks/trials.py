@@ -1,0 +1,180 @@
+"""What every fault is tried on, what is written down of it, and what tells whether a run took harm."""
+
+import random
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mvhpc.config import Autoencoder as AutoencoderConfig
+from mvhpc.config import EncodeConfig, load_config
+from mvhpc.inference.encode import run as encode
+from mvhpc.journal import read
+from mvhpc.models.autoencoder import Autoencoder
+from mvhpc.models.bundle import load_joint, save_autoencoder
+from mvhpc.run import Run
+from mvhpc.training.whole import read_weights, read_whole
+from shards.pack import pack
+from shards.schema import Schema
+from tests.conftest import SCHEMA, write_bids
+from tests.slurm_cluster import wait_for
+from tests.test_slurm_faults import KEYS
+from tests.toy_task import digest
+
+BATCH, EPOCH = 2, 5  # samples of a step, steps of an epoch
+RECOVERY_S = 600  # after which a fault counts as not survived
+
+
+@dataclass
+class Fault:
+    """One fault and what came of it.
+
+    Attributes:
+        kind: a key of `chaos.WORDS`.
+        bench: slurm or plain.
+        zero: stage of ZeRO; 0 for one worker.
+        seed: of the whole invocation.
+        run: name of the run that it befell.
+        step: the last step before it.
+        when: seconds since 1970.
+        seconds: until the next good step; None where there was none.
+        again: steps that were done a second time.
+        survived: training went on by itself (or by the same command), and the finished model is the right one.
+        samples: of the whole run, lost or repeated.
+        note: what went wrong.
+    """
+
+    kind: str
+    bench: str
+    zero: int
+    seed: int
+    run: str
+    step: int
+    when: float
+    seconds: float | None = None
+    again: int = 0
+    survived: bool = False
+    samples: int = 0
+    note: str = ""
+
+
+def prepare(root: Path) -> None:
+    """Twelve people, packed and encoded by an untrained autoencoder, unless they are there already."""
+    if (root / "latents" / "index.json").is_file():
+        return
+    small = AutoencoderConfig([8, 8, 8, 16], latent_channels=4, res_blocks=1, norm_groups=4, checkpointing=False)
+    torch.manual_seed(0)
+    save_autoencoder(root / "vae" / "model", Autoencoder(small), small)
+    write_bids(root / "bids", 12)
+    pack(
+        root / "bids", root / "packed", storage="zarr", schema=Schema.from_dict(SCHEMA), spacing=8.0,
+        shape=(16, 16, 16), max_rejects="0", fractions=(0.7, 0.2, 0.1), group="", folds=0, seed=0, workers=1,
+    )  # fmt: skip
+    places = {"data": str(root / "packed"), "vae": str(root / "vae"), "out": str(root / "latents")}
+    encode(load_config(EncodeConfig, "encode", "default", (), places), Run(root / "latents.run"))
+
+
+def keys(root: Path, out: Path, steps: int, *more: str) -> list[str]:
+    """What a run of the joint stage is told."""
+    places = [f"latents={root}/latents", f"vae={root}/vae", f"out={out}"]
+    length = [f"training.epochs={steps // EPOCH}", "training.validate_every=15"]
+    return [*places, *KEYS, *length, *more]
+
+
+# --- whether a run took harm ----------------------------------------------------------------------------------------
+
+
+def recovery(run: Path, when: float, anew: bool) -> tuple[float, int] | None:
+    """Seconds from ``when`` to the next good step, and steps done again; None while there is none.
+
+    Args:
+        run: its folder.
+        when: of the fault, seconds since 1970.
+        anew: training must have begun anew meanwhile.
+    """
+    reached, again, begun = 0, 0, not anew
+    for event in read(run):
+        late = event["time"] >= when
+        if event["event"] == "start" and late:
+            begun, again = True, max(again, reached - event["step"])
+        elif event["event"] == "metrics" and "train/loss" in event["metrics"]:
+            if late and begun:
+                return event["time"] - when, again
+            reached = max(reached, event["step"])
+    return None
+
+
+def points(run: Path, excused: list[tuple[float, float]]) -> dict[tuple[int, str], set[str]]:
+    """Every value that a run journalled, by step and name; less those of the machine and of excused times."""
+    found: dict[tuple[int, str], set[str]] = {}
+    for event in read(run):
+        if event["event"] != "metrics" or any(a <= event["time"] <= b for a, b in excused):
+            continue
+        for name, value in event["metrics"].items():
+            if not name.startswith("system/"):
+                found.setdefault((event["step"], name), set()).add(repr(value))
+    return found
+
+
+def bits(run: Path) -> dict[str, str]:
+    """Hashes over all bits of the exported model and of everything in the newest checkpoint."""
+    newest = max((run / "checkpoints").glob("step-*"))
+    states = {f"{newest.name}/{p.name}": digest(read_weights(p)) for p in newest.rglob("*.pt")}
+    return {**states, "model": digest(dict(load_joint(run / "model").denoiser.state_dict()))}
+
+
+def audit(run: Path, whole: Path, excused: list[tuple[float, float]] = []) -> tuple[int, str]:  # noqa: B006
+    """Compare a finished run with an undisturbed one.
+
+    A step that was done twice must have had the same loss, gradient norm and all else both times, but within
+    ``excused`` times: those of steps that training went back on.
+
+    Returns:
+        samples lost or repeated, and what differs; 0 and an empty text where nothing does.
+    """
+    ours, theirs = points(run, excused), points(whole, [])
+    wrong = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k) or len(ours.get(k, ())) != 1)
+    said = [f"{name} of step {step}" for step, name in wrong[:3]]
+    mine, right = bits(run), bits(whole)
+    said += [f"bits of {name}" for name in sorted({*mine, *right}) if mine.get(name) != right.get(name)][:3]
+    newest = max((run / "checkpoints").glob("step-*"))
+    total = int(newest.name[5:])
+    (skipped,) = {float(value) for value in ours[total, "train/skipped_steps"]}
+    updates = {float(moments["step"]) for moments in read_whole(newest / "denoiser").moments.values()}
+    if updates != {total - skipped}:
+        said.append(f"{updates} updates, not {total - skipped:.0f}")
+    return BATCH * len({step for step, name in wrong if name == "train/loss"}), "; ".join(said)
+
+
+def deal(kinds: list[str], draw: random.Random) -> Iterator[str]:
+    """All kinds in random order, again and again."""
+    while True:
+        yield from draw.sample(kinds, len(kinds))
+
+
+def suffer(fault: Fault, victim: Any, act: Callable[[], float], anew: bool) -> bool:
+    """Let a fault happen and wait for the next good step; whether one came."""
+    try:
+        fault.when = time.time()
+        fault.when = act()
+        wait_for(lambda: recovery(victim.run, fault.when, anew) is not None, RECOVERY_S, "training does not go on")
+        found = recovery(victim.run, fault.when, anew)
+        assert found is not None
+        fault.seconds, fault.again = round(found[0], 2), found[1]
+    except (AssertionError, OSError, subprocess.SubprocessError) as error:
+        fault.note = " ".join(f"{error}".split())[:300] or type(error).__name__
+        return False
+    fault.survived = True
+    return True
+
+
+def settle(faults: list[Fault], samples: int, differs: str) -> None:
+    """Write the verdict on a run to all faults that befell it."""
+    for fault in faults:
+        fault.samples = samples
+        if differs:
+            fault.survived, fault.note = False, f"{fault.note} {differs}".strip()
