@@ -255,13 +255,14 @@ def test_it_learns_a_joint_law() -> None:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     torch.manual_seed(0)
-    small = config.Denoiser("late", 4, [16, 16], [False, False], 1, 16, 8, 32, 0.0, False)
+    small = config.Denoiser("late", 4, [16, 16], [False, False], 1, 16, 1, 32, 0.0, False)
     net = JointDenoiser(v, small, process.blind)
+    net.adapt({"image": people(256)["image"]})
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
-    steps = 300
+    steps, questions = 300, 4
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        rows = streams(n)
+        rows = streams(n * questions)
         noised = process.noise(people(n), {}, process.draw_times(rows), rows)
         loss = process.total(process.losses(net(noised.z, noised.t), noised)).mean()
         optimizer.zero_grad()
