@@ -89,7 +89,7 @@ def table(faults: list[dict]) -> str:
     words = "\n".join(["", f"{len(lost)} not survived:", "", *told, ""]) if lost else ""
     stages = ", ".join(f"{sum(f['zero'] == z for f in faults)} under ZeRO-{z}" for z in (1, 2, 3))
     runs = len({(f["seed"], f["run"]) for f in faults})
-    return "\n".join([*lines, "", f"{runs} runs; {stages}. At commit {commits}.", words])
+    return "\n".join([*lines, "", f"{runs} runs; {stages}. The package was that of commit {commits}.", words])
 
 
 def _numbers(faults: list[dict]) -> str:
