@@ -205,26 +205,3 @@ def test_the_model_is_the_one_of_an_undisturbed_run(
     assert training.model() == undisturbed.model()
     assert curves(training.run) == curves(undisturbed.run)
     nothing_is_left(slurm, training.job, training.run)
-
-
-def test_fewer_nodes_give_the_same_losses(
-    slurm: SlurmCluster, undisturbed: Training, latents: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    """Two workers, then one: the batch stays, and only the order of sums differs."""
-    training = start(slurm, latents, tiny_model.parent / "vae", tmp_path / "joint", "--min-nodes", "1")
-    training.reach(STEPS // 4)
-    restarts = slurm.restarts(training.job)
-    for node in ("n4", "n3", "n2"):
-        slurm.down(node)
-    slurm.start_again(training.job, restarts + 1)
-    wait_for(lambda: training.starts() > 1, 300, "training does not go on with one node")
-    for node in ("n4", "n3", "n2"):
-        slurm.up(node)
-    training.finish()
-    journal = read(training.run / "jobs" / training.job)
-    assert [event["workers"] for event in journal if event["event"] == "start"] == [2, 1]
-    ours, whole = curves(training.run), curves(undisturbed.run)
-    assert ours.keys() == whole.keys()
-    for key, value in whole.items():
-        assert ours[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
-    nothing_is_left(slurm, training.job, training.run)
