@@ -6,6 +6,7 @@ resumes from its last checkpoint.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import secrets
@@ -131,7 +132,8 @@ class Lead:
             self._gather()
             self._preflight(ip)
             retries = int(self.assignment.values.get("compute", {}).get("retries", 0))
-            for attempt in range(retries + 1):
+            failures, before = 0, self._newest()
+            for attempt in itertools.count():
                 try:
                     status = self._attempt(attempt)
                     why = f"the driver ended with status {status}"
@@ -146,8 +148,13 @@ class Lead:
                     return "requeue", why
                 if status == WRONG:
                     return "failed", self._last_words()
+                newest = self._newest()
+                failures = failures + 1 if newest == before else 1  # in a row, without a checkpoint between
+                before = newest
+                if failures > retries:
+                    break
                 print(f"{why}; starting anew from the last checkpoint", flush=True)
-            return "failed", f"{why}, for the {retries + 1}. time (compute.retries={retries}); see {self.folder}"
+            return "failed", f"{why}, for the {failures}. time in a row (compute.retries={retries}); see {self.folder}"
 
     # --- hearing ---
 

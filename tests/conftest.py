@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from mvhpc import config
+from mvhpc.inference.encode import run as encode
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import save_autoencoder, save_joint
 from mvhpc.models.denoiser import JointDenoiser
+from mvhpc.run import Run
 from mvhpc.variables import Variables
 from shards.loader import open_dataset
 from shards.pack import pack
@@ -34,6 +36,15 @@ DIFFUSION = config.Diffusion(
     targets={},
     weights={},
 )
+
+SMALL_JOINT = {  # overrides of the joint stage, for latents of 2 x 2 x 2
+    "model.channels": [16, 16],
+    "model.attention": [False, True],
+    "model.head_channels": 16,
+    "model.norm_groups": 8,
+    "model.embedding": 16,
+    "model.res_blocks": 1,
+}
 
 
 def write_bids(folder: Path, subjects: int, size: int = 20, seed: int = 0) -> Path:
@@ -117,3 +128,12 @@ def tiny_model(tiny_dataset: Path) -> Path:
         grid=open_dataset(tiny_dataset).index.grid,
     )
     return folder / "joint"
+
+
+@pytest.fixture(scope="session")
+def tiny_latents(tiny_dataset: Path, tiny_model: Path) -> Path:
+    """The latents of ``tiny_dataset``, mirrored ones too."""
+    out = tiny_dataset.parent / "latents"
+    places = {"data": str(tiny_dataset), "vae": str(tiny_model.parent / "vae"), "out": str(out)}
+    encode(config.load_config(config.EncodeConfig, "encode", "default", (), places), Run(out.with_name("encode")))
+    return out

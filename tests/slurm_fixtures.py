@@ -29,7 +29,12 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
 
 
 @pytest.fixture
-def slurm(slurm_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> SlurmCluster:
-    """The cluster, with this process's environment pointing to it."""
+def slurm(slurm_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
+    """The cluster, with this process's environment pointing to it; a test that failed leaves it to the next as it was."""
     monkeypatch.setenv("SLURM_CONF", slurm_cluster.environment["SLURM_CONF"])
-    return slurm_cluster
+    yield slurm_cluster
+    for job in slurm_cluster.run("squeue", "--noheader", "--format=%i").split():
+        slurm_cluster.run("scancel", job)
+    for node, state in slurm_cluster.nodes().items():
+        if "down" in state:
+            slurm_cluster.up(node)

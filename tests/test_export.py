@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from mvhpc.cli import main
-from mvhpc.config import EncodeConfig, JointConfig, VAEConfig, load_config
-from mvhpc.inference.encode import run as encode
-from mvhpc.run import Run, execute
+from mvhpc.config import JointConfig, VAEConfig, load_config
+from mvhpc.run import execute
+from tests.conftest import SMALL_JOINT
 from tests.ellipsoids import pack_ellipsoids
 
 SHORT = [
@@ -26,15 +26,6 @@ VAE = [
     "loss.discriminator_layers=1",
     "optimizer.lr=1e-3",
 ]
-JOINT = [
-    "model.channels=[16,16]",
-    "model.attention=[false,true]",
-    "model.head_channels=16",
-    "model.norm_groups=8",
-    "model.embedding=16",
-    "model.res_blocks=1",
-    "ema=0.9",
-]
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -43,17 +34,16 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_the_model_of_a_checkpoint_is_what_training_exported(
-    tmp_path: Path, tiny_dataset: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_latents: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = pack_ellipsoids(tmp_path / "data", train=4, validation=2)
     values = {"out": str(tmp_path / "vae"), "data": str(data)}
     runs = {"vae": execute("vae", load_config(VAEConfig, "vae", "default", [*VAE, *SHORT], values))}
 
-    places = {"data": str(tiny_dataset), "vae": str(tiny_model.parent / "vae"), "out": str(tmp_path / "latents")}
-    encode(load_config(EncodeConfig, "encode", "default", (), places), Run(tmp_path / "encode"))
-    values = {"latents": places["out"], "vae": places["vae"], "out": str(tmp_path / "joint")}
-    two = ["compute.workers=2", "compute.zero_stage=3"]
-    runs["joint"] = execute("joint", load_config(JointConfig, "joint", "default", [*JOINT, *SHORT, *two], values))
+    places = {"latents": str(tiny_latents), "vae": str(tiny_model.parent / "vae"), "out": str(tmp_path / "joint")}
+    two = ["compute.workers=2", "compute.zero_stage=3", "ema=0.9"]
+    joint = load_config(JointConfig, "joint", "default", [*SHORT, *two], {**SMALL_JOINT, **places})
+    runs["joint"] = execute("joint", joint)
 
     for stage, summary in runs.items():
         run, step = tmp_path / stage, int(summary["best_step"])
@@ -64,5 +54,5 @@ def test_the_model_of_a_checkpoint_is_what_training_exported(
         assert main(["export", str(run), "--out", str(tmp_path / f"{stage}-last")]) == 0
         assert main(["export", str(run), "--out", str(tmp_path / f"{stage}-last")]) == 1
         assert "is there already" in capsys.readouterr().err
-    assert main(["export", str(tmp_path / "latents"), "--out", str(tmp_path / "nothing")]) == 2
+    assert main(["export", str(tiny_latents), "--out", str(tmp_path / "nothing")]) == 2
     assert "neither a checkpoint" in capsys.readouterr().err

@@ -5,40 +5,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvhpc.config import ConfigError, EncodeConfig, JointConfig, load_config
-from mvhpc.inference.encode import run as encode
+from mvhpc.config import ConfigError, JointConfig, load_config
 from mvhpc.models.bundle import load_joint
-from mvhpc.run import Run
 from mvhpc.training.engine import LocalEngine
 from mvhpc.training.joint import JointTask
-
-SMALL = {
-    "model.channels": [16, 16],
-    "model.attention": [False, True],
-    "model.head_channels": 16,
-    "model.norm_groups": 8,
-    "model.embedding": 16,
-    "model.res_blocks": 1,
-}
-
-
-@pytest.fixture(scope="module")
-def latents(tiny_dataset: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The latents of ``tiny_dataset``, mirrored ones too."""
-    out = tmp_path_factory.mktemp("joint") / "latents"
-    places = {"data": str(tiny_dataset), "vae": str(tiny_model.parent / "vae"), "out": str(out)}
-    encode(load_config(EncodeConfig, "encode", "default", (), places), Run(out.with_name("run")))
-    return out
+from tests.conftest import SMALL_JOINT
 
 
 def task(latents: Path, model: Path, **changes: object) -> JointTask:
-    places = {"latents": str(latents), "vae": str(model.parent / "vae"), "out": "unused", **SMALL, **changes}
+    places = {"latents": str(latents), "vae": str(model.parent / "vae"), "out": "unused", **SMALL_JOINT, **changes}
     return JointTask(load_config(JointConfig, "joint", "default", (), places))
 
 
-def test_a_batch_is_the_mean_of_its_halves(latents: Path, tiny_model: Path) -> None:
+def test_a_batch_is_the_mean_of_its_halves(tiny_latents: Path, tiny_model: Path) -> None:
     """Levels, noise and mirroring belong to (seed, step, sample): the loss does not see how a batch is divided."""
-    joint = task(latents, tiny_model, **{"optimizer.lr": 0.0})
+    joint = task(tiny_latents, tiny_model, **{"optimizer.lr": 0.0})
     config = joint.config
     engine = LocalEngine(joint.networks["denoiser"], 0.0, config.optimizer, config.compute, None, 1)
 
@@ -52,9 +33,9 @@ def test_a_batch_is_the_mean_of_its_halves(latents: Path, tiny_model: Path) -> N
     assert any(not torch.isclose(first[name], second[name]) for name in whole)
 
 
-def test_people_keep_what_they_have_and_lack(latents: Path, tiny_model: Path) -> None:
+def test_people_keep_what_they_have_and_lack(tiny_latents: Path, tiny_model: Path) -> None:
     """A missing scalar has no validation loss, and everybody else's is finite."""
-    joint = task(latents, tiny_model, split="default")
+    joint = task(tiny_latents, tiny_model, split="default")
     joint.others = joint.people  # validate on the training people, among whom values are missing
     indices = list(range(joint.samples))
     found = joint.validate(indices, joint.networks)
@@ -66,8 +47,8 @@ def test_people_keep_what_they_have_and_lack(latents: Path, tiny_model: Path) ->
     assert torch.equal(found["loss"], again["loss"])  # the same levels and noise at every validation
 
 
-def test_mirrored_latents_are_drawn_for_about_half(latents: Path, tiny_model: Path) -> None:
-    joint = task(latents, tiny_model)
+def test_mirrored_latents_are_drawn_for_about_half(tiny_latents: Path, tiny_model: Path) -> None:
+    joint = task(tiny_latents, tiny_model)
     versions = joint.people.values["image"]
     assert versions.shape[1] == 2
     values, _ = joint.people.take([0, 1])
@@ -79,9 +60,9 @@ def test_mirrored_latents_are_drawn_for_about_half(latents: Path, tiny_model: Pa
     assert not torch.equal(plain[1], mixed[1])
 
 
-def test_latents_are_standardised_over_the_training_people(latents: Path, tiny_model: Path) -> None:
+def test_latents_are_standardised_over_the_training_people(tiny_latents: Path, tiny_model: Path) -> None:
     """Each element by itself, mirrored versions too; with the paper's scaling by one number for all."""
-    joint = task(latents, tiny_model)
+    joint = task(tiny_latents, tiny_model)
     stored = joint.people.values["image"].flatten(0, 1)[joint.people.present["image"].repeat_interleave(2)]
     z = joint.diffusion.variables.volumes[0].encode(stored)  # (2N, C, h, w, d)
     torch.testing.assert_close(z.mean(0), torch.zeros_like(z[0]), atol=1e-4, rtol=0)
@@ -89,7 +70,7 @@ def test_latents_are_standardised_over_the_training_people(latents: Path, tiny_m
     free = joint.latent["image"]["sd"] > floor  # all but those that hardly vary
     torch.testing.assert_close(z.std(0, correction=0)[free], torch.ones_like(z[0])[free], atol=1e-4, rtol=0)
     assert free.float().mean() > 0.5
-    by_one = task(latents, tiny_model, scaling="range").latent["image"]
+    by_one = task(tiny_latents, tiny_model, scaling="range").latent["image"]
     assert by_one["mean"].shape == by_one["sd"].shape == ()
 
 
@@ -104,12 +85,12 @@ def test_latents_are_standardised_over_the_training_people(latents: Path, tiny_m
     ],
 )
 def test_other_models_are_other_schemas(
-    schema: str, kinds: list[str], latents: Path, tiny_model: Path, tmp_path: Path
+    schema: str, kinds: list[str], tiny_latents: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     """The image-only model and the one with a continuous sex are configurations; both train a step and are saved."""
     file = tmp_path / "schema.yaml"
     file.write_text(schema + "\n")
-    joint = task(latents, tiny_model, schema=str(file))
+    joint = task(tiny_latents, tiny_model, schema=str(file))
     assert [type(v).__name__ for v in joint.diffusion.variables] == kinds
     config = joint.config
     engine = LocalEngine(joint.networks["denoiser"], 1e-3, config.optimizer, config.compute, None, 1)
@@ -124,11 +105,11 @@ def test_other_models_are_other_schemas(
 
 
 def test_what_cannot_be_trained_on_is_named(
-    latents: Path, tiny_model: Path, tiny_dataset: Path, tmp_path: Path
+    tiny_latents: Path, tiny_model: Path, tiny_dataset: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="mvhpc encode"):
         task(tiny_dataset, tiny_model)
     file = tmp_path / "schema.yaml"
     file.write_text("image: {kind: volume, suffix: T1w}\nagee: {kind: continuous, range: [0, 100]}\n")
     with pytest.raises(ConfigError, match="'age'"):
-        task(latents, tiny_model, schema=str(file))
+        task(tiny_latents, tiny_model, schema=str(file))

@@ -152,7 +152,12 @@ def serve(store: Path, port: int) -> subprocess.Popen[bytes]:
             assert server.poll() is None, (store / "server.log").read_text()
             return False
 
-    wait_for(answers, 240)  # its imports alone take long on a busy machine
+    try:
+        wait_for(answers, 240)  # its imports alone take long on a busy machine
+    except AssertionError:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
+        raise
     return server
 
 

@@ -3,6 +3,7 @@
 import os
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,11 +177,18 @@ def test_no_average_and_no_master_copy_is_whole_under_zero_3(runs: Path) -> None
 # --- Ray ---
 
 
-def nothing_is_left() -> None:
-    """No process of a launch outlives it."""
+@pytest.fixture
+def nothing_is_left() -> Iterator[None]:
+    """No process of a launch outlives it; what other fixtures started before (SLURM's daemons) is not the launch's."""
+
+    def alive() -> set[psutil.Process]:
+        children = psutil.Process().children(recursive=True)
+        return {p for p in children if p.is_running() and p.status() != psutil.STATUS_ZOMBIE}
+
+    before = alive()
+    yield
     for _ in range(50):
-        left = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
-        left = [p for p in left if "resource_tracker" not in " ".join(p.cmdline())]
+        left = [p for p in alive() - before if "resource_tracker" not in " ".join(p.cmdline())]
         if not left:
             return
         time.sleep(0.1)
@@ -188,7 +196,11 @@ def nothing_is_left() -> None:
 
 
 def test_a_stop_and_a_killed_worker_under_ray_change_not_one_bit(
-    runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    runs: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    nothing_is_left: None,
 ) -> None:
     config = toy_config(
         **RUNS["zero1"],
@@ -212,12 +224,10 @@ def test_a_stop_and_a_killed_worker_under_ray_change_not_one_bit(
     assert sorted(p.name for p in (tmp_path / "run" / "logs").iterdir()) == ["worker-0.log", "worker-1.log"]
     printed = "".join(capfd.readouterr())
     assert len(printed.splitlines()) <= 2, printed  # Ray, DeepSpeed and torch keep to the logs
-    nothing_is_left()
 
 
-def test_an_error_of_a_worker_comes_back_as_one_sentence(tmp_path: Path) -> None:
+def test_an_error_of_a_worker_comes_back_as_one_sentence(tmp_path: Path, nothing_is_left: None) -> None:
     config = toy_config(compute__workers=2, training__batch=7)
     with pytest.raises(WorkerError, match=r"worker [01]: .*ConfigError: training\.batch=7 does not.*worker-[01]\.log"):
         launch("tests.toy_task:run_toy", config, tmp_path, 2)
     assert "ConfigError" in (tmp_path / "logs" / "worker-0.log").read_text()
-    nothing_is_left()
