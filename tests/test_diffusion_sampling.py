@@ -1,5 +1,6 @@
 """Laws of the samplers, under the exact denoiser of a law whose conditionals are known, and under a network."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -46,12 +47,18 @@ def test_time_grid_is_even_whole_and_shared() -> None:
     assert time_grid(small, 10, 3) == list(range(10, -1, -1))
 
 
-def test_the_grid_of_the_second_order_solver_is_even_in_the_signal_to_noise_ratio() -> None:
+@pytest.mark.parametrize("sd", [0.35, 0.5, 0.7, 1.0])
+def test_ten_steps_of_second_order_keep_the_spread_of_a_gaussian(sd: float) -> None:
+    """With the exact denoiser of N(0, sd^2) a step is linear: what becomes of 1 at T is the SD of what is drawn."""
     gaussian = diffusion().gaussian
-    *levels, last = time_grid(gaussian, 10, None, "dpm")
-    assert (levels[0], levels[-1], last, len(levels)) == (1000, 1, 0, 10)
-    gaps = torch.tensor([gaussian.log_snr(t) for t in levels]).diff()
-    torch.testing.assert_close(gaps[:-2], gaps[:-2].mean().expand(7), rtol=0.05, atol=0)  # the last: whole numbers
+    grid = time_grid(gaussian, 10, None, "dpm")
+    assert (grid[0], grid[-1], len(grid)) == (1000, 0, 11)
+    z, before = torch.ones(1, dtype=torch.float64), None
+    for t, s in pairwise(grid):
+        share = gaussian.abar[t]
+        x0 = z * share.sqrt() * sd**2 / (share * sd**2 + 1 - share)
+        z, before = gaussian.dpm_step(z, x0, t, s, before), (x0, t)
+    assert z.item() == pytest.approx(sd, rel=0.02)
 
 
 @pytest.mark.parametrize("steps, stride", [(0, 20), (1001, 20), (50, 0), (50, 1001)])
