@@ -3,10 +3,9 @@
     python benchmarks/phantom_scoreboard.py [--root runs/scoreboard] [--markdown docs/results-phantom.md]
 
 2,000 training phantoms at 32 cubed, one split for all. Rows: the best possible (the phantom's own law), predicting
-the mean, 3D DenseNet121 from voxels (squared error for age, cross-entropy for sex; sex or age as a second, constant
-input channel; the epoch that is best on validation people), the paper's procedure (its design, one shared time, eps,
-repainting, 3 chains of 50 steps), and ours by 30 chains of 10 steps and by its posterior. Both joint models have the
-same widths, autoencoder, epochs and learning rate. Stages and networks that are complete are reused.
+the mean, 3D DenseNet121 (stage `baseline`, once for each question that gives the image), the paper's procedure (its
+design, one shared time, eps, repainting, 3 chains of 50 steps), and ours by 30 chains of 10 steps and by its posterior.
+Both joint models have the same widths, autoencoder, epochs and learning rate. Stages that are complete are reused.
 """
 
 import argparse
@@ -19,8 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from monai.networks.nets import DenseNet121
 from numpy.typing import NDArray
 from scipy.stats import bootstrap
 from torch import Tensor
@@ -28,10 +25,10 @@ from torch.distributions import Categorical, MixtureSameFamily, Normal
 from torch.utils.flop_counter import FlopCounterMode
 
 from mvhpc.config import Sampling, load_config
-from mvhpc.devices import keep_thin_convolutions_exact
 from mvhpc.diffusion.density import crps, quantile
 from mvhpc.evaluation.metrics import mean_over_subjects
 from mvhpc.evaluation.tables import Table
+from mvhpc.inference.baseline import BaselinePredictor
 from mvhpc.inference.chains import Sampler
 from mvhpc.pipeline import state
 from mvhpc.randomness import generator
@@ -42,7 +39,6 @@ from shards.anatomy import AGES, best_possible, posterior, read_tables
 from shards.anatomy import Posterior as Exact
 from shards.files import write_text
 from shards.loader import Dataset, open_dataset
-from shards.progress import progress
 
 QUESTIONS = [  # wanted, given
     ("age", ("image", "sex")),
@@ -92,7 +88,7 @@ class Answer:
 
 
 def stages(root: Path, quick: bool) -> None:
-    """Make phantoms, pack them, train the autoencoder and both joint models, each where it is not complete."""
+    """Make phantoms, pack them, train the autoencoder and all models, each where it is not complete."""
     few = 60 if quick else 2500
     epochs = {name: 1 if quick else n for name, n in EPOCHS.items()}
     joint = WIDTHS | {
@@ -127,6 +123,11 @@ def stages(root: Path, quick: bool) -> None:
         ("joint", "default", joint | {"out": root / "ours"}),
         ("joint", "paper", joint | {"out": root / "paper"}),
     ]
+    densenet = {"data": root / "packed", "training.epochs": epochs["densenet"], "compute.precision": "auto"}
+    for want, given in QUESTIONS:
+        if "image" in given:
+            asked = {"want": want, "given": list(given), "out": root / densenet_name(want, given)}
+            plan.append(("baseline", "default", densenet | asked))
     for stage, preset, values in plan:
         values = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
         values["tracking.uri"] = f"sqlite:///{root / 'mlflow.db'}"
@@ -141,85 +142,23 @@ def stages(root: Path, quick: bool) -> None:
 # --- DenseNet -----------------------------------------------------------------------------------------------------
 
 
-class Baseline:
-    """3D DenseNet121 of one question, from voxels and at most one scalar."""
+def densenet_name(want: str, given: Sequence[str]) -> str:
+    return f"densenet-{want}-given-{'-'.join(given)}"
 
-    def __init__(self, root: Path, dataset: Dataset, want: str, given: Sequence[str]) -> None:
-        self.dataset, self.want = dataset, want
-        self.scalar = next((name for name in given if name != "image"), None)
-        self.file = root / f"densenet-{want}-given-{'-'.join(given)}.pt"
-        ages = np.array([dataset.values(key)["age"] for key in dataset.keys("train")], float)
-        self.mean, self.sd = ages.mean(), ages.std()
-        torch.manual_seed(0)
-        self.network = DenseNet121(3, 1 + (self.scalar is not None), 1 if want == "age" else 2)
 
-    def inputs(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Voxels, with the scalar as a second channel, and the standardised age or the sex."""
-        voxels = torch.stack([torch.from_numpy(self.dataset.read(key, "image").astype(np.float32)) for key in keys])[
-            :, None
-        ]
-        values = {name: self._scalar(keys, name) for name in ("age", "sex")}
-        if self.scalar:
-            plane = values[self.scalar].float()[:, None, None, None, None].expand_as(voxels)
-            voxels = torch.cat([voxels, plane], 1)
-        return voxels.contiguous(memory_format=torch.channels_last_3d), values[self.want]
-
-    def _scalar(self, keys: Sequence[str], name: str) -> Tensor:
-        values = [self.dataset.values(key)[name] for key in keys]
-        if name == "age":
-            return torch.tensor([(float(v) - self.mean) / self.sd for v in values])  # type: ignore[arg-type]
-        return torch.tensor([int(v == "M") for v in values])
-
-    def loss(self, said: Tensor, truth: Tensor) -> Tensor:
-        return F.mse_loss(said[:, 0], truth) if self.want == "age" else F.cross_entropy(said, truth)
-
-    def train(self, epochs: int, batch: int = 16) -> None:
-        """Train to the best validation epoch, on whole mirrored and unmirrored volumes; or read what was trained."""
-        if self.file.is_file():
-            self.network.load_state_dict(torch.load(self.file, weights_only=True))
-            return
-        x, y = self.inputs(self.dataset.keys("train"))
-        vx, vy = self.inputs(self.dataset.keys("validation"))
-        self.network.to(memory_format=torch.channels_last_3d)
-        keep_thin_convolutions_exact(self.network)  # the last blocks see 2 x 2 x 2
-        optimizer = torch.optim.AdamW(self.network.parameters(), 1e-3, weight_decay=1e-2)
-        per_epoch = len(x) // batch
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, epochs * per_epoch, pct_start=0.1)
-        g, best = torch.Generator().manual_seed(0), math.inf
-        for epoch in progress(range(epochs), f"DenseNet121 {self.file.stem}", unit="epoch"):
-            self.network.train()
-            for rows in torch.randperm(len(x), generator=g)[: per_epoch * batch].split(batch):
-                mirror = (torch.rand(len(rows), generator=g) < 0.5).reshape(-1, 1, 1, 1, 1)
-                volumes = torch.where(mirror, x[rows].flip(2), x[rows])
-                with torch.autocast("cpu", torch.bfloat16):
-                    said = self.network(volumes)
-                loss = self.loss(said.float(), y[rows])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-            score = float(self.loss(self.say(vx), vy))
-            print(f"    epoch {epoch + 1}: validation loss {score:.4f}", flush=True)
-            if score < best:
-                best = score
-                torch.save(self.network.state_dict(), self.file)
-        self.network.load_state_dict(torch.load(self.file, weights_only=True))
-
-    @torch.inference_mode()
-    def say(self, x: Tensor) -> Tensor:
-        self.network.eval()
-        return torch.cat([self.network(part) for part in x.split(32)])
-
-    def answer(self, keys: Sequence[str]) -> Answer:
-        x, _ = self.inputs(keys)
-        start = time.monotonic()
-        said = self.say(x)
-        seconds = (time.monotonic() - start) / len(keys)
-        point = said[:, 0] * self.sd + self.mean if self.want == "age" else said.softmax(1)[:, 1]
-        with FlopCounterMode(display=False) as counter:
-            self.say(x[:1])
-        values = point.double().numpy()
-        return Answer(values, calls=1, flops=counter.get_total_flops(), seconds=seconds)
+def densenet(root: Path, keys: Sequence[str], want: str, given: Sequence[str], batch: int = 32) -> Answer | None:
+    """The DenseNet121 of the question; None where no image is given."""
+    if "image" not in given:
+        return None
+    predictor = BaselinePredictor(root / densenet_name(want, given), root / "packed", given, [want], "cpu")
+    people = [predictor.inputs(keys[i : i + batch]) for i in range(0, len(keys), batch)]
+    start = time.monotonic()
+    said = torch.cat([predictor.say(*part) for part in people])
+    seconds = (time.monotonic() - start) / len(keys)
+    with FlopCounterMode(display=False) as counter:
+        predictor.say(*predictor.inputs(keys[:1]))
+    point = said.numpy() if want == "age" else said[:, 1].numpy()
+    return Answer(point, calls=1, flops=counter.get_total_flops(), seconds=seconds)
 
 
 # --- joint models -------------------------------------------------------------------------------------------------
@@ -403,13 +342,8 @@ def main() -> None:
     methods: dict[str, Callable[[str, Sequence[str], Sequence[str]], Answer | None]] = {
         "best possible": lambda want, given, k: ideal(root, k, want, given, truth[want][: len(k)]),
         "predicting the mean": lambda want, given, k: constant(dataset, len(k), want, truth[want][: len(k)]),
+        "DenseNet121": lambda want, given, k: densenet(root, k, want, given),
     }
-    networks: dict[str, Baseline] = {}
-    for want, given in QUESTIONS:
-        if "image" in given:
-            networks[f"{want}{given}"] = baseline = Baseline(root, dataset, want, given)
-            baseline.train(1 if options.quick else EPOCHS["densenet"])
-    methods["DenseNet121"] = lambda want, given, k: networks[f"{want}{given}"].answer(k) if "image" in given else None
     joints = {
         "the paper's procedure": Joint(root / "paper", dataset, PAPER, 3, whole=True),
         "ours, 30 chains of 10 steps": Joint(root / "ours", dataset, CLEAN, 30),

@@ -11,7 +11,7 @@ from mvhpc.config import ConfigError, load_config, to_dict
 from mvhpc.run import run_folder
 from mvhpc.stages import STAGES
 
-TRAINING = {"vae", "joint"}  # stages that write checkpoints on request
+TRAINING = {"vae", "joint", "baseline"}  # stages that write checkpoints on request
 SPREADING = TRAINING | {"predict"}  # stages that use several nodes
 ALL = "all"
 

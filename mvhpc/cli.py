@@ -15,17 +15,18 @@ USAGE = """mvhpc: one diffusion model over everything known of a person, and eve
 usage: mvhpc COMMAND [--config NAME_OR_FILE] [options] [key=value ...]
 
 commands:
-  run          the whole pipeline of a preset, stage after stage; complete, unchanged stages are reused
-  train vae    train the autoencoder of the volumes
-  encode       encode all volumes to latents
-  train joint  train the joint diffusion of latents, numbers and categories
-  predict      answer a question about every subject of a packed data set
-  generate     make synthetic people, as a BIDS tree
-  translate    draw one volume of every subject from the others: a contrast that was not taken
-  inpaint      fill in the part of a volume that a mask does not call known
-  export       write the model of any checkpoint, of any number of workers
-  mlflow-sync  bring an MLflow store up to date with run folders
-  dashboard    open the MLflow store, on this machine only
+  run             the whole pipeline of a preset, stage after stage; complete, unchanged stages are reused
+  train vae       train the autoencoder of the volumes
+  encode          encode all volumes to latents
+  train joint     train the joint diffusion of latents, numbers and categories
+  train baseline  train a DenseNet121 for one question alone, to compare with
+  predict         answer a question about every subject of a packed data set
+  generate        make synthetic people, as a BIDS tree
+  translate       draw one volume of every subject from the others: a contrast that was not taken
+  inpaint         fill in the part of a volume that a mask does not call known
+  export          write the model of any checkpoint, of any number of workers
+  mlflow-sync     bring an MLflow store up to date with run folders
+  dashboard       open the MLflow store, on this machine only
 
 `mvhpc COMMAND --help` shows a command's options and examples. --config takes a preset (configs/COMMAND/NAME.yaml)
 or a YAML file; key=value sets any single key over it, as in training.epochs=20.
@@ -49,6 +50,11 @@ COMMANDS: dict[str, tuple[str, str, dict[str, str]]] = {
         "mvhpc train joint --config paper latents=runs/latents vae=runs/vae out=runs/joint compute.workers=4",
         {},
     ),
+    "train baseline": (
+        "baseline",
+        "mvhpc train baseline data=runs/packed want=age given=[image,sex] out=runs/densenet-age",
+        {},
+    ),
     "encode": ("encode", "mvhpc encode data=runs/packed vae=runs/vae out=runs/latents", {}),
     "predict": (
         "predict",
@@ -56,7 +62,7 @@ COMMANDS: dict[str, tuple[str, str, dict[str, str]]] = {
         "--out age.tsv\n"
         "  mvhpc predict --model runs/joint --data runs/packed --given image --want age,sex --draws 100 --out both.tsv",
         {
-            "model": "run folder of the joint model",
+            "model": "run folder of a joint model or a baseline",
             "data": "packed data set",
             "split": "train, validation, test or all",
             "given": "variables that are known, by comma; empty for none",

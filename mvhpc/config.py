@@ -62,7 +62,7 @@ class Compute:
     precision: str  # float32 | bfloat16 | auto: bfloat16 where the device is made for it
     device: str  # auto | cpu | cuda
     threads: int  # per worker; 0 divides the cores among the workers
-    retries: int  # restarts of killed workers from the last checkpoint
+    retries: int  # restarts from the last checkpoint by Ray; in a job also of Ray itself, in a row without a new one
     # Of training alone, so that other stages need not name them.
     offload: str = "none"  # none | cpu: where the optimiser's state lives, from ZeRO-1 on
     compile: bool = False  # networks through torch.compile
@@ -227,6 +227,25 @@ class JointConfig:
     tracking: Tracking
 
 
+# --- the comparison ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class BaselineConfig:
+    """`mvhpc train baseline`."""
+
+    out: str
+    data: str
+    split: str
+    want: str  # the one scalar it answers
+    given: list[str]  # volumes, and scalars as further input channels
+    flip: float  # probability of mirroring left and right in training
+    optimizer: Optimizer
+    training: Training
+    compute: Compute
+    tracking: Tracking
+
+
 # --- inference --------------------------------------------------------------------------------------------------
 
 
@@ -318,6 +337,7 @@ SCHEMAS: dict[str, type] = {
     "vae": VAEConfig,
     "encode": EncodeConfig,
     "joint": JointConfig,
+    "baseline": BaselineConfig,
     "predict": PredictConfig,
     "generate": GenerateConfig,
     "translate": TranslateConfig,

@@ -17,7 +17,11 @@ from mvhpc.training.task import Task
 from mvhpc.training.whole import read_whole
 from shards.files import whole_folder
 
-TASKS = {"vae": "mvhpc.training.vae:VAETask", "joint": "mvhpc.training.joint:JointTask"}
+TASKS = {
+    "vae": "mvhpc.training.vae:VAETask",
+    "joint": "mvhpc.training.joint:JointTask",
+    "baseline": "mvhpc.training.baseline:BaselineTask",
+}
 
 
 def export(source: Path, out: Path) -> int:
@@ -32,7 +36,7 @@ def export(source: Path, out: Path) -> int:
         the step of the checkpoint.
 
     Raises:
-        ConfigError: there is no checkpoint of an autoencoder or a joint model.
+        ConfigError: there is no checkpoint of a stage that trains a model.
         CheckpointError: a damaged one.
         FileExistsError: ``out`` is there already.
     """

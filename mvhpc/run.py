@@ -16,7 +16,7 @@ from mvhpc.journal import Journal
 from shards.files import write_text
 from shards.index import Index
 
-FOLDERS = {"vae", "joint"}  # stages whose output is the run folder itself
+FOLDERS = {"vae", "joint", "baseline"}  # stages whose output is the run folder itself
 # Of `compute`: where a stage runs, which changes its result by rounding at most. A job goes on with the nodes it gets.
 LAYOUT = ("workers", "zero_stage", "offload", "threads", "retries", "hang_minutes")
 

@@ -48,6 +48,7 @@ STAGES: dict[str, Stage] = dict(
         _stage("vae", "mvhpc.training.vae:run", ("data",), "train the autoencoder"),
         _stage("encode", "mvhpc.inference.encode:run", ("data", "vae"), "encode all volumes to latents"),
         _stage("joint", "mvhpc.training.joint:run", ("latents", "vae"), "train the joint diffusion"),
+        _stage("baseline", "mvhpc.training.baseline:run", ("data",), "train a DenseNet121 for one question"),
         _stage("predict", "mvhpc.inference.predict:run", ("model", "data"), "answer questions about subjects"),
         _stage("generate", "mvhpc.inference.generate:run", ("model",), "generate synthetic people"),
         _stage(

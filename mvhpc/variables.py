@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,6 +114,25 @@ Scalar = Continuous | Categorical
 
 def _missing(value: Value) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def standard_intervals(schema: Schema, rows: Sequence[Mapping[str, Value]]) -> dict[str, list[float]]:
+    """What becomes [-1, 1] of each number: one SD each way of its mean over some people.
+
+    Args:
+        schema: of the variables.
+        rows: the people's values by name; None where missing.
+
+    Returns:
+        Nothing for a variable that does not vary: it takes its schema's range.
+    """
+    intervals: dict[str, list[float]] = {}
+    for v in schema.scalars:
+        if v.kind != "categorical":
+            known = np.array([x for x in (row[v.name] for row in rows) if x is not None], float)
+            if len(known) > 1 and known.std() > 0:
+                intervals[v.name] = [float(known.mean() - known.std()), float(known.mean() + known.std())]
+    return intervals
 
 
 class Variables:

@@ -30,7 +30,7 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
 
 @pytest.fixture
 def slurm(slurm_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
-    """The cluster, with this process's environment pointing to it; a test that failed leaves it to the next as it was."""
+    """The cluster, with this process's environment pointing to it; what a failed test left is cleared away."""
     monkeypatch.setenv("SLURM_CONF", slurm_cluster.environment["SLURM_CONF"])
     yield slurm_cluster
     for job in slurm_cluster.run("squeue", "--noheader", "--format=%i").split():

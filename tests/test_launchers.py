@@ -41,6 +41,10 @@ def test_dry_run_prints_the_resolved_configuration_and_starts_nothing(
     ("arguments", "hint"),
     [
         ("--stage jiont", "Did you mean 'joint'?"),
+        (
+            "--stage baseline --cluster local data=d want=age given=[i] out=o compute.workers=3",
+            "training.batch=16",
+        ),
         ("--stage pack sorce=a out=b", "Did you mean 'source'?"),
         ("--stage pack --config dmo source=a out=b", "Did you mean 'demo'?"),
         ("--stage pack --cluster locl source=a out=b", "Did you mean 'local'?"),

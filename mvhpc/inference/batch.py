@@ -15,7 +15,8 @@ import torch
 
 from mvhpc.config import Compute, ConfigError
 from mvhpc.devices import resolve_device
-from mvhpc.inference.predict import Predictor, Row
+from mvhpc.inference.answers import Row
+from mvhpc.inference.predict import open_predictor
 from mvhpc.training.cluster import ray_session
 
 
@@ -24,7 +25,7 @@ class Worker:
 
     def __init__(self, question: dict[str, Any], threads: int) -> None:
         torch.set_num_threads(threads)
-        self.predictor = Predictor(**question)
+        self.predictor = open_predictor(**question)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         """``keys``, each a JSON list, to ``rows``, each a JSON list of rows; JSON keeps every bit of a float."""
@@ -37,7 +38,7 @@ def spread(question: dict[str, Any], batches: list[list[str]], compute: Compute,
     Joins the Ray cluster that ``RAY_ADDRESS`` names, or starts one on this machine for the time it takes.
 
     Args:
-        question: arguments of :class:`~mvhpc.inference.predict.Predictor`.
+        question: arguments of :func:`~mvhpc.inference.predict.open_predictor`.
         batches: keys.
         compute: workers, device, and threads per worker (0 divides this machine's cores among the workers).
 

@@ -116,7 +116,7 @@ def inpaint_half(sampler: Sampler, dataset: Dataset, key: str, path: Path, sampl
         samples: completions.
         seed: of the noise.
     """
-    check_data(sampler.model, dataset, [])
+    check_data(sampler.model.grid, dataset, [])
     name = sampler.model.schema.volumes[0].name
     voxels = dataset.read(key, name).astype(np.float32)
     known = left_half(voxels.shape)

@@ -2,14 +2,14 @@
 
 One row a subject. From a posterior a wanted number gets its expectation, SD and quantiles, a category the chances of
 its classes and the most probable one; where the truth is recorded, the score of the whole distribution (CRPS) too. From
-chains it is their mean and SD, the classes' shares and the commonest class (the paper's majority vote, section 4.2).
+chains it is their mean and SD, the classes' shares and the commonest class (the paper's majority vote, section 4.2). A
+baseline answers the one question it was trained for, by a number alone or by chances.
 Noise comes from (seed, key, chain), so a row does not depend on the batch or the worker that made it.
 """
 
-import json
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,19 @@ from mvhpc.config import ConfigError, PredictConfig, Sampling, choose, to_dict
 from mvhpc.diffusion.density import crps, quantile
 from mvhpc.diffusion.joint import Batch
 from mvhpc.evaluation.figures import predicted_against_true
-from mvhpc.evaluation.tables import MISSING, coverage, label, read_predictions, score, sidecar, subject_of, true_value
+from mvhpc.evaluation.tables import coverage, label, read_predictions, score, subject_of, true_value
+from mvhpc.inference.answers import Row, chances, write_predictions
+from mvhpc.inference.baseline import BaselinePredictor
 from mvhpc.inference.chains import Sampler, set_threads, versions
 from mvhpc.inference.subjects import check_data, read_given, subjects
+from mvhpc.models.bundle import model_kind
 from mvhpc.randomness import generator, rand
 from mvhpc.run import Run, identity
 from mvhpc.variables import Categorical, Continuous
-from shards.files import whole_file, write_text
 from shards.loader import open_dataset
 from shards.progress import Progress
 from shards.schema import Schema
 
-Row = dict[str, Any]
 QUANTILES = (5, 25, 50, 75, 95)  # %, of the answers of a posterior
 
 
@@ -61,7 +62,7 @@ def check_question(schema: Schema, given: Sequence[str], want: Sequence[str]) ->
 
 
 class Predictor:
-    """Answers one question about any subjects of one data set.
+    """Answers one question about any subjects of one data set by a joint model.
 
     Args:
         model: run folder of a joint model, or its ``model`` folder.
@@ -74,6 +75,12 @@ class Predictor:
         seed: of the noise.
         device: auto | cpu | cuda.
         precision: float32 | bfloat16, of the denoiser.
+
+    Attributes:
+        dataset, schema: of the data; of the model.
+        way: how the answers come about.
+        calls: network calls a subject.
+        facts: what the description of a table says of that.
 
     Raises:
         ConfigError: a question the model cannot be asked, or data on another grid.
@@ -100,10 +107,14 @@ class Predictor:
         if draws and not self.exact:
             raise ConfigError(f"draws={draws}: joint draws come from a posterior, which this model or sampling has not")
         self.model, self.dataset = self.sampler.model, open_dataset(data)
-        check_question(self.model.schema, given, want)
-        check_data(self.model, self.dataset, given)
+        self.schema, self.way = self.model.schema, self.sampler.sampling.conditioning
+        check_question(self.schema, given, want)
+        check_data(self.model.grid, self.dataset, given)
         self.given, self.want = list(given), list(want)
         self.samples, self.draws, self.seed = samples, draws, seed
+        self.calls = self.sampler.calls * (1 if self.exact else samples)
+        self.calls *= 2 if sampling.guidance != 1 and given else 1  # with and without what is given
+        self.facts = {"samples": None if self.exact else samples, "sampling": to_dict(self.sampler.sampling)}
 
     @torch.inference_mode()
     def __call__(self, keys: Sequence[str]) -> list[Row]:
@@ -119,7 +130,7 @@ class Predictor:
             lacking = [name for name in self.given if not present[name][i]]
             row: Row = {"key": key, "subject": subject_of(key)}
             for name in self.want:
-                true = true_value(self.dataset, key, self.model.schema[name])
+                true = true_value(self.dataset, key, self.schema[name])
                 row |= answers[name][i] | {f"{name}_true": true}
             rows.append(row | {"not_given": ",".join(lacking) or None})
         return rows
@@ -132,7 +143,7 @@ class Predictor:
             variable = self.model.variables[name]
             if isinstance(variable, Categorical):
                 assert isinstance(law, Tensor)
-                rows[name] = [_chances(name, dict(zip(variable.classes, p))) for p in law.tolist()]
+                rows[name] = [chances(name, dict(zip(variable.classes, p))) for p in law.tolist()]
             else:
                 assert isinstance(variable, Continuous) and isinstance(law, MixtureSameFamily)
                 rows[name] = self._law(variable, law, keys)
@@ -151,7 +162,7 @@ class Predictor:
         points = quantile(law, shares.to(self.sampler.device))  # (B, 5)
         columns = {name: variable.decode(law.mean), f"{name}_sd": law.stddev * scale}
         columns |= {f"{name}_q{q:02d}": variable.snap(variable.decode(points[:, i])) for i, q in enumerate(QUANTILES)}
-        truth = [true_value(self.dataset, key, self.model.schema[name]) for key in keys]
+        truth = [true_value(self.dataset, key, self.schema[name]) for key in keys]
         encoded = variable.encode(truth).to(self.sampler.device)[:, 0].double()  # 0 where missing
         columns[f"{name}_crps"] = crps(law, encoded) * scale
         rows: list[Row] = [dict(zip(columns, cells)) for cells in zip(*(c.tolist() for c in columns.values()))]
@@ -169,7 +180,7 @@ class Predictor:
         for name in self.want:
             variable, chains = self.model.variables[name], self._decode(name, drawn[name], len(keys))
             if isinstance(variable, Categorical):
-                rows[name] = [_chances(name, {c: x.count(c) / n for c in variable.classes}) for x in chains]
+                rows[name] = [chances(name, {c: x.count(c) / n for c in variable.classes}) for x in chains]
             else:
                 sds = [float(np.std(x, ddof=1)) if n > 1 else None for x in chains]
                 rows[name] = [{name: float(np.mean(x)), f"{name}_sd": sd} for x, sd in zip(chains, sds)]
@@ -186,32 +197,28 @@ class Predictor:
         return [flat[i * n : (i + 1) * n] for i in range(subjects)]
 
 
-def _chances(name: str, p: Mapping[str, float]) -> Row:
-    return {name: max(p, key=p.__getitem__), **{f"{name}_p_{c}": chance for c, chance in p.items()}}
+def open_predictor(
+    model: str | Path,
+    data: str | Path,
+    given: Sequence[str],
+    want: Sequence[str],
+    samples: int,
+    draws: int,
+    sampling: Sampling,
+    seed: int,
+    device: str = "auto",
+    precision: str = "float32",
+) -> Predictor | BaselinePredictor:
+    """Whoever answers a question by this model: see :class:`Predictor` for what is asked and refused.
 
-
-def write_predictions(path: Path, rows: Sequence[Row], description: dict[str, Any]) -> None:
-    """Write rows as TSV (missing values as n/a) and, beside it, ``description`` as JSON; each whole, the TSV last.
-
-    Joint draws go to ``NAME.draws.tsv``: a line each, with the subject's key and the number of the draw.
+    Raises:
+        ConfigError: joint draws of a baseline too, or another question than the one it was trained for.
     """
-
-    def write(file: Path, header: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
-        with whole_file(file) as part, part.open("w") as stream:
-            for line in [header, *lines]:
-                stream.write("\t".join(_cell(value) for value in line) + "\n")
-
-    write_text(sidecar(path), json.dumps(description, indent=1))
-    if "draws" in rows[0]:
-        names = list(rows[0]["draws"])
-        draws = ((row["key"], i, *values) for row in rows for i, values in enumerate(zip(*row["draws"].values())))
-        write(path.with_suffix(".draws.tsv"), ["key", "draw", *names], draws)
-    columns = [name for name in rows[0] if name != "draws"]
-    write(path, columns, ([row[name] for name in columns] for row in rows))
-
-
-def _cell(value: float | str | None) -> str:
-    return MISSING if value is None else value if isinstance(value, str) else f"{value:.6g}"
+    if model_kind(model) == "baseline":
+        if draws:
+            raise ConfigError(f"draws={draws}: joint draws come from a posterior, which a baseline has not; take 0")
+        return BaselinePredictor(model, data, given, want, device, precision)
+    return Predictor(model, data, given, want, samples, draws, sampling, seed, device, precision)
 
 
 def run(config: PredictConfig, run: Run) -> dict[str, Any]:
@@ -242,14 +249,11 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
         "device": config.compute.device,
         "precision": config.compute.precision,
     }
-    predictor = Predictor(**question)
-    dataset, schema = predictor.dataset, predictor.model.schema
+    predictor = open_predictor(**question)
+    dataset, schema = predictor.dataset, predictor.schema
     part, keys = config.split, subjects(dataset, config.split, config.split_name)
-    way = predictor.sampler.sampling.conditioning
-    calls = predictor.sampler.calls * (1 if predictor.exact else config.samples)
-    calls *= 2 if config.sampling.guidance != 1 and config.given else 1  # with and without what is given
-    asked = f"{', '.join(config.want)} given {label(config.given)}"
-    print(f"{asked}: by {way}, {calls} network call{'s' * (calls > 1)} a subject", file=sys.stderr)
+    asked, calls = f"{', '.join(config.want)} given {label(config.given)}", predictor.calls
+    print(f"{asked}: by {predictor.way}, {calls} network call{'s' * (calls > 1)} a subject", file=sys.stderr)
     batches = [keys[i : i + config.batch] for i in range(0, len(keys), config.batch)]
     start = time.monotonic()
     answers: Iterable[list[Row]]
@@ -274,8 +278,7 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
         "model": identity(config.model),
         "data": dataset.index.digest,
         "schema": schema.to_dict(),
-        "samples": None if predictor.exact else config.samples,
-        "sampling": to_dict(predictor.sampler.sampling),
+        **predictor.facts,
         "network_calls": calls,
         "seed": config.seed,
         "versions": versions(),
@@ -300,7 +303,8 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
             summary |= {f"{part}/{name}_in_90": held.value, f"{part}/{name}_crps": float(frame[f"{name}_crps"].mean())}
         if variable.kind != "categorical":
             with run.figure(f"{name}.png") as path:
-                note = f"given {label(config.given)}\nMAE {result.format(2)}; bars: one SD"
                 true, predicted, sd = (frame[f"{name}{s}"].to_numpy(float) for s in ("_true", "", "_sd"))
+                bars = "; bars: one SD" if np.isfinite(sd).any() else ""
+                note = f"given {label(config.given)}\nMAE {result.format(2)}{bars}"
                 predicted_against_true(true, predicted, sd, path, name, variable.unit or "", note)
     return summary

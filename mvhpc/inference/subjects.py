@@ -1,6 +1,7 @@
-"""The people of a packed data set, as a joint model takes them."""
+"""The people of a packed data set, as a model takes them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,13 +11,17 @@ from mvhpc.config import ConfigError, choose
 from mvhpc.diffusion.joint import Batch
 from mvhpc.evaluation.tables import true_value
 from mvhpc.inference.chains import Sampler
-from mvhpc.models.bundle import JointModel
 from mvhpc.variables import Volume
 from shards.loader import Dataset
 
 
-def check_data(model: JointModel, dataset: Dataset, given: Sequence[str]) -> None:
+def check_data(grid: Mapping[str, Any], dataset: Dataset, given: Sequence[str]) -> None:
     """Refuse data that are not as the model saw them.
+
+    Args:
+        grid: ``spacing``, ``shape`` and ``affine`` of the model's volumes.
+        dataset: packed data.
+        given: names of the variables that are known.
 
     Raises:
         ConfigError: latents instead of volumes, a given variable the data lack, or another grid.
@@ -27,11 +32,11 @@ def check_data(model: JointModel, dataset: Dataset, given: Sequence[str]) -> Non
     for name in given:
         choose(name, [variable.name for variable in index.schema], f"variable of {dataset.folder}")
     for fact in ("spacing", "shape", "affine"):
-        ours, theirs = model.grid[fact], index.grid[fact]
+        ours, theirs = grid[fact], index.grid[fact]
         if np.shape(ours) != np.shape(theirs) or not np.allclose(ours, theirs, atol=1e-4):
             raise ConfigError(
                 f"{dataset.folder} has {fact} {theirs}, the model was trained on {ours}; "
-                f"pack again with spacing {model.grid['spacing']} and shape {model.grid['shape']}"
+                f"pack again with spacing {grid['spacing']} and shape {grid['shape']}"
             )
 
 

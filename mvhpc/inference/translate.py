@@ -45,7 +45,7 @@ def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
         choose(name, [v.name for v in schema], "variable")
     if config.want in config.given:
         raise ConfigError(f"{config.want} is both given and wanted; name each variable once")
-    check_data(sampler.model, dataset, config.given)
+    check_data(sampler.model.grid, dataset, config.given)
     keys = subjects(dataset, config.split, config.split_name)
     wanted = schema[config.want]
     scores: list[tuple[float, float]] = []

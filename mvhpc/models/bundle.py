@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from mvhpc import config
 from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.models.autoencoder import Autoencoder
+from mvhpc.models.baseline import Baseline, scalars_of
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.variables import Variables, Volume
 from shards.files import write_whole
 from shards.schema import Schema
 
-FORMATS = {"autoencoder": 3, "joint": 4}  # each counts what changed in its own files
+FORMATS = {"autoencoder": 3, "joint": 4, "baseline": 1}  # each counts what changed in its own files
 MANIFEST = "model.json"
 
 
@@ -45,13 +46,28 @@ def model_folder(path: str | Path) -> Path:
     raise ModelError(f"{path}: no trained model there (no {MANIFEST}); give a run folder whose training has ended")
 
 
-def _manifest(folder: Path, kind: str) -> dict[str, Any]:
+def model_kind(path: str | Path) -> str:
+    """What a model folder, or the run folder around it, holds: ``autoencoder``, ``joint`` or ``baseline``.
+
+    Raises:
+        ModelError: no model there, or a damaged ``model.json``.
+    """
+    return str(_read(model_folder(path))["kind"])
+
+
+def _read(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
-        meta = json.loads(path.read_text())
-        found = meta["format"], meta["kind"]
+        meta: dict[str, Any] = json.loads(path.read_text())
+        _ = meta["format"], meta["kind"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: damaged: {error!r}; train the model again or copy the folder again") from error
+    return meta
+
+
+def _manifest(folder: Path, kind: str) -> dict[str, Any]:
+    path, meta = folder / MANIFEST, _read(folder)
+    found = meta["format"], meta["kind"]
     if found != (FORMATS[kind], kind):
         needed = f"{kind!r} in format {FORMATS[kind]}"
         raise ModelError(f"{path}: holds {found[1]!r} in format {found[0]}; needed is {needed}")
@@ -252,3 +268,79 @@ def load_joint(folder: str | Path, device: torch.device | str = "cpu") -> JointM
     denoiser = JointDenoiser(variables, config.Denoiser(**meta["denoiser"]), diffusion.blind)
     _build(denoiser, _weights(folder, meta, "denoiser"), device)
     return JointModel(variables, schema, diffusion, denoiser, autoencoder, meta["grid"], meta["spread"], meta)
+
+
+@dataclass(frozen=True)
+class BaselineModel:
+    """A network trained for one question, with all that asking it needs.
+
+    Attributes:
+        scalars: encodings of the question's scalars.
+        schema: of the data it was trained on.
+        network: the network.
+        given: what it is told; the volumes in the order of its channels.
+        want: what it answers.
+        grid: ``spacing`` (mm), ``shape`` (voxels) and ``affine`` (4 x 4) of the volumes.
+        meta: the content of ``model.json``.
+    """
+
+    scalars: Variables
+    schema: Schema
+    network: Baseline
+    given: list[str]
+    want: str
+    grid: dict[str, Any]
+    meta: dict[str, Any]
+
+
+def save_baseline(
+    folder: Path,
+    network: Mapping[str, Tensor],
+    *,
+    given: Sequence[str],
+    want: str,
+    schema: Schema,
+    intervals: Mapping[str, Sequence[float]],
+    grid: Mapping[str, Any],
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a baseline whole, in place of any older one.
+
+    Args:
+        folder: the ``model`` folder.
+        network: full state of the network, stored bit for bit.
+        given, want: its question.
+        schema: of the variables.
+        intervals: number -> what becomes [-1, 1]; the schema's range where not named.
+        grid: ``spacing``, ``shape`` and ``affine`` of the volumes.
+        extra: JSON-able facts to keep beside it.
+    """
+    meta = {
+        "kind": "baseline",
+        "given": list(given),
+        "want": want,
+        "schema": schema.to_dict(),
+        "intervals": {name: list(interval) for name, interval in intervals.items()},
+        "grid": dict(grid),
+        "extra": dict(extra or {}),
+    }
+    _save(folder, meta, {"baseline": _bytes(network)})
+
+
+def load_baseline(folder: str | Path, device: torch.device | str = "cpu") -> BaselineModel:
+    """A baseline ready to be asked.
+
+    Args:
+        folder: a run folder of stage ``baseline``, or its ``model`` folder.
+        device: where to put its network.
+
+    Raises:
+        ModelError: no model there, another kind of model, or a missing or damaged file, each naming it.
+    """
+    folder = model_folder(folder)
+    meta = _manifest(folder, "baseline")
+    schema, given, want = Schema.from_dict(meta["schema"]), meta["given"], meta["want"]
+    scalars = scalars_of(schema, [*given, want], meta["intervals"])
+    network = Baseline(scalars, given, want)
+    _build(network, _weights(folder, meta, "baseline"), device)
+    return BaselineModel(scalars, schema, network, given, want, meta["grid"], meta)

@@ -19,7 +19,7 @@ from mvhpc.training.calibration import calibrate
 from mvhpc.training.cluster import launch
 from mvhpc.training.engine import Engine
 from mvhpc.training.loop import train
-from mvhpc.variables import Value, Variables
+from mvhpc.variables import Value, Variables, standard_intervals
 from shards.errors import nearest
 from shards.index import Index
 from shards.loader import Dataset, open_dataset
@@ -137,7 +137,7 @@ class JointTask:
             read_records(dataset, dataset.keys(part, config.split), self.schema) for part in ("train", "validation")
         )
         self.latent = {v.name: self._moments(train, v.name, index) for v in self.schema.volumes}
-        self.intervals = self._intervals(train)
+        self.intervals = standard_intervals(self.schema, train.rows) if config.scaling == "sd" else {}
         variables = Variables.from_schema(self.schema, self.latent, self.intervals)
         self.diffusion = JointDiffusion(variables, config.diffusion)
         self.people, self.others = People(train, variables), People(others, variables)
@@ -166,19 +166,6 @@ class JointTask:
         sd = (sum(((part - mean).square().sum(0) for part in parts), zero) / len(latents)).sqrt()
         typical = sd.square().mean().sqrt()
         return facts | {"mean": mean.float(), "sd": sd.clamp(min=float(SD_FLOOR * typical)).float()}
-
-    def _intervals(self, train: Records) -> dict[str, list[float]]:
-        """What becomes [-1, 1] of each continuous variable: one SD each way of the mean over the training people.
-
-        None for a variable that takes its schema's range: with ``scaling=range``, or where it does not vary.
-        """
-        intervals: dict[str, list[float]] = {}
-        for v in self.schema.scalars if self.config.scaling == "sd" else ():
-            if v.kind != "categorical":
-                known = np.array([x for x in (row[v.name] for row in train.rows) if x is not None], float)
-                if len(known) > 1 and known.std() > 0:
-                    intervals[v.name] = [known.mean() - known.std(), known.mean() + known.std()]
-        return intervals
 
     def load(self, indices: list[int]) -> dict[str, Any]:
         """Values and presence, by variable."""

@@ -1,6 +1,6 @@
 """Training the autoencoder with MAISI's loss (arXiv:2409.11169): L1 + KL + perceptual + adversarial."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,8 +181,8 @@ class VAETask:
         save_autoencoder(folder, network, self.config.model, {"validation": metrics})
 
 
-def volume_shape(dataset: Dataset) -> tuple[int, ...]:
-    """(H, W, D) of all volumes of a dataset.
+def volume_shape(dataset: Dataset, names: Sequence[str] = ()) -> tuple[int, ...]:
+    """(H, W, D) of the volumes ``names`` of a dataset, of all of them where none is named.
 
     Raises:
         ConfigError: latents, no volume variable, or volumes of several shapes.
@@ -190,9 +190,9 @@ def volume_shape(dataset: Dataset) -> tuple[int, ...]:
     index = dataset.index
     if index.kind != "volumes":
         raise ConfigError(f"data={dataset.folder} holds {index.kind}, not volumes; pack a BIDS tree: shards pack")
-    shapes = {v.name: tuple(index.arrays[v.name]["shape"]) for v in index.schema.volumes}
+    shapes = {name: tuple(index.arrays[name]["shape"]) for name in names or [v.name for v in index.schema.volumes]}
     if len(set(shapes.values())) != 1:
-        raise ConfigError(f"data={dataset.folder}: one autoencoder needs volumes of one shape, found {shapes}")
+        raise ConfigError(f"data={dataset.folder}: one network needs volumes of one shape, found {shapes}")
     return next(iter(shapes.values()))
 
 

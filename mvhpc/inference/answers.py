@@ -1,0 +1,40 @@
+"""Answers about people: rows, and how they are written."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mvhpc.evaluation.tables import MISSING, sidecar
+from shards.files import whole_file, write_text
+
+Row = dict[str, Any]
+
+
+def chances(name: str, p: Mapping[str, float]) -> Row:
+    """The cells of a category: its most probable class, and the chance of each."""
+    return {name: max(p, key=p.__getitem__), **{f"{name}_p_{c}": chance for c, chance in p.items()}}
+
+
+def write_predictions(path: Path, rows: Sequence[Row], description: dict[str, Any]) -> None:
+    """Write rows as TSV (missing values as n/a) and, beside it, ``description`` as JSON; each whole, the TSV last.
+
+    Joint draws go to ``NAME.draws.tsv``: a line each, with the subject's key and the number of the draw.
+    """
+
+    def write(file: Path, header: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
+        with whole_file(file) as part, part.open("w") as stream:
+            for line in [header, *lines]:
+                stream.write("\t".join(_cell(value) for value in line) + "\n")
+
+    write_text(sidecar(path), json.dumps(description, indent=1))
+    if "draws" in rows[0]:
+        names = list(rows[0]["draws"])
+        draws = ((row["key"], i, *values) for row in rows for i, values in enumerate(zip(*row["draws"].values())))
+        write(path.with_suffix(".draws.tsv"), ["key", "draw", *names], draws)
+    columns = [name for name in rows[0] if name != "draws"]
+    write(path, columns, ([row[name] for name in columns] for row in rows))
+
+
+def _cell(value: float | str | None) -> str:
+    return MISSING if value is None else value if isinstance(value, str) else f"{value:.6g}"

@@ -1,0 +1,59 @@
+"""Batch normalisation over the samples of all workers."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class _Total(torch.autograd.Function):
+    """The sum of a tensor over the workers; the gradient of it is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _Total.forward(ctx, *gradients)
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of ``x`` over the workers. Collective, and again when its gradient is taken."""
+    summed: Tensor = _Total.apply(x)
+    return summed
+
+
+class WholeBatchNorm(nn.BatchNorm3d):
+    """BatchNorm3d whose batch is that of all workers together, each with an equal share of it.
+
+    Every worker then holds the same running statistics, and their number changes no result but by rounding. (torch's
+    SyncBatchNorm does the same, on GPUs alone.)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (B, C, H, W, D). Collective in training."""
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if world == 1 or not self.training:
+            return super().forward(x)
+        shape, rest = (1, -1, 1, 1, 1), (0, 2, 3, 4)
+        with torch.autocast(x.device.type, enabled=False):
+            y = x.float()
+            mean = total(y.mean(rest)) / world  # (C,)
+            y = y - mean.view(shape)
+            variance = total(y.square().mean(rest)) / world
+            count = world * y.numel() // y.shape[1]
+            self._follow(mean.detach(), variance.detach() * count / max(1, count - 1))
+            y = y * (torch.rsqrt(variance + self.eps) * self.weight).view(shape) + self.bias.view(shape)
+        return y.to(x.dtype)
+
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        """Let the running statistics take in those of one batch."""
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)

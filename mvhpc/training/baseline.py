@@ -1,0 +1,217 @@
+"""Training the comparison: a DenseNet121 for one question alone (paper, section 4.2)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from mvhpc.config import BaselineConfig, ConfigError
+from mvhpc.diffusion.joint import Batch
+from mvhpc.evaluation.tables import true_value
+from mvhpc.models.baseline import SMALLEST, Baseline, scalars_of
+from mvhpc.models.bundle import save_baseline
+from mvhpc.randomness import generator, rand
+from mvhpc.training.cluster import launch
+from mvhpc.training.engine import Engine
+from mvhpc.training.loop import train
+from mvhpc.training.vae import volume_shape
+from mvhpc.variables import Categorical, Continuous, Scalar, Variables, standard_intervals
+from shards.errors import nearest
+from shards.loader import Dataset, open_dataset
+from shards.schema import Schema
+
+if TYPE_CHECKING:
+    from mvhpc.run import Run
+
+
+class BaselineTask:
+    """One step of a baseline; see :class:`mvhpc.training.loop.Task`.
+
+    A sample is one person who has the wanted scalar and every given volume. The batch normalisation sees one
+    micro-batch of all workers together.
+
+    Raises:
+        ConfigError: a question that no baseline answers, data that are no volumes, of several shapes or too small,
+            nobody to learn from, or batches of one.
+    """
+
+    averaged: str | None = None
+    best = "baseline"
+    score = "loss"
+
+    def __init__(self, config: BaselineConfig) -> None:
+        self.config = config
+        self.dataset = open_dataset(config.data)
+        self.schema = self.dataset.index.schema
+        check_question(self.schema, config)
+        self.volumes = [name for name in config.given if self.schema[name].kind == "volume"]
+        shape = volume_shape(self.dataset, self.volumes)
+        if min(shape) < SMALLEST:
+            raise ConfigError(
+                f"data={config.data}: volumes of {shape} voxels are too small for a DenseNet121, which halves them "
+                f"five times; pack {SMALLEST} voxels or more an axis"
+            )
+        if config.training.batch < 2 * config.training.accumulate:
+            raise ConfigError(
+                f"training.batch={config.training.batch} with training.accumulate={config.training.accumulate}: batch "
+                "normalisation needs two samples or more at a time; raise the batch"
+            )
+        self.train, self.others = self._keys("train"), self._keys("validation")
+        if not self.train:
+            raise ConfigError(
+                f"data={config.data}: nobody in the training part of split {config.split!r} has "
+                f"{' and '.join([config.want, *self.volumes])}; take another split, want or given"
+            )
+        rows = [scalar_values(self.dataset, key, self.schema) for key in self.train]
+        self.intervals = standard_intervals(self.schema, rows)
+        self.scalars = scalars_of(self.schema, [*config.given, config.want], self.intervals)
+        self.wanted = next(v for v in self.scalars.scalars if v.name == config.want)
+        self.samples, self.validation = len(self.train), len(self.others)
+        torch.manual_seed(config.training.seed)  # the layers' initial weights
+        self.networks: dict[str, nn.Module] = {"baseline": Baseline(self.scalars, config.given, config.want)}
+        self.learning_rates = {"baseline": config.optimizer.lr}
+
+    def _keys(self, part: str) -> list[str]:
+        wanted = self.schema[self.config.want]
+        return [
+            key
+            for key in self.dataset.keys(part, self.config.split)
+            if true_value(self.dataset, key, wanted) is not None
+            and all(self.dataset.has(key, name) for name in self.volumes)
+        ]
+
+    def _read(self, keys: list[str]) -> tuple[Tensor, Batch, Batch]:
+        return read_people(self.dataset, keys, self.schema, self.volumes, self.scalars)
+
+    def load(self, indices: list[int]) -> dict[str, Any]:
+        """``voxels`` (B, V, H, W, D) float16, and by scalar ``values`` and ``present``."""
+        return dict(zip(("voxels", "values", "present"), self._read([self.train[i] for i in indices])))
+
+    def step(
+        self, batch: dict[str, Any], engines: dict[str, Engine], step: int, indices: list[int]
+    ) -> dict[str, Tensor]:
+        """Answer for a batch, mirrored here and there, and take one optimiser step."""
+        draws = [generator(self.config.training.seed, "train", step, i) for i in indices]
+        x = batch["voxels"].float()
+        mirror = rand(draws, (), x.device) < self.config.flip
+        x = torch.where(mirror.view(-1, 1, 1, 1, 1), x.flip(2), x)  # axis 2 runs from left to right
+        said = engines["baseline"](x, batch["values"], batch["present"])
+        loss = losses(self.wanted, said, batch["values"][self.wanted.name]).mean()
+        engines["baseline"].backward(loss)
+        engines["baseline"].step()
+        return {"loss": loss}
+
+    def validate(self, indices: list[int], networks: dict[str, nn.Module]) -> dict[str, Tensor]:
+        """The loss, and the absolute error in the variable's unit or whether the likeliest class is right."""
+        network = networks["baseline"]
+        device = next(network.parameters()).device
+        people = self._read([self.others[i] for i in indices])
+        voxels, values, present = tree_map_only(Tensor, lambda x: x.to(device), people)
+        said, truth = network(voxels.float(), values, present).float(), values[self.wanted.name]
+        metrics = {"loss": losses(self.wanted, said, truth)}
+        if isinstance(self.wanted, Continuous):
+            return metrics | {"mae": (self.wanted.decode(said) - self.wanted.decode(truth)).abs()}
+        return metrics | {"accuracy": (said.argmax(1) == truth).float()}
+
+    def export(self, folder: Path, states: dict[str, dict[str, Tensor]], metrics: dict[str, float]) -> None:
+        """Write the network with what it is asked and its validation metrics."""
+        save_baseline(
+            folder,
+            states["baseline"],
+            given=self.config.given,
+            want=self.config.want,
+            schema=self.schema,
+            intervals=self.intervals,
+            grid=self.dataset.index.grid,
+            extra={"validation": metrics},
+        )
+
+
+def check_question(schema: Schema, config: BaselineConfig) -> None:
+    """Refuse a question that no baseline can be trained for.
+
+    Raises:
+        ConfigError: an unknown variable (naming the nearest), a wanted volume, a variable named twice, or no volume
+            given.
+    """
+    names = [v.name for v in schema]
+    for key, named in (("want", [config.want]), ("given", config.given)):
+        for name in named:
+            if name not in names:
+                raise ConfigError(f"{key}: {nearest(name, names, 'variable')}")
+    scalars = [v.name for v in schema.scalars]
+    if config.want not in scalars:
+        raise ConfigError(
+            f"want={config.want} is a volume; a baseline answers a number or a category: {', '.join(scalars)}"
+        )
+    if config.want in config.given:
+        raise ConfigError(f"given: {config.want} is what is wanted; take it out of given")
+    if len(set(config.given)) < len(config.given):
+        raise ConfigError(f"given=[{','.join(config.given)}]: name each variable once")
+    if set(config.given) <= set(scalars):
+        volumes = ", ".join(v.name for v in schema.volumes)
+        raise ConfigError(f"given=[{','.join(config.given)}]: a baseline looks at a volume; add one of {volumes}")
+
+
+def scalar_values(dataset: Dataset, key: str, schema: Schema) -> dict[str, float | str | None]:
+    """The recorded scalars of one person, None where missing."""
+    return {v.name: true_value(dataset, key, v) for v in schema.scalars}
+
+
+def read_people(
+    dataset: Dataset, keys: Sequence[str], schema: Schema, volumes: Sequence[str], scalars: Variables
+) -> tuple[Tensor, Batch, Batch]:
+    """What a baseline takes of people who have all its volumes.
+
+    Args:
+        dataset: packed volumes.
+        keys: B people.
+        schema: of the model.
+        volumes: names of V given volumes.
+        scalars: encodings of the question's scalars.
+
+    Returns:
+        voxels (B, V, H, W, D) float16, and by scalar its encoded values and who has it.
+
+    Raises:
+        IntegrityError: a damaged volume, named.
+    """
+    voxels = np.stack([np.stack([dataset.read(key, name) for name in volumes]) for key in keys])
+    values, present = scalars.encode_scalars([scalar_values(dataset, key, schema) for key in keys])
+    return torch.from_numpy(voxels), values, present
+
+
+def losses(wanted: Scalar, said: Tensor, truth: Tensor) -> Tensor:
+    """Squared error of an encoded number, cross-entropy of a category: (B,).
+
+    Args:
+        wanted: the variable.
+        said: (B, 1), or logits (B, K).
+        truth: (B, 1), or (B,) int64.
+    """
+    if isinstance(wanted, Categorical):
+        return F.cross_entropy(said, truth, reduction="none")
+    return (said - truth).square()[:, 0]
+
+
+def worker(config: BaselineConfig, folder: Path, rank: int, world: int) -> dict[str, float]:
+    """Train as worker ``rank`` of ``world``."""
+    return train(BaselineTask(config), config, folder, rank, world)
+
+
+def run(config: BaselineConfig, run: "Run") -> dict[str, float]:
+    """Stage ``baseline``: train a DenseNet121 on the training people for the question ``want`` given ``given``.
+
+    Returns:
+        the best validation's metrics, steps and samples per second.
+
+    Raises:
+        ConfigError: as :class:`BaselineTask`, before anything starts.
+    """
+    BaselineTask(config)
+    return launch("mvhpc.training.baseline:worker", config, run.folder, config.compute.workers)
