@@ -24,7 +24,7 @@ import uuid
 from collections import Counter
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mvhpc.config import to_dict
 from mvhpc.journal import follow, read, unseen
@@ -33,9 +33,6 @@ from mvhpc.store import SQLITE, as_metrics, describe, open_run, send, store_clie
 from shards.files import write_text
 from shards.index import Index
 from shards.progress import Progress
-
-if TYPE_CHECKING:
-    pass
 
 STATE = "tracking.json"
 KNOWN = ("run", "experiment_id", "sent", "described", "told")  # of a state: what one store knows

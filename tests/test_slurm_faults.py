@@ -155,7 +155,9 @@ def preempted(training: Training) -> None:
     """By a job of a partition that goes before."""
     slurm = training.slurm
     restarts = slurm.restarts(training.job)
-    slurm.wait(urgent_job(slurm))
+    with held(training, training.process("RayTrainWorker")):
+        other = urgent_job(slurm)
+    slurm.wait(other)
     slurm.start_again(training.job, restarts + 1)
 
 
