@@ -197,28 +197,21 @@ class Predictor:
         return [flat[i * n : (i + 1) * n] for i in range(subjects)]
 
 
-def open_predictor(
-    model: str | Path,
-    data: str | Path,
-    given: Sequence[str],
-    want: Sequence[str],
-    samples: int,
-    draws: int,
-    sampling: Sampling,
-    seed: int,
-    device: str = "auto",
-    precision: str = "float32",
-) -> Predictor | BaselinePredictor:
-    """Whoever answers a question by this model: see :class:`Predictor` for what is asked and refused.
+def open_predictor(**question: Any) -> Predictor | BaselinePredictor:
+    """Whoever answers by this model.
+
+    Args:
+        question: the arguments of :class:`Predictor`.
 
     Raises:
-        ConfigError: joint draws of a baseline too, or another question than the one it was trained for.
+        ConfigError: as :class:`Predictor`; joint draws of a baseline, or another question than the one it answers.
+        ModelError: no model there, or a damaged one.
     """
-    if model_kind(model) == "baseline":
-        if draws:
-            raise ConfigError(f"draws={draws}: joint draws come from a posterior, which a baseline has not; take 0")
-        return BaselinePredictor(model, data, given, want, device, precision)
-    return Predictor(model, data, given, want, samples, draws, sampling, seed, device, precision)
+    if model_kind(question["model"]) != "baseline":
+        return Predictor(**question)
+    if draws := question["draws"]:
+        raise ConfigError(f"draws={draws}: joint draws come from a posterior, which a baseline has not; take 0")
+    return BaselinePredictor(**{k: question[k] for k in ("model", "data", "given", "want", "device", "precision")})
 
 
 def run(config: PredictConfig, run: Run) -> dict[str, Any]:
