@@ -37,6 +37,7 @@ WORDS = {
     "driver killed": "the driver is killed",
     "supervisor killed": "the supervisor of the other node is killed",
     "first supervisor killed": "the supervisor of the first node is killed",
+    "srun killed": "`srun`, which started the supervisors, is killed",
     "node down": "one of the two nodes is called down",
     "preempted": "preemption by another partition",
     "out of time": "the time limit",

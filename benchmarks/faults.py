@@ -208,7 +208,7 @@ def stopped(victim: Victim, draw: random.Random) -> float:
 
 
 def disc_full(victim: Victim, draw: random.Random) -> float:
-    filler = victim.run.parent / "filler"
+    filler, before = victim.run.parent / "filler", _newest(victim)
     when = time.time()
     end = time.monotonic() + draw.uniform(1, 3)
     with filler.open("wb", buffering=0) as file:
@@ -216,7 +216,7 @@ def disc_full(victim: Victim, draw: random.Random) -> float:
             with contextlib.suppress(OSError):
                 file.write(bytes(4096))
     filler.unlink()
-    _writes_again(victim)
+    wait_for(lambda: _newest(victim) > before, 60, "no checkpoint is written any more")
     return when
 
 
@@ -225,21 +225,15 @@ def read_only(victim: Victim, draw: random.Random) -> float:
         return subprocess.run(["mount", "-o", f"remount,{how}", victim.run.parent], capture_output=True).returncode == 0
 
     wait_for(lambda: remount("ro"), 60, "the disc cannot be made read-only")
-    when = time.time()
+    when, before = time.time(), _newest(victim)
     time.sleep(draw.uniform(1, 3))
     assert remount("rw")
-    _writes_again(victim)
+    wait_for(lambda: _newest(victim) > before, 60, "no checkpoint is written any more")
     return when
 
 
-def _writes_again(victim: Victim) -> None:
-    """A checkpoint newer than the fault is there."""
-
-    def newest() -> str:
-        return max((p.name for p in (victim.run / "checkpoints").glob("step-*")), default="")
-
-    before = newest()
-    wait_for(lambda: newest() > before, 60, "no checkpoint is written any more")
+def _newest(victim: Victim) -> str:
+    return max((p.name for p in (victim.run / "checkpoints").glob("step-*")), default="")
 
 
 def _ordered(kind: str) -> Callable[[Victim, random.Random], float]:

@@ -16,7 +16,15 @@ from trials import RECOVERY_S, Fault, audit, keys, settle, suffer
 
 from tests.slurm_cluster import SlurmCluster
 from tests.test_slurm import nothing_is_left, submit
-from tests.test_slurm_faults import Training, driver_killed, head_killed, out_of_time, preempted, worker_killed
+from tests.test_slurm_faults import (
+    Training,
+    driver_killed,
+    head_killed,
+    out_of_time,
+    preempted,
+    supervisor_killed,
+    worker_killed,
+)
 
 STEPS = 400
 
@@ -26,7 +34,8 @@ def of_node(training: Training, title: str, number: int) -> psutil.Process:
     found = []
     for process in training.slurm.job_processes(training.job):
         with contextlib.suppress(psutil.Error):
-            if title in " ".join(process.cmdline()) and process.environ().get("SLURM_NODEID") == str(number):
+            named = title in " ".join(process.cmdline()) and process.name() != "srun"
+            if named and process.environ().get("SLURM_NODEID") == str(number):
                 found.append(process)
     assert found, f"no {title} on node {number}"
     return min(found, key=lambda process: (process.create_time(), process.pid))
@@ -36,19 +45,20 @@ def raylet_killed(training: Training) -> None:
     of_node(training, "raylet/raylet", 1).send_signal(signal.SIGKILL)
 
 
-def _supervisor_killed(training: Training, number: int) -> None:
+def other_supervisor_killed(training: Training) -> None:
     slurm = training.slurm
     restarts = slurm.restarts(training.job)
-    of_node(training, "submitit.core._submit", number).send_signal(signal.SIGKILL)
+    of_node(training, "submitit.core._submit", 1).send_signal(signal.SIGKILL)
     slurm.start_again(training.job, restarts + 1)
 
 
-def supervisor_killed(training: Training) -> None:
-    _supervisor_killed(training, 1)
-
-
-def first_supervisor_killed(training: Training) -> None:
-    _supervisor_killed(training, 0)
+def srun_killed(training: Training) -> None:
+    """What SLURM's script started the supervisors with."""
+    slurm = training.slurm
+    restarts = slurm.restarts(training.job)
+    sruns = [p for p in slurm.job_processes(training.job) if p.name() == "srun"]
+    min(sruns, key=lambda p: p.create_time()).send_signal(signal.SIGKILL)
+    slurm.start_again(training.job, restarts + 1)
 
 
 def node_down(training: Training) -> None:
@@ -69,8 +79,9 @@ SLURM: dict[str, Callable[[Training], None]] = {
     "head killed": head_killed,
     "raylet killed": raylet_killed,
     "driver killed": driver_killed,
-    "supervisor killed": supervisor_killed,
-    "first supervisor killed": first_supervisor_killed,
+    "supervisor killed": other_supervisor_killed,
+    "first supervisor killed": supervisor_killed,
+    "srun killed": srun_killed,
     "node down": node_down,
     "preempted": preempted,
     "out of time": out_of_time,

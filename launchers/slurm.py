@@ -13,6 +13,9 @@ from launchers.site import Site, minutes
 from mvhpc.config import ConfigError
 
 ASK_S = 30  # how long a command of SLURM's may take
+# In the job's script: where the first node's supervisor (or srun) is killed, nobody else is left to ask for it. Not for
+# ever, should the same kill meet every start.
+AGAIN = 'trap \'[ $? -eq 137 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ] && scontrol requeue "$SLURM_JOB_ID"\' EXIT'
 # What squeue calls a job that will do nothing more.
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY", "BOOT_FAIL", "REVOKED"}
 
@@ -66,6 +69,7 @@ def executor(
         signal_delay_s=site.signal_delay,
         stderr_to_stdout=True,
         setup=[
+            AGAIN,
             *(f"module load {shlex.quote(name)}" for name in site.modules),
             *(f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()),
             *site.setup,

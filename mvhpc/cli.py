@@ -1,6 +1,7 @@
 """The `mvhpc` command."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -196,6 +197,7 @@ def _export(arguments: Sequence[str]) -> int:
 
 
 def _mlflow_sync(arguments: Sequence[str]) -> int:
+    from mvhpc.store import PATIENCE
     from mvhpc.tracking import sync
 
     parser = _parser(
@@ -207,6 +209,7 @@ def _mlflow_sync(arguments: Sequence[str]) -> int:
     parser.add_argument("folders", nargs="+", metavar="RUN_FOLDER")
     parser.add_argument("--uri", default="", help="tracking URI; without it the one that each run was configured with")
     options = parser.parse_args(arguments)
+    os.environ |= PATIENCE
     for folder in map(Path, options.folders):
         if not (folder / "tracking.json").is_file():
             raise ConfigError(f"{folder}: no run folder (it has no tracking.json)")

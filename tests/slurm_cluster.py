@@ -171,9 +171,10 @@ class SlurmCluster:
     def start_again(self, job: str, restarts: int, seconds: float = 60) -> None:
         """Wait until a job was queued again for the ``restarts``-th time, and let it start at once.
 
-        SLURM otherwise lets two minutes pass.
+        SLURM otherwise lets two minutes pass. Some seconds it needs: within one, it may revoke the new credential too.
         """
         wait_for(lambda: self.restarts(job) >= restarts and self.state(job) == "PENDING", seconds)
+        time.sleep(2)
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def down(self, node: str) -> None:

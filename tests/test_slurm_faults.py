@@ -54,14 +54,14 @@ class Training:
         return sum(e["event"] == "start" for e in read(self.run))
 
     def reach(self, step: int, seconds: float = 300) -> None:
-        """Wait until that step was done since training last began."""
-        begun = self.starts()
-        wait_for(
-            lambda: self.step() >= step or self.slurm.state(self.job) not in {"RUNNING", "PENDING"},
-            seconds,
-            f"step {step} does not come; it is at {self.step()}",
-        )
-        assert self.slurm.state(self.job) == "RUNNING", (begun, self.slurm.state(self.job))
+        """Wait until that step was done, and the job runs."""
+
+        def there() -> bool:
+            state = self.slurm.state(self.job)
+            assert state in {"RUNNING", "PENDING"}, f"the job is {state or 'forgotten'}"
+            return state == "RUNNING" and self.step() >= step
+
+        wait_for(there, seconds, f"step {step} does not come")
 
     def finish(self, seconds: float = 300) -> None:
         """Wait until the job is over, and expect a good end; its own word counts, SLURM soon forgets."""
@@ -136,6 +136,16 @@ def driver_killed(training: Training) -> None:
     training.driver().send_signal(signal.SIGKILL)
 
 
+def supervisor_killed(training: Training) -> None:
+    """The one of the first node, which leads; SLURM's own script takes the job back to the queue."""
+    slurm = training.slurm
+    restarts = slurm.restarts(training.job)
+    supervisors = [p for p in slurm.job_processes(training.job) if "submitit.core._submit" in _words(p)]
+    first = [p for p in supervisors if p.name() != "srun" and p.environ().get("SLURM_NODEID") == "0"]
+    min(first, key=lambda p: p.create_time()).send_signal(signal.SIGKILL)
+    slurm.start_again(training.job, restarts + 1)
+
+
 @contextmanager
 def held(training: Training, worker: psutil.Process) -> Iterator[None]:
     """A worker stands still until the job was told to stop: training may not end before."""
@@ -183,7 +193,7 @@ def node_down(training: Training) -> None:
 
 
 FAULTS: list[Callable[[Training], None]] = [
-    worker_killed, head_killed, driver_killed, preempted, out_of_time, node_down,
+    worker_killed, head_killed, driver_killed, supervisor_killed, preempted, out_of_time, node_down,
 ]  # fmt: skip
 SEED = time.time_ns() % 10**6
 random.Random(SEED).shuffle(FAULTS)  # which of them meets which stage of ZeRO

@@ -23,7 +23,7 @@ from tests.toy_task import Interrupted, curves, digest, exported, run_toy, toy_c
 
 pytestmark = pytest.mark.slow
 
-POISON = {"tracking__poison": [2, 6]}  # steps that every worker leaves out, though one alone has the bad sample
+POISON = {"tracking__poison": [3, 6]}  # steps that every worker leaves out, though one alone has the bad sample
 RUNS: dict[str, dict[str, Any]] = {
     "zero0": {"compute__zero_stage": 0, **POISON},
     "zero1": {"compute__zero_stage": 1, "training__accumulate": 2, **POISON},

@@ -84,8 +84,8 @@ class Engine(ABC):
     Attributes:
         module: the network.
         device: where it is and its inputs must be.
-        grad_norm: gradient norm before clipping, over all workers, of the last update that was applied; a
-            0-dimensional tensor.
+        grad_norm: gradient norm before clipping, over all workers, of the last step; a 0-dimensional tensor, not finite
+            or negative where there is none.
         skipped: 1 where the last update was left out because its gradient was not finite or exploded, else 0; a
             0-dimensional tensor, the same at all workers.
         updates: optimiser updates done, those left out too.
@@ -175,7 +175,7 @@ class Engine(ABC):
         if self.updates >= SETTLED:
             bad = bad | ((norm > SPIKE * self.usual) & (self.usual > 0))
         self.usual = torch.where(bad, self.usual, torch.maximum(MEMORY * self.usual, norm))
-        self.grad_norm = torch.where(bad, self.grad_norm, norm)
+        self.grad_norm = norm
         self.skipped = bad.float()
         return self.skipped
 

@@ -216,7 +216,8 @@ class _Run:
         metrics = {f"train/{name}": value for name, value in self.meter.mean().items()}
         for name, engine in self.engines.items():
             suffix = "" if name == self.task.best else f"_{name}"
-            metrics[f"train/grad_norm{suffix}"] = float(engine.grad_norm)
+            norm = float(engine.grad_norm)
+            metrics |= {f"train/grad_norm{suffix}": norm} if math.isfinite(norm) and norm >= 0 else {}
             base = self.task.learning_rates[name]
             metrics[f"train/lr{suffix}"] = learning_rate(step - 1, self.total, base, self.config.optimizer)
         metrics["train/skipped_steps"] = float(self.skips.total)
