@@ -31,6 +31,7 @@ from tests.slurm_cluster import wait_for
 
 DISC_MIB = 64
 HANG_S = 24  # well above what a busy machine may keep a step waiting
+PACE_S = 0.04  # added to each step: those of a toy are over before a fault that lasts seconds
 
 
 # --- the process that suffers ---------------------------------------------------------------------------------------
@@ -47,6 +48,7 @@ class Suffering(JointTask):
         self.last = -1
 
     def step(self, batch: dict[str, Any], engines: Any, step: int, indices: list[int]) -> dict[str, Tensor]:
+        time.sleep(PACE_S)
         if step <= self.last:
             self.burst.clear()  # once: having gone back, training meets good samples
         self.last = step
