@@ -166,7 +166,7 @@ def answers(
     if method:
         fixed = {name: people[name].repeat_interleave(samples, 0) for name in given}
         generators = [generator(0, "answer", i, j) for i in range(n) for j in range(samples)]
-        drawn = sample(network, diffusion, fixed, generators, **method)  # type: ignore[arg-type]
+        drawn = sample(network, diffusion, fixed, generators, want=want, **method)  # type: ignore[arg-type]
         draws = {name: drawn[name].reshape(n, samples) for name in want}
         means = {name: draws[name].double().mean(1) for name in want if name in NUMBERS}
         spreads = {name: draws[name].double().std(1) for name in means}

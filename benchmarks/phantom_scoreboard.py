@@ -248,7 +248,7 @@ class Joint:
         n, variable = self.samples, self.sampler.model.variables[want]
         repeated = {name: value.repeat_interleave(n, 0) for name, value in given.items()}
         noise = [generator(0, "scoreboard", key, chain) for key in keys[:rows] for chain in range(n)]
-        drawn = self.sampler(repeated, noise)[want]
+        drawn = self.sampler(repeated, noise, want=[want])[want]
         if isinstance(variable, Continuous):
             return variable.decode(drawn).reshape(rows, n).numpy()
         return drawn.double().reshape(rows, n).mean(1).numpy()

@@ -131,6 +131,28 @@ def test_clean_conditionals_are_the_exact_ones(name: str) -> None:
     torch.testing.assert_close(x.T.cov().reshape(spread.shape), spread, atol=stderr(N, 1.4) + 0.03, rtol=0)
 
 
+def test_what_is_neither_given_nor_wanted_is_left_alone() -> None:
+    """Chains of age given the class rest the image at t = T, and draw the exact conditional all the same."""
+    process = diffusion()
+    law = MixedLaw(process)
+    seen: set[int] = set()
+
+    def watched(z: dict[str, Tensor], t: dict[str, Tensor], want: list[str]) -> Any:
+        assert want == ["age"]
+        seen.update(t["image"].tolist())
+        return law(z, t, want)
+
+    given = {"sex": torch.full((N,), 1)}
+    drawn = sample(watched, process, given, generators(N, "idle"), conditioning="clean", want=["age"], **FINE)
+    assert list(drawn) == ["age"] and seen == {process.steps}
+    age, spread = drawn["age"][:, 0].double(), float(law.covariance[1, 2, 2]) ** 0.5
+    assert age.mean().item() == pytest.approx(float(law.mean[1, 2]), abs=stderr(N, spread) + 0.02)
+    assert age.std().item() == pytest.approx(spread, rel=0.03)
+    few = {"sex": given["sex"][:5]}
+    painted = sample(law, process, few, generators(5), want=["age", "sex"], steps=4, stride=250)
+    assert list(painted) == ["age", "sex"] and torch.equal(painted["sex"], few["sex"])
+
+
 def test_repaint_leans_to_the_given_value_and_clean_reaches_it() -> None:
     """Repaint is biased towards the unconditional law; here it goes about half the way, with jumps most of it."""
     process = diffusion()

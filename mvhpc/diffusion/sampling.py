@@ -1,6 +1,6 @@
 """Sampling any conditional of the joint law (paper, section 3.2)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -77,14 +77,17 @@ def sample(
     resample: int = 1,
     present: Mapping[str, Tensor] | None = None,
     mask: Mapping[str, Tensor] | None = None,
+    want: Collection[str] | None = None,
 ) -> Batch:
-    """Draw all variables of B people given any subset of them.
+    """Draw variables of B people given any subset of them.
 
     ``repaint`` (the paper): at every level the given values are overwritten by a fresh draw of q(z_t | z_0). Each step
     may be taken ``resample`` times, with noise put back in between, so that the rest can settle to what is given
     (Lugmayr et al. 2022, jump length of one step).
-    ``clean``: they rest at t = 0, which the denoiser must have been trained for. A volume given in part has one level
-    for all of its voxels, hence its known voxels are noised anew at every level in both.
+    ``clean``: they rest at t = 0, which the denoiser must have been trained for, and what is neither given nor wanted
+    at t = T: nobody needs to know it, so no network call is spent on it and none of its errors gets into the rest. A
+    volume given in part has one level for all of its voxels, hence its known voxels are noised anew at every level in
+    both.
 
     ``guidance`` w (Ho and Salimans 2022): x_0 is taken to be w times the prediction with the given values less w - 1
     times the one without them, at rest at t = T there (but for volumes given in part); a second network call a step.
@@ -104,18 +107,20 @@ def sample(
         guidance: w; above 1 the given values count for more than they should, and samples vary less.
         present: who has a given value, (B,) bool by variable; others have it sampled. No entry: everybody.
         mask: for given volumes, where they are known: bool (B, 1, h, w, d) at latent resolution. No entry: everywhere.
+        want: variables to draw. None: all.
 
     Returns:
-        Clean values of every variable, shaped as in ``given``, on the device of ``diffusion``. Given values, masked
-        voxels included, come out bit-identical.
+        Clean values of every wanted variable, shaped as in ``given``, on the device of ``diffusion``. Given values,
+        masked voxels included, come out bit-identical.
 
     Raises:
         ValueError: ``clean`` or guidance with a denoiser of shared time, or a mask of what is no given volume.
-        KeyError: given values of no variable.
+        KeyError: given values of no variable, or such a one wanted.
     """
     choose(conditioning, ("repaint", "clean"), "conditioning")
     variables, device = diffusion.variables, diffusion.device
     given = {variables[name].name: value.to(device) for name, value in given.items()}
+    want = variables.names if want is None else [variables[name].name for name in want]
     known = {name: _known(variables[name], value, present, mask) for name, value in given.items()}
     if unused := sorted(set(mask or {}) - set(given)):
         raise ValueError(f"a mask of {', '.join(unused)}, which is not given")
@@ -128,10 +133,11 @@ def sample(
         )
     whole = {n: known[n].reshape(len(generators), -1).all(1) for n in given if n not in (mask or {})}  # rows, (B,)
     fixed = whole if conditioning == "clean" else {}  # rows that rest at t = 0
+    idle = set(variables.names) - {*want, *(mask or {})} if conditioning == "clean" else set()  # at t = T where unknown
 
     strides = stride if any(isinstance(v, Categorical) for v in variables) else None
     grid = time_grid(diffusion.gaussian, steps, strides, solver)
-    unknown = [name for name in variables.names if name not in known or not known[name].all()]
+    unknown = [n for n in variables.names if n not in idle and (n not in known or not known[n].all())]
     evolve, renoise = _streams(variables.names, generators)
     z = {v.name: diffusion.prior(v, evolve[v.name]) for v in variables}
     before: dict[str, tuple[Tensor, int]] = {}
@@ -139,7 +145,8 @@ def sample(
         for left in range(resample if s else 1, 0, -1):
             times = {}
             for v in variables:
-                times[v.name] = torch.full((len(generators),), t, device=device)
+                level = diffusion.steps if v.name in idle else t
+                times[v.name] = torch.full((len(generators),), level, device=device)
                 if v.name in fixed:
                     z[v.name] = torch.where(known[v.name], given[v.name], z[v.name])
                     times[v.name] = times[v.name].masked_fill(fixed[v.name], 0)
@@ -158,9 +165,9 @@ def sample(
                 )
                 before[n] = x, t
             if left > 1:
-                z = {v.name: diffusion.renoise(v, z[v.name], t, evolve[v.name], s) for v in variables}
+                z |= {n: diffusion.renoise(variables[n], z[n], t, evolve[n], s) for n in unknown}
                 before.clear()
-    return {name: torch.where(known[name], given[name], x) if name in given else x for name, x in z.items()}
+    return {name: torch.where(known[name], given[name], z[name]) if name in given else z[name] for name in want}
 
 
 def _predict(denoiser: Denoiser, diffusion: JointDiffusion, z: Batch, times: Batch, unknown: list[str]) -> Batch:

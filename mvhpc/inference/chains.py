@@ -1,6 +1,6 @@
 """What prediction, generation and inpainting share: a loaded model, asked by chains or for its posterior."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -77,8 +77,9 @@ class Sampler:
         generators: Sequence[torch.Generator],
         present: Mapping[str, Tensor] | None = None,
         mask: Mapping[str, Tensor] | None = None,
+        want: Collection[str] | None = None,
     ) -> dict[str, Tensor]:
-        """Draw all variables, one row a generator; see :func:`mvhpc.diffusion.sampling.sample`."""
+        """Draw variables, one row a generator; see :func:`mvhpc.diffusion.sampling.sample`."""
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32):
             return sample(
                 self.model.denoiser,
@@ -87,6 +88,7 @@ class Sampler:
                 generators,
                 present=present,
                 mask=mask,
+                want=want,
                 **to_dict(self.sampling),
             )
 

@@ -175,6 +175,7 @@ class Predictor:
             {name: value.repeat_interleave(n, 0) for name, value in given.items()},
             [generator(self.seed, "predict", key, chain) for key in keys for chain in range(n)],
             {name: there.repeat_interleave(n) for name, there in present.items()},
+            want=self.want,
         )
         rows: dict[str, list[Row]] = {}
         for name in self.want:

@@ -55,7 +55,8 @@ def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
         for start in progress(batches, f"{config.want} given {label(config.given)}", unit="batch"):
             part = keys[start : start + config.batch]
             given, present = read_given(sampler, dataset, part, config.given)
-            drawn = sampler(given, [generator(config.seed, "translate", key) for key in part], present)
+            noise = [generator(config.seed, "translate", key) for key in part]
+            drawn = sampler(given, noise, present, want=[config.want])
             with torch.inference_mode():
                 voxels = sampler.model.decode(config.want, drawn[config.want]).float().cpu()  # (B, 1, H, W, D)
             for key, made in zip(part, voxels):
