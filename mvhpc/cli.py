@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mvhpc.config import ConfigError, load_config
+from mvhpc.config import ConfigError, load_config, refuse_password
 from mvhpc.run import Interrupted
 from shards.errors import DataError, nearest
 
@@ -209,6 +209,7 @@ def _mlflow_sync(arguments: Sequence[str]) -> int:
     parser.add_argument("folders", nargs="+", metavar="RUN_FOLDER")
     parser.add_argument("--uri", default="", help="tracking URI; without it the one that each run was configured with")
     options = parser.parse_args(arguments)
+    refuse_password(options.uri)
     os.environ |= PATIENCE
     for folder in map(Path, options.folders):
         if not (folder / "tracking.json").is_file():

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -75,6 +76,23 @@ class Tracking:
 
     uri: str
     experiment: str
+
+    def __post_init__(self) -> None:
+        refuse_password(self.uri)
+
+
+def refuse_password(uri: str) -> None:
+    """Keep passwords out of tracking URIs, which are written to run folders and logs.
+
+    Raises:
+        ConfigError: for a URI that holds one; it is not repeated.
+    """
+    parts = urlsplit(uri)
+    if parts.password is not None:
+        raise ConfigError(
+            f"tracking.uri: take the password for {parts.hostname} out of it, and set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD (for a database its own variable, as PGPASSWORD) in the environment"
+        )
 
 
 # --- data stages ------------------------------------------------------------------------------------------------

@@ -68,6 +68,17 @@ def test_yaml_cannot_make_objects(tmp_path: Path) -> None:
     assert not witness.exists()
 
 
+def test_a_password_in_a_tracking_uri_is_refused_and_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    """It would be written to run folders and logs."""
+    uri = "https://reader:s3cret@store.example:5000"
+    for command in (["train", "joint", *JOINT, f"tracking.uri={uri}"], ["mlflow-sync", "nowhere", "--uri", uri]):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert "MLFLOW_TRACKING_PASSWORD" in said and "store.example" in said and "s3cret" not in said
+    config = load_config(JointConfig, "joint", "default", [*JOINT, "tracking.uri=https://store.example:5000"])
+    assert config.tracking.uri == "https://store.example:5000"
+
+
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
