@@ -169,6 +169,10 @@ class Victim:
         assert status == 0, f"ended with status {status}"
 
 
+class Missed(Exception):
+    """The run was over before the fault could come."""
+
+
 def killed(victim: Victim, draw: random.Random) -> float:
     time.sleep(0.3 * draw.random())
     when = time.time()
@@ -226,7 +230,9 @@ def read_only(victim: Victim, draw: random.Random) -> float:
     def remount(how: str) -> bool:  # refused while a file is being written
         return subprocess.run(["mount", "-o", f"remount,{how}", victim.run.parent], capture_output=True).returncode == 0
 
-    wait_for(lambda: remount("ro"), 60, "the disc cannot be made read-only")
+    while not remount("ro"):
+        if victim.process.poll() is not None:
+            raise Missed
     when, before = time.time(), _newest(victim)
     time.sleep(draw.uniform(1, 3))
     assert remount("rw")
@@ -240,6 +246,8 @@ def _newest(victim: Victim) -> str:
 
 def _ordered(kind: str) -> Callable[[Victim, random.Random], float]:
     def fault(victim: Victim, draw: random.Random) -> float:
+        if kind == "five poisoned":  # training goes back to a checkpoint, so there must be one
+            wait_for(lambda: bool(_newest(victim)), 60, "no checkpoint is written")
         count = len(taken(victim.notes))
         write_text(victim.notes / "order", kind)
         wait_for(lambda: len(taken(victim.notes)) > count, 60, "the order was not taken")
@@ -287,7 +295,11 @@ def plain(root: Path, name: str, seed: int, plan: Iterator[str], draw: random.Ra
                 kind = next(plan)
                 faults.append(Fault(kind, "plain", 0, seed, name, victim.step(), 0.0))
                 act = PLAIN[kind]
-                if not suffer(faults[-1], victim, lambda act=act: act(victim, draw), kind in ANEW):
+                try:
+                    if not suffer(faults[-1], victim, lambda act=act: act(victim, draw), kind in ANEW):
+                        break
+                except Missed:
+                    faults.pop()
                     break
                 print(f"{name}: {kind} at step {faults[-1].step}: {faults[-1].seconds} s", flush=True)
             victim.finish()

@@ -227,6 +227,29 @@ def test_the_model_is_the_one_of_an_undisturbed_run(
     nothing_is_left(slurm, training.job, training.run)
 
 
+@pytest.mark.parametrize("undisturbed", [1], ids="zero{}".format, indirect=True)
+def test_two_jobs_on_one_node_do_not_meet(
+    slurm: SlurmCluster, undisturbed: Training, tiny_latents: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Each with a Ray of two workers; one is cancelled and leaves nothing, the other ends as if it had been alone."""
+    site = tmp_path / "site.yaml"
+    site.write_text("cpus_per_task: 2\nsbatch: {nodelist: n1}\n")
+    alone = ("--nodes", "1", "--cluster-config", str(site), "compute.workers=2")
+    first, second = (
+        start(slurm, tiny_latents, tiny_model.parent / "vae", tmp_path / name, 1, *alone)
+        for name in ("first", "second")
+    )
+    first.reach(1)
+    first.process("RayTrainWorker").suspend()  # so that it is still at it
+    second.reach(1)
+    assert slurm.state(first.job) == slurm.state(second.job) == "RUNNING"
+    submit("cancel", first.job)
+    nothing_is_left(slurm, first.job, first.run)
+    second.finish()
+    assert second.starts() == 1 and second.model() == undisturbed.model()
+    nothing_is_left(slurm, second.job, second.run)
+
+
 @pytest.mark.parametrize("undisturbed", [2], ids="zero{}".format, indirect=True)
 def test_fewer_nodes_and_more_again_give_the_same_losses(
     slurm: SlurmCluster, undisturbed: Training, tiny_latents: Path, tiny_model: Path, tmp_path: Path

@@ -38,14 +38,12 @@ EXACT = [
 ]  # whose sums do not depend on how they are divided
 STOPS = (3, 11)  # before the first checkpoint, and between those of steps 8 and 12
 ELASTIC = {"zero0": 3, "zero1": 2, "zero2": 0, "zero3": 1}  # stage that goes on where one worker left off
+DIVIDED = ("zero1", "zero2", "zero3")
 
 
 def _worker(rank: int, folder: Path) -> None:
     """Every run, undisturbed and in pieces; the process group and DeepSpeed start once for all of them."""
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MVHPC_STOP_FILE=str(folder / "stop"))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    guard.PERIOD_S = 0.0  # a poll after every step
+    _join(rank, 2, folder / "rendezvous")
     for name, changes in RUNS.items():
         run_toy(toy_config(**changes), folder / name, rank, 2)
         for stop in STOPS:
@@ -77,6 +75,26 @@ def _worker(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+def _join(rank: int, world: int, rendezvous: Path) -> None:
+    """Become one of the workers."""
+    torch.set_num_threads(1)
+    stop = rendezvous.with_name("stop")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MVHPC_STOP_FILE=str(stop))
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    guard.PERIOD_S = 0.0  # a poll after every step
+
+
+def _one_of_four_or_two(rank: int, world: int, stop: int, folder: Path) -> None:
+    """The divided stages, as far as step ``stop``; -1: to the end."""
+    _join(rank, world, folder / f"rendezvous-{stop}")
+    for name in DIVIDED:
+        if stop < 0:
+            run_toy(toy_config(**RUNS[name]), folder / f"{name}-four", rank, world)
+        else:
+            _pieces(rank, world, folder / f"{name}-four", tracking__fail_at=stop, **RUNS[name])
+    dist.destroy_process_group()
+
+
 def _pieces(rank: int, world: int, folder: Path, **changes: Any) -> None:
     """A run that is interrupted."""
     try:
@@ -92,6 +110,14 @@ def _pieces(rank: int, world: int, folder: Path, **changes: Any) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deepspeed")
     torch.multiprocessing.spawn(_worker, (folder,), 2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four_two_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("elastic")
+    for world, stop in ((4, 6), (2, 11), (4, -1)):
+        torch.multiprocessing.spawn(_one_of_four_or_two, (world, stop, folder), world)
     return folder
 
 
@@ -133,6 +159,16 @@ def test_two_workers_then_one_then_two_of_another_stage_change_nothing(runs: Pat
     for key in whole:
         assert elastic[key] == pytest.approx(whole[key], abs=1e-5), key
     compare(exported(runs / name), exported(runs / f"{name}-elastic"))
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_four_workers_then_two_then_four_change_nothing(runs: Path, four_two_four: Path, name: str) -> None:
+    whole, elastic = curves(runs / name), curves(four_two_four / f"{name}-four")
+    assert [e["step"] for e in read(four_two_four / f"{name}-four") if e["event"] == "start"] == [0, 5, 10]
+    assert whole.keys() == elastic.keys()
+    for key in whole:
+        assert elastic[key] == pytest.approx(whole[key], abs=1e-5), key
+    compare(exported(runs / name), exported(four_two_four / f"{name}-four"))
 
 
 def test_storage_that_fails_one_worker_costs_checkpoints_and_a_stop_costs_nothing(runs: Path) -> None:
