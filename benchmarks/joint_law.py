@@ -4,21 +4,23 @@
 
 The law: a category of three classes; given the class a small image (4 x 4 x 4) and two numbers are jointly Gaussian.
 Our network learns it from fresh draws, then answers, for every subset of given variables, what the other scalars are,
-by each way of conditioning. Beside the exact answers stand: the error of the mean in units of the exact posterior
-mean's own error (1 is the best possible), the spread in units of the exact SD, the mean distance of the chances of the
-classes, and C2ST, the accuracy of a classifier that tells (given, answer) pairs of the model from exact ones (0.5: it
-cannot; Lopez-Paz and Oquab 2017). With --exact the law's own denoiser takes the network's place, and what is left is
-the solvers' error. Everything is drawn from fixed seeds.
+by each way of conditioning, and draws the image given every subset of the scalars. Beside the exact answers stand: the
+error of the mean in units of the exact posterior mean's own error (1 is the best possible), the spread in units of the
+exact SD, the mean distance of the chances of the classes, and C2ST, the accuracy of a classifier that tells (given,
+answer) pairs of the model from exact ones (0.5: it cannot; Lopez-Paz and Oquab 2017). With --exact the law's own
+denoiser takes the network's place, and what is left is the solvers' error. Everything is drawn from fixed seeds.
 """
 
 import argparse
 import time
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_score
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor
@@ -80,15 +82,18 @@ class Law:
         image = x[:, :VOXELS].reshape(n, 1, SIDE, SIDE, SIDE)
         return {"image": image, "a": x[:, VOXELS, None], "b": x[:, VOXELS + 1, None], "site": k}
 
-    def given(self, people: dict[str, Tensor], given: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """The exact law of the numbers and the class given some variables.
+    def given(
+        self, people: dict[str, Tensor], given: tuple[str, ...], want: tuple[str, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The exact law of the class and of some other variables given some.
 
         Returns:
-            Chances of the classes (n, K); mean (n, K, r) and covariance (K, r, r) of the r numbers not given, by class.
+            Chances of the classes (n, K); mean (n, K, r) and covariance (K, r, r), by class, of the r numbers or voxels
+            that are wanted.
         """
         dims = {"image": list(range(VOXELS)), "a": [VOXELS], "b": [VOXELS + 1]}
         seen = [i for name in given if name != "site" for i in dims[name]]
-        at = [dims[name][0] for name in NUMBERS if name not in given]
+        at = [i for name in want if name != "site" for i in dims[name]]
         n = len(people["site"])
         log, means, covariances = self.prior.log().expand(n, K).clone(), [], []
         x = torch.cat([people["image"].flatten(1), people["a"], people["b"]], 1).double()[:, seen]
@@ -103,11 +108,22 @@ class Law:
         return chances, torch.stack(means, 1), torch.stack(covariances)
 
 
-def learn(law: Law, steps: int, batch: int = 128) -> tuple[JointDenoiser, JointDiffusion]:
-    """A network trained on fresh draws, averaged over its last weights."""
-    torch.manual_seed(0)
+def trained(law: Law, steps: int, path: Path | None) -> tuple[JointDenoiser, JointDiffusion]:
+    """The network of ``path``; where that is not there, one that learns the law now."""
     diffusion = JointDiffusion(VARIABLES, DIFFUSION)
+    torch.manual_seed(0)
     network = JointDenoiser(VARIABLES, NETWORK, diffusion.blind)
+    if path is not None and path.is_file():
+        network.load_state_dict(load_file(path))
+        return network.eval(), diffusion
+    network = learn(law, network, diffusion, steps)
+    if path is not None:
+        save_file(network.state_dict(), path)
+    return network, diffusion
+
+
+def learn(law: Law, network: JointDenoiser, diffusion: JointDiffusion, steps: int, batch: int = 128) -> JointDenoiser:
+    """Train on fresh draws; the result is averaged over the last weights."""
     network.adapt({"image": law.draw(256, torch.Generator().manual_seed(6))["image"]})
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.05)
@@ -125,7 +141,7 @@ def learn(law: Law, steps: int, batch: int = 128) -> tuple[JointDenoiser, JointD
         optimizer.step()
         schedule.step()
         averaged.update_parameters(network)
-    return averaged.module.eval(), diffusion
+    return averaged.module.eval()
 
 
 class Exact:
@@ -153,63 +169,78 @@ class Exact:
         return {name: {**said, "site": logits}[name] for name in want}
 
 
-def answers(
+@dataclass(frozen=True)
+class Answer:
+    """What is said of n people: of r numbers (or voxels) and of the class.
+
+    Attributes:
+        mean, sd: (n, r).
+        chances: of the classes (n, K); None where it is not wanted.
+        draws: joint draws (n, samples, r).
+        classes: those of the class (n, samples); None where it is not wanted.
+    """
+
+    mean: Tensor
+    sd: Tensor
+    chances: Tensor | None
+    draws: Tensor
+    classes: Tensor | None
+
+
+def answer(
     network: JointDenoiser | Exact,
     diffusion: JointDiffusion,
     people: dict[str, Tensor],
     given: tuple[str, ...],
+    want: tuple[str, ...],
     method: dict[str, object],
     samples: int,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Mean and SD (n,) of each number not given, chances (n, K) of the class, and joint draws (n, samples)."""
-    n, want = len(people["site"]), [name for name in SCALARS if name not in given]
+) -> Answer:
+    """Ask for ``want`` given ``given``: chains by that method, or without one the posterior."""
+    n, numbers = len(people["site"]), [name for name in want if name != "site"]
     if method:
         fixed = {name: people[name].repeat_interleave(samples, 0) for name in given}
         generators = [generator(0, "answer", i, j) for i in range(n) for j in range(samples)]
         drawn = sample(network, diffusion, fixed, generators, want=want, **method)  # type: ignore[arg-type]
-        draws = {name: drawn[name].reshape(n, samples) for name in want}
-        means = {name: draws[name].double().mean(1) for name in want if name in NUMBERS}
-        spreads = {name: draws[name].double().std(1) for name in means}
-        chances = F.one_hot(draws["site"], K).double().mean(1) if "site" in want else torch.empty(0)
     else:
         assert isinstance(network, JointDenoiser)
         posterior = Posterior(network, diffusion, {name: people[name] for name in given}, n)
-        laws = posterior.laws(want)
-        means = {name: law.mean for name, law in laws.items() if not isinstance(law, Tensor)}
-        spreads = {name: law.stddev for name, law in laws.items() if not isinstance(law, Tensor)}
-        chances = laws["site"] if "site" in want else torch.empty(0)  # type: ignore[assignment]
         uniform = torch.rand(n, samples, len(want), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        draws = {name: x.reshape(n, samples) for name, x in posterior.draw(want, uniform).items()}
-    return {**means, "site": chances}, spreads, draws
+        drawn = posterior.draw(want, uniform)
+    parts = [drawn[name].reshape(n, samples, -1).double() for name in numbers]
+    draws = torch.cat([torch.empty(n, samples, 0, dtype=torch.float64), *parts], 2)  # (n, samples, r)
+    classes = drawn["site"].reshape(n, samples) if "site" in want else None
+    if method:
+        chances = None if classes is None else F.one_hot(classes, K).double().mean(1)
+        return Answer(draws.mean(1), draws.std(1), chances, draws, classes)
+    laws = posterior.laws(want)
+    said = [law for law in laws.values() if not isinstance(law, Tensor)]
+    mean, sd = (torch.stack([getattr(law, k) for law in said], 1) if said else draws[:, 0] for k in ("mean", "stddev"))
+    return Answer(mean, sd, laws.get("site"), draws, classes)  # type: ignore[arg-type]
 
 
-def c2st(draws: dict[str, Tensor], exact: tuple[Tensor, Tensor, Tensor]) -> float:
+def c2st(said: Answer, exact: tuple[Tensor, Tensor, Tensor]) -> float:
     """Accuracy of a classifier that tells pairs (given, joint draw) of the model from exact ones, people held out.
 
     What is given is described by the exact means and chances, the draws by how far from the exact mean they are.
     """
     chances, means, covariances = exact
     g = torch.Generator().manual_seed(4)
-    n, samples = next(iter(draws.values())).shape
-    names = [name for name in NUMBERS if name in draws]
+    n, samples, r = said.draws.shape
     centre = (chances[..., None] * means).sum(1)  # (n, r)
     k = torch.multinomial(chances, samples, replacement=True, generator=g)  # (n, samples)
-    rows = torch.arange(n)[:, None]
-    noise = torch.randn(n, samples, len(names), 1, generator=g, dtype=torch.float64)
-    numbers = means[rows, k] + (torch.linalg.cholesky(covariances)[k] @ noise)[..., 0] if names else None
+    noise = torch.randn(n, samples, r, 1, generator=g, dtype=torch.float64)
+    drawn = means[torch.arange(n)[:, None], k] + (torch.linalg.cholesky(covariances)[k] @ noise)[..., 0]
     told = torch.cat([centre, chances], 1)[:, None].expand(-1, samples, -1)
 
-    def table(numbers: Tensor | None, k: Tensor | None) -> Tensor:
-        parts = [told]
-        if numbers is not None:
-            parts.append(numbers - centre[:, None])
-        if k is not None:
-            parts.append(F.one_hot(k, K).double())
+    def table(draws: Tensor, classes: Tensor | None) -> Tensor:
+        parts = [told, draws - centre[:, None]]
+        if classes is not None:
+            parts.append(F.one_hot(classes, K).double())
         return torch.cat(parts, 2).flatten(0, 1)  # (n x samples, features)
 
-    ours = torch.stack([draws[name] for name in names], 2).double() if names else None
-    model = table(ours, draws.get("site"))
-    x = torch.cat([model, table(numbers, k if "site" in draws else None)]).numpy()
+    model = table(said.draws, said.classes)
+    x = torch.cat([model, table(drawn, None if said.classes is None else k)]).numpy()
     x = (x - x.mean(0)) / (x.std(0) + 1e-9)
     y = np.repeat([0, 1], len(model))
     people = np.tile(np.repeat(np.arange(n), samples), 2)
@@ -218,66 +249,78 @@ def c2st(draws: dict[str, Tensor], exact: tuple[Tensor, Tensor, Tensor]) -> floa
     return float(cross_val_score(classifier, x, y, groups=people, cv=folds).mean())
 
 
+def questions() -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """(wanted, given): all scalars that are not given, given every subset; the image given every subset of them."""
+    subsets = [given for size in range(4) for given in combinations(VARIABLES.names, size)]
+    scalars = [(tuple(name for name in SCALARS if name not in given), given) for given in subsets]
+    images = [(("image",), given) for given in subsets if "image" not in given]
+    return [*((want, given) for want, given in scalars if want), *images]
+
+
+def measure(said: Answer, exact: tuple[Tensor, Tensor, Tensor], several: bool) -> list[list[float]]:
+    """Error over best, spread over exact, distance of the chances, C2ST; of each number, or of all voxels together."""
+    chances, means, covariances = exact
+    centre = (chances[..., None] * means).sum(1)  # (n, r)
+    variance = covariances.diagonal(dim1=1, dim2=2) + (means - centre[:, None]) ** 2  # (n, K, r)
+    best = (chances[..., None] * variance).sum(1).mean(0)  # (r,)
+    # E (ours - truth)^2 = E (ours - exact mean)^2 + E variance: the truth's own chance is left out
+    off, spread = (said.mean - centre).square().mean(0), said.sd.square().mean(0)
+    if several:
+        best, off, spread = (x.mean(0, keepdim=True) for x in (best, off, spread))
+    far = [] if said.chances is None else [float((said.chances - chances).abs().mean())]
+    return [(1 + off / best).sqrt().tolist(), (spread / best).sqrt().tolist(), far, [c2st(said, exact)]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6000, help="of training")
+    parser.add_argument("--network", type=Path, help="the trained network: read where it is, else written there")
     parser.add_argument("--exact", action="store_true", help="the law's own denoiser in place of a network")
     parser.add_argument("--people", type=int, default=100, help="asked about")
     parser.add_argument("--samples", type=int, default=30, help="chains a question")
     parser.add_argument("--markdown", type=Path, help="write the tables there too")
     options = parser.parse_args()
     law = Law()
-    start = time.time()
     network: JointDenoiser | Exact
-    methods, lines = METHODS, []
     if options.exact:
         diffusion = JointDiffusion(VARIABLES, DIFFUSION)
         network = Exact(law, diffusion)
-        methods = {label: method for label, method in METHODS.items() if method}
     else:
-        network, diffusion = learn(law, options.steps)
-        lines += [f"{options.steps} steps of training in {time.time() - start:.0f} s", ""]
-    lines += ["| given | conditioning | error / best | SD / exact | chances off | C2ST | s |"]
-    lines += ["|---|---|---:|---:|---:|---:|---:|"]
+        network, diffusion = trained(law, options.steps, options.network)
+    lines = ["| given | wanted | conditioning | error / best | SD / exact | chances off | C2ST | s |"]
+    lines += ["|---|---|---|---:|---:|---:|---:|---:|"]
     print("\n".join(lines))
-    found: dict[str, list[list[float]]] = {label: [[], [], [], []] for label in methods}
+    found: dict[tuple[bool, str], list[list[float]]] = {}
     people = law.draw(options.people, torch.Generator().manual_seed(2))
-    for size in range(4):
-        for given in combinations(VARIABLES.names, size):
-            if set(SCALARS) <= set(given):
+    for want, given in questions():
+        exact, image = law.given(people, given, want), want == ("image",)
+        for label, method in METHODS.items():
+            if not method and (image or options.exact):
                 continue
-            chances, means, covariances = exact = law.given(people, given)
-            centre = (chances[..., None] * means).sum(1)  # (n, r)
-            variance = covariances.diagonal(dim1=1, dim2=2) + (means - centre[:, None]) ** 2  # (n, K, r)
-            spread = (chances[..., None] * variance).sum(1).sqrt()
-            for label, method in methods.items():
-                start = time.time()
-                with torch.no_grad():
-                    ours, spreads, draws = answers(network, diffusion, people, given, method, options.samples)
-                seconds = time.time() - start
-                numbers = [name for name in NUMBERS if name not in given]
-                error, ratio = [], []
-                for i, name in enumerate(numbers):
-                    # E (ours - truth)^2 = E (ours - exact mean)^2 + E variance: the truth's own chance is left out
-                    best = spread[:, i].square().mean()
-                    error.append(float((1 + (ours[name] - centre[:, i]).square().mean() / best).sqrt()))
-                    ratio.append(float(spreads[name].square().mean().sqrt() / best.sqrt()))
-                off = float((ours["site"] - chances).abs().mean()) if "site" not in given else float("nan")
-                told = c2st(draws, exact)
-                for column, values in zip(found[label], (error, [abs(r - 1) for r in ratio], [off], [told])):
-                    column += [x for x in values if x == x]
-                cells = [", ".join(f"{x:.3f}" for x in v) for v in (error, ratio)]
-                cells += [f"{off:.3f}" if off == off else "", f"{told:.3f}", f"{seconds:.1f}"]
-                lines.append(f"| {', '.join(given) or 'nothing'} | {label} | {' | '.join(cells)} |")
-                print(lines[-1], flush=True)
-    summary = ["| conditioning | error / best: mean, worst | SD off: mean, worst | chances off | C2ST |"]
-    summary += ["|---|---:|---:|---:|---:|"]
-    for label, columns in found.items():
-        cells = [f"{sum(c) / len(c):.3f}, {max(c):.3f}" for c in columns]
-        summary.append(f"| {label} | {' | '.join(cells)} |")
+            start = time.time()
+            with torch.no_grad():
+                said = answer(network, diffusion, people, given, want, method, options.samples)
+            seconds = time.time() - start
+            error, ratio, far, told = measure(said, exact, image)
+            columns = found.setdefault((image, label), [[], [], [], []])
+            for column, values in zip(columns, (error, [abs(r - 1) for r in ratio], far, told)):
+                column += values
+            cells = [", ".join(f"{x:.3f}" for x in v) for v in (error, ratio, far, told)]
+            names = ", ".join(given) or "nothing", ", ".join(want)
+            lines.append(f"| {' | '.join([*names, label, *cells, f'{seconds:.1f}'])} |")
+            print(lines[-1], flush=True)
+    summary = []
+    for image in (False, True):
+        summary += [f"| {'the image' if image else 'scalars'} | error / best: mean, worst | SD off: mean, worst "
+                    "| chances off | C2ST |", "|---|---:|---:|---:|---:|"]  # fmt: skip
+        for (of_image, label), columns in found.items():
+            if of_image == image:
+                cells = [f"{sum(c) / len(c):.3f}, {max(c):.3f}" if c else "" for c in columns]
+                summary.append(f"| {label} | {' | '.join(cells)} |")
+        summary.append("")
     print("\n" + "\n".join(summary))
     if options.markdown:
-        options.markdown.write_text("\n".join([*summary, "", *lines]) + "\n")
+        options.markdown.write_text("\n".join([*summary, *lines]) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from mvhpc.config import InpaintConfig, load_config
 from mvhpc.evaluation.tables import Table, constant_predictions, label, read_predictions, scoreboard
 from mvhpc.inference.chains import Sampler
 from mvhpc.inference.inpaint import inpaint_half
@@ -71,11 +72,12 @@ def collect_figures(pipeline: "Pipeline") -> Path:
     split, trained = list(pipeline.splits.items())[-1]
     shutil.copy(trained / "vae" / "figures" / "reconstruction.png", folder)
     shutil.copy(run_folder("generate", str(pipeline.root / "synthetic")) / "figures" / "people.png", folder)
-    _, generate = pipeline.steps[-1]
+    places = dict.fromkeys(("out", "model", "image", "mask"), "")
+    sampling = load_config(InpaintConfig, "inpaint", values=places).sampling
     dataset = open_dataset(pipeline.root / "packed")
     volume = dataset.index.schema.volumes[0].name
     key = next(key for key in dataset.keys("test", split) if dataset.has(key, volume))
-    inpaint_half(Sampler(trained / "joint", generate.sampling), dataset, key, folder / "inpainted-half.png")
+    inpaint_half(Sampler(trained / "joint", sampling), dataset, key, folder / "inpainted-half.png")
     return folder
 
 
