@@ -227,10 +227,12 @@ def disc_full(victim: Victim, draw: random.Random) -> float:
 
 
 def read_only(victim: Victim, draw: random.Random) -> float:
-    def remount(how: str) -> bool:  # refused while a file is being written
-        return subprocess.run(["mount", "-o", f"remount,{how}", victim.run.parent], capture_output=True).returncode == 0
+    def remount(how: str) -> bool:
+        """The mount, not the file system: that would be refused for as long as anybody maps a file that is removed."""
+        command = ["mount", "-o", f"remount,bind,{how}", victim.run.parent]
+        return subprocess.run(command, capture_output=True).returncode == 0
 
-    while not remount("ro"):
+    while not remount("ro"):  # refused while a file is being written
         if victim.process.poll() is not None:
             raise Missed
     when, before = time.time(), _newest(victim)
