@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from mvhpc.evaluation.metrics import Estimate, absolute_errors, hits, mean_over_subjects
+from mvhpc.people import true_value
 from shards.loader import Dataset
 from shards.schema import Schema, Variable
 
@@ -113,15 +114,6 @@ def constant_predictions(
 def subject_of(key: str) -> str:
     """The subject of a key ``sub-…[_ses-…]``."""
     return key.split("_ses-")[0]
-
-
-def true_value(dataset: Dataset, key: str, variable: Variable) -> float | str | None:
-    """The recorded value of a scalar, as ``variable`` reads it; None where it is missing.
-
-    A model may read a recorded category as a number (``values`` in its schema).
-    """
-    value = dataset.values(key).get(variable.name)
-    return variable.parse(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)

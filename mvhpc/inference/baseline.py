@@ -14,7 +14,7 @@ from mvhpc.evaluation.tables import label, subject_of
 from mvhpc.inference.answers import Row, chances
 from mvhpc.inference.subjects import check_data
 from mvhpc.models.bundle import load_baseline
-from mvhpc.training.baseline import read_people, scalar_values
+from mvhpc.people import read_people, scalar_values
 from mvhpc.variables import Categorical, Continuous
 from shards.loader import open_dataset
 

@@ -17,7 +17,7 @@ from mvhpc.devices import resolve_device, resolve_precision
 from mvhpc.inference.chains import set_threads
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import load_autoencoder
-from mvhpc.training.vae import volume_shape
+from mvhpc.people import volume_shape
 from shards.loader import Dataset, open_dataset, prefetch
 from shards.progress import progress
 from shards.writer import DatasetWriter

@@ -22,12 +22,13 @@ from mvhpc.config import ConfigError, PredictConfig, Sampling, choose, to_dict
 from mvhpc.diffusion.density import crps, quantile
 from mvhpc.diffusion.joint import Batch
 from mvhpc.evaluation.figures import predicted_against_true
-from mvhpc.evaluation.tables import coverage, label, read_predictions, score, subject_of, true_value
+from mvhpc.evaluation.tables import coverage, label, read_predictions, score, subject_of
 from mvhpc.inference.answers import Row, chances, write_predictions
 from mvhpc.inference.baseline import BaselinePredictor
 from mvhpc.inference.chains import Sampler, set_threads, versions
 from mvhpc.inference.subjects import check_data, read_given, subjects
 from mvhpc.models.bundle import model_kind
+from mvhpc.people import true_value
 from mvhpc.randomness import generator, rand
 from mvhpc.run import Run, identity
 from mvhpc.variables import Categorical, Continuous

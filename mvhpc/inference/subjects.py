@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mvhpc.config import ConfigError, choose
 from mvhpc.diffusion.joint import Batch
-from mvhpc.evaluation.tables import true_value
 from mvhpc.inference.chains import Sampler
+from mvhpc.people import scalar_values
 from mvhpc.variables import Volume
 from shards.loader import Dataset
 
@@ -71,7 +71,7 @@ def read_given(sampler: Sampler, dataset: Dataset, keys: Sequence[str], names: S
         IntegrityError: a damaged volume, named.
     """
     schema, variables = sampler.model.schema, sampler.model.variables
-    rows = [{v.name: true_value(dataset, key, v) for v in schema.scalars} for key in keys]
+    rows = [scalar_values(dataset, key, schema) for key in keys]
     given, present = variables.encode_scalars(rows)
     for volume in variables.volumes:
         if volume.name in names:

@@ -1,10 +1,8 @@
 """Training the comparison: a DenseNet121 for one question alone (paper, section 4.2)."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,17 +10,16 @@ from torch.utils._pytree import tree_map_only
 
 from mvhpc.config import BaselineConfig, ConfigError
 from mvhpc.diffusion.joint import Batch
-from mvhpc.evaluation.tables import true_value
 from mvhpc.models.baseline import SMALLEST, Baseline, scalars_of
 from mvhpc.models.bundle import save_baseline
+from mvhpc.people import read_people, scalar_values, true_value, volume_shape
 from mvhpc.randomness import generator, rand
 from mvhpc.training.cluster import launch
 from mvhpc.training.engine import Engine
 from mvhpc.training.loop import train
-from mvhpc.training.vae import volume_shape
-from mvhpc.variables import Categorical, Continuous, Scalar, Variables, standard_intervals
+from mvhpc.variables import Categorical, Continuous, Scalar, standard_intervals
 from shards.errors import nearest
-from shards.loader import Dataset, open_dataset
+from shards.loader import open_dataset
 from shards.schema import Schema
 
 if TYPE_CHECKING:
@@ -156,34 +153,6 @@ def check_question(schema: Schema, config: BaselineConfig) -> None:
     if set(config.given) <= set(scalars):
         volumes = ", ".join(v.name for v in schema.volumes)
         raise ConfigError(f"given=[{','.join(config.given)}]: a baseline looks at a volume; add one of {volumes}")
-
-
-def scalar_values(dataset: Dataset, key: str, schema: Schema) -> dict[str, float | str | None]:
-    """The recorded scalars of one person, None where missing."""
-    return {v.name: true_value(dataset, key, v) for v in schema.scalars}
-
-
-def read_people(
-    dataset: Dataset, keys: Sequence[str], schema: Schema, volumes: Sequence[str], scalars: Variables
-) -> tuple[Tensor, Batch, Batch]:
-    """What a baseline takes of people who have all its volumes.
-
-    Args:
-        dataset: packed volumes.
-        keys: B people.
-        schema: of the model.
-        volumes: names of V given volumes.
-        scalars: encodings of the question's scalars.
-
-    Returns:
-        voxels (B, V, H, W, D) float16, and by scalar its encoded values and who has it.
-
-    Raises:
-        IntegrityError: a damaged volume, named.
-    """
-    voxels = np.stack([np.stack([dataset.read(key, name) for name in volumes]) for key in keys])
-    values, present = scalars.encode_scalars([scalar_values(dataset, key, schema) for key in keys])
-    return torch.from_numpy(voxels), values, present
 
 
 def losses(wanted: Scalar, said: Tensor, truth: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Training the autoencoder with MAISI's loss (arXiv:2409.11169): L1 + KL + perceptual + adversarial."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,12 @@ from mvhpc.evaluation.similarity import psnr, ssim
 from mvhpc.models.autoencoder import Autoencoder, kl_divergence
 from mvhpc.models.bundle import save_autoencoder
 from mvhpc.models.perceptual import SqueezeLPIPS, load_lpips, slice_distance
+from mvhpc.people import volume_shape
 from mvhpc.randomness import generator, rand, randn
 from mvhpc.training.cluster import launch
 from mvhpc.training.engine import Engine
 from mvhpc.training.loop import train
-from shards.loader import Dataset, open_dataset
+from shards.loader import open_dataset
 
 if TYPE_CHECKING:
     from mvhpc.run import Run
@@ -179,21 +180,6 @@ class VAETask:
         network = Autoencoder(self.config.model)
         network.load_state_dict(states["autoencoder"])
         save_autoencoder(folder, network, self.config.model, {"validation": metrics})
-
-
-def volume_shape(dataset: Dataset, names: Sequence[str] = ()) -> tuple[int, ...]:
-    """(H, W, D) of the volumes ``names`` of a dataset, of all of them where none is named.
-
-    Raises:
-        ConfigError: latents, no volume variable, or volumes of several shapes.
-    """
-    index = dataset.index
-    if index.kind != "volumes":
-        raise ConfigError(f"data={dataset.folder} holds {index.kind}, not volumes; pack a BIDS tree: shards pack")
-    shapes = {name: tuple(index.arrays[name]["shape"]) for name in names or [v.name for v in index.schema.volumes]}
-    if len(set(shapes.values())) != 1:
-        raise ConfigError(f"data={dataset.folder}: one network needs volumes of one shape, found {shapes}")
-    return next(iter(shapes.values()))
 
 
 def worker(config: VAEConfig, folder: Path, rank: int, world: int) -> dict[str, float]:
