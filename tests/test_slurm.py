@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -24,10 +25,17 @@ pytest_plugins = ["tests.slurm_fixtures"]
 SUBMIT = CONFIGS.parent / "launchers" / "submit.py"
 
 
+TEMPORARY = ("mv-", "ray", "mvhpc-")  # how the names of a job's temporary folders may begin
+
+
 @pytest.fixture(autouse=True)
-def state_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No note of these runs among the user's."""
+def state_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No note of these runs among the user's, and no folder of theirs in /tmp in the end."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    before = set(Path("/tmp").iterdir())
+    yield
+    left = [p for p in set(Path("/tmp").iterdir()) - before if p.name.startswith(TEMPORARY)]
+    assert not left
 
 
 def submit(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:

@@ -203,33 +203,30 @@ def ray_session(workers: int, logs: Path) -> Iterator[None]:
 
     quiet = logging.getLogger("ray")
     level = quiet.level
-    # Short, for the paths of its sockets may not exceed 107 bytes.
-    temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    local: dict[str, Any] = {
-        "num_cpus": max(workers, os.cpu_count() or 1),
-        "object_store_memory": 100 * 2**20,
-        "_temp_dir": temporary,
-    }
-    try:
-        ray.init(
-            address=address or "local",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **({} if address else local),
-        )
-        quiet.setLevel(logging.ERROR)
-        yield
-    except Interrupted:
-        raise
-    except BaseException:
-        if not (logs / "error.json").is_file():  # no fault of the function's: Ray's own logs may say more
-            for session in Path(temporary).glob("session_latest/logs"):
-                shutil.copytree(session, logs / "ray", dirs_exist_ok=True)
-        raise
-    finally:
-        ray.shutdown()
-        quiet.setLevel(level)
-        shutil.rmtree(temporary, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        local: dict[str, Any] = {}
+        if address is None:
+            # Short, for the paths of its sockets may not exceed 107 bytes.
+            temporary = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
+            local = {
+                "num_cpus": max(workers, os.cpu_count() or 1),
+                "object_store_memory": 100 * 2**20,
+                "_temp_dir": stack.enter_context(temporary),
+            }
+        try:
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+            quiet.setLevel(logging.ERROR)
+            yield
+        except Interrupted:
+            raise
+        except BaseException:
+            if local and not (logs / "error.json").is_file():  # no fault of the function's: Ray's logs may say more
+                for session in Path(local["_temp_dir"]).glob("session_latest/logs"):
+                    shutil.copytree(session, logs / "ray", dirs_exist_ok=True)
+            raise
+        finally:
+            ray.shutdown()
+            quiet.setLevel(level)
 
 
 @functools.cache
