@@ -73,7 +73,7 @@ def tracked(root: Path, name: str, seed: int, plan: Iterator[str], draw: random.
     victim = Victim(root / name / "joint", root / name, keys(root, root / name / "joint", STEPS, *more), True)
     try:
         whole = root / "whole" / "tracked"
-        if not (whole / "model").is_dir():
+        if not (whole / "checkpoints" / f"step-{STEPS:08d}").is_dir():
             Victim(whole, whole.with_name("notes"), keys(root, whole, STEPS, more[0]), False).finish()
         for kind in draw.sample(KINDS, len(KINDS)):
             target = victim.step() + draw.randrange(3, 200)
