@@ -27,9 +27,8 @@ from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.diffusion.posterior import Posterior
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.randomness import generator
+from mvhpc.training.meters import peak
 from mvhpc.variables import Categorical, Continuous, Variables, Volume
-
-PEAK = {"NVIDIA H200": 989e12}  # bfloat16 FLOP/s without sparsity (NVIDIA's data sheet)
 
 
 class Ours:
@@ -159,8 +158,8 @@ def main() -> None:
         with FlopCounterMode(display=False) as counter:
             job()
         value, rate = median[name], counter.get_total_flops() / median[name]
-        peak = PEAK.get(torch.cuda.get_device_name() if device.type == "cuda" else "")
-        share = f" ({100 * rate / peak:.0f} % of peak)" if peak else ""
+        most = peak(device)
+        share = f" ({100 * rate / 1e12 / most:.0f} % of peak)" if most else ""
         cells = [f"{1000 * value / options.batch:.2f}", f"{options.batch / value:.1f}", f"{rate / 1e12:.3g}{share}"]
         lines.append(f"| {name} | {' | '.join(cells)} | {best[name.split(',')[0]] / value:.2f} |")
     text = f"preset {options.preset}, latents {options.latents}, batch {options.batch}, {device}, ours in "
