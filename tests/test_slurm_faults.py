@@ -276,5 +276,6 @@ def test_fewer_nodes_and_more_again_give_the_same_losses(
     losses = [key for key in whole if "loss" in key[1]]
     assert len(losses) > STEPS
     for key in losses:
-        assert ours[key] == pytest.approx(whole[key], rel=1e-5, abs=1e-6), key
+        # a density's loss, in nats, has no zero of its own: near it, relative to 1
+        assert ours[key] == pytest.approx(whole[key], rel=1e-5, abs=1e-5), key
     nothing_is_left(slurm, training.job, training.run)

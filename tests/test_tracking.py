@@ -34,7 +34,7 @@ def tracker(root: Path, uri: str = "", seed: int = 0) -> Tracker:
     """A tracker around the stage `pack` in ``root``, whose result is there already."""
     (root / "packed").mkdir(exist_ok=True)
     (root / "packed.run").mkdir(exist_ok=True)
-    overrides = [f"source={root}/scans", f"out={root}/packed", f"seed={seed}", "tracking.uri=http://me:secret@host"]
+    overrides = [f"source={root}/scans", f"out={root}/packed", f"seed={seed}", "tracking.uri=http://secret.host"]
     config = load_config(PackConfig, "pack", "default", overrides)
     return Tracker("pack", config, root / "packed.run", uri=uri, experiment="laws", inputs={"source": "abc123"})
 
