@@ -54,7 +54,7 @@ QUESTIONS = [  # wanted, given
 PAPER = Sampling(conditioning="repaint", steps=50, stride=20, solver="ddim", guidance=1.0, resample=1)
 CLEAN = Sampling(conditioning="clean", steps=10, stride=1000, solver="dpm", guidance=1.0, resample=1)
 POSTERIOR = Sampling(conditioning="posterior", steps=50, stride=20, solver="ddim", guidance=1.0, resample=1)
-EPOCHS = {"vae": 5, "joint": 40, "densenet": 10}
+EPOCHS = {"vae": 5, "joint": 40, "densenet": 8}
 WIDTHS = {
     "model.channels": [32, 64],
     "model.attention": [False, True],
@@ -104,7 +104,6 @@ def stages(root: Path, quick: bool) -> None:
         "training.batch": 32,
         "training.validate_every": max(1, epochs["joint"] // 6),
         "training.log_every": 50,
-        "compute.workers": 2,
         "compute.precision": "auto",
     }
     plan: list[tuple[str, str, dict[str, Any]]] = [
@@ -121,6 +120,7 @@ def stages(root: Path, quick: bool) -> None:
                 "training.batch": 4,
                 "training.epochs": epochs["vae"],
                 "training.validate_every": 1,
+                "compute.workers": 1,
             },
         ),
         ("encode", "demo", {"data": root / "packed", "vae": root / "vae", "out": root / "latents"}),
