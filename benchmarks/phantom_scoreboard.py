@@ -1,6 +1,6 @@
 """The joint model against what it must be measured by, on phantoms whose exact posterior is known.
 
-    python benchmarks/phantom_scoreboard.py [--root runs/scoreboard] [--markdown docs/results-phantom.md]
+    python benchmarks/phantom_scoreboard.py [--root runs/scoreboard] [--markdown FILE]
 
 2,000 training phantoms at 32 cubed, one split for all. Rows: the best possible (the phantom's own law), predicting
 the mean, 3D DenseNet121 (stage `baseline`, once for each question that gives the image), the paper's procedure (its
