@@ -19,6 +19,7 @@ from mvhpc.evaluation.tables import read_predictions
 from mvhpc.inference import predict
 from mvhpc.inference.baseline import BaselinePredictor
 from mvhpc.models import norm
+from mvhpc.models.baseline import Baseline
 from mvhpc.models.bundle import ModelError, load_baseline, load_joint, model_kind
 from mvhpc.models.norm import WholeBatchNorm
 from mvhpc.run import Run
@@ -234,6 +235,35 @@ def test_a_resumed_run_is_an_undisturbed_one(data: Path, tmp_path: Path, monkeyp
     assert whole == pieces
 
 
+def test_evaluation_says_what_training_does(data: Path, tmp_path: Path) -> None:
+    """Calibrated on everybody at once, the statistics are theirs, whatever was there before; of small batches not."""
+    task = BaselineTask(config(data, tmp_path, "training.batch=6"))  # a calibrating batch is four of these
+    network = task.networks["baseline"]
+    assert isinstance(network, Baseline)
+    everybody = list(task.load(list(range(24))).values())
+    everybody[0] = everybody[0].float()
+
+    def says(training: bool) -> torch.Tensor:
+        with torch.no_grad():
+            said: torch.Tensor = network.train(training)(*everybody)
+        return said
+
+    def off() -> float:
+        known, said = says(False), says(True)  # the second leaves its traces in the statistics
+        return float((known - said).abs().max() / said.std())
+
+    before = off()
+    task.calibrate(task.networks, 0, 1)
+    once = {name: value.clone() for name, value in network.state_dict().items()}
+    assert network.training
+    first = network.network.features.conv0(network.channels(*everybody))  # (24, C, H, W, D)
+    torch.testing.assert_close(once["network.features.norm0.running_mean"], first.mean((0, 2, 3, 4)))
+    torch.testing.assert_close(once["network.features.norm0.running_var"], first.var((0, 2, 3, 4)))
+    assert off() < 0.2 < 1 < before  # the last layers see 24 numbers each, and estimate variance by 24 / 23
+    task.calibrate(task.networks, 0, 1)
+    torch.testing.assert_close(network.state_dict(), once)
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -283,7 +313,8 @@ def test_data_on_another_grid_are_refused(trained: tuple[Path, dict[str, float]]
         BaselinePredictor(trained[0], coarse, ["scan", "group"], ["level"], "cpu")
 
 
-def test_batch_norm_sees_the_batch_of_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_batch_norm_sees_the_batch_of_all_workers(monkeypatch: pytest.MonkeyPatch, momentum: float | None) -> None:
     """Two workers of half a batch each: outputs, gradients and running statistics of one with the whole batch."""
     barrier, here, sent = threading.Barrier(2), threading.local(), [torch.empty(0)] * 2
 
@@ -297,7 +328,7 @@ def test_batch_norm_sees_the_batch_of_all_workers(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(norm, "total", total)
     torch.manual_seed(0)
     x = (3 + 2 * torch.randn(6, 4, 3, 3, 3)).requires_grad_()
-    whole, halves = nn.BatchNorm3d(4), [WholeBatchNorm(4), WholeBatchNorm(4)]
+    whole, *halves = (kind(4, momentum=momentum) for kind in (nn.BatchNorm3d, WholeBatchNorm, WholeBatchNorm))
     for part in (whole, *halves):
         nn.init.constant_(part.weight, 1.5)
     expected = whole(x)
@@ -318,6 +349,8 @@ def test_batch_norm_sees_the_batch_of_all_workers(monkeypatch: pytest.MonkeyPatc
     pull = torch.randn_like(x)
     (ours,), (theirs,) = (torch.autograd.grad((y * pull).sum(), x) for y in (torch.cat(said), expected))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    for half in halves:
+        torch.testing.assert_close(half.state_dict(), whole.state_dict())
     for half in halves:
         torch.testing.assert_close(half.state_dict(), whole.state_dict())
     torch.testing.assert_close(halves[0].eval()(x), whole.eval()(x))

@@ -57,6 +57,11 @@ class Baseline(nn.Module):
         Returns:
             (B, 1), a number as it is encoded; or (B, K), logits of the classes.
         """
+        said: Tensor = self.network(self.channels(voxels, values, present))
+        return said
+
+    def channels(self, voxels: Tensor, values: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor:
+        """What :meth:`forward` takes, joined as the network's input channels (B, C, H, W, D)."""
         channels = [voxels]
         for v in self.told:
             x = values[v.name]
@@ -64,8 +69,7 @@ class Baseline(nn.Module):
                 x = F.one_hot(x, v.size).float()
             x = x * present[v.name][:, None]  # (B, 1 or K)
             channels.append(x[:, :, None, None, None].expand(-1, -1, *voxels.shape[2:]))
-        said: Tensor = self.network(torch.cat(channels, 1))
-        return said
+        return torch.cat(channels, 1)
 
 
 def _width(variable: Scalar) -> int:

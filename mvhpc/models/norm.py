@@ -52,8 +52,8 @@ class WholeBatchNorm(nn.BatchNorm3d):
 
     def _follow(self, mean: Tensor, variance: Tensor) -> None:
         """Let the running statistics take in those of one batch."""
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance, self.momentum)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        share = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum  # None: a plain mean
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(variance, share)

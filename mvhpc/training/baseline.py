@@ -1,11 +1,13 @@
 """Training the comparison: a DenseNet121 for one question alone (paper, section 4.2)."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from torch.utils._pytree import tree_map_only
 
 from mvhpc.config import BaselineConfig, ConfigError
@@ -19,18 +21,21 @@ from mvhpc.training.engine import Engine
 from mvhpc.training.loop import train
 from mvhpc.variables import Categorical, Continuous, Scalar, standard_intervals
 from shards.errors import nearest
-from shards.loader import open_dataset
+from shards.loader import Order, open_dataset
 from shards.schema import Schema
 
 if TYPE_CHECKING:
     from mvhpc.run import Run
+
+LARGER = 4  # batches that calibrate, in training batches; without gradients they take less memory all the same
+CALIBRATING = 8  # of them
 
 
 class BaselineTask:
     """One step of a baseline; see :class:`mvhpc.training.loop.Task`.
 
     A sample is one person who has the wanted scalar and every given volume. The batch normalisation sees one
-    micro-batch of all workers together.
+    micro-batch of all workers together; see :meth:`calibrate`.
 
     Raises:
         ConfigError: a question that no baseline answers, data that are no volumes, of several shapes or too small,
@@ -103,13 +108,34 @@ class BaselineTask:
         engines["baseline"].step()
         return {"loss": loss}
 
+    def calibrate(self, networks: dict[str, nn.Module], rank: int, world: int) -> None:
+        """Take the batch normalisation's statistics anew, from a few batches larger than those of training.
+
+        The running ones are those of layers whose input was normalised by small batches, and in evaluation, where it is
+        not, they are wrong: more with every layer (Wu and Johnson 2021, "Rethinking Batch in BatchNorm", section 3).
+        """
+        network = networks["baseline"]
+        assert isinstance(network, Baseline)
+        training = self.config.training
+        order = Order(self.samples, LARGER * training.batch // training.accumulate, training.seed)
+
+        def batches() -> Iterator[Tensor]:
+            for step in range(min(CALIBRATING, order.steps_per_epoch)):
+                yield network.channels(*self._to(network, [self.train[i] for i in order.part(step, rank, world)]))
+
+        update_bn(batches(), network.network)
+
+    def _to(self, network: nn.Module, keys: list[str]) -> tuple[Tensor, Batch, Batch]:
+        """What the network takes of some people, where it is."""
+        device = next(network.parameters()).device
+        voxels, values, present = tree_map_only(Tensor, lambda x: x.to(device), self._read(keys))
+        return voxels.float(), values, present
+
     def validate(self, indices: list[int], networks: dict[str, nn.Module]) -> dict[str, Tensor]:
         """The loss, and the absolute error in the variable's unit or whether the likeliest class is right."""
         network = networks["baseline"]
-        device = next(network.parameters()).device
-        people = self._read([self.others[i] for i in indices])
-        voxels, values, present = tree_map_only(Tensor, lambda x: x.to(device), people)
-        said, truth = network(voxels.float(), values, present).float(), values[self.wanted.name]
+        voxels, values, present = self._to(network, [self.others[i] for i in indices])
+        said, truth = network(voxels, values, present).float(), values[self.wanted.name]
         metrics = {"loss": losses(self.wanted, said, truth)}
         if isinstance(self.wanted, Continuous):
             return metrics | {"mae": (self.wanted.decode(said) - self.wanted.decode(truth)).abs()}
