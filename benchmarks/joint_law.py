@@ -1,6 +1,6 @@
 """How close a trained joint model comes to every conditional of a law that is known in closed form.
 
-    python benchmarks/joint_law.py [--steps 6000 | --exact] [--markdown FILE]
+    python benchmarks/joint_law.py [--steps 6000 | --exact] [--scalars] [--markdown FILE]
 
 The law: a category of three classes; given the class a small image (4 x 4 x 4) and two numbers are jointly Gaussian.
 Our network learns it from fresh draws, then answers, for every subset of given variables, what the other scalars are,
@@ -249,12 +249,13 @@ def c2st(said: Answer, exact: tuple[Tensor, Tensor, Tensor]) -> float:
     return float(cross_val_score(classifier, x, y, groups=people, cv=folds).mean())
 
 
-def questions() -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """(wanted, given): all scalars that are not given, given every subset; the image given every subset of them."""
+def questions(scalars: bool) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """(wanted, given): all scalars that are not given, given every subset; the image given every subset of them, unless
+    ``scalars`` alone are asked for."""
     subsets = [given for size in range(4) for given in combinations(VARIABLES.names, size)]
-    scalars = [(tuple(name for name in SCALARS if name not in given), given) for given in subsets]
+    numbers = [(tuple(name for name in SCALARS if name not in given), given) for given in subsets]
     images = [(("image",), given) for given in subsets if "image" not in given]
-    return [*((want, given) for want, given in scalars if want), *images]
+    return [*((want, given) for want, given in numbers if want), *(() if scalars else images)]
 
 
 def measure(said: Answer, exact: tuple[Tensor, Tensor, Tensor], several: bool) -> list[list[float]]:
@@ -276,6 +277,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6000, help="of training")
     parser.add_argument("--network", type=Path, help="the trained network: read where it is, else written there")
     parser.add_argument("--exact", action="store_true", help="the law's own denoiser in place of a network")
+    parser.add_argument("--scalars", action="store_true", help="not the image, which takes most of the time")
     parser.add_argument("--people", type=int, default=100, help="asked about")
     parser.add_argument("--samples", type=int, default=30, help="chains a question")
     parser.add_argument("--markdown", type=Path, help="write the tables there too")
@@ -292,7 +294,7 @@ def main() -> None:
     print("\n".join(lines))
     found: dict[tuple[bool, str], list[list[float]]] = {}
     people = law.draw(options.people, torch.Generator().manual_seed(2))
-    for want, given in questions():
+    for want, given in questions(options.scalars):
         exact, image = law.given(people, given, want), want == ("image",)
         for label, method in METHODS.items():
             if not method and (image or options.exact):
