@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from phantom_models import densenet_name
-from scipy.stats import t as student
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, Normal
 from torch.utils.flop_counter import FlopCounterMode
 
 from mvhpc.config import Sampling
 from mvhpc.diffusion.density import crps, quantile
+from mvhpc.evaluation import ensembles
 from mvhpc.inference.baseline import BaselinePredictor
 from mvhpc.inference.chains import Sampler
 from mvhpc.randomness import generator
@@ -76,7 +76,7 @@ def constant(dataset: Dataset, n: int, want: str, truth: Floats) -> Answer:
         return Answer(np.full(n, np.mean([v == "M" for v in seen])))
     ages = np.array(seen, float)
     interval = np.tile(np.quantile(ages, [0.05, 0.95]), (n, 1))
-    score = ensemble_crps(np.tile(ages, (n, 1)), truth) if n * len(ages) ** 2 < 1e7 else None
+    score = ensembles.crps(np.tile(ages, (n, 1)), truth) if n * len(ages) ** 2 < 1e7 else None
     return Answer(np.full(n, ages.mean()), interval, score, float(ages.std()))
 
 
@@ -93,27 +93,6 @@ def densenet(root: Path, keys: Sequence[str], want: str, given: Sequence[str], b
         predictor.say(*predictor.inputs(keys[:1]))
     point = said.numpy() if want == "age" else said[:, 1].numpy()
     return Answer(point, calls=1, flops=counter.get_total_flops(), seconds=seconds)
-
-
-def ensemble_crps(draws: Floats, truth: Floats) -> Floats:
-    """CRPS (N,) of ensembles (N, M), unbiased for their size (Ferro 2014, eq. 8)."""
-    m = draws.shape[1]
-    off = np.abs(draws - truth[:, None]).mean(1)
-    apart = np.abs(draws[:, :, None] - draws[:, None, :]).sum((1, 2))
-    return off - apart / (2 * m * (m - 1))
-
-
-def interval(draws: Floats) -> Floats:
-    """Where one more draw would lie in 90 of 100 cases, (N, 2), from draws (N, M).
-
-    Of many by their ranks, of few by Student's t: plain quantiles of 30 draws hold only 85 %, and the mean of 3 with
-    1.645 of their SDs to either side 71 %, however right the draws are.
-    """
-    m = draws.shape[1]
-    if m >= 20:
-        return np.quantile(draws, [0.05, 0.95], axis=1, method="weibull").T
-    reach = student.ppf(0.95, m - 1) * math.sqrt(1 + 1 / m) * draws.std(1, ddof=1)
-    return draws.mean(1)[:, None] + reach[:, None] * np.array([-1, 1])
 
 
 class Joint:
@@ -161,7 +140,13 @@ class Joint:
         if self.exact:
             mean, sd, low, high, score = self.described(said, truth)
             return Answer(mean, np.stack([low, high], 1), score, float(np.sqrt(np.mean(sd**2) + mean.var())), **cost)
-        return Answer(said.mean(1), interval(said), ensemble_crps(said, truth), float(said.std()), **cost)
+        return Answer(
+            said.mean(1),
+            ensembles.quantiles(said, [0.05, 0.95]),
+            ensembles.crps(said, truth),
+            float(said.std()),
+            **cost,
+        )
 
     def laws(self, given: dict[str, Tensor], rows: int, want: str, keys: Sequence[str] = ()) -> Floats:
         """Chances of M (rows,), or per person the logits, means and SDs of the density's components."""

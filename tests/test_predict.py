@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from mvhpc.config import ConfigError, PredictConfig, load_config
 from mvhpc.evaluation.tables import constant_predictions, read_predictions, scoreboard
@@ -63,6 +64,10 @@ def test_mean_and_sd_are_those_of_the_chains(tiny_model, tiny_dataset, tmp_path)
     chains = np.stack([m1, 2 * m2 - m1, 3 * m3 - 2 * m2])
     assert means[3]["age_sd"].to_numpy() == pytest.approx(chains.std(0, ddof=1), rel=1e-3)
     assert means[1]["age_sd"].isna().all()
+    assert not [column for column in means[1] if "_q" in column or "_crps" in column]
+    reach = stats.t.ppf(0.95, 2) * np.sqrt(4 / 3) * means[3]["age_sd"]
+    assert means[3]["age_q95"].to_numpy() == pytest.approx((means[3]["age"] + reach).to_numpy(), rel=1e-4)
+    assert (means[3]["age_crps"].isna() == means[3]["age_true"].isna()).all()
     assert len(set(m1.round(3))) == len(m1)
 
 
@@ -80,9 +85,8 @@ def test_rows_do_not_depend_on_the_batch(tiny_model, tiny_dataset, tmp_path) -> 
         tables.append((read_predictions(config.out)[0], read_predictions(both.out)[0]))
     for sex, age in tables[1:]:
         assert sex.equals(tables[0][0])
-        assert age[["age", "age_sd"]].to_numpy(float) == pytest.approx(
-            tables[0][1][["age", "age_sd"]].to_numpy(float), rel=1e-4
-        )
+        said = ["age", "age_sd", "age_q05", "age_q50", "age_q95"]
+        assert age[said].to_numpy(float) == pytest.approx(tables[0][1][said].to_numpy(float), rel=1e-4)
 
 
 EXACT = {"sampling.conditioning": "auto"}

@@ -1,9 +1,10 @@
 """Any question about every subject of a packed data set: some variables given, others wanted.
 
-One row a subject. From a posterior a wanted number gets its expectation, SD and quantiles, a category the chances of
-its classes and the most probable one; where the truth is recorded, the score of the whole distribution (CRPS) too. From
-chains it is their mean and SD, the classes' shares and the commonest class (the paper's majority vote, section 4.2). A
-baseline answers the one question it was trained for, by a number alone or by chances.
+One row a subject. A wanted number gets its expectation, SD and quantiles, a category the chances of its classes and the
+most probable one; where the truth is recorded, the score of the whole distribution (CRPS) too. From chains these are
+estimates, such that nine in ten lie in the 90 % interval if the chains are right; a category gets the classes' shares
+and the commonest (the paper's majority vote, section 4.2). A baseline answers the one question it was trained for, by a
+number alone or by chances.
 Noise comes from (seed, key, chain), so a row does not depend on the batch or the worker that made it.
 """
 
@@ -15,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import MixtureSameFamily
 
 from mvhpc.config import ConfigError, PredictConfig, Sampling, choose, to_dict
 from mvhpc.diffusion.density import crps, quantile
 from mvhpc.diffusion.joint import Batch
+from mvhpc.evaluation import ensembles
 from mvhpc.evaluation.figures import predicted_against_true
 from mvhpc.evaluation.tables import coverage, label, read_predictions, score, subject_of
 from mvhpc.inference.answers import Row, chances, write_predictions
@@ -36,7 +39,7 @@ from shards.loader import open_dataset
 from shards.progress import Progress
 from shards.schema import Schema
 
-QUANTILES = (5, 25, 50, 75, 95)  # %, of the answers of a posterior
+QUANTILES = (5, 25, 50, 75, 95)  # %, of what is said of a number
 
 
 def check_question(schema: Schema, given: Sequence[str], want: Sequence[str]) -> None:
@@ -184,9 +187,22 @@ class Predictor:
             if isinstance(variable, Categorical):
                 rows[name] = [chances(name, {c: x.count(c) / n for c in variable.classes}) for x in chains]
             else:
-                sds = [float(np.std(x, ddof=1)) if n > 1 else None for x in chains]
-                rows[name] = [{name: float(np.mean(x)), f"{name}_sd": sd} for x, sd in zip(chains, sds)]
+                assert isinstance(variable, Continuous)
+                rows[name] = self._ensemble(variable, np.array(chains), keys)
         return rows
+
+    def _ensemble(self, variable: Continuous, chains: NDArray[np.float64], keys: Sequence[str]) -> list[Row]:
+        """What chains (B, samples) say of a number; of one there is no spread."""
+        name, means = variable.name, chains.mean(1).tolist()
+        if self.samples < 2:
+            return [{name: mean, f"{name}_sd": None} for mean in means]
+        truth = np.array([true_value(self.dataset, key, self.schema[name]) for key in keys], float)  # NaN where missing
+        points = variable.snap(torch.from_numpy(ensembles.quantiles(chains, [q / 100 for q in QUANTILES])))  # (B, 5)
+        scores = [None if np.isnan(x) else x for x in ensembles.crps(chains, truth).tolist()]
+        columns = {name: means, f"{name}_sd": chains.std(1, ddof=1).tolist()}
+        columns |= {f"{name}_q{q:02d}": points[:, i].tolist() for i, q in enumerate(QUANTILES)}
+        columns[f"{name}_crps"] = scores
+        return [dict(zip(columns, cells)) for cells in zip(*columns.values())]
 
     def _decode(self, name: str, drawn: Tensor, subjects: int) -> list[list[Any]]:
         """Values in the variable's unit, or classes: subjects x draws."""
