@@ -253,14 +253,14 @@ def test_evaluation_says_what_training_does(data: Path, tmp_path: Path) -> None:
         return float((known - said).abs().max() / said.std())
 
     before = off()
-    task.calibrate(task.networks, 0, 1)
+    task.refresh(task.networks, 0, 1)
     once = {name: value.clone() for name, value in network.state_dict().items()}
     assert network.training
     first = network.network.features.conv0(network.channels(*everybody))  # (24, C, H, W, D)
     torch.testing.assert_close(once["network.features.norm0.running_mean"], first.mean((0, 2, 3, 4)))
     torch.testing.assert_close(once["network.features.norm0.running_var"], first.var((0, 2, 3, 4)))
     assert off() < 0.2 < 1 < before  # the last layers see 24 numbers each, and estimate variance by 24 / 23
-    task.calibrate(task.networks, 0, 1)
+    task.refresh(task.networks, 0, 1)
     torch.testing.assert_close(network.state_dict(), once)
 
 

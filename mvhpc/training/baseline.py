@@ -27,15 +27,15 @@ from shards.schema import Schema
 if TYPE_CHECKING:
     from mvhpc.run import Run
 
-LARGER = 4  # batches that calibrate, in training batches; without gradients they take less memory all the same
-CALIBRATING = 8  # of them
+LARGER = 4  # the batches of `refresh`, in training batches; without gradients they take less memory all the same
+BATCHES = 8  # of them
 
 
 class BaselineTask:
     """One step of a baseline; see :class:`mvhpc.training.loop.Task`.
 
     A sample is one person who has the wanted scalar and every given volume. The batch normalisation sees one
-    micro-batch of all workers together; see :meth:`calibrate`.
+    micro-batch of all workers together; see :meth:`refresh`.
 
     Raises:
         ConfigError: a question that no baseline answers, data that are no volumes, of several shapes or too small,
@@ -108,7 +108,7 @@ class BaselineTask:
         engines["baseline"].step()
         return {"loss": loss}
 
-    def calibrate(self, networks: dict[str, nn.Module], rank: int, world: int) -> None:
+    def refresh(self, networks: dict[str, nn.Module], rank: int, world: int) -> None:
         """Take the batch normalisation's statistics anew, from a few batches larger than those of training.
 
         The running ones are those of layers whose input was normalised by small batches, and in evaluation, where it is
@@ -120,7 +120,7 @@ class BaselineTask:
         order = Order(self.samples, LARGER * training.batch // training.accumulate, training.seed)
 
         def batches() -> Iterator[Tensor]:
-            for step in range(min(CALIBRATING, order.steps_per_epoch)):
+            for step in range(min(BATCHES, order.steps_per_epoch)):
                 yield network.channels(*self._to(network, [self.train[i] for i in order.part(step, rank, world)]))
 
         update_bn(batches(), network.network)

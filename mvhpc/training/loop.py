@@ -242,7 +242,7 @@ class _Run:
         with contextlib.ExitStack() as stack:
             for engine in self.engines.values():
                 stack.enter_context(engine.evaluating())
-            self._calibrate()
+            self._refresh()
             metrics = self._metrics() if self.task.validation else {}
             score, best = metrics.get(self.task.score), self.best.get(f"validation/{self.task.score}")
             named = {f"validation/{name}": value for name, value in metrics.items()}
@@ -256,11 +256,11 @@ class _Run:
             self._draw(step)
             return True
 
-    def _calibrate(self) -> None:
-        calibrate = getattr(self.task, "calibrate", None)
-        if calibrate is not None:
+    def _refresh(self) -> None:
+        refresh = getattr(self.task, "refresh", None)
+        if refresh is not None:
             networks = {name: engine.module for name, engine in self.engines.items()}
-            calibrate(networks, self.ranks.rank, self.ranks.world)
+            refresh(networks, self.ranks.rank, self.ranks.world)
 
     def _metrics(self) -> dict[str, float]:
         """Means over the validation set, each worker taking the same number of batches, padded with weight 0."""

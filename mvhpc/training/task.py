@@ -31,7 +31,7 @@ class Task(Protocol):
 
     A task may also have ``figures(networks, step) -> {file name: function that writes a path}``, called by every worker
     with the averaged weights in place after each export; rank 0 alone calls the functions. And it may have
-    ``calibrate(networks, rank, world)``, called by every worker before each validation: what a network knows beside its
+    ``refresh(networks, rank, world)``, called by every worker before each validation: what a network knows beside its
     weights is made anew from them and the training samples.
     """
 
