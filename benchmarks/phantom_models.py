@@ -22,6 +22,7 @@ QUESTIONS = [  # wanted, given
     ("sex", ("image", "age")),
     ("sex", ("image",)),
 ]
+PEOPLE = {"train": 2000, "validation": 300, "test": 1700}  # many to test: what two methods differ by is small
 EPOCHS = {"vae": 5, "joint": 40, "densenet": 8}
 WIDTHS = {
     "model.channels": [32, 64],
@@ -35,7 +36,8 @@ WIDTHS = {
 
 def stages(root: Path, quick: bool) -> None:
     """Make phantoms, pack them, train the autoencoder and all models, each where it is not complete."""
-    few = 60 if quick else 2500
+    people = 60 if quick else sum(PEOPLE.values())
+    split = [n / sum(PEOPLE.values()) for n in PEOPLE.values()]
     epochs = {name: 1 if quick else n for name, n in EPOCHS.items()}
     joint = WIDTHS | {
         "latents": root / "latents",
@@ -50,8 +52,8 @@ def stages(root: Path, quick: bool) -> None:
         "compute.precision": "auto",
     }
     plan: list[tuple[str, str, dict[str, Any]]] = [
-        ("phantom", "demo", {"out": root / "source", "subjects": few}),
-        ("pack", "demo", {"source": root / "source", "out": root / "packed", "split": [0.8, 0.06, 0.14]}),
+        ("phantom", "demo", {"out": root / "source", "subjects": people}),
+        ("pack", "demo", {"source": root / "source", "out": root / "packed", "split": split}),
         (
             "vae",
             "demo",

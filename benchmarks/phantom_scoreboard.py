@@ -33,16 +33,15 @@ POSTERIOR = Sampling(conditioning="posterior", steps=50, stride=20, solver="ddim
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("runs/scoreboard"))
-    parser.add_argument("--people", type=int, default=350, help="test people asked about at most")
-    parser.add_argument("--slow", type=int, default=100, help="of them, asked about by chains")
+    parser.add_argument("--slow", type=int, default=200, help="test people asked about by chains, of all")
     parser.add_argument("--quick", action="store_true", help="a few people and one epoch, to try the script")
     parser.add_argument("--markdown", type=Path, help="write the tables there too")
     options = parser.parse_args()
-    root = options.root.resolve()
+    root, started = options.root.resolve(), time.monotonic()
     stages(root, options.quick)
-    begun = time.time()
+    begun = time.monotonic()
     dataset = open_dataset(root / "packed")
-    keys = dataset.keys("test")[: options.people]
+    keys = dataset.keys("test")
     truth = {
         "age": np.array([dataset.values(key)["age"] for key in keys], float),
         "sex": np.array([dataset.values(key)["sex"] == "M" for key in keys], float),
@@ -64,22 +63,24 @@ def main() -> None:
     for label, method in methods.items():
         for number, (want, given) in enumerate(QUESTIONS):
             slow = label in joints and not joints[label].exact
-            start = time.time()
+            start = time.monotonic()
             said = method(want, given, keys[: options.slow] if slow else keys)
+            took = time.monotonic() - start
             if said is not None:
                 answers[label, number] = said
-                print(f"{label}: {want} given {', '.join(given) or 'nothing'}: {time.time() - start:.0f} s", flush=True)
-    text = report(answers, list(methods), truth) + minutes(root, time.time() - begun)
+                print(f"{label}: {want} given {', '.join(given) or 'nothing'}: {took:.0f} s", flush=True)
+    text = report(answers, list(methods), truth) + minutes(root, begun - started, time.monotonic() - begun)
     print(text)
     if options.markdown:
         write_text(options.markdown, text)
 
 
-def minutes(root: Path, asking: float) -> str:
-    """What every stage took, the baselines two at a time, and asking everybody everything."""
+def minutes(root: Path, making: float, asking: float) -> str:
+    """What every stage took, the baselines two at a time, asking everybody everything, and this invocation in all."""
     marks = sorted(root.glob("*/stage.json"), key=lambda path: path.stat().st_mtime)
     took = {path.parent.name.removesuffix(".run"): record(path.parent)["seconds"] for path in marks}
-    return "\nMinutes: " + ", ".join(f"{name} {s / 60:.1f}" for name, s in {**took, "asking": asking}.items()) + ".\n"
+    parts = ", ".join(f"{name} {s / 60:.1f}" for name, s in {**took, "asking": asking}.items())
+    return f"\nMinutes: {parts}; this invocation {(making + asking) / 60:.0f}.\n"
 
 
 def scores(answer: Answer, want: str, truth: Floats) -> Floats:
