@@ -2,6 +2,8 @@
 
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ from tests.toy_task import curves, digest
 pytest_plugins = ["tests.slurm_fixtures"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-STEPS = {1: 120, 2: 120, 3: 60}  # by the stage of ZeRO; those of the third take several times as long
+STEPS = 60  # six checkpoints
 KEYS = [
     *(f"{key}={value}" for key, value in SMALL_JOINT.items()),
     "optimizer.warmup=4",
@@ -47,10 +49,6 @@ class Training:
     def step(self) -> int:
         """The last step that was done."""
         return max((e["step"] for e in read(self.run) if e["event"] == "metrics"), default=0)
-
-    def starts(self) -> int:
-        """How often training began."""
-        return sum(e["event"] == "start" for e in read(self.run))
 
     def reach(self, step: int, seconds: float = 300) -> None:
         """Wait until that step was done, and the job runs."""
@@ -79,9 +77,15 @@ class Training:
         ward = self.process("launchers.work")  # the smallest number: the one that watches over it
         return ward.children()[0]
 
-    def model(self) -> str:
-        """A hash over the bits of all weights of the model."""
-        return digest(dict(load_joint(self.run / "model").denoiser.state_dict()))
+
+def starts(run: Path) -> int:
+    """How often training began."""
+    return sum(e["event"] == "start" for e in read(run))
+
+
+def model(run: Path) -> str:
+    """A hash over the bits of all weights of the model."""
+    return digest(dict(load_joint(run / "model").denoiser.state_dict()))
 
 
 def _words(process: psutil.Process) -> str:
@@ -91,31 +95,32 @@ def _words(process: psutil.Process) -> str:
         return ""
 
 
+def keys(latents: Path, vae: Path, run: Path, zero: int) -> list[str]:
+    """Of the joint stage, at a stage of ZeRO."""
+    epochs = STEPS // 3  # of three steps each
+    places = [f"latents={latents}", f"vae={vae}", f"out={run}"]
+    return [*places, f"compute.zero_stage={zero}", f"training.epochs={epochs}", *KEYS]
+
+
 def start(slurm: SlurmCluster, latents: Path, vae: Path, run: Path, zero: int, *more: str) -> Training:
     """Submit the joint stage to two nodes."""
-    arguments = [f"latents={latents}", f"vae={vae}", f"out={run}", f"compute.zero_stage={zero}", *KEYS]
-    arguments.append(f"training.epochs={STEPS[zero] // 3}")  # of three steps each
+    arguments = keys(latents, vae, run, zero)
     job = submit("--stage", "joint", "--nodes", "2", "--time", "30", *more, *arguments).stdout.strip()
     return Training(slurm, run, job)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    request: pytest.FixtureRequest,
-    slurm_cluster: SlurmCluster,
-    tiny_latents: Path,
-    tiny_model: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Training:
-    """What training at this stage of ZeRO comes to when nothing happens."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLURM_CONF", slurm_cluster.environment["SLURM_CONF"])
-        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        run = tmp_path_factory.mktemp("whole") / "joint"
-        training = start(slurm_cluster, tiny_latents, tiny_model.parent / "vae", run, request.param)
-        training.finish()
-    assert training.starts() == 1
-    return training
+    request: pytest.FixtureRequest, tiny_latents: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The run folder of two workers at this stage of ZeRO to whom nothing happened, without SLURM."""
+    run = tmp_path_factory.mktemp("whole") / "joint"
+    arguments = keys(tiny_latents, tiny_model.parent / "vae", run, request.param)
+    command = [sys.executable, "-m", "mvhpc", "train", "joint", *arguments, "compute.workers=2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert starts(run) == 1
+    return run
 
 
 # --- what may happen ---
@@ -203,7 +208,7 @@ random.Random(SEED).shuffle(FAULTS)  # which of them meets which stage of ZeRO
 def test_the_model_is_the_one_of_an_undisturbed_run(
     request: pytest.FixtureRequest,
     slurm: SlurmCluster,
-    undisturbed: Training,
+    undisturbed: Path,
     tiny_latents: Path,
     tiny_model: Path,
     tmp_path: Path,
@@ -213,23 +218,25 @@ def test_the_model_is_the_one_of_an_undisturbed_run(
     faults = FAULTS[zero - 1 :: 3]
     training = start(slurm, tiny_latents, tiny_model.parent / "vae", tmp_path / "joint", zero)
     for number, fault in enumerate(faults):
-        part = STEPS[zero] // (len(faults) + 1)
+        part = STEPS // (len(faults) + 1)
         step = draw.randrange(number * part + part // 2, (number + 1) * part)
         print(f"seed {SEED}, ZeRO-{zero}: {fault.__name__} at step {step}")
         training.reach(step)
-        began, when = training.starts(), time.monotonic()
+        began, when = starts(training.run), time.monotonic()
         fault(training)
-        wait_for(lambda began=began: training.starts() > began, 300, f"training does not go on after {fault.__name__}")
+        wait_for(
+            lambda began=began: starts(training.run) > began, 300, f"training does not go on after {fault.__name__}"
+        )
         print(f"  next step after {time.monotonic() - when:.1f} s")
     training.finish()
-    assert training.model() == undisturbed.model()
-    assert curves(training.run) == curves(undisturbed.run)
+    assert model(training.run) == model(undisturbed)
+    assert curves(training.run) == curves(undisturbed)
     nothing_is_left(slurm, training.job, training.run)
 
 
 @pytest.mark.parametrize("undisturbed", [1], ids="zero{}".format, indirect=True)
 def test_two_jobs_on_one_node_do_not_meet(
-    slurm: SlurmCluster, undisturbed: Training, tiny_latents: Path, tiny_model: Path, tmp_path: Path
+    slurm: SlurmCluster, undisturbed: Path, tiny_latents: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     """Each with a Ray of two workers; one is cancelled and leaves nothing, the other ends as if it had been alone."""
     site = tmp_path / "site.yaml"
@@ -246,22 +253,22 @@ def test_two_jobs_on_one_node_do_not_meet(
     submit("cancel", first.job)
     nothing_is_left(slurm, first.job, first.run)
     second.finish()
-    assert second.starts() == 1 and second.model() == undisturbed.model()
+    assert starts(second.run) == 1 and model(second.run) == model(undisturbed)
     nothing_is_left(slurm, second.job, second.run)
 
 
 @pytest.mark.parametrize("undisturbed", [2], ids="zero{}".format, indirect=True)
 def test_fewer_nodes_and_more_again_give_the_same_losses(
-    slurm: SlurmCluster, undisturbed: Training, tiny_latents: Path, tiny_model: Path, tmp_path: Path
+    slurm: SlurmCluster, undisturbed: Path, tiny_latents: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     """Two workers, one, two again: the batch stays, and only the order of sums differs."""
     training = start(slurm, tiny_latents, tiny_model.parent / "vae", tmp_path / "joint", 2, "--min-nodes", "1")
-    training.reach(STEPS[2] // 4)
+    training.reach(STEPS // 4)
     restarts = slurm.restarts(training.job)
     for node in NODES[1:]:
         slurm.down(node)
     slurm.start_again(training.job, restarts + 1)
-    wait_for(lambda: training.starts() > 1, 300, "training does not go on with one node")
+    wait_for(lambda: starts(training.run) > 1, 300, "training does not go on with one node")
     with held(training, training.driver()):
         for node in NODES[1:]:
             slurm.up(node)
@@ -271,10 +278,10 @@ def test_fewer_nodes_and_more_again_give_the_same_losses(
     training.finish()
     journal = read(training.run / "jobs" / training.job)
     assert [event["workers"] for event in journal if event["event"] == "start"] == [2, 1, 2]
-    ours, whole = curves(training.run), curves(undisturbed.run)
+    ours, whole = curves(training.run), curves(undisturbed)
     assert ours.keys() == whole.keys()
     losses = [key for key in whole if "loss" in key[1]]
-    assert len(losses) > STEPS[2]
+    assert len(losses) > STEPS
     for key in losses:
         # a density's loss, in nats, has no zero of its own: near it, relative to 1
         assert ours[key] == pytest.approx(whole[key], rel=1e-5, abs=1e-5), key

@@ -4,7 +4,6 @@ Everything Ray, DeepSpeed and torch print goes to ``FOLDER/logs/worker-RANK.log`
 sentence that names the worker and its log. Nothing outlives :func:`launch`: no process, no temporary folder.
 """
 
-import atexit
 import contextlib
 import ctypes
 import functools
@@ -26,6 +25,7 @@ import torch
 
 from mvhpc.config import Compute, ConfigError
 from mvhpc.run import Interrupted
+from mvhpc.temporary import own_folder
 from mvhpc.training.guard import STOP_FILE
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
@@ -206,8 +206,7 @@ def ray_session(workers: int, logs: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         local: dict[str, Any] = {}
         if address is None:
-            # Short, for the paths of its sockets may not exceed 107 bytes.
-            temporary = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
+            temporary = tempfile.TemporaryDirectory(prefix="", dir=own_folder(), ignore_cleanup_errors=True)
             local = {
                 "num_cpus": max(workers, os.cpu_count() or 1),
                 "object_store_memory": 100 * 2**20,
@@ -235,9 +234,7 @@ def _token() -> Path:
 
     Without it any user of the machine could run code through Ray's ports.
     """
-    folder = Path(tempfile.mkdtemp(prefix="mvhpc-token-"))  # mode 0700
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = folder / "token"
+    path = own_folder() / "token"
     path.touch(mode=0o600)
     path.write_text(secrets.token_hex(32))
     return path
