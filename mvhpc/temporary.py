@@ -35,6 +35,9 @@ def own_folder(parent: str = "/tmp") -> Path:
 def sweep(parent: Path) -> None:
     """Remove the folders of this user's processes that were killed."""
     for folder in parent.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError), (folder / LOCK).open() as lock:  # another user's, or no such folder
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder)
+        with contextlib.suppress(OSError):  # still in use, no such folder, or gone by now
+            if folder.lstat().st_uid != os.getuid():
+                continue  # of a stranger's nothing is opened
+            with (folder / LOCK).open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
