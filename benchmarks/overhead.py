@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mvhpc.config import Compute, JointConfig, VAEConfig, load_config
-from mvhpc.devices import resolve_device, resolve_precision
+from mvhpc.devices import resolve_device, resolve_precision, send
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import save_autoencoder
 from mvhpc.run import execute
@@ -130,9 +130,11 @@ def bare(task: Timed, config: JointConfig, rank: int, world: int) -> None:
     """The loop without us."""
     order = Order(task.samples, config.training.batch, config.training.seed)
     engines: Any = {"denoiser": Bare(task.networks["denoiser"], config, world)}
+    device = resolve_device(config.compute.device)
     for step in range(config.training.epochs * order.steps_per_epoch):
         indices = order.part(step, rank, world)
-        task.step(task.load(indices), engines, step, indices)
+        batch = {part: {n: send(x, device) for n, x in values.items()} for part, values in task.load(indices).items()}
+        task.step(batch, engines, step, indices)
 
 
 @dataclass(frozen=True)
@@ -326,6 +328,8 @@ def main() -> None:
         lambda root: "From the command to the first step, two workers:\n\n" + start(root),
     ]
     text = ""
+    if torch.cuda.device_count() == 1:
+        text, parts = f"{torch.cuda.get_device_name()}, one: no room for two workers.\n\n", parts[:1]
     with tempfile.TemporaryDirectory(prefix="overhead-") as name:
         prepare(Path(name))
         for part in parts:

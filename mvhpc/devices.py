@@ -44,6 +44,14 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """``x`` on a device. A GPU takes it when it comes to it, from memory that does not move: the host need not wait for
+    what the GPU still has to do, and prepares the next step meanwhile."""
+    if torch.device(device).type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 def keep_thin_convolutions_exact(module: nn.Module) -> None:
     """Compute 3D convolutions over a first spatial axis of 2 in float32 under autocast.
 

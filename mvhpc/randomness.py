@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mvhpc.devices import send
+
 
 def generator(*parts: object) -> torch.Generator:
     """A CPU generator seeded by the SHA-256 of ``parts`` (seed, step, key, ...), equal on every machine."""
@@ -25,11 +27,11 @@ def randn(
 ) -> Tensor:
     """Standard normal draws (B, *shape), row b from ``generators[b]``."""
     rows = [torch.randn(tuple(shape), generator=g) for g in generators]
-    return torch.stack(rows).to(device, dtype)  # (B, *shape)
+    return send(torch.stack(rows).to(dtype), device)  # (B, *shape)
 
 
 def rand(
     generators: Sequence[torch.Generator], shape: Sequence[int] = (), device: torch.device | str = "cpu"
 ) -> Tensor:
     """Uniform draws in [0, 1) of shape (B, *shape), row b from ``generators[b]``."""
-    return torch.stack([torch.rand(tuple(shape), generator=g) for g in generators]).to(device)
+    return send(torch.stack([torch.rand(tuple(shape), generator=g) for g in generators]), device)

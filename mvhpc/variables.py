@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mvhpc.devices import send
 from shards.errors import nearest
 from shards.schema import Schema, Value
 
@@ -35,11 +36,11 @@ class Volume:
 
     def encode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w, d) of the autoencoder -> z_0, the same shape in float32."""
-        return (latents.float() - self.mean.to(latents.device)) / self.sd.to(latents.device)
+        return (latents.float() - send(self.mean, latents.device)) / send(self.sd, latents.device)
 
     def decode(self, z: Tensor) -> Tensor:
         """z_0 (B, C, h, w, d) -> latents that the autoencoder's decoder takes."""
-        return z * self.sd.to(z.device) + self.mean.to(z.device)
+        return z * send(self.sd, z.device) + send(self.mean, z.device)
 
     def channelwise(self) -> tuple[Tensor, Tensor]:
         """Scale and shift, each (C, h, w, d), that make of z_0 latents standardised by channel: the same content then

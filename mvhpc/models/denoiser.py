@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mvhpc import config
 from mvhpc.models.heads import PaperHead, Reader, Token, Trunk
+from mvhpc.models.norm import narrow_group_norms
 from mvhpc.variables import Categorical, Scalar, Variables
 
 
@@ -101,6 +102,7 @@ class JointDenoiser(nn.Module):
                 self.trunk = Trunk(scalars, len(variables), model)
         else:
             self.heads = nn.ModuleList(PaperHead(v, model) for v in scalars)
+        narrow_group_norms(self)
 
     def forward(
         self, z: Mapping[str, Tensor], t: Mapping[str, Tensor], want: Collection[str] | None = None

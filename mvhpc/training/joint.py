@@ -178,7 +178,7 @@ class JointTask:
         for v in self.diffusion.variables.volumes:
             versions = values[v.name]  # (B, 1 or 2, C, h, w, d)
             which = mirror.long().clamp(max=versions.shape[1] - 1)
-            batch[v.name] = v.encode(versions[torch.arange(len(which)), which])
+            batch[v.name] = v.encode(versions[torch.arange(len(which), device=which.device), which])
         return batch
 
     def step(

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from mvhpc.config import Compute
-from mvhpc.devices import resolve_device
+from mvhpc.devices import resolve_device, send
 from mvhpc.journal import Journal
 from mvhpc.randomness import generator
 from mvhpc.run import Interrupted
@@ -177,7 +177,7 @@ class _Run:
         for _ in range(self.training.accumulate):
             with self.clock.waiting():
                 indices, batch = next(batches)
-            batch = tree_map_only(Tensor, lambda x: x.to(self.device, non_blocking=True), batch)
+            batch = tree_map_only(Tensor, lambda x: send(x, self.device), batch)
             scalars.append(self.task.step(batch, self.engines, step, indices))
         skipped = torch.stack([engine.skipped for engine in self.engines.values()]).amax()
         self.skips.add(step, skipped)
