@@ -235,6 +235,7 @@ class JointConfig:
     split: str
     schema: str  # name under configs/schema, a YAML file, or "" for the schema the data were packed with
     questions: int  # sets of the scalars' levels that each row is trained on, for one look at its volumes
+    reveal: float  # chance that the reader is shown clean a volume that the U-Net must denoise
     scaling: str  # sd: one SD each way of the training mean becomes [-1, 1]; range: the schema's range does
     model: Denoiser
     diffusion: Diffusion

@@ -137,6 +137,18 @@ def test_several_questions_of_a_row_are_rows_of_one_volume() -> None:
     torch.testing.assert_close(ours["v0"], rows["v0"][::3])
 
 
+def test_what_the_reader_is_shown_answers_for_scalars_alone() -> None:
+    """Volumes are denoised as they are, scalars answered from what stands in their place."""
+    v = variables(channels=(2, 1))
+    z, t = inputs(v, 4)
+    other, levels = {"v1": torch.randn(4, 1, 4, 4, 4)}, {"v1": torch.zeros(4, dtype=torch.int64)}
+    net = model(v)
+    ours, usual, shown = net(z, t, shown=(other, levels)), net(z, t), net({**z, **other}, {**t, **levels})
+    for name in v.names:
+        assert torch.equal(ours[name], (usual if name in ("v0", "v1") else shown)[name])
+        assert not torch.equal(usual[name], shown[name])
+
+
 def test_volumes_at_rest_cost_no_unet() -> None:
     """Rows whose volumes are known get zeros for them, everybody else the same values and gradients as ever."""
     v = variables(channels=(2, 1))

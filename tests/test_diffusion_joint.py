@@ -112,6 +112,19 @@ def test_several_questions_of_a_row_are_rows_with_one_volume() -> None:
         torch.testing.assert_close(loss, worth * ours.counts[name].reshape(6, -1).float().mean(1))
 
 
+def test_chosen_volumes_are_revealed_where_they_are_known() -> None:
+    process = diffusion()
+    people, there = MixedLaw(process).draw(6, 1), {"image": torch.arange(6) % 3 > 0}
+    noised = process.noise(people, there, levels(6, image=300, age=300, sex=300), generators(6))
+    chosen = torch.arange(6) < 3
+    z, t = process.reveal(noised, chosen[:, None])
+    clean = chosen & there["image"]
+    assert torch.equal(z["image"][clean], people["image"][clean]) and not t["image"][clean].any()
+    assert torch.equal(z["image"][~clean], noised.z["image"][~clean])
+    assert torch.equal(t["image"][~clean], noised.t["image"][~clean])
+    assert noised.t["image"][~there["image"]].eq(process.steps).all(), "a missing volume is never shown"
+
+
 @pytest.mark.parametrize("time", ["shared", "independent"])
 def test_a_missing_value_has_no_loss_no_gradient_and_no_effect(time: str) -> None:
     process = diffusion(time)

@@ -159,6 +159,19 @@ class JointDiffusion(nn.Module):
             counts[v.name] = there & (level > 0)
         return Noised(z, times, target, clean, counts)
 
+    def reveal(self, noised: Noised, chosen: Tensor) -> tuple[Batch, Batch]:
+        """The volumes and their levels, those that are ``chosen`` (B, volumes) clean, at t = 0, where they are known.
+
+        What is said of scalars and how volumes are denoised are two tasks with levels of their own: most questions give
+        a clean volume, denoising needs a noisy one.
+        """
+        z, t = {}, {}
+        for v, chose in zip(self.variables.volumes, chosen.unbind(1), strict=True):
+            clean = chose & noised.counts[v.name]
+            z[v.name] = torch.where(_against(clean, noised.z[v.name]), noised.clean[v.name], noised.z[v.name])
+            t[v.name] = noised.t[v.name].masked_fill(clean, 0)
+        return z, t
+
     def losses(self, outputs: Mapping[str, Tensor], noised: Noised) -> Batch:
         """Loss of each row and variable (paper, eq. 5): mean over elements of the squared error, or cross-entropy.
 

@@ -105,7 +105,11 @@ class JointDenoiser(nn.Module):
         narrow_group_norms(self)
 
     def forward(
-        self, z: Mapping[str, Tensor], t: Mapping[str, Tensor], want: Collection[str] | None = None
+        self,
+        z: Mapping[str, Tensor],
+        t: Mapping[str, Tensor],
+        want: Collection[str] | None = None,
+        shown: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] = ({}, {}),
     ) -> dict[str, Tensor]:
         """
         Args:
@@ -115,6 +119,7 @@ class JointDenoiser(nn.Module):
             t: levels, int64 (B,) by variable, (B x Q,) of such scalars.
             want: variables to answer for, None for all. The up path is run for volumes alone, in the ``late`` design
                 the down path too.
+            shown: ``late``: volumes, and their levels, that the reader is shown in place of those in z and t.
 
         Returns:
             By variable: like z; for categories logits (B, K); for numbers (B, 1 + 3 components), see
@@ -130,8 +135,10 @@ class JointDenoiser(nn.Module):
         n = len(z[scalars[0]]) // len(z[self.volumes[0].name]) if scalars else 1  # Q
         outputs = {}
         if not want.isdisjoint(scalars):
-            levels = {name: x.repeat_interleave(n) if name in volumes else x for name, x in t.items()}
-            outputs = self.answer(self.read(z, t).repeat_interleave(n, 0), z, levels, want)
+            seen, levels = {**z, **shown[0]}, {**t, **shown[1]}
+            read = self.read(seen, levels).repeat_interleave(n, 0)
+            levels = {name: x.repeat_interleave(n) if name in volumes else x for name, x in levels.items()}
+            outputs = self.answer(read, z, levels, want)
         if want.isdisjoint(volumes):
             return outputs
         first = [{name: x if name in volumes else x[::n] for name, x in values.items()} for values in (z, t)]

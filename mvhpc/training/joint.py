@@ -1,6 +1,6 @@
 """Training the joint diffusion (paper, section 3.1): all latents in memory, one loss over every variable."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mvhpc.config import ConfigError, JointConfig, choose
 from mvhpc.devices import resolve_device
-from mvhpc.diffusion.joint import JointDiffusion
+from mvhpc.diffusion.joint import Batch, JointDiffusion, Noised
 from mvhpc.models.bundle import save_joint
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.randomness import generator, rand
@@ -127,11 +127,16 @@ class JointTask:
         self.schema = Schema.load(config.schema) if config.schema else index.schema
         self.grid = index.grid
         choose(config.scaling, ("sd", "range"), "scaling")
-        several = config.diffusion.time == "independent" and config.model.scalars == "late"
-        if config.questions < 1 or (config.questions > 1 and not several):
+        apart = config.diffusion.time == "independent" and config.model.scalars == "late"
+        if (
+            config.questions < 1
+            or not 0 <= config.reveal <= 1
+            or (not apart and (config.questions, config.reveal) != (1, 0))
+        ):
             raise ConfigError(
-                f"questions={config.questions}: at least 1, and only 1 unless diffusion.time=independent and "
-                "model.scalars=late, where scalars have levels of their own and the volumes are read without them"
+                f"questions={config.questions} reveal={config.reveal}: at least 1 and a chance, and 1 and 0 unless "
+                "diffusion.time=independent and model.scalars=late, where scalars have levels of their own and the "
+                "volumes are read without them"
             )
         train, others = (
             read_records(dataset, dataset.keys(part, config.split), self.schema) for part in ("train", "validation")
@@ -181,6 +186,15 @@ class JointTask:
             batch[v.name] = v.encode(versions[torch.arange(len(which), device=which.device), which])
         return batch
 
+    def _losses(
+        self, network: Callable[..., Batch], noised: Noised, generators: Sequence[torch.Generator]
+    ) -> dict[str, Tensor]:
+        """Of each row (B,), by variable; one generator a row says what the reader is shown clean."""
+        volumes = len(self.diffusion.variables.volumes)
+        chosen = rand(generators, (volumes,), self.diffusion.device) < self.config.reveal
+        outputs = network(noised.z, noised.t, shown=self.diffusion.reveal(noised, chosen))
+        return self.diffusion.losses(outputs, noised)
+
     def step(
         self, batch: dict[str, Any], engines: dict[str, Engine], step: int, indices: list[int]
     ) -> dict[str, Tensor]:
@@ -193,7 +207,7 @@ class JointTask:
         questions = range(self.config.questions)
         rows = [generator(self.config.training.seed, "train", step, i, q) for i in indices for q in questions]
         noised = self.diffusion.noise(clean, batch["present"], self.diffusion.draw_times(rows), rows)
-        losses = self.diffusion.losses(engine(noised.z, noised.t), noised)
+        losses = self._losses(engine, noised, generators)
         loss = self.diffusion.total(losses).mean()
         engine.backward(loss)
         engine.step()
@@ -212,7 +226,7 @@ class JointTask:
         for draw in range(VALIDATION_DRAWS):
             generators = [generator(self.config.training.seed, "validation", i, draw) for i in indices]
             noised = self.diffusion.noise(clean, present, self.diffusion.draw_times(generators), generators)
-            losses = self.diffusion.losses(network(noised.z, noised.t), noised)
+            losses = self._losses(network, noised, generators)
             for name, value in {"loss": self.diffusion.total(losses), **losses}.items():
                 sums[name] = sums.get(name, 0) + value / VALIDATION_DRAWS
         return {
