@@ -47,7 +47,7 @@ def stages(root: Path, quick: bool) -> None:
         "optimizer.warmup": 50,
         "training.epochs": epochs["joint"],
         "training.batch": 32,
-        "training.validate_every": max(1, epochs["joint"] // 6),
+        "training.validate_every": max(1, epochs["joint"] // 10),
         "training.log_every": 50,
         "compute.precision": "auto",
     }

@@ -109,7 +109,7 @@ def test_what_cannot_be_trained_on_is_named(
 ) -> None:
     with pytest.raises(ConfigError, match="mvhpc encode"):
         task(tiny_dataset, tiny_model)
-    with pytest.raises(ConfigError, match=r"reveal=0\.5"):
+    with pytest.raises(ConfigError, match=r"reveal=0\.7"):
         task(tiny_latents, tiny_model, **{"model.scalars": "early", "questions": 1})
     file = tmp_path / "schema.yaml"
     file.write_text("image: {kind: volume, suffix: T1w}\nagee: {kind: continuous, range: [0, 100]}\n")

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mvhpc.config import Compute, ConfigError, Optimizer
 from mvhpc.training.checkpoint import CheckpointError
 from mvhpc.training.engine import Average, LocalEngine, learning_rate
-from mvhpc.training.loop import micro_batch
-from tests.toy_task import Interrupted, ToyTask, curves, digest, exported, run_toy, toy_config
+from mvhpc.training.loop import micro_batch, train
+from tests.toy_task import Interrupted, ToyConfig, ToyTask, curves, digest, exported, run_toy, toy_config
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +70,41 @@ def test_training_lowers_the_error_and_exports_the_best(tmp_path: Path) -> None:
         errors = ToyTask(toy_config()).validate(list(range(7)), {"denoiser": network})["error"]
     assert errors.mean().item() == pytest.approx(summary["validation/error"], rel=1e-6)
     assert (tmp_path / "figures" / "step.txt").read_text() == str(int(summary["best_step"]))
+
+
+class TwoParts(ToyTask):
+    """A task whose first layer is best at one validation, and the rest at another; it notes the weights of each."""
+
+    def __init__(self, config: ToyConfig, best: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None) -> None:
+        super().__init__(config)
+        self.scores = {"first": ("0.",), "rest": ("",)}
+        self.best_of = best
+        self.seen: list[dict[str, Tensor]] = []
+
+    def validate(self, indices: list[int], networks: dict[str, nn.Module]) -> dict[str, Tensor]:
+        weights = {name: w.clone() for name, w in networks["denoiser"].state_dict().items()}
+        self.seen.append(weights)
+        first, rest = self.best_of or (weights, weights)
+        off = (weights["0.weight"] - first["0.weight"]).norm(), (weights["3.weight"] - rest["3.weight"]).norm()
+        return {name: value.expand(len(indices)) for name, value in zip(self.scores, off)}
+
+
+def test_parts_that_share_no_weights_are_exported_each_at_its_own_best(tmp_path: Path) -> None:
+    config = toy_config(training__epochs=6)
+    plain = TwoParts(config)
+    train(plain, config, tmp_path / "plain")
+    best = plain.seen[4], plain.seen[2]
+    summary = train(TwoParts(config, best), config, tmp_path / "whole")
+    assert summary["validation/first"] == summary["validation/rest"] == 0
+    for step in (13, 24):  # after the one best and after the other
+        with pytest.raises(Interrupted):
+            stopped = toy_config(training__epochs=6, tracking__fail_at=step)
+            train(TwoParts(stopped, best), stopped, tmp_path / "pieces")
+    train(TwoParts(config, best), config, tmp_path / "pieces")
+    for run in ("whole", "pieces"):
+        for name, weight in exported(tmp_path / run).items():
+            assert torch.equal(weight, best[0 if name.startswith("0.") else 1][name])
+    assert final_state(tmp_path / "whole") == final_state(tmp_path / "pieces")
 
 
 def test_validation_counts_each_sample_once_and_leaves_out_missing_values(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ class ToyTask:
 
     averaged = "denoiser"
     best = "denoiser"
-    score = "error"
+    scores: Mapping[str, tuple[str, ...]] = {"error": ("",)}
     samples = 36
     validation = 7
 
@@ -179,6 +180,9 @@ class ToyTask:
     def figures(self, networks: dict[str, nn.Module], step: int) -> dict[str, Any]:
         networks["denoiser"](self.points([0]))
         return {"step.txt": lambda path: path.write_text(str(step))}
+
+    def exported(self, folder: Path) -> dict[str, Tensor]:
+        return load_file(folder / "denoiser.safetensors")
 
 
 def exported(folder: Path) -> dict[str, Tensor]:

@@ -270,6 +270,16 @@ def load_joint(folder: str | Path, device: torch.device | str = "cpu") -> JointM
     return JointModel(variables, schema, diffusion, denoiser, autoencoder, meta["grid"], meta["spread"], meta)
 
 
+def read_denoiser(folder: str | Path) -> dict[str, Tensor]:
+    """The denoiser's weights alone.
+
+    Raises:
+        ModelError: as :func:`load_joint`.
+    """
+    folder = model_folder(folder)
+    return load(_weights(folder, _manifest(folder, "joint"), "denoiser"))
+
+
 @dataclass(frozen=True)
 class BaselineModel:
     """A network trained for one question, with all that asking it needs.

@@ -53,6 +53,7 @@ class JointDenoiser(nn.Module):
         ValueError: no volume, or volumes of different size.
     """
 
+    ANSWERING = ("reader.", "trunk.", "asked.")  # ``late``: names of what answers for scalars begin so, no others
     scale: Tensor
     shift: Tensor
 
@@ -99,6 +100,7 @@ class JointDenoiser(nn.Module):
             self.up_time = _mlp(waves, width)
             if scalars:
                 self.reader = Reader(channels, model)
+                self.asked = nn.ModuleList(Token(v, model.embedding) for v in scalars)
                 self.trunk = Trunk(scalars, len(variables), model)
         else:
             self.heads = nn.ModuleList(PaperHead(v, model) for v in scalars)
@@ -160,7 +162,7 @@ class JointDenoiser(nn.Module):
     ) -> dict[str, Tensor]:
         """``late``: the outputs of the scalars among ``want``, from what :meth:`read` gave."""
         levels = [self._wave(v.name, t) for v in self.volumes]
-        told = torch.cat([*self._tokens(z, t), *levels], 1)  # (B, variables x E)
+        told = torch.cat([*self._tokens(self.asked, z, t), *levels], 1)  # (B, variables x E)
         return {v.name: self.trunk(i, seen, told) for i, v in enumerate(self.scalars) if v.name in want}
 
     def encode(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> Features:
@@ -188,7 +190,7 @@ class JointDenoiser(nn.Module):
         time = self._time(t)
         if self.late:
             levels = [self._wave(v.name, t) for v in self.volumes]
-            time = self.up_time(torch.cat([*self._tokens(z, t), *levels], 1))
+            time = self.up_time(torch.cat([*self._tokens(self.tokens, z, t), *levels], 1))
         for block in self.up:
             n = len(block.resnets)
             skips, passed = skips[:-n], skips[-n:]
@@ -216,14 +218,13 @@ class JointDenoiser(nn.Module):
         names = [v.name for v in self.volumes] if self.late else self.names
         return self.time(torch.cat([self._wave(name, t) for name in names], 1))  # (B, 4 channels[0])
 
-    def _tokens(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> list[Tensor]:
+    def _tokens(self, tokens: nn.ModuleList, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> list[Tensor]:
         return [
-            token(z[v.name], self._wave(v.name, t), self._shown(v.name, t, 2))
-            for v, token in zip(self.scalars, self.tokens)
+            token(z[v.name], self._wave(v.name, t), self._shown(v.name, t, 2)) for v, token in zip(self.scalars, tokens)
         ]
 
     def _context(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> Tensor | None:
-        return torch.stack(self._tokens(z, t), 1) if self.scalars else None  # (B, scalars, E)
+        return torch.stack(self._tokens(self.tokens, z, t), 1) if self.scalars else None  # (B, scalars, E)
 
     def _wave(self, name: str, t: Mapping[str, Tensor]) -> Tensor:
         return sinusoid(t[name], self.embedding).to(self.conv_in.conv.weight.dtype)  # (B, E)

@@ -1,6 +1,6 @@
 """Training the comparison: a DenseNet121 for one question alone (paper, section 4.2)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ class BaselineTask:
 
     averaged: str | None = None
     best = "baseline"
-    score = "loss"
+    scores: Mapping[str, tuple[str, ...]] = {"loss": ("",)}
 
     def __init__(self, config: BaselineConfig) -> None:
         self.config = config

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mvhpc.config import ConfigError, JointConfig, choose
 from mvhpc.devices import resolve_device
 from mvhpc.diffusion.joint import Batch, JointDiffusion, Noised
-from mvhpc.models.bundle import save_joint
+from mvhpc.models.bundle import read_denoiser, save_joint
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.randomness import generator, rand
 from mvhpc.training.calibration import calibrate
@@ -116,7 +116,6 @@ class JointTask:
 
     averaged: str | None = "denoiser"
     best = "denoiser"
-    score = "loss"
 
     def __init__(self, config: JointConfig) -> None:
         self.config = config
@@ -153,6 +152,9 @@ class JointTask:
         if len(whole) > 1:
             denoiser.adapt({v.name: v.encode(self.people.values[v.name][whole, 0]) for v in variables.volumes})
         self.networks: dict[str, nn.Module] = {"denoiser": denoiser}
+        self.scores: Mapping[str, tuple[str, ...]] = {"loss": ("",)}
+        if denoiser.late and variables.scalars:  # few people are learnt by heart long before volumes are learnt
+            self.scores = {"loss_of_scalars": denoiser.ANSWERING, "loss_of_volumes": ("",)}
         self.learning_rates = {"denoiser": config.optimizer.lr}
 
     def _moments(self, train: Records, volume: str, index: Index) -> dict[str, Any]:
@@ -222,19 +224,21 @@ class JointTask:
         values = {n: v.to(device) for n, v in values.items()}
         present = {n: p.to(device) for n, p in present.items()}
         clean = self._encode(values, torch.zeros(len(indices), dtype=torch.bool, device=device))
+        volumes = {v.name for v in self.diffusion.variables.volumes}
         sums: dict[str, Tensor] = {}
         for draw in range(VALIDATION_DRAWS):
             generators = [generator(self.config.training.seed, "validation", i, draw) for i in indices]
             noised = self.diffusion.noise(clean, present, self.diffusion.draw_times(generators), generators)
             losses = self._losses(network, noised, generators)
-            for name, value in {"loss": self.diffusion.total(losses), **losses}.items():
+            totals = {"loss": losses}
+            if len(self.scores) > 1:
+                totals["loss_of_volumes"] = {name: x for name, x in losses.items() if name in volumes}
+                totals["loss_of_scalars"] = {name: x for name, x in losses.items() if name not in volumes}
+            measured = {name: self.diffusion.total(parts) for name, parts in totals.items()}
+            measured |= {f"loss_{name}": torch.where(present[name], x, torch.nan) for name, x in losses.items()}
+            for name, value in measured.items():
                 sums[name] = sums.get(name, 0) + value / VALIDATION_DRAWS
-        return {
-            name if name == "loss" else f"loss_{name}": value
-            if name == "loss"
-            else torch.where(present[name], value, torch.nan)
-            for name, value in sums.items()
-        }
+        return sums
 
     def export(self, folder: Path, states: dict[str, dict[str, Tensor]], metrics: dict[str, float]) -> None:
         """Write the self-contained model: averaged denoiser, calibration, autoencoder, schema, latents' scale."""
@@ -259,6 +263,10 @@ class JointTask:
             grid=self.grid,
             extra={"validation": metrics, "calibrated on": min(self.validation, CALIBRATION)},
         )
+
+    def exported(self, folder: Path) -> dict[str, Tensor]:
+        """The denoiser's weights that :meth:`export` wrote."""
+        return read_denoiser(folder)
 
 
 def worker(config: JointConfig, folder: Path, rank: int, world: int) -> dict[str, float]:

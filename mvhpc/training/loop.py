@@ -12,7 +12,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ def train(task: Task, config: Config, folder: Path, rank: int = 0, world: int = 
         world: how many there are.
 
     Returns:
-        the best validation's metrics (``validation/...``), ``best_step``, ``steps`` and
+        the metrics of the last validation that was exported, its scores the best of all (``validation/...``), its step
+        ``best_step``, ``steps`` and
         ``system/samples_per_second``.
 
     Raises:
@@ -244,17 +245,33 @@ class _Run:
                 stack.enter_context(engine.evaluating())
             self._refresh()
             metrics = self._metrics() if self.task.validation else {}
-            score, best = metrics.get(self.task.score), self.best.get(f"validation/{self.task.score}")
             named = {f"validation/{name}": value for name, value in metrics.items()}
             if named:
                 self._write("metrics", step=step, metrics=named)
-            if score is not None and best is not None and score >= best:
+            worse = {
+                key: self.best[key]
+                for key in (f"validation/{name}" for name in self.task.scores)
+                if key in self.best and named[key] >= self.best[key]
+            }
+            if len(worse) == len(self.task.scores):
                 return False
-            self.best = {**named, "best_step": step}
-            self.owed = ({self.task.best: self.engines[self.task.best].weights()}, metrics)
+            self.best = {**named, **worse, "best_step": step}
+            weights = self._keep_best(self.engines[self.task.best].weights(), worse)
+            self.owed = ({self.task.best: weights}, metrics)
             self._trouble(step, self._export())
             self._draw(step)
             return True
+
+    def _keep_best(self, weights: dict[str, Tensor], worse: Collection[str]) -> dict[str, Tensor]:
+        """``weights``, the parts that are ``worse`` than before as they were then; of rank 0."""
+        if not worse or self.ranks.rank != 0:
+            return weights
+        before = self.owed[0][self.task.best] if self.owed else self.task.exported(self.folder / "model")  # type: ignore[attr-defined]
+
+        def judge(name: str) -> str:
+            return next(score for score, beginnings in self.task.scores.items() if name.startswith(beginnings))
+
+        return {name: before[name] if f"validation/{judge(name)}" in worse else w for name, w in weights.items()}
 
     def _refresh(self) -> None:
         refresh = getattr(self.task, "refresh", None)
@@ -277,13 +294,14 @@ class _Run:
                 counted = real & ~values.isnan()
                 pair = torch.stack([values[counted].sum(), counted.sum().double()])
                 sums[name] = sums.get(name, torch.zeros(2, dtype=torch.float64)) + pair
-        if self.task.score not in sums:
-            raise KeyError(f"the task validates {', '.join(sums)}, not its score {self.task.score!r}")
+        if missing := set(self.task.scores) - set(sums):
+            raise KeyError(f"the task validates {', '.join(sums)}, not its score {', '.join(sorted(missing))}")
         names = sorted(sums)
         totals = self.ranks.sum(torch.stack([sums[name] for name in names]))  # (metrics, 2)
         means = {name: float(total / count) for name, (total, count) in zip(names, totals) if count > 0}
-        if not math.isfinite(means.get(self.task.score, math.nan)):
-            raise FloatingPointError(f"validation {self.task.score} is not finite; {ADVICE}")
+        for score in self.task.scores:
+            if not math.isfinite(means.get(score, math.nan)):
+                raise FloatingPointError(f"validation {score} is not finite; {ADVICE}")
         return means
 
     def _export(self) -> str | None:

@@ -1,5 +1,6 @@
 """What the training loop asks of a stage that trains networks."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +28,11 @@ class Task(Protocol):
         best: the network that is exported at the best validation.
         samples: how many training samples there are.
         validation: how many validation samples; 0 exports the last weights.
-        score: the metric of :meth:`validate` to minimise.
+        scores: metrics of :meth:`validate` to minimise, each with the beginnings of the names of the weights that it
+            judges; the first that fits counts. Parts of the exported network that share no weights are exported each as
+            it was at its own best validation.
+
+    With several scores, ``exported(folder)`` is the state dict in a folder that :meth:`export` wrote.
 
     A task may also have ``figures(networks, step) -> {file name: function that writes a path}``, called by every worker
     with the averaged weights in place after each export; rank 0 alone calls the functions. And it may have
@@ -41,7 +46,7 @@ class Task(Protocol):
     best: str
     samples: int
     validation: int
-    score: str
+    scores: Mapping[str, tuple[str, ...]]
 
     def load(self, indices: list[int]) -> dict[str, Any]:
         """The training samples ``indices`` as a batch in host memory; runs in prefetching threads."""

@@ -1,6 +1,6 @@
 """Training the autoencoder with MAISI's loss (arXiv:2409.11169): L1 + KL + perceptual + adversarial."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +85,7 @@ class VAETask:
 
     averaged: str | None = None
     best = "autoencoder"
-    score = "reconstruction"
+    scores: Mapping[str, tuple[str, ...]] = {"reconstruction": ("",)}
 
     def __init__(self, config: VAEConfig, lpips: SqueezeLPIPS | None = None) -> None:
         self.config, self.lpips = config, lpips
