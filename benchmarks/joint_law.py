@@ -31,7 +31,7 @@ from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.diffusion.posterior import Posterior
 from mvhpc.diffusion.sampling import sample
 from mvhpc.models.denoiser import JointDenoiser
-from mvhpc.randomness import generator
+from mvhpc.randomness import generator, rand
 from mvhpc.variables import Categorical, Continuous, Variables, Volume
 from shards.progress import progress
 
@@ -48,7 +48,7 @@ VARIABLES = Variables(
 NETWORK = config.Denoiser("late", 8, [32, 64], [False, True], 1, 32, 8, 64, 0.0, False)
 DIFFUSION = config.Diffusion(1000, 0.0015, 0.0195, "independent", 0.1, 0.4, 0.3, "v", "v", {}, {})
 SCALARS = (*NUMBERS, "site")
-QUESTIONS = 8  # asked of each row in training
+QUESTIONS, REVEAL = 8, 0.7  # of configs/joint/default.yaml
 METHODS: dict[str, dict[str, object]] = {
     "posterior": {},
     "repaint, DDIM, 50 steps": {"conditioning": "repaint", "solver": "ddim", "steps": 50, "stride": 20},
@@ -134,7 +134,9 @@ def learn(law: Law, network: JointDenoiser, diffusion: JointDiffusion, steps: in
     for step in progress(range(steps), "training", unit="step"):
         generators = [generator(0, "law", step, i, q) for i in range(batch) for q in range(QUESTIONS)]
         noised = diffusion.noise(law.draw(batch, g), {}, diffusion.draw_times(generators), generators)
-        loss = diffusion.total(diffusion.losses(network(noised.z, noised.t), noised)).mean()
+        chosen = rand([generator(0, "reveal", step, i) for i in range(batch)], (1,)) < REVEAL
+        outputs = network(noised.z, noised.t, shown=diffusion.reveal(noised, chosen))
+        loss = diffusion.total(diffusion.losses(outputs, noised)).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -248,30 +248,28 @@ class _Run:
             named = {f"validation/{name}": value for name, value in metrics.items()}
             if named:
                 self._write("metrics", step=step, metrics=named)
-            worse = {
-                key: self.best[key]
-                for key in (f"validation/{name}" for name in self.task.scores)
-                if key in self.best and named[key] >= self.best[key]
-            }
-            if len(worse) == len(self.task.scores):
+            before = {name: self.best.get(f"validation/{name}", math.inf) for name in self.task.scores}
+            kept = {name: best for name, best in before.items() if metrics.get(name, -math.inf) >= best}
+            if len(kept) == len(before):
                 return False
-            self.best = {**named, **worse, "best_step": step}
-            weights = self._keep_best(self.engines[self.task.best].weights(), worse)
+            metrics |= kept
+            self.best = {f"validation/{name}": value for name, value in metrics.items()} | {"best_step": step}
+            weights = self._keep_best(self.engines[self.task.best].weights(), kept)
             self.owed = ({self.task.best: weights}, metrics)
             self._trouble(step, self._export())
             self._draw(step)
             return True
 
-    def _keep_best(self, weights: dict[str, Tensor], worse: Collection[str]) -> dict[str, Tensor]:
-        """``weights``, the parts that are ``worse`` than before as they were then; of rank 0."""
-        if not worse or self.ranks.rank != 0:
+    def _keep_best(self, weights: dict[str, Tensor], kept: Collection[str]) -> dict[str, Tensor]:
+        """``weights``, those of the scores that are ``kept`` as they were exported; of rank 0."""
+        if not kept or self.ranks.rank != 0:
             return weights
         before = self.owed[0][self.task.best] if self.owed else self.task.exported(self.folder / "model")  # type: ignore[attr-defined]
 
         def judge(name: str) -> str:
             return next(score for score, beginnings in self.task.scores.items() if name.startswith(beginnings))
 
-        return {name: before[name] if f"validation/{judge(name)}" in worse else w for name, w in weights.items()}
+        return {name: before[name] if judge(name) in kept else w for name, w in weights.items()}
 
     def _refresh(self) -> None:
         refresh = getattr(self.task, "refresh", None)
