@@ -50,6 +50,7 @@ def stages(root: Path, quick: bool) -> None:
         "training.validate_every": max(1, epochs["joint"] // 10),
         "training.log_every": 50,
         "compute.precision": "auto",
+        "compute.threads": 1,
     }
     plan: list[tuple[str, str, dict[str, Any]]] = [
         ("phantom", "demo", {"out": root / "source", "subjects": people}),
@@ -69,8 +70,6 @@ def stages(root: Path, quick: bool) -> None:
             },
         ),
         ("encode", "demo", {"data": root / "packed", "vae": root / "vae", "out": root / "latents"}),
-        ("joint", "default", joint | {"out": root / "ours"}),
-        ("joint", "paper", joint | {"out": root / "paper"}),
     ]
     for part in plan:
         complete(root, *part)
@@ -80,19 +79,17 @@ def stages(root: Path, quick: bool) -> None:
         "compute.precision": "auto",
         "compute.threads": 1,
     }
-    questions = [(want, given) for want, given in QUESTIONS if "image" in given]
+    models: list[tuple[str, str, dict[str, Any]]] = [
+        ("joint", "default", joint | {"out": root / "ours"}),
+        ("joint", "paper", joint | {"out": root / "paper"}),
+        *(
+            ("baseline", "default", densenet | {"want": w, "given": list(g), "out": root / densenet_name(w, g)})
+            for w, g in QUESTIONS
+            if "image" in g
+        ),
+    ]
     with ProcessPoolExecutor(2, get_context("spawn"), end_with_parent) as two:  # a core each, faster than in turn
-        asked = [
-            two.submit(
-                complete,
-                root,
-                "baseline",
-                "default",
-                densenet | {"want": want, "given": list(given), "out": root / densenet_name(want, given)},
-            )
-            for want, given in questions
-        ]
-        for future in asked:
+        for future in [two.submit(complete, root, *model) for model in models]:
             future.result()
 
 

@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def minutes(root: Path, making: float, asking: float) -> str:
-    """What every stage took, the baselines two at a time, asking everybody everything, and this invocation in all."""
+    """What every stage took, the models two at a time, asking everybody everything, and this invocation in all."""
     marks = sorted(root.glob("*/stage.json"), key=lambda path: path.stat().st_mtime)
     took = {path.parent.name.removesuffix(".run"): record(path.parent)["seconds"] for path in marks}
     parts = ", ".join(f"{name} {s / 60:.1f}" for name, s in {**took, "asking": asking}.items())
