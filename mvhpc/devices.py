@@ -53,14 +53,15 @@ def send(x: Tensor, device: torch.device | str) -> Tensor:
 
 
 def keep_thin_convolutions_exact(module: nn.Module) -> None:
-    """Compute 3D convolutions over a first spatial axis of 2 in float32 under autocast.
+    """Compute 3D convolutions over a first spatial axis of 2, or a second of 1, in float32 under autocast.
 
-    On CPUs oneDNN's bfloat16 weight gradient of those is memory never written, up to infinity (torch 2.13, oneDNN
-    3.12, kernel 3, padding 1; other sizes are right).
+    On CPUs oneDNN's bfloat16 weight gradient of those is memory never written, up to infinity, and may write where it
+    must not: of kernel 3 and padding 1 the first, of kernel 4 and stride 2, transposed, the second (torch 2.13, oneDNN
+    3.12; other sizes are right).
     """
 
     def forward(convolution: nn.Conv3d, x: Tensor) -> Tensor:
-        if x.shape[2] != 2:
+        if x.shape[2] != 2 and x.shape[3] != 1:
             return type(convolution).forward(convolution, x)
         with torch.autocast("cpu", enabled=False):
             return type(convolution).forward(convolution, x.float())

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from mvhpc import config
 from mvhpc.models.heads import PaperHead, Reader, Token, Trunk
 from mvhpc.models.norm import narrow_group_norms
+from mvhpc.models.upsample import merge_upsampling
 from mvhpc.variables import Categorical, Scalar, Variables
 
 
@@ -107,6 +108,7 @@ class JointDenoiser(nn.Module):
         narrow_group_norms(self)
 
     def forward(
+        merge_upsampling(self)
         self,
         z: Mapping[str, Tensor],
         t: Mapping[str, Tensor],

@@ -1,0 +1,69 @@
+"""Doubling and convolving at once."""
+
+import torch
+from monai.networks.nets import AutoencoderKL
+from torch import Tensor, nn
+
+from mvhpc.devices import keep_thin_convolutions_exact
+from mvhpc.models.upsample import DoublingConv, merge_upsampling
+
+
+def networks() -> tuple[nn.Module, nn.Module]:
+    """One as MONAI builds it, and one with its upsampling merged; the same weights."""
+
+    def build() -> nn.Module:
+        return AutoencoderKL(
+            spatial_dims=3,
+            in_channels=1,
+            out_channels=1,
+            channels=(4, 8, 8),
+            num_res_blocks=(1, 1, 1),
+            attention_levels=(False, False, False),
+            latent_channels=2,
+            norm_num_groups=2,
+            with_encoder_nonlocal_attn=False,
+            with_decoder_nonlocal_attn=False,
+        ).double()
+
+    torch.manual_seed(0)
+    plain, merged = build(), build()
+    merge_upsampling(merged)
+    merged.load_state_dict(plain.state_dict())
+    return plain, merged
+
+
+def results(network: nn.Module, z: Tensor) -> list[Tensor]:
+    """What it decodes, and the gradients of that with respect to everything it has come through."""
+    z = z.clone().requires_grad_()
+    decoded = network.decode(z)
+    decoded.square().sum().backward()
+    return [decoded, z.grad, *(p.grad for p in network.decoder.parameters())]
+
+
+def test_a_merged_network_has_the_same_results_and_gradients() -> None:
+    plain, merged = networks()
+    assert sum(isinstance(part, DoublingConv) for part in merged.modules()) == 2
+    for size in ((1, 1, 1), (2, 3, 4), (5, 2, 1)):
+        z = torch.randn(2, 2, *size, dtype=torch.float64)
+        for a, b in zip(results(plain, z), results(merged, z), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_in_bfloat16_it_differs_by_its_rounding() -> None:
+    """Thin volumes too, whose weight gradients oneDNN gets wrong."""
+    torch.manual_seed(0)
+    for channels in (3, 16, 64):
+        for size in ((1, 1, 1), (2, 2, 2), (3, 4, 3), (2, 5, 6), (4, 6, 5), (6, 3, 2), (3, 1, 2)):
+            x, gradient = torch.randn(4, channels, *size), torch.randn(4, channels, *(2 * n for n in size))
+            convolution = DoublingConv(channels, channels, 3, padding=1)
+            keep_thin_convolutions_exact(convolution)
+            said = []
+            for rounded in (False, True):
+                convolution.zero_grad()
+                y = x.clone().requires_grad_()
+                with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+                    out = convolution(y)
+                out.backward(gradient.to(out.dtype))
+                said.append([out.float(), y.grad, convolution.weight.grad.clone()])
+            for exact, near in zip(*said, strict=True):
+                assert float((exact - near).abs().max()) < 0.03 * float(exact.abs().max()), (channels, size)
