@@ -52,7 +52,7 @@ class Ours:
         if device.type == "cpu":
             keep_thin_convolutions_exact(self.network)
         if compiled:
-            self.network.compile(dynamic=True)  # as it is trained
+            self.network.compile()
 
     def cast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from mvhpc import config
 from mvhpc.diffusion.density import density
@@ -165,6 +166,21 @@ def test_volumes_at_rest_cost_no_unet() -> None:
     net(z, {**t, "v0": t["v0"] * 0, "v1": t["v1"] * 0})
     assert rows[2] == 1, "the same layers run at every worker"
     hook.remove()
+
+
+def test_compiled_it_says_the_same_and_is_compiled_once_for_any_number_of_moving_rows() -> None:
+    """Any but one, which torch always compiles for itself."""
+    torch._dynamo.reset()
+    net, graphs = model(variables((3, 4, 2))), []
+    z, t = inputs(variables((3, 4, 2)), 8)
+    plain = {n: net(z, {**t, "v0": torch.where(torch.arange(8) < n, t["v0"], 0)}) for n in (3, 8, 2, 5)}
+    net.compile(backend="eager")
+    for n, said in plain.items():
+        compiled = net(z, {**t, "v0": torch.where(torch.arange(8) < n, t["v0"], 0)})
+        for name, value in said.items():
+            torch.testing.assert_close(compiled[name], value)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[-1] > 1
 
 
 @DESIGNS

@@ -23,6 +23,8 @@ from mvhpc.models.norm import narrow_group_norms
 from mvhpc.models.upsample import merge_upsampling
 from mvhpc.variables import Categorical, Scalar, Variables
 
+Values = Mapping[str, Tensor]
+
 
 @dataclass(frozen=True)
 class Features:
@@ -106,9 +108,9 @@ class JointDenoiser(nn.Module):
         else:
             self.heads = nn.ModuleList(PaperHead(v, model) for v in scalars)
         narrow_group_norms(self)
+        merge_upsampling(self)
 
     def forward(
-        merge_upsampling(self)
         self,
         z: Mapping[str, Tensor],
         t: Mapping[str, Tensor],
@@ -201,14 +203,22 @@ class JointDenoiser(nn.Module):
         return {v.name: part for v, part in zip(self.volumes, image.split([v.shape[0] for v in self.volumes], 1))}
 
     def _denoise_moving(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The U-Net for the rows with a volume that is not at rest, and for the first row whatever it is: all workers
-        must run the same layers."""
+        """The U-Net for the rows that move, zero for the others."""
+        rows, z_moving, t_moving = self._moving(z, t)
+        denoised = self.decode(self.encode(z_moving, t_moving), z_moving, t_moving)
+        return {name: x.new_zeros(z[name].shape).index_copy(0, rows, x) for name, x in denoised.items()}
+
+    @torch.compiler.disable
+    def _moving(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> tuple[Tensor, Values, Values]:
+        """Which rows have a volume that is not at rest, and z and t of those; the first row where none has, for all
+        workers must run the same layers."""
         moving = torch.stack([t[v.name] > 0 for v in self.volumes]).any(0)  # (B,)
         moving[0] |= ~moving.any()
         rows = torch.nonzero(moving)[:, 0]
         z, t = ({name: x[rows] for name, x in values.items()} for values in (z, t))
-        denoised = self.decode(self.encode(z, t), z, t)
-        return {name: x.new_zeros(len(moving), *x.shape[1:]).index_copy(0, rows, x) for name, x in denoised.items()}
+        for x in (rows, *z.values(), *t.values()):  # their number differs from step to step: compiled once for any
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+        return rows, z, t
 
     def _channelwise(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> Tensor:
         return self._image(z, t) * self.scale + self.shift  # (B, sum C, h, w, d)

@@ -46,7 +46,7 @@ class DeepSpeedEngine(Engine):
         self.stage = compute.zero_stage
         self.layout = f"{ranks.world} workers, ZeRO-{self.stage}"
         if compute.compile:
-            module.compile(dynamic=True)  # as in LocalEngine
+            module.compile()
         zero: dict[str, Any] = {"stage": self.stage, "stage3_param_persistence_threshold": 0}
         if compute.offload == "cpu":
             zero["offload_optimizer"] = {"device": "cpu"}

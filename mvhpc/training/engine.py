@@ -257,7 +257,7 @@ class LocalEngine(Engine):
         super().__init__(module.to(device).train(), optimizer, compute, accumulate, device)
         self.layout = "1 worker"
         if compute.compile:
-            module.compile(dynamic=True)  # once for any number of rows: how many volumes move changes from step to step
+            module.compile()
         self.optimizer = adamw(module, rate, optimizer)
         if decay is not None:
             self.average = Average(list(module.parameters()), decay)
