@@ -11,24 +11,32 @@ class DoublingConv(nn.Conv3d):
 
     Of three neighbours at least two are then copies of one voxel, so that two of the kernel's weights meet the same
     value. Added beforehand, they leave two products an axis of three, 8 in all of 27: a transposed convolution of
-    stride 2 with the kernel (w2, w1 + w2, w0 + w1, w0).
+    stride 2 with the kernel (w2, w1 + w2, w0 + w1, w0) along each axis.
     """
+
+    added: Tensor
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+        axis = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        self.register_buffer("added", torch.kron(axis, torch.kron(axis, axis)).T, persistent=False)  # (27, 64)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w, d) to (B, C', 2h, 2w, 2d)."""
-        kernel = self.weight.transpose(0, 1)  # (C, C', 3, 3, 3)
-        for axis in (2, 3, 4):
-            first, middle, last = kernel.unbind(axis)
-            kernel = torch.stack([last, middle + last, first + middle, first], axis)
-        return F.conv_transpose3d(x, kernel, self.bias, stride=2, padding=1)  # the kernel is (C, C', 4, 4, 4)
+        with torch.autocast(x.device.type, enabled=False):  # weights are added before they are rounded
+            kernel = self.weight.flatten(2) @ self.added  # (C', C, 64)
+        kernel = kernel.unflatten(2, (4, 4, 4)).transpose(0, 1)
+        return F.conv_transpose3d(x, kernel, self.bias, stride=2, padding=1)
 
 
 def merge_upsampling(module: nn.Module) -> None:
     """Make every doubling of a MONAI network, with the convolution behind it, a :class:`DoublingConv`.
 
-    Names of weights, their shapes and, but for rounding, results stay.
+    Names of weights, their shapes and values and, but for rounding, results stay.
     """
-    for part in module.modules():
+    for part in [*module.modules()]:
         if isinstance(part, UpSample):
-            part.upsample_non_trainable = nn.Identity()
-            part.postconv.conv.__class__ = DoublingConv
+            old = part.postconv.conv
+            new = DoublingConv(old.in_channels, old.out_channels).to(old.weight)
+            new.weight, new.bias = old.weight, old.bias
+            part.upsample_non_trainable, part.postconv.conv = nn.Identity(), new
