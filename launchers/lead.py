@@ -121,7 +121,8 @@ class Lead:
             token.write_text(secrets.token_hex(32))
         with contextlib.ExitStack() as stack:
             try:
-                ip, interface = own_address(self.assignment.interface, None)
+                alone = self.allocation.nodes == 1
+                ip, interface = ("127.0.0.1", "lo") if alone else own_address(self.assignment.interface, None)
                 self.link = Hub(ip, token.read_text())
                 stack.callback(self._close)
                 tell: Callable[[Message], None] = lambda message: self.link.messages.put((0, message))  # noqa: E731

@@ -83,6 +83,8 @@ class Member:
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            # 0, on any system: no other machine joins. Ray then listens on loopback, else on all interfaces.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": str(int(allocation.nodes > 1)),
             # Compiled anew for every job: a compiler killed in a shared cache leaves a lock that hangs all later ones.
             "TORCH_EXTENSIONS_DIR": str(self.scratch / "extensions"),
             "TMPDIR": str(self.scratch),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -45,6 +46,12 @@ SMALL_JOINT = {  # overrides of the joint stage, for latents of 2 x 2 x 2
     "model.embedding": 16,
     "model.res_blocks": 1,
 }
+
+
+def listening(process: psutil.Process) -> set[str]:
+    """The addresses at which a process waits for connections."""
+    found = (c for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN)
+    return {c.laddr.ip.removeprefix("::ffff:") for c in found}
 
 
 def write_bids(folder: Path, subjects: int, size: int = 20, seed: int = 0) -> Path:

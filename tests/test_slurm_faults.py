@@ -16,7 +16,7 @@ import pytest
 from launchers import jobs
 from mvhpc.journal import read
 from mvhpc.models.bundle import load_joint
-from tests.conftest import SMALL_JOINT
+from tests.conftest import SMALL_JOINT, listening
 from tests.slurm_cluster import NODES, SlurmCluster, wait_for
 from tests.test_slurm import nothing_is_left, state_of_its_own, submit  # noqa: F401 (a fixture)
 from tests.toy_task import curves, digest
@@ -238,7 +238,8 @@ def test_the_model_is_the_one_of_an_undisturbed_run(
 def test_two_jobs_on_one_node_do_not_meet(
     slurm: SlurmCluster, undisturbed: Path, tiny_latents: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Each with a Ray of two workers; one is cancelled and leaves nothing, the other ends as if it had been alone."""
+    """Each with a Ray of two workers, heard by this node alone; one is cancelled and leaves nothing, the other ends as
+    if it had been alone."""
     site = tmp_path / "site.yaml"
     site.write_text("cpus_per_task: 2\nsbatch: {nodelist: n1}\n")
     alone = ("--nodes", "1", "--cluster-config", str(site), "compute.workers=2")
@@ -250,6 +251,8 @@ def test_two_jobs_on_one_node_do_not_meet(
     first.process("RayTrainWorker").suspend()  # so that it is still at it
     second.reach(1)
     assert slurm.state(first.job) == slurm.state(second.job) == "RUNNING"
+    ears = {process.name(): listening(process) for process in slurm.job_processes(second.job)}
+    assert ears["gcs_server"] == ears["raylet"] == {"127.0.0.1"}, "Ray on one node is for nobody outside of it"
     submit("cancel", first.job)
     nothing_is_left(slurm, first.job, first.run)
     second.finish()

@@ -17,8 +17,9 @@ from mvhpc.config import ConfigError
 from mvhpc.journal import read
 from mvhpc.run import Interrupted as StoppedOnRequest
 from mvhpc.training import guard
-from mvhpc.training.cluster import WorkerError, launch
+from mvhpc.training.cluster import WorkerError, launch, ray_session
 from mvhpc.training.whole import read_weights, read_whole
+from tests.conftest import listening
 from tests.toy_task import Interrupted, curves, digest, exported, run_toy, toy_config
 
 pytestmark = pytest.mark.slow
@@ -260,6 +261,12 @@ def test_a_stop_and_a_killed_worker_under_ray_change_not_one_bit(
     assert sorted(p.name for p in (tmp_path / "run" / "logs").iterdir()) == ["worker-0.log", "worker-1.log"]
     printed = "".join(capfd.readouterr())
     assert len(printed.splitlines()) <= 2, printed  # Ray, DeepSpeed and torch keep to the logs
+
+
+def test_ray_on_this_machine_listens_to_nobody_else(tmp_path: Path, nothing_is_left: None) -> None:
+    with ray_session(1, tmp_path):
+        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        assert set.union(*map(listening, processes)) == {"127.0.0.1"}
 
 
 def test_an_error_of_a_worker_comes_back_as_one_sentence(tmp_path: Path, nothing_is_left: None) -> None:
