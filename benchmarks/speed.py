@@ -12,6 +12,7 @@ repetitions, so that both meet the same machine.
 """
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.diffusion.posterior import Posterior
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.denoiser import JointDenoiser
+from mvhpc.models.frozen import freeze
 from mvhpc.randomness import generator
 from mvhpc.training.engine import adamw
 from mvhpc.training.meters import peak
@@ -49,10 +51,13 @@ class Ours:
         self.network = JointDenoiser(variables, config.model, self.diffusion.blind).to(device)
         self.optimizer = adamw(self.network, 1e-4, config.optimizer)
         self.device, self.precision, self.questions = device, resolve_precision("auto", device), config.questions
+        self.asked = copy.deepcopy(self.network).eval()
+        freeze(self.asked, self.precision)
         if device.type == "cpu":
             keep_thin_convolutions_exact(self.network)
         if compiled:
             self.network.compile()
+            self.asked.compile()
 
     def cast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32)
@@ -71,12 +76,12 @@ class Ours:
     def denoise(self, batch: dict[str, Tensor]) -> None:
         t = {name: torch.full((len(x),), 500, device=self.device) for name, x in batch.items()}
         with self.cast():
-            self.network(batch, t)
+            self.asked(batch, t)
 
     @torch.inference_mode()
     def answer(self, batch: dict[str, Tensor]) -> None:
         with self.cast():
-            posterior = Posterior(self.network, self.diffusion, {"image": batch["image"]}, len(batch["age"]))
+            posterior = Posterior(self.asked, self.diffusion, {"image": batch["image"]}, len(batch["age"]))
             posterior.laws(["age", "sex"])
 
 

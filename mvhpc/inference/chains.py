@@ -13,6 +13,7 @@ from mvhpc.devices import resolve_device, resolve_precision
 from mvhpc.diffusion.posterior import Posterior, hindrance
 from mvhpc.diffusion.sampling import sample, time_grid
 from mvhpc.models.bundle import JointModel, load_joint
+from mvhpc.models.frozen import freeze
 from shards.schema import Schema
 
 
@@ -27,7 +28,7 @@ class Sampler:
         scalars: whether scalars are all that is wanted, which a posterior can answer.
 
     Attributes:
-        model: the loaded :class:`~mvhpc.models.bundle.JointModel`.
+        model: the loaded :class:`~mvhpc.models.bundle.JointModel`, its denoiser frozen in ``precision``.
         device: where it is.
         sampling: as given, ``auto`` resolved: the cheapest way that is exact for this model.
 
@@ -48,6 +49,7 @@ class Sampler:
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         self.model: JointModel = load_joint(model, self.device)
+        freeze(self.model.denoiser, self.precision)
         self.sampling = replace(sampling, conditioning=self._way(sampling, scalars))
 
     def _way(self, sampling: Sampling, scalars: bool) -> str:

@@ -239,12 +239,12 @@ class JointDenoiser(nn.Module):
         return torch.stack(self._tokens(self.tokens, z, t), 1) if self.scalars else None  # (B, scalars, E)
 
     def _wave(self, name: str, t: Mapping[str, Tensor]) -> Tensor:
-        return sinusoid(t[name], self.embedding).to(self.conv_in.conv.weight.dtype)  # (B, E)
+        return sinusoid(t[name], self.embedding).to(self.scale.dtype)  # (B, E)
 
     def _shown(self, name: str, t: Mapping[str, Tensor], dimensions: int) -> Tensor:
         """1 where a value is shown to the network, else 0; (B, 1, ...)."""
         seen = torch.ones_like(t[name]) if self.blind is None else t[name] < self.blind
-        return seen.to(self.conv_in.conv.weight.dtype).reshape(-1, *[1] * (dimensions - 1))
+        return seen.to(self.scale.dtype).reshape(-1, *[1] * (dimensions - 1))
 
     def _run(self, block: Callable[..., Tensor], *args: Tensor | Sequence[Tensor] | None) -> Tensor:
         if self.checkpointing and self.training:

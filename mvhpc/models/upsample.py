@@ -21,12 +21,25 @@ class DoublingConv(nn.Conv3d):
         axis = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
         self.register_buffer("added", torch.kron(axis, torch.kron(axis, axis)).T, persistent=False)  # (27, 64)
 
+    @property
+    def kernel(self) -> Tensor:
+        """Of the transposed convolution, (C, C', 4, 4, 4)."""
+        added = self.weight.flatten(2) @ self.added  # (C', C, 64)
+        return added.unflatten(2, (4, 4, 4)).transpose(0, 1)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w, d) to (B, C', 2h, 2w, 2d)."""
         with torch.autocast(x.device.type, enabled=False):  # weights are added before they are rounded
-            kernel = self.weight.flatten(2) @ self.added  # (C', C, 64)
-        kernel = kernel.unflatten(2, (4, 4, 4)).transpose(0, 1)
+            kernel = self.kernel
         return F.conv_transpose3d(x, kernel, self.bias, stride=2, padding=1)
+
+    @torch.no_grad()
+    def settled(self) -> nn.ConvTranspose3d:
+        """The same as it is now, with the kernel for its weights."""
+        convolution = nn.ConvTranspose3d(self.in_channels, self.out_channels, 4, 2, 1).to(self.weight)
+        convolution.weight.copy_(self.kernel)
+        convolution.bias = self.bias
+        return convolution.requires_grad_(False)
 
 
 def merge_upsampling(module: nn.Module) -> None:

@@ -1,0 +1,25 @@
+"""What is frozen says the same."""
+
+import copy
+
+import pytest
+import torch
+
+from mvhpc.models.frozen import freeze
+from tests.test_denoiser import DESIGNS, inputs, model, variables
+
+
+@DESIGNS
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_a_frozen_network_gives_the_same_answers_to_the_bit(design: str, precision: torch.dtype) -> None:
+    v = variables((3, 4, 2), channels=(2, 1))
+    network = model(v, design, blind=1000).eval()
+    frozen = copy.deepcopy(network)
+    freeze(frozen, precision)
+    z, t = inputs(v, 4)
+    for want in (None, ["age"]):
+        with torch.inference_mode(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            said, again = network(z, t, want), frozen(z, t, want)
+        assert said.keys() == again.keys()
+        for name, value in said.items():
+            assert torch.equal(value, again[name]), name
