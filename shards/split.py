@@ -14,7 +14,9 @@ from pathlib import Path
 from shards.errors import DataError
 from shards.index import Index, Record, Split
 
-FOLD_VALIDATION = 0.05  # share of a fold's training side that is set apart for validation
+FOLD_VALIDATION = 0.05  # share of a fold's training side that is set apart for validation, but at least
+FEWEST = 20  # subjects, for fewer tell neither the best step nor how sure a model may be; though at most
+FOLD_VALIDATION_MOST = 0.2
 
 
 def draw_fractions(records: Sequence[Record], fractions: Sequence[float], seed: int, group: str = "") -> Split:
@@ -46,6 +48,8 @@ def draw_folds(
 ) -> dict[str, Split]:
     """Split subjects into ``folds`` parts of nearly equal size; each is the test side of one split.
 
+    Of the rest a twentieth is for validation, in small datasets 20 subjects or a fifth, whichever is less.
+
     Args:
         records: of the index, with their groups.
         folds: how many.
@@ -68,7 +72,9 @@ def draw_folds(
         filled[fold[member]] += sizes[member]
     splits = {}
     for k in range(folds):
-        side = _sides({g: n for g, n in sizes.items() if fold[g] != k}, {"validation": FOLD_VALIDATION}, seed)
+        rest = {g: n for g, n in sizes.items() if fold[g] != k}
+        share = max(FOLD_VALIDATION, min(FOLD_VALIDATION_MOST, FEWEST / sum(rest.values())))
+        side = _sides(rest, {"validation": share}, seed)
         side |= {g: "test" for g in sizes if fold[g] == k}
         assignment = {r.key: side[r.group] for r in records}
         splits[f"{name}-{k + 1}-of-{folds}"] = Split("folds", seed, [], [k + 1, folds], group, assignment)

@@ -435,7 +435,7 @@ def test_splits_are_stable() -> None:
         assert "train" in draw_fractions(people(n), (0.89, 0.01, 0.1), 0).assignment.values()
 
 
-@pytest.mark.parametrize(("n", "folds", "per_group"), [(141, 5, 1), (6, 3, 1), (3, 3, 1), (60, 4, 5)])
+@pytest.mark.parametrize(("n", "folds", "per_group"), [(141, 5, 1), (6, 3, 1), (3, 3, 1), (60, 4, 5), (900, 3, 1)])
 def test_folds_test_everyone_once(n: int, folds: int, per_group: int) -> None:
     records = people(n, per_group, visits=2)
     splits = draw_folds(records, folds, seed=0)
@@ -443,8 +443,12 @@ def test_folds_test_everyone_once(n: int, folds: int, per_group: int) -> None:
     tests = [sides(s.assignment)["test"] for s in splits.values()]
     assert sorted(itertools.chain(*tests)) == sorted(r.key for r in records)
     assert max(map(len, tests)) - min(map(len, tests)) <= 2 * per_group
-    for split in splits.values():
+    for split, test in zip(splits.values(), tests, strict=True):
         assert all(sides(split.assignment).values())
+        rest = len(records) - len(test)
+        validation = len(sides(split.assignment)["validation"])
+        expected = 2 * max(rest / 2 * 0.05, min(20, rest / 2 * 0.2))  # of two visits each
+        assert abs(validation - max(2, expected)) <= 2 * per_group
         for group in {r.group for r in records}:
             assert len({split.assignment[r.key] for r in records if r.group == group}) == 1
 

@@ -40,6 +40,7 @@ from shards.progress import Progress
 from shards.schema import Schema
 
 QUANTILES = (5, 25, 50, 75, 95)  # %, of what is said of a number
+RELIABLE = 20  # people of the validation part that calibration should rest on
 
 
 def check_question(schema: Schema, given: Sequence[str], want: Sequence[str]) -> None:
@@ -119,6 +120,8 @@ class Predictor:
         self.calls = self.sampler.calls * (1 if self.exact else samples)
         self.calls *= 2 if sampling.guidance != 1 and given else 1  # with and without what is given
         self.facts = {"samples": None if self.exact else samples, "sampling": to_dict(self.sampler.sampling)}
+        if self.exact:
+            self.facts["calibrated_on"] = self.model.meta["extra"].get("calibrated on")
 
     @torch.inference_mode()
     def __call__(self, keys: Sequence[str]) -> list[Row]:
@@ -265,6 +268,13 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
     part, keys = config.split, subjects(dataset, config.split, config.split_name)
     asked, calls = f"{', '.join(config.want)} given {label(config.given)}", predictor.calls
     print(f"{asked}: by {predictor.way}, {calls} network call{'s' * (calls > 1)} a subject", file=sys.stderr)
+    calibrated = predictor.facts.get("calibrated_on")
+    if isinstance(calibrated, int) and calibrated < RELIABLE:
+        print(
+            f"{asked}: how sure the model may be was learnt from {calibrated} validation people; with fewer than "
+            f"{RELIABLE} do not rely on its intervals and probabilities",
+            file=sys.stderr,
+        )
     batches = [keys[i : i + config.batch] for i in range(0, len(keys), config.batch)]
     start = time.monotonic()
     answers: Iterable[list[Row]]
