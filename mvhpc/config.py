@@ -64,9 +64,9 @@ class Compute:
     device: str  # auto | cpu | cuda
     threads: int  # per worker; 0 divides the cores among the workers
     retries: int  # restarts from the last checkpoint by Ray; in a job also of Ray itself, in a row without a new one
+    compile: bool = False  # denoiser and what is trained through torch.compile
     # Of training alone, so that other stages need not name them.
     offload: str = "none"  # none | cpu: where the optimiser's state lives, from ZeRO-1 on
-    compile: bool = False  # networks through torch.compile
     hang_minutes: float = 30.0  # without a step, after which a worker writes all stacks to its log and ends; 0: never
 
 

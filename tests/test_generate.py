@@ -1,6 +1,7 @@
 """Synthetic people and completions: the same for any batch, a BIDS tree that packs again, known voxels as they were."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,16 @@ def test_people_do_not_depend_on_the_batch_or_the_count(sampler) -> None:
     assert len({person["image"].tobytes() for person in together}) == 6
     other_seed = next(draw_people(sampler, 1, {}, seed=4, batch=1))
     assert np.abs(other_seed["image"] - alone[0]["image"]).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_a_compiled_model_draws_the_same_people(tiny_model: Path) -> None:
+    torch._dynamo.reset()
+    compiled = Sampler(tiny_model, replace(FEW, steps=2, stride=500), "cpu", compiled=True)
+    plain = Sampler(tiny_model, replace(FEW, steps=2, stride=500), "cpu")
+    for one, other in zip(*(draw_people(way, 2, {}, seed=3, batch=2) for way in (plain, compiled)), strict=True):
+        assert one["sex"] == other["sex"] and one["age"] == pytest.approx(other["age"], rel=1e-3)
+        assert np.abs(one["image"] - other["image"]).max() < 1e-3
 
 
 def test_what_is_given_comes_out_as_given(sampler) -> None:

@@ -26,6 +26,7 @@ class Sampler:
         device: auto | cpu | cuda.
         precision: float32 | bfloat16, of the networks.
         scalars: whether scalars are all that is wanted, which a posterior can answer.
+        compiled: the denoiser through torch.compile: minutes at first, then faster chains.
 
     Attributes:
         model: the loaded :class:`~mvhpc.models.bundle.JointModel`, its denoiser frozen in ``precision``.
@@ -44,12 +45,15 @@ class Sampler:
         device: str = "auto",
         precision: str = "float32",
         scalars: bool = False,
+        compiled: bool = False,
     ) -> None:
         choose(sampling.conditioning, ["auto", "posterior", "clean", "repaint"], "conditioning")
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         self.model: JointModel = load_joint(model, self.device)
         freeze(self.model.denoiser, self.precision)
+        if compiled:
+            self.model.denoiser.compile()
         self.sampling = replace(sampling, conditioning=self._way(sampling, scalars))
 
     def _way(self, sampling: Sampling, scalars: bool) -> str:

@@ -167,7 +167,8 @@ def run(config: GenerateConfig, run: Run) -> dict[str, Any]:
     if config.count < 1:
         raise ConfigError(f"count={config.count}: at least one person is needed")
     set_threads(config.compute)
-    sampler = Sampler(config.model, config.sampling, config.compute.device, config.compute.precision)
+    compute = config.compute
+    sampler = Sampler(config.model, config.sampling, compute.device, compute.precision, compiled=compute.compile)
     schema, grid = sampler.model.schema, sampler.model.grid
     given = parse_given(schema, config.given)
     source = {

@@ -176,7 +176,8 @@ def run(config: InpaintConfig, run: Run) -> dict[str, Any]:
     if config.samples < 1:
         raise ConfigError(f"samples={config.samples}: at least one is needed")
     set_threads(config.compute)
-    sampler = Sampler(config.model, config.sampling, config.compute.device, config.compute.precision)
+    compute = config.compute
+    sampler = Sampler(config.model, config.sampling, compute.device, compute.precision, compiled=compute.compile)
     schema, grid = sampler.model.schema, sampler.model.grid
     name = choose(config.variable or schema.volumes[0].name, [v.name for v in schema.volumes], "volume")
     given = parse_given(schema, config.given)

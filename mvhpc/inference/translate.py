@@ -38,7 +38,8 @@ def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
         FileExistsError: where ``config.out`` holds something already.
     """
     set_threads(config.compute)
-    sampler = Sampler(config.model, config.sampling, config.compute.device, config.compute.precision)
+    compute = config.compute
+    sampler = Sampler(config.model, config.sampling, compute.device, compute.precision, compiled=compute.compile)
     dataset, schema = open_dataset(config.data), sampler.model.schema
     choose(config.want, [v.name for v in schema.volumes], "volume")
     for name in config.given:

@@ -216,8 +216,9 @@ class JointDenoiser(nn.Module):
         moving[0] |= ~moving.any()
         rows = torch.nonzero(moving)[:, 0]
         z, t = ({name: x[rows] for name, x in values.items()} for values in (z, t))
-        for x in (rows, *z.values(), *t.values()):  # their number differs from step to step: compiled once for any
-            torch._dynamo.maybe_mark_dynamic(x, 0)
+        if self.training:  # their number differs from step to step: compiled once for any
+            for x in (rows, *z.values(), *t.values()):
+                torch._dynamo.maybe_mark_dynamic(x, 0)
         return rows, z, t
 
     def _channelwise(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> Tensor:
