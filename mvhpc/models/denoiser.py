@@ -216,7 +216,7 @@ class JointDenoiser(nn.Module):
         moving[0] |= ~moving.any()
         rows = torch.nonzero(moving)[:, 0]
         z, t = ({name: x[rows] for name, x in values.items()} for values in (z, t))
-        if self.training:  # their number differs from step to step: compiled once for any
+        if self.training or len(rows) < len(moving):  # their number differs from call to call: compiled once for any
             for x in (rows, *z.values(), *t.values()):
                 torch._dynamo.maybe_mark_dynamic(x, 0)
         return rows, z, t
