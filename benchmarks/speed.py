@@ -52,7 +52,7 @@ class Ours:
         self.optimizer = adamw(self.network, 1e-4, config.optimizer)
         self.device, self.precision, self.questions = device, resolve_precision("auto", device), config.questions
         self.asked = copy.deepcopy(self.network).eval()
-        freeze(self.asked, self.precision)
+        freeze(self.asked, self.precision, JointDenoiser.TELLING)
         if device.type == "cpu":
             keep_thin_convolutions_exact(self.network)
         if compiled:

@@ -13,6 +13,7 @@ from mvhpc.devices import resolve_device, resolve_precision
 from mvhpc.diffusion.posterior import Posterior, hindrance
 from mvhpc.diffusion.sampling import sample, time_grid
 from mvhpc.models.bundle import JointModel, load_joint
+from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.models.frozen import freeze
 from shards.schema import Schema
 
@@ -51,7 +52,7 @@ class Sampler:
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         self.model: JointModel = load_joint(model, self.device)
-        freeze(self.model.denoiser, self.precision)
+        freeze(self.model.denoiser, self.precision, JointDenoiser.TELLING)
         if compiled:
             self.model.denoiser.compile()
         self.sampling = replace(sampling, conditioning=self._way(sampling, scalars))

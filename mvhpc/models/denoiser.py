@@ -57,6 +57,7 @@ class JointDenoiser(nn.Module):
     """
 
     ANSWERING = ("reader.", "trunk.", "asked.")  # ``late``: names of what answers for scalars begin so, no others
+    TELLING = ("trunk.", "asked.")  # of these what :meth:`answer` needs, which a posterior runs in float32
     scale: Tensor
     shift: Tensor
 
