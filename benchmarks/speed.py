@@ -82,7 +82,7 @@ class Ours:
     def answer(self, batch: dict[str, Tensor]) -> None:
         with self.cast():
             posterior = Posterior(self.asked, self.diffusion, {"image": batch["image"]}, len(batch["age"]))
-            posterior.laws(["age", "sex"])
+        posterior.laws(["age", "sex"])
 
 
 class Monai:
