@@ -14,9 +14,9 @@ from pathlib import Path
 from shards.errors import DataError
 from shards.index import Index, Record, Split
 
-FOLD_VALIDATION = 0.05  # share of a fold's training side that is set apart for validation, but at least
-FEWEST = 20  # subjects, for fewer tell neither the best step nor how sure a model may be; though at most
-FOLD_VALIDATION_MOST = 0.2
+FOLD_VALIDATION = 0.05  # share of a fold's training side that is set apart for validation
+FEWEST = 20  # subjects to set apart all the same: fewer tell neither the best step nor how sure a model may be
+MOST = 0.2  # share that this may take
 
 
 def draw_fractions(records: Sequence[Record], fractions: Sequence[float], seed: int, group: str = "") -> Split:
@@ -73,7 +73,7 @@ def draw_folds(
     splits = {}
     for k in range(folds):
         rest = {g: n for g, n in sizes.items() if fold[g] != k}
-        share = max(FOLD_VALIDATION, min(FOLD_VALIDATION_MOST, FEWEST / sum(rest.values())))
+        share = max(FOLD_VALIDATION, min(MOST, FEWEST / sum(rest.values())))
         side = _sides(rest, {"validation": share}, seed)
         side |= {g: "test" for g in sizes if fold[g] == k}
         assignment = {r.key: side[r.group] for r in records}

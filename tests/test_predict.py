@@ -1,6 +1,7 @@
 """Predictions do not depend on how they were computed, and every bad question gets its reason."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,20 @@ def test_a_posterior_answers_with_whole_laws_in_one_call(tiny_model, tiny_datase
     assert (np.abs(drawn.mean().to_numpy() - frame["age"]) < 4.5 * frame["age_sd"] / 20).all()
     women = draws.assign(F=draws["sex"] == "F").groupby("key", sort=False)["F"].mean().to_numpy()
     assert np.abs(women - frame["sex_p_F"]).max() < 0.12
+
+
+def test_a_model_calibrated_on_few_says_so(tiny_model, tiny_dataset, tmp_path, capsys) -> None:
+    shutil.copytree(tiny_model, tmp_path / "joint")
+    manifest = tmp_path / "joint" / "model" / "model.json"
+    meta = json.loads(manifest.read_text())
+    for people in (19, 20):
+        manifest.write_text(json.dumps({**meta, "extra": {"calibrated on": people}}))
+        config = configuration(
+            tmp_path / "joint", tiny_dataset, tmp_path / "a.tsv", given=["image"], want=["age"], **EXACT
+        )
+        answer(config, tmp_path / f"run-{people}")
+        assert read_predictions(config.out)[1]["calibrated_on"] == people
+        assert ("do not rely on its intervals" in capsys.readouterr().err) == (people < 20)
 
 
 def test_a_posterior_does_not_depend_on_the_batch(tiny_model, tiny_dataset, tmp_path) -> None:
