@@ -16,9 +16,12 @@ class DoublingConv(nn.Conv3d):
 
     added: Tensor
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, 3, padding=1)
-        axis = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    def __init__(
+        self, inputs: int, outputs: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(inputs, outputs, 3, padding=1, device=device, dtype=dtype)
+        rows = [[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+        axis = torch.tensor(rows, device=device, dtype=dtype)
         self.register_buffer("added", torch.kron(axis, torch.kron(axis, axis)).T, persistent=False)  # (27, 64)
 
     @property
@@ -36,7 +39,8 @@ class DoublingConv(nn.Conv3d):
     @torch.no_grad()
     def settled(self) -> nn.ConvTranspose3d:
         """The same as it is now, with the kernel for its weights."""
-        convolution = nn.ConvTranspose3d(self.in_channels, self.out_channels, 4, 2, 1).to(self.weight)
+        device, dtype = self.weight.device, self.weight.dtype
+        convolution = nn.ConvTranspose3d(self.in_channels, self.out_channels, 4, 2, 1, device=device, dtype=dtype)
         convolution.weight.copy_(self.kernel)
         convolution.bias = self.bias
         return convolution.requires_grad_(False)
@@ -50,6 +54,6 @@ def merge_upsampling(module: nn.Module) -> None:
     for part in [*module.modules()]:
         if isinstance(part, UpSample):
             old = part.postconv.conv
-            new = DoublingConv(old.in_channels, old.out_channels).to(old.weight)
+            new = DoublingConv(old.in_channels, old.out_channels, old.weight.device, old.weight.dtype)
             new.weight, new.bias = old.weight, old.bias
             part.upsample_non_trainable, part.postconv.conv = nn.Identity(), new
