@@ -22,6 +22,7 @@ from launchers.allocation import Allocation, Assignment
 from launchers.link import Message
 from launchers.preflight import examine
 from launchers.ward import Ward
+from mvhpc.listening import only_at
 from shards.files import write_text
 
 BOOT_S = 300  # how long nodes, Ray and the preflight may take each
@@ -79,11 +80,13 @@ class Member:
         self.scratch = _scratch(Path(assignment.scratch), allocation)
         self.environment = {
             **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+            **only_at(ip),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-            # 0, on any system: no other machine joins. Ray then listens on loopback, else on all interfaces.
+            "RAY_prestart_worker_first_driver": "0",
+            # 0, on any system: no other machine joins. Ray then listens on loopback, even where only_at cannot help.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": str(int(allocation.nodes > 1)),
             # Compiled anew for every job: a compiler killed in a shared cache leaves a lock that hangs all later ones.
             "TORCH_EXTENSIONS_DIR": str(self.scratch / "extensions"),

@@ -1,25 +1,28 @@
 """Training on two nodes of a real SLURM, through whatever may happen to it: not one bit of the model changes."""
 
+import contextlib
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
+import torch.distributed as dist
 
 from launchers import jobs
+from launchers.link import own_address
+from mvhpc.config import JointConfig, load_config
 from mvhpc.journal import read
 from mvhpc.models.bundle import load_joint
+from mvhpc.training.joint import worker
 from tests.conftest import SMALL_JOINT, listening
 from tests.slurm_cluster import NODES, SlurmCluster, wait_for
 from tests.test_slurm import nothing_is_left, state_of_its_own, submit  # noqa: F401 (a fixture)
-from tests.toy_task import curves, digest
+from tests.toy_task import curves, digest, join
 
 pytest_plugins = ["tests.slurm_fixtures"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -72,6 +75,15 @@ class Training:
         assert found, f"no {title}"
         return min(found, key=lambda p: p.pid)
 
+    def ears(self) -> set[str]:
+        """The addresses at which the job's processes listen, SLURM's own left out."""
+        heard: set[str] = set()
+        for process in self.slurm.job_processes(self.job):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.name() not in {"srun", "slurmstepd"}:
+                    heard |= listening(process)
+        return heard
+
     def driver(self) -> psutil.Process:
         """What runs the stage, and trains itself where it has one worker."""
         ward = self.process("launchers.work")  # the smallest number: the one that watches over it
@@ -109,18 +121,22 @@ def start(slurm: SlurmCluster, latents: Path, vae: Path, run: Path, zero: int, *
     return Training(slurm, run, job)
 
 
+def _train_undisturbed(rank: int, latents: Path, vae: Path, folder: Path) -> None:
+    join(rank, 2, folder / "rendezvous")
+    for zero in STEPS:
+        run = folder / f"zero{zero}"
+        worker(load_config(JointConfig, "joint", "default", keys(latents, vae, run, zero)), run, rank, 2)
+    dist.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
-def undisturbed(
-    request: pytest.FixtureRequest, tiny_latents: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The run folder of two workers at this stage of ZeRO to whom nothing happened, without SLURM."""
-    run = tmp_path_factory.mktemp("whole") / "joint"
-    arguments = keys(tiny_latents, tiny_model.parent / "vae", run, request.param)
-    command = [sys.executable, "-m", "mvhpc", "train", "joint", *arguments, "compute.workers=2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert starts(run) == 1
-    return run
+def undisturbed(tiny_latents: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs of two workers to whom nothing happened, by stage of ZeRO; without SLURM, without Ray."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    torch.multiprocessing.spawn(_train_undisturbed, (tiny_latents, tiny_model.parent / "vae", folder), 2)
+    for zero in STEPS:
+        assert starts(folder / f"zero{zero}") == 1
+    return folder
 
 
 # --- what may happen ---
@@ -151,7 +167,7 @@ def supervisor_killed(training: Training) -> None:
     slurm.start_again(training.job, restarts + 1)
 
 
-@contextmanager
+@contextlib.contextmanager
 def held(training: Training, worker: psutil.Process) -> Iterator[None]:
     """A worker stands still until the job was told to stop: training may not end before."""
     worker.suspend()
@@ -204,19 +220,15 @@ SEED = time.time_ns() % 10**6
 random.Random(SEED).shuffle(FAULTS)  # which of them meets which stage of ZeRO
 
 
-@pytest.mark.parametrize("undisturbed", [1, 2, 3], ids="zero{}".format, indirect=True)
+@pytest.mark.parametrize("zero", STEPS)
 def test_the_model_is_the_one_of_an_undisturbed_run(
-    request: pytest.FixtureRequest,
-    slurm: SlurmCluster,
-    undisturbed: Path,
-    tiny_latents: Path,
-    tiny_model: Path,
-    tmp_path: Path,
+    slurm: SlurmCluster, undisturbed: Path, tiny_latents: Path, tiny_model: Path, tmp_path: Path, zero: int
 ) -> None:
-    zero: int = request.node.callspec.params["undisturbed"]
     draw = random.Random(f"{SEED} {zero}")
     faults = FAULTS[zero - 1 :: 3]
     training = start(slurm, tiny_latents, tiny_model.parent / "vae", tmp_path / "joint", zero)
+    training.reach(1)
+    assert training.ears() == {own_address("", None)[0]}, "a job is heard at the address of its interface alone"
     for number, fault in enumerate(faults):
         part = STEPS[zero] // (len(faults) + 1)
         step = draw.randrange(number * part + part // 2, (number + 1) * part)
@@ -229,12 +241,11 @@ def test_the_model_is_the_one_of_an_undisturbed_run(
         )
         print(f"  next step after {time.monotonic() - when:.1f} s")
     training.finish()
-    assert model(training.run) == model(undisturbed)
-    assert curves(training.run) == curves(undisturbed)
+    assert model(training.run) == model(undisturbed / f"zero{zero}")
+    assert curves(training.run) == curves(undisturbed / f"zero{zero}")
     nothing_is_left(slurm, training.job, training.run)
 
 
-@pytest.mark.parametrize("undisturbed", [1], ids="zero{}".format, indirect=True)
 def test_two_jobs_on_one_node_do_not_meet(
     slurm: SlurmCluster, undisturbed: Path, tiny_latents: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -251,16 +262,14 @@ def test_two_jobs_on_one_node_do_not_meet(
     first.process("RayTrainWorker").suspend()  # so that it is still at it
     second.reach(1)
     assert slurm.state(first.job) == slurm.state(second.job) == "RUNNING"
-    ears = {process.name(): listening(process) for process in slurm.job_processes(second.job)}
-    assert ears["gcs_server"] == ears["raylet"] == {"127.0.0.1"}, "Ray on one node is for nobody outside of it"
+    assert second.ears() == {"127.0.0.1"}, "a job of one node is for nobody outside of it"
     submit("cancel", first.job)
     nothing_is_left(slurm, first.job, first.run)
     second.finish()
-    assert starts(second.run) == 1 and model(second.run) == model(undisturbed)
+    assert starts(second.run) == 1 and model(second.run) == model(undisturbed / "zero1")
     nothing_is_left(slurm, second.job, second.run)
 
 
-@pytest.mark.parametrize("undisturbed", [2], ids="zero{}".format, indirect=True)
 def test_fewer_nodes_and_more_again_give_the_same_losses(
     slurm: SlurmCluster, undisturbed: Path, tiny_latents: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -281,7 +290,7 @@ def test_fewer_nodes_and_more_again_give_the_same_losses(
     training.finish()
     journal = read(training.run / "jobs" / training.job)
     assert [event["workers"] for event in journal if event["event"] == "start"] == [2, 1, 2]
-    ours, whole = curves(training.run), curves(undisturbed)
+    ours, whole = curves(training.run), curves(undisturbed / "zero2")
     assert ours.keys() == whole.keys()
     losses = [key for key in whole if "loss" in key[1]]
     assert len(losses) > STEPS[2]

@@ -16,11 +16,10 @@ from torch import Tensor
 from mvhpc.config import ConfigError
 from mvhpc.journal import read
 from mvhpc.run import Interrupted as StoppedOnRequest
-from mvhpc.training import guard
 from mvhpc.training.cluster import WorkerError, launch, ray_session
 from mvhpc.training.whole import read_weights, read_whole
 from tests.conftest import listening
-from tests.toy_task import Interrupted, curves, digest, exported, run_toy, toy_config
+from tests.toy_task import Interrupted, curves, digest, exported, join, run_toy, toy_config
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +43,7 @@ DIVIDED = ("zero1", "zero2", "zero3")
 
 def _worker(rank: int, folder: Path) -> None:
     """Every run, undisturbed and in pieces; the process group and DeepSpeed start once for all of them."""
-    _join(rank, 2, folder / "rendezvous")
+    join(rank, 2, folder / "rendezvous")
     for name, changes in RUNS.items():
         run_toy(toy_config(**changes), folder / name, rank, 2)
         for stop in STOPS:
@@ -76,18 +75,9 @@ def _worker(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def _join(rank: int, world: int, rendezvous: Path) -> None:
-    """Become one of the workers."""
-    torch.set_num_threads(1)
-    stop = rendezvous.with_name("stop")
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MVHPC_STOP_FILE=str(stop))
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
-    guard.PERIOD_S = 0.0  # a poll after every step
-
-
 def _one_of_four_or_two(rank: int, world: int, stop: int, folder: Path) -> None:
     """The divided stages, as far as step ``stop``; -1: to the end."""
-    _join(rank, world, folder / f"rendezvous-{stop}")
+    join(rank, world, folder / f"rendezvous-{stop}")
     for name in DIVIDED:
         if stop < 0:
             run_toy(toy_config(**RUNS[name]), folder / f"{name}-four", rank, world)
@@ -268,6 +258,17 @@ def test_ray_on_this_machine_listens_to_nobody_else(tmp_path: Path, nothing_is_l
     with ray_session(1, tmp_path):
         rays = set(psutil.Process().children(recursive=True)) - before
         assert set.union(*map(listening, rays)) == {"127.0.0.1"}
+
+
+def ears(config: Any, folder: Path, rank: int, world: int) -> dict[str, float]:
+    """At how many addresses a worker listens, with its server of Ray's and PyTorch's store."""
+    heard = listening(psutil.Process())
+    return {"loopback": len(heard & {"127.0.0.1"}), "other": len(heard - {"127.0.0.1"})}
+
+
+def test_workers_on_this_machine_listen_to_nobody_else(tmp_path: Path, nothing_is_left: None) -> None:
+    config = toy_config(compute__workers=2)
+    assert launch("tests.test_training_workers:ears", config, tmp_path, 2) == {"loopback": 1, "other": 0}
 
 
 def test_an_error_of_a_worker_comes_back_as_one_sentence(tmp_path: Path, nothing_is_left: None) -> None:

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mvhpc.config import Compute, Optimizer, Training
 from mvhpc.journal import read, unseen
 from mvhpc.randomness import generator, randn
+from mvhpc.training import guard
 from mvhpc.training.engine import Engine
 from mvhpc.training.loop import train
 from shards.loader import Order
@@ -193,6 +195,15 @@ def exported(folder: Path) -> dict[str, Tensor]:
 def run_toy(config: ToyConfig, folder: Path, rank: int, world: int) -> dict[str, float]:
     """Train the toy task; importable by workers."""
     return train(ToyTask(config), config, folder, rank, world)
+
+
+def join(rank: int, world: int, rendezvous: Path) -> None:
+    """Become one of the workers, without Ray."""
+    torch.set_num_threads(1)
+    stop = rendezvous.with_name("stop")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MVHPC_STOP_FILE=str(stop))
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    guard.PERIOD_S = 0.0  # a poll after every step
 
 
 def digest(value: object) -> str:

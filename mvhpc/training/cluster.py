@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from mvhpc.config import Compute, ConfigError
+from mvhpc.listening import only_at
 from mvhpc.run import Interrupted
 from mvhpc.temporary import own_folder
 from mvhpc.training.guard import STOP_FILE
@@ -114,6 +115,7 @@ def _launch_ray(target: str, config: Any, folder: Path, workers: int) -> dict[st
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
             "OMP_NUM_THREADS": str(threads),
             **({} if gpus else {"DS_ACCELERATOR": "cpu"}),
+            **({} if "RAY_ADDRESS" in os.environ else only_at("127.0.0.1")),  # a cluster's nodes see to it themselves
             **{name: os.environ[name] for name in (STOP_FILE,) if name in os.environ},
         }
         trainer = TorchTrainer(
@@ -195,6 +197,8 @@ def ray_session(workers: int, logs: Path) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # of Ray's own clusters; SLURM has its signals
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # idle ones, in another environment than is wanted
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # "no other machine joins": it listens on loopback alone
