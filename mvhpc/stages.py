@@ -6,11 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvhpc.config import (
-    SCHEMAS,
-    PackConfig,
-    PhantomConfig,
-)
+from mvhpc.config import SCHEMAS, JointConfig, PackConfig, PhantomConfig
 
 if TYPE_CHECKING:
     from mvhpc.run import Run
@@ -47,7 +43,7 @@ STAGES: dict[str, Stage] = dict(
         _stage("pack", "mvhpc.stages:pack", ("source",), "pack a BIDS tree or CSV into shards"),
         _stage("vae", "mvhpc.training.vae:run", ("data",), "train the autoencoder"),
         _stage("encode", "mvhpc.inference.encode:run", ("data", "vae"), "encode all volumes to latents"),
-        _stage("joint", "mvhpc.training.joint:run", ("latents", "vae"), "train the joint diffusion"),
+        _stage("joint", "mvhpc.stages:joint", ("latents", "vae"), "train the joint diffusion"),
         _stage("baseline", "mvhpc.training.baseline:run", ("data",), "train a DenseNet121 for one question"),
         _stage("predict", "mvhpc.inference.predict:run", ("model", "data"), "answer questions about subjects"),
         _stage("generate", "mvhpc.inference.generate:run", ("model",), "generate synthetic people"),
@@ -92,3 +88,14 @@ def pack(config: PackConfig, run: "Run") -> dict[str, Any]:
         workers=config.workers,
     )
     return dict(summary)
+
+
+def joint(config: JointConfig, run: "Run") -> dict[str, float]:
+    """Stage ``joint``: see :func:`mvhpc.training.joint.worker`; networks are for the workers alone to import.
+
+    Returns:
+        the best validation's metrics, steps and samples per second.
+    """
+    from mvhpc.training.cluster import launch
+
+    return launch("mvhpc.training.joint:worker", config, run.folder, config.compute.workers)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from mvhpc.models.bundle import read_denoiser, save_joint
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.randomness import generator, rand
 from mvhpc.training.calibration import calibrate
-from mvhpc.training.cluster import launch
 from mvhpc.training.engine import Engine
 from mvhpc.training.loop import train
 from mvhpc.variables import Value, Variables, standard_intervals
@@ -24,9 +23,6 @@ from shards.errors import nearest
 from shards.index import Index
 from shards.loader import Dataset, open_dataset
 from shards.schema import Schema
-
-if TYPE_CHECKING:
-    from mvhpc.run import Run
 
 SD_FLOOR = 0.1  # of an element, in typical SDs: latents of empty background hardly vary
 ADAPTED = 256  # training people whom the reader's first features are scaled by
@@ -272,12 +268,3 @@ class JointTask:
 def worker(config: JointConfig, folder: Path, rank: int, world: int) -> dict[str, float]:
     """Train as worker ``rank`` of ``world``."""
     return train(JointTask(config), config, folder, rank, world)
-
-
-def run(config: JointConfig, run: "Run") -> dict[str, float]:
-    """Stage ``joint``: train the joint diffusion on latents.
-
-    Returns:
-        the best validation's metrics, steps and samples per second.
-    """
-    return launch("mvhpc.training.joint:worker", config, run.folder, config.compute.workers)
