@@ -13,14 +13,20 @@
 
 typedef int bind_function(int, const struct sockaddr *, socklen_t);
 
+static struct in_addr ip;
+static int active;
+
+/* Once, before there are threads: getenv is not safe beside setenv. */
+__attribute__((constructor)) static void prepare(void) {
+    const char *only = getenv("MVHPC_LISTEN");
+    active = only && inet_pton(AF_INET, only, &ip) == 1;
+}
+
 int bind(int descriptor, const struct sockaddr *address, socklen_t length) {
     bind_function *libc = (bind_function *)dlsym(RTLD_NEXT, "bind");
-    const char *only = getenv("MVHPC_LISTEN");
-    struct in_addr ip;
     int type = 0;
     socklen_t size = sizeof type;
-    if (!only || inet_pton(AF_INET, only, &ip) != 1 || getsockopt(descriptor, SOL_SOCKET, SO_TYPE, &type, &size) ||
-        type != SOCK_STREAM)
+    if (!active || getsockopt(descriptor, SOL_SOCKET, SO_TYPE, &type, &size) || type != SOCK_STREAM)
         return libc(descriptor, address, length);
     if (address->sa_family == AF_INET && length >= sizeof(struct sockaddr_in)) {
         struct sockaddr_in v4;
