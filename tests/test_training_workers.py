@@ -1,5 +1,6 @@
 """Two workers: the laws of the loop hold at every stage of ZeRO (two processes on gloo), and under Ray."""
 
+import argparse
 import os
 import time
 import traceback
@@ -17,7 +18,7 @@ from mvhpc.config import ConfigError
 from mvhpc.journal import read
 from mvhpc.run import Interrupted as StoppedOnRequest
 from mvhpc.training.cluster import WorkerError, launch, ray_session
-from mvhpc.training.whole import read_weights, read_whole
+from mvhpc.training.whole import MOMENTS, read_weights, read_whole
 from tests.conftest import listening
 from tests.toy_task import Interrupted, curves, digest, exported, join, run_toy, toy_config
 
@@ -189,6 +190,34 @@ def test_whole_weights_are_those_of_deepspeeds_own_converter(runs: Path) -> None
         newest = max((runs / name / "checkpoints").glob("step-*"))
         theirs = get_fp32_state_dict_from_zero_checkpoint(str(newest), tag="denoiser")
         assert digest(read_whole(newest / "denoiser").network) == digest(dict(theirs))
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_other_numbers_of_workers_go_on_from_what_deepspeeds_universal_checkpoint_holds(
+    runs: Path, tmp_path: Path, name: str
+) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    newest = max((runs / name / "checkpoints").glob("step-*")) / "denoiser"
+    ds_to_universal.main(
+        argparse.Namespace(
+            input_folder=str(newest),
+            output_folder=str(tmp_path),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,  # which DeepSpeed itself leaves out of stages 1 and 2
+        )
+    )
+    whole = read_whole(newest)
+    for parameter, moments in whole.moments.items():
+        ours = {"fp32": whole.network[parameter], **{key: moments[key] for key in MOMENTS}}
+        for key, value in ours.items():
+            theirs = torch.load(tmp_path / "zero" / parameter / f"{key}.pt")
+            theirs = theirs["param"] if isinstance(theirs, dict) else theirs.view(value.shape)  # of stage 3: flat
+            assert torch.equal(value, theirs), (parameter, key)
+    assert len(whole.moments) == len(list((tmp_path / "zero").glob("*/fp32.pt")))
 
 
 def test_no_average_and_no_master_copy_is_whole_under_zero_3(runs: Path) -> None:
