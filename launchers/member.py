@@ -185,10 +185,12 @@ class Member:
         if allocation.gpus:
             cpus = max(allocation.cpus, allocation.gpus)
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
-        command += ["--head", "--port=0", "--include-dashboard=false"] if head is None else [f"--address={head}"]
+        head_only = ["--head", "--port=0", "--include-dashboard=false", "--no-monitor"]  # which asks for more nodes
+        command += head_only if head is None else [f"--address={head}"]
         if head is None and importlib.util.find_spec("grpc"):
             command.append("--ray-client-server-port=0")  # none: it is one more door, always at one port
         command += [
+            "--include-log-monitor=false",  # which sends every line to the driver; workers write files of their own
             "--min-worker-port=0",  # any free ones; Ray's range is the same for all of a host
             "--max-worker-port=0",
             f"--node-ip-address={self.ip}",
