@@ -112,9 +112,9 @@ class Bare:
         precision = resolve_precision(config.compute.precision, device)
         self.autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
-    def __call__(self, *args: Any) -> dict[str, Tensor]:
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         with self.autocast:
-            return {name: x.float() for name, x in self.network(*args).items()}
+            return {name: x.float() for name, x in self.network(*args, **kwargs).items()}
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
