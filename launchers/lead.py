@@ -30,8 +30,8 @@ LEAVE_S = 20  # how long nodes may take to end what they run
 LINGER_S = 3  # after the driver's failure, for word of what caused it
 MARGIN_S = 15  # of the time before the end, what is kept to go back to the queue
 EVERYWHERE = (
-    "mvhpc/listening.c was not compiled: Ray and PyTorch listen on all of a node's interfaces, not on the job's alone; "
-    "install a C compiler, then mvhpc again, in a folder without spaces in its name"
+    "mvhpc/listening.c was not compiled: the store of PyTorch's workers, and of several nodes Ray's servers too, "
+    "listen on all of a node's interfaces; install a C compiler, then mvhpc again, in a path without spaces"
 )
 
 
@@ -132,7 +132,7 @@ class Lead:
                 tell: Callable[[Message], None] = lambda message: self.link.messages.put((0, message))  # noqa: E731
                 self.member = Member(self.assignment, self.allocation, self.folder, token, ip, interface, tell)
                 stack.callback(self.member.close)
-                if not alone and "MVHPC_LISTEN" not in self.member.environment:
+                if self.with_ray and "MVHPC_LISTEN" not in self.member.environment:
                     print(EVERYWHERE, flush=True)
             except (RuntimeError, OSError) as error:
                 raise Failed(str(error)) from error
