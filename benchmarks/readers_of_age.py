@@ -20,7 +20,7 @@ from mvhpc.variables import Volume
 from shards.loader import Dataset, open_dataset
 from shards.progress import progress
 
-MODEL = Denoiser("late", 8, [32, 64], [False, True], 1, 32, 8, 128, 0.0, False)
+MODEL = Denoiser("late", 8, 1, [32, 64], [False, True], 1, 32, 8, 128, 0.0, False)
 BATCH, RATE = 32, 1e-3
 
 

@@ -183,7 +183,7 @@ class EncodeConfig:
     data: str
     vae: str
     split: str  # which split's training side the latent scale is measured on
-    flip: bool  # also store the latents of mirrored volumes of the training side
+    flip: bool  # also store the latents of mirrored volumes of the training and validation parts
     batch: int
     compute: Compute
     tracking: Tracking
@@ -198,6 +198,7 @@ class Denoiser:
 
     scalars: str  # late: beside the U-Net, from what a small reader sees of the volumes; early: the paper's way
     components: int  # of the density said of a number (late); 0: no density
+    readers: int  # that answer for scalars together (late), each without a share of the people; 1: none left out
     channels: list[int]
     attention: list[bool]
     res_blocks: int

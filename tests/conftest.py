@@ -45,6 +45,7 @@ SMALL_JOINT = {  # overrides of the joint stage, for latents of 2 x 2 x 2
     "model.norm_groups": 8,
     "model.embedding": 16,
     "model.res_blocks": 1,
+    "model.readers": 2,
 }
 
 
@@ -107,6 +108,7 @@ def tiny_model(tiny_dataset: Path) -> Path:
     unet = config.Denoiser(
         scalars="late",
         components=4,
+        readers=2,
         channels=[16, 32],
         attention=[False, True],
         res_blocks=1,

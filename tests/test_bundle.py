@@ -15,7 +15,7 @@ from shards.files import write_whole
 from shards.schema import Schema
 
 MODEL = config.Autoencoder(channels=[4, 4], latent_channels=2, res_blocks=1, norm_groups=2, checkpointing=False)
-DENOISER = config.Denoiser("late", 4, [8, 8], [False, True], 1, 4, 4, 16, 0.0, False)
+DENOISER = config.Denoiser("late", 4, 1, [8, 8], [False, True], 1, 4, 4, 16, 0.0, False)
 DIFFUSION = config.Diffusion(1000, 0.0015, 0.0195, "independent", 0.25, 0.25, 0.25, "v", "v", {}, {})
 SCHEMA = Schema.from_dict(
     {

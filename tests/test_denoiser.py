@@ -23,11 +23,13 @@ def variables(size: tuple[int, int, int] = (4, 4, 4), channels: tuple[int, ...] 
     return Variables([*volumes, AGE, SITE])
 
 
-def model(v: Variables, design: str = "late", checkpointing: bool = False, blind: int | None = None) -> JointDenoiser:
+def model(
+    v: Variables, design: str = "late", checkpointing: bool = False, blind: int | None = None, readers: int = 1
+) -> JointDenoiser:
     """A small network with nothing at its initial zeros."""
     torch.manual_seed(0)
     components = 2 if design == "late" else 0
-    settings = config.Denoiser(design, components, [8, 16], [False, True], 1, 8, 4, 16, 0.0, checkpointing)
+    settings = config.Denoiser(design, components, readers, [8, 16], [False, True], 1, 8, 4, 16, 0.0, checkpointing)
     net = JointDenoiser(v, settings, blind)
     for parameter in net.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -58,10 +60,10 @@ def test_several_volumes_leave_by_the_channels_they_entered() -> None:
     z, t = inputs(two)
     net, whole = model(two), model(one)
     joined = {"v0": torch.cat([z["v0"], z["v1"]], 1), "age": z["age"], "site": z["site"]}
-    whole.time, whole.up_time, whole.trunk.told = (
-        torch.nn.Sequential(Twice(16), told) for told in (net.time, net.up_time, net.trunk.told)
+    whole.time, whole.up_time, whole.trunks[0].told = (
+        torch.nn.Sequential(Twice(16), told) for told in (net.time, net.up_time, net.trunks[0].told)
     )
-    state = {k: v for k, v in net.state_dict().items() if not k.startswith(("time", "up_time", "trunk.told"))}
+    state = {k: v for k, v in net.state_dict().items() if not k.startswith(("time", "up_time", "trunks.0.told"))}
     whole.load_state_dict(state, strict=False)
     t["v1"] = t["v0"]
     ours, theirs = net(z, t), whole(joined, {k: t[k] for k in ("v0", "age", "site")})
@@ -117,12 +119,31 @@ def test_the_reader_starts_with_features_of_one_scale_and_sees_nothing_in_noise(
     net, same = model(v, blind=1000), model(v, blind=1000)
     clean, noise = ({**t, "v0": torch.full((50,), level)} for level in (0, 1000))
     net.adapt({"v0": z["v0"]})
-    same.reader.out = torch.nn.Identity()
-    features = same.read(z, clean)
+    same.readers[0].out = torch.nn.Identity()
+    features = same.read(z, clean)[:, 0]
     scaled = (features - features.mean(0)) / features.std(0)
-    untouched = model(v).reader.out
-    torch.testing.assert_close(net.read(z, clean), untouched(scaled), rtol=1e-4, atol=1e-4)
+    untouched = model(v).readers[0].out
+    torch.testing.assert_close(net.read(z, clean)[:, 0], untouched(scaled), rtol=1e-4, atol=1e-4)
     assert not net.read(z, noise).any()
+
+
+def test_readers_answer_each_for_itself() -> None:
+    """Of several, each says what it says alone, and what one weighs moves no other's answers."""
+    v = variables()
+    z, t = inputs(v)
+    net = model(v, readers=3)
+    said = net(z, t)
+    for reader in range(3):
+        alone, state = model(v), net.state_dict()
+        mine = {f"{part}.{reader}.": f"{part}.0." for part in ("readers", "trunks", "asked")}
+        for name, value in state.items():
+            part = next((old for old in mine if name.startswith(old)), None)
+            if part:
+                alone.state_dict()[name.replace(part, mine[part], 1)].copy_(value)
+        answers = alone(z, t)
+        for name in ("age", "site"):
+            torch.testing.assert_close(said[name][:, reader], answers[name][:, 0])
+    assert not torch.allclose(said["age"][:, 0], said["age"][:, 1])
 
 
 def test_several_questions_of_a_row_are_rows_of_one_volume() -> None:
@@ -236,9 +257,9 @@ def test_checkpointing_changes_no_gradient(design: str) -> None:
 def test_a_fresh_network_says_that_nothing_is_known() -> None:
     v = variables()
     z, t = inputs(v)
-    fresh = JointDenoiser(v, config.Denoiser("late", 4, [8, 16], [False, False], 1, 8, 4, 16, 0.0, False))
+    fresh = JointDenoiser(v, config.Denoiser("late", 4, 1, [8, 16], [False, False], 1, 8, 4, 16, 0.0, False))
     said = fresh(z, t)
-    assert all((x == 0).all() for x in (said["v0"], said["site"], said["age"][:, 0]))
+    assert all((x == 0).all() for x in (said["v0"], said["site"], said["age"][..., 0]))
     broad = density(said["age"])
     assert broad.mean.abs().max() < 1e-6 and (broad.stddev > 0.9).all()
 
@@ -251,14 +272,14 @@ def test_levels_are_told_apart() -> None:
 
 def test_schemas_without_scalars_and_without_volumes() -> None:
     alone = Variables([Volume("v0", (2, 4, 4, 4))])
-    net = JointDenoiser(alone, config.Denoiser("late", 4, [8, 16], [False, True], 1, 8, 4, 16, 0.0, False))
+    net = JointDenoiser(alone, config.Denoiser("late", 4, 1, [8, 16], [False, True], 1, 8, 4, 16, 0.0, False))
     z = torch.randn(2, 2, 4, 4, 4)
     assert net({"v0": z}, {"v0": torch.tensor([3, 900])})["v0"].shape == z.shape
     with pytest.raises(ValueError, match="at least one volume"):
-        JointDenoiser(Variables([AGE, SITE]), config.Denoiser("late", 4, [8], [False], 1, 8, 4, 16, 0.0, False))
+        JointDenoiser(Variables([AGE, SITE]), config.Denoiser("late", 4, 1, [8], [False], 1, 8, 4, 16, 0.0, False))
     sizes = Variables([Volume("a", (2, 4, 4, 4)), Volume("b", (2, 4, 4, 2))])
     with pytest.raises(ValueError, match="of one size"):
-        JointDenoiser(sizes, config.Denoiser("late", 4, [8], [False], 1, 8, 4, 16, 0.0, False))
+        JointDenoiser(sizes, config.Denoiser("late", 4, 1, [8], [False], 1, 8, 4, 16, 0.0, False))
 
 
 @pytest.mark.slow
@@ -283,7 +304,7 @@ def test_it_learns_a_joint_law() -> None:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     torch.manual_seed(0)
-    small = config.Denoiser("late", 4, [16, 16], [False, False], 1, 16, 1, 32, 0.0, False)
+    small = config.Denoiser("late", 4, 1, [16, 16], [False, False], 1, 16, 1, 32, 0.0, False)
     net = JointDenoiser(v, small, process.blind)
     net.adapt({"image": people(256)["image"]})
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3)

@@ -9,6 +9,7 @@ from scipy.integrate import quad
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, Normal
 
+from mvhpc.diffusion.categorical import chances
 from mvhpc.diffusion.density import crps, density, quantile
 from mvhpc.diffusion.posterior import Posterior
 from mvhpc.training.calibration import calibrate
@@ -31,6 +32,19 @@ def test_outputs_are_read_as_offsets_from_what_v_says_of_x0() -> None:
     shifted = density(torch.tensor([[-1.5, 5.0, 5.0, -1.0, 3.0, 0.0, 0.0]]))
     assert shifted.mean.item() == pytest.approx(1.5 + 1.0)
     assert density(output, "x0").mean.item() == pytest.approx(-1.5)
+
+
+def test_what_readers_say_is_mixed_in_equal_parts() -> None:
+    """However sure one of them is of itself; a spread stretches the mixture about its mean."""
+    said = torch.randn(5, 3, 1 + 3 * 2, generator=torch.Generator().manual_seed(0))
+    x = torch.linspace(-4, 4, 9)[:, None]
+    together, apart = density(said), [density(said[:, reader]) for reader in range(3)]
+    torch.testing.assert_close(together.cdf(x), torch.stack([law.cdf(x) for law in apart]).mean(0))
+    wide = density(said, spread=2.0)
+    torch.testing.assert_close(wide.mean, together.mean)
+    torch.testing.assert_close(wide.stddev, 2 * together.stddev)
+    logits = torch.randn(5, 3, K, generator=torch.Generator().manual_seed(1)).double()
+    torch.testing.assert_close(chances(logits, 2.0), (logits / 2).softmax(-1).mean(1))
 
 
 def test_quantiles_invert_the_distribution_function() -> None:
@@ -120,11 +134,27 @@ def test_one_pass_of_the_down_path_serves_every_question() -> None:
     assert posterior.denoiser.looked == 1  # type: ignore[attr-defined]
 
 
+def test_calibration_asks_the_reader_that_judges() -> None:
+    """Of two readers, one too sure of itself, each person's counts alone."""
+    law = MixedLaw(diffusion())
+    right, sure = Answers(law), Answers(law, 2.5)
+    network = Answers(law)
+    network.answer = lambda *question: {  # type: ignore[method-assign]
+        name: torch.stack([x, sure.answer(*question)[name]], 1) for name, x in right.answer(*question).items()
+    }
+    clean, judged = law.draw(300, 3), torch.zeros(300, 2, dtype=torch.bool)
+    everybody = {name: torch.ones(300, dtype=torch.bool) for name in clean}
+    for reader, alone in enumerate((right, sure)):
+        judged[:] = torch.arange(2) == reader
+        factors = calibrate(network, law.diffusion, clean, everybody, judged)
+        assert factors == calibrate(alone, law.diffusion, clean, everybody, torch.ones(300, 1).bool())
+
+
 @pytest.mark.parametrize("sure", [1.0, 2.5])
 def test_calibration_finds_how_much_too_sure_a_model_is(sure: float) -> None:
     law = MixedLaw(diffusion())
     everybody = {name: torch.ones(300, dtype=torch.bool) for name in law.diffusion.variables.names}
-    factors = calibrate(Answers(law, sure), law.diffusion, law.draw(300, 3), everybody)
+    factors = calibrate(Answers(law, sure), law.diffusion, law.draw(300, 3), everybody, torch.ones(300, 1).bool())
     assert factors["sex"] == pytest.approx(sure, rel=0.25)
     # an age between classes does not narrow with its parts
     assert factors["age"] == pytest.approx(sure, rel=0.25) if sure == 1 else 1.2 < factors["age"] < sure
@@ -134,9 +164,10 @@ def test_a_few_people_move_calibration_little_and_nobody_not_at_all() -> None:
     law = MixedLaw(diffusion())
     clean = law.draw(3, 3)
     present = {name: torch.ones(3, dtype=torch.bool) for name in clean}
-    factors = calibrate(Answers(law), law.diffusion, clean, present)
+    judged = torch.ones(3, 1, dtype=torch.bool)
+    factors = calibrate(Answers(law), law.diffusion, clean, present, judged)
     assert all(0.4 < factor < 2.5 for factor in factors.values())
-    assert calibrate(Answers(law), law.diffusion, clean, present | {"image": ~present["image"]}) == {}
+    assert calibrate(Answers(law), law.diffusion, clean, present | {"image": ~present["image"]}, judged) == {}
 
 
 def test_spread_widens_answers_from_volumes_alone() -> None:

@@ -33,7 +33,7 @@ def repeated(person: dict[str, Tensor], n: int) -> dict[str, Tensor]:
 def network() -> JointDenoiser:
     """A small network with nothing at its initial zeros."""
     torch.manual_seed(0)
-    net = JointDenoiser(VARIABLES, config.Denoiser("late", 4, [8, 8], [False, True], 1, 4, 4, 8, 0.0, False))
+    net = JointDenoiser(VARIABLES, config.Denoiser("late", 4, 2, [8, 8], [False, True], 1, 4, 4, 8, 0.0, False))
     for parameter in net.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return net.eval()

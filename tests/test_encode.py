@@ -61,14 +61,14 @@ def test_latents_are_the_posterior_means_and_all_else_is_kept(
                 np.testing.assert_allclose(encoded.read(key, name), expected, rtol=2e-3, atol=1e-4)
 
 
-def test_mirrored_latents_are_of_the_mirrored_volume_and_of_the_training_part_alone(
+def test_mirrored_latents_are_of_the_mirrored_volume_and_of_the_training_side_alone(
     source: Path, latents: tuple[Dataset, dict[str, float]], tmp_path: Path
 ) -> None:
     volumes, (encoded, _) = open_dataset(source / "data"), latents
     network, _ = load_autoencoder(source / "vae")
-    training = set(volumes.keys("train"))
+    learnt = {*volumes.keys("train"), *volumes.keys("validation")}
     for key in volumes.keys(None):
-        assert encoded.has(key, "scan_mirrored") == (key in training and volumes.has(key, "scan"))
+        assert encoded.has(key, "scan_mirrored") == (key in learnt and volumes.has(key, "scan"))
     key = volumes.keys("train")[0]
     x = torch.from_numpy(volumes.read(key, "scan")[::-1].astype(np.float32))[None, None]
     np.testing.assert_allclose(

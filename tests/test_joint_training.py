@@ -1,5 +1,6 @@
 """The joint task: noise that belongs to a sample, missing values, and schemas as configuration."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,11 @@ import torch
 
 from mvhpc.config import ConfigError, JointConfig, load_config
 from mvhpc.models.bundle import load_joint
+from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.training.engine import LocalEngine
 from mvhpc.training.joint import JointTask
+from shards.index import Record
+from shards.loader import open_dataset
 from tests.conftest import SMALL_JOINT
 
 
@@ -36,15 +40,65 @@ def test_a_batch_is_the_mean_of_its_halves(tiny_latents: Path, tiny_model: Path)
 def test_people_keep_what_they_have_and_lack(tiny_latents: Path, tiny_model: Path) -> None:
     """A missing scalar has no validation loss, and everybody else's is finite."""
     joint = task(tiny_latents, tiny_model, split="default")
-    joint.others = joint.people  # validate on the training people, among whom values are missing
-    indices = list(range(joint.samples))
+    indices = list(range(joint.validation))
+    assert sorted(joint.judges) == list(range(len(joint.people.keys)))
     found = joint.validate(indices, joint.networks)
     for name in ("age", "sex"):
-        missing = ~joint.people.present[name]
+        missing = ~joint.people.present[name][joint.judges]
+        assert missing.any() or name == "sex"
         assert torch.equal(found[f"loss_{name}"].isnan(), missing)
-    assert found["loss"].isfinite().all()
+    for name in ("loss", "loss_of_volumes", "loss_image"):  # whom the U-Net learnt from cannot judge it
+        assert torch.equal(found[name].isnan(), joint.trained[joint.judges])
+    assert found["loss_of_scalars"].isfinite().all()
     again = joint.validate(indices, joint.networks)
-    assert torch.equal(found["loss"], again["loss"])  # the same levels and noise at every validation
+    for name, value in found.items():  # the same levels and noise at every validation
+        assert torch.equal(value.nan_to_num(), again[name].nan_to_num())
+
+
+def test_nobody_judges_what_learnt_from_them(tiny_latents: Path, tiny_model: Path) -> None:
+    """No gradient of a person reaches the reader that they judge, nor the U-Net of a person of the validation part;
+    and no other reader's weights move their verdict."""
+    joint = task(tiny_latents, tiny_model, **{"model.readers": 3, "optimizer.lr": 0.0})
+    config, network = joint.config, joint.networks["denoiser"]
+    for weights in network.parameters():  # output layers start at zero: make all of them say something
+        weights.data += 0.05 * torch.randn_like(weights)
+    engine = LocalEngine(network, 0.0, config.optimizer, config.compute, None, 1)
+    assert joint.samples == len(joint.people.keys) > 3 and 0 < joint.trained.sum() < joint.samples
+    for person in range(joint.samples):
+        network.zero_grad()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "step", lambda: None)  # leaves the gradients
+            joint.step(joint.load([person]), {"denoiser": engine}, step=0, indices=[person])
+        (judged,) = (~joint.taught[person]).nonzero()[:, 0].tolist()
+        moved = {
+            name for name, weights in network.named_parameters() if weights.grad is not None and weights.grad.any()
+        }
+        answering = {name for name in moved if name.startswith(JointDenoiser.ANSWERING)}
+        assert {int(name.split(".")[1]) for name in answering} == {0, 1, 2} - {judged}
+        assert bool(moved - answering) <= bool(joint.trained[person])
+
+        index = joint.judges.index(person)
+        before = joint.validate([index], joint.networks)["loss_of_scalars"]
+        with torch.no_grad():
+            for name, weights in network.named_parameters():
+                if name.startswith(JointDenoiser.ANSWERING) and int(name.split(".")[1]) != judged:
+                    weights += 1
+        assert torch.equal(joint.validate([index], joint.networks)["loss_of_scalars"], before)
+
+
+def test_a_group_judges_one_reader(tiny_latents: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    joint = task(tiny_latents, tiny_model, **{"model.readers": 2})
+    index = open_dataset(tiny_latents).index
+    family = [dataclasses.replace(r, group=f"family{i % 3}") for i, r in enumerate(sorted(index.records, key=by_key))]
+    shares = joint._shares(dataclasses.replace(index, records=family))
+    for name in {record.group for record in family}:
+        rows = [i for i, key in enumerate(joint.people.keys) if any(r.key == key and r.group == name for r in family)]
+        assert len(shares[rows].unique(dim=0)) <= 1
+    assert len(shares.unique(dim=0)) == 2
+
+
+def by_key(record: Record) -> str:
+    return record.key
 
 
 def test_mirrored_latents_are_drawn_for_about_half(tiny_latents: Path, tiny_model: Path) -> None:
@@ -63,7 +117,8 @@ def test_mirrored_latents_are_drawn_for_about_half(tiny_latents: Path, tiny_mode
 def test_latents_are_standardised_over_the_training_people(tiny_latents: Path, tiny_model: Path) -> None:
     """Each element by itself, mirrored versions too; with the paper's scaling by one number for all."""
     joint = task(tiny_latents, tiny_model)
-    stored = joint.people.values["image"].flatten(0, 1)[joint.people.present["image"].repeat_interleave(2)]
+    learnt = joint.trained & joint.people.present["image"]
+    stored = joint.people.values["image"].flatten(0, 1)[learnt.repeat_interleave(2)]
     z = joint.diffusion.variables.volumes[0].encode(stored)  # (2N, C, h, w, d)
     torch.testing.assert_close(z.mean(0), torch.zeros_like(z[0]), atol=1e-4, rtol=0)
     floor = joint.latent["image"]["sd"].min()

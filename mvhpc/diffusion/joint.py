@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from mvhpc import config
 from mvhpc.diffusion import schedules
-from mvhpc.diffusion.categorical import Uniform, draw
-from mvhpc.diffusion.density import density
+from mvhpc.diffusion.categorical import Uniform, chances, draw
+from mvhpc.diffusion.density import by_reader, density
 from mvhpc.diffusion.gaussian import TARGETS, Gaussian
 from mvhpc.randomness import rand, randn
-from mvhpc.variables import Categorical, Continuous, Variable, Variables, Volume
+from mvhpc.variables import Categorical, Variable, Variables, Volume
 
 Batch = dict[str, Tensor]
 
@@ -172,28 +172,42 @@ class JointDiffusion(nn.Module):
             t[v.name] = noised.t[v.name].masked_fill(clean, 0)
         return z, t
 
-    def losses(self, outputs: Mapping[str, Tensor], noised: Noised) -> Batch:
+    def losses(self, outputs: Mapping[str, Tensor], noised: Noised, judged: Tensor | None = None) -> Batch:
         """Loss of each row and variable (paper, eq. 5): mean over elements of the squared error, or cross-entropy.
 
-        Where a number is at t = T and the network gives a density for it, its negative logarithm is added.
+        Where a number is at t = T and the network gives a density for it, its negative logarithm is added. Of a scalar
+        each reader has a loss of its own.
+
+        Args:
+            outputs: of the network, by variable.
+            noised: what it was shown.
+            judged: whose answers about a row count, of R readers (B, R) bool; None: everybody's.
 
         Returns:
-            By variable (B,) float32, without weights, the mean over a row's questions; 0 where ``noised.counts`` is
-            False. Their mean over B is not divided by the share that counts.
+            By variable (B,) float32, without weights, the mean over a row's questions and readers; 0 where
+            ``noised.counts`` is False. Their mean over B is not divided by the share that counts.
         """
         losses = {}
         rows = min(len(z) for z in noised.z.values())  # B
         for v in self.variables:
-            output, target = outputs[v.name].float(), noised.target[v.name]
+            output, target, counts = outputs[v.name].float(), noised.target[v.name], noised.counts[v.name]
+            if isinstance(v, Volume):
+                losses[v.name] = torch.where(counts, (output - target).square().flatten(1).mean(1), 0.0)
+                continue
+            readers = by_reader(output).shape[1]
+            said = by_reader(output).flatten(0, 1)  # (B Q R, n)
+            target, level, clean, counts = (
+                x.repeat_interleave(readers, 0) for x in (target, noised.t[v.name], noised.clean[v.name], counts)
+            )
             if isinstance(v, Categorical):
-                loss = F.cross_entropy(output, target, reduction="none")
+                loss = F.cross_entropy(said, target, reduction="none")
             else:
-                loss = (output[:, : target.shape[1]] - target).square().flatten(1).mean(1)
-                if isinstance(v, Continuous) and output.shape[1] > 1:
-                    law = density(output, self.parameterization(v))
-                    surprise = -law.log_prob(noised.clean[v.name][:, 0].double()).float()
-                    loss = loss + torch.where(noised.t[v.name] == self.steps, surprise, 0.0)
-            losses[v.name] = torch.where(noised.counts[v.name], loss, 0.0).reshape(rows, -1).mean(1)
+                loss = (said[:, :1] - target).square()[:, 0]
+                if said.shape[1] > 1:
+                    surprise = -density(said, self.parameterization(v)).log_prob(clean[:, 0].double()).float()
+                    loss = loss + torch.where(level == self.steps, surprise, 0.0)
+            loss = torch.where(counts, loss, 0.0).reshape(rows, -1, readers).mean(1)  # (B, R)
+            losses[v.name] = loss.mean(1) if judged is None else (loss * judged).sum(1) / judged.sum(1)
         return losses
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
@@ -224,10 +238,11 @@ class JointDiffusion(nn.Module):
         return self.gaussian.add_noise(x_s, t, randn(generators, x_s.shape[1:], self.device), s)
 
     def predict(self, variable: Variable, output: Tensor, z_t: Tensor, t: int | Tensor) -> Tensor:
-        """What an output says of x_0: E[z_0 | z_t] shaped like z_t, or p(x_0 | z_t) (B, K)."""
+        """What an output says of x_0, the mean over readers: E[z_0 | z_t] shaped like z_t, or p(x_0 | z_t) (B, K)."""
         if isinstance(variable, Categorical):
-            return output.double().softmax(-1)
-        return self.gaussian.x0(output[:, : z_t.shape[1]].float(), z_t, t, self.parameterization(variable))
+            return chances(output)
+        said = output if isinstance(variable, Volume) else by_reader(output)[..., :1].mean(1)
+        return self.gaussian.x0(said.float(), z_t, t, self.parameterization(variable))
 
     def step(
         self,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MixtureSameFamily
 
-from mvhpc.diffusion.categorical import draw
+from mvhpc.diffusion.categorical import chances, draw
 from mvhpc.diffusion.density import density, quantile
 from mvhpc.diffusion.joint import Batch, JointDiffusion
 from mvhpc.variables import Categorical, Volume
@@ -23,11 +23,12 @@ class Reading(Protocol):
     components: int
 
     def read(self, z: Batch, t: Batch) -> Tensor:
-        """What there is to know of the volumes, (B, C)."""
+        """What there is to know of the volumes, (B, ...)."""
         ...
 
     def answer(self, seen: Tensor, z: Batch, t: Batch, want: Collection[str]) -> Mapping[str, Tensor]:
-        """Logits (B, K), or parameters (B, 1 + 3M) of :func:`mvhpc.diffusion.density.density`."""
+        """Logits (B, K), or parameters (B, 1 + 3M) of :func:`mvhpc.diffusion.density.density`; (B, R, ...) of R
+        readers."""
         ...
 
 
@@ -116,7 +117,7 @@ class Posterior:
         for name, output in self.denoiser.answer(seen, z, t, want).items():
             spread = 1.0 + (self.spread.get(name, 1.0) - 1.0) * sure.double()
             if isinstance(variables[name], Categorical):
-                laws[name] = (output.double() / spread).softmax(-1)
+                laws[name] = chances(output, spread)
             else:
                 laws[name] = density(output, self.diffusion.parameterization(variables[name]), spread)
         return laws

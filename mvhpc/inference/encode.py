@@ -124,8 +124,8 @@ def _items(dataset: Dataset, key: str, mirrored: bool) -> list[Item]:
 def run(config: EncodeConfig, run: "Run") -> dict[str, float]:
     """Stage ``encode``: latents of the volumes of every part, with their scale over the training part.
 
-    The dataset of latents keeps the records, scalars, splits and schema of the volumes. With ``flip`` the training
-    part also holds ``NAME_mirrored``, the latents of the volumes mirrored left to right. Its ``extra`` holds
+    The dataset of latents keeps the records, scalars, splits and schema of the volumes. With ``flip`` the training and
+    validation parts also hold ``NAME_mirrored``, the latents of the volumes mirrored left to right. Its ``extra`` holds
     ``scale`` (1 / SD of the training part's latents, for each volume variable) and ``vae`` (the weights' SHA-256).
 
     Returns:
@@ -143,7 +143,8 @@ def run(config: EncodeConfig, run: "Run") -> dict[str, float]:
     autoencoder, meta = load_autoencoder(config.vae, resolve_device(config.compute.device))
     latent_shape = autoencoder.latent_shape(shape)
     training = set(dataset.keys("train", config.split))
-    plan = {key: _items(dataset, key, config.flip and key in training) for key in dataset.keys(None)}
+    learnt = training | set(dataset.keys("validation", config.split))  # by the joint model, one way or another
+    plan = {key: _items(dataset, key, config.flip and key in learnt) for key in dataset.keys(None)}
     stored = sorted({item.name for items in plan.values() for item in items})
     writer = DatasetWriter(
         config.out,

@@ -40,7 +40,7 @@ from shards.progress import Progress
 from shards.schema import Schema
 
 QUANTILES = (5, 25, 50, 75, 95)  # %, of what is said of a number
-RELIABLE = 20  # people of the validation part that calibration should rest on
+RELIABLE = 20  # people that calibration should rest on
 
 
 def check_question(schema: Schema, given: Sequence[str], want: Sequence[str]) -> None:
@@ -271,8 +271,8 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
     calibrated = predictor.facts.get("calibrated_on")
     if isinstance(calibrated, int) and calibrated < RELIABLE:
         print(
-            f"{asked}: how sure the model may be was learnt from {calibrated} validation people; with fewer than "
-            f"{RELIABLE} do not rely on its intervals and probabilities",
+            f"{asked}: how sure the model may be was measured on {calibrated} people it did not learn from; with "
+            f"fewer than {RELIABLE} do not rely on its intervals and probabilities",
             file=sys.stderr,
         )
     batches = [keys[i : i + config.batch] for i in range(0, len(keys), config.batch)]

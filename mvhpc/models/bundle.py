@@ -26,7 +26,7 @@ from mvhpc.variables import Variables, Volume
 from shards.files import write_whole
 from shards.schema import Schema
 
-FORMATS = {"autoencoder": 3, "joint": 4, "baseline": 1}  # each counts what changed in its own files
+FORMATS = {"autoencoder": 3, "joint": 5, "baseline": 1}  # each counts what changed in its own files
 MANIFEST = "model.json"
 
 

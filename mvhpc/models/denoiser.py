@@ -1,9 +1,9 @@
 """The network of the joint model: a 3D U-Net over the volumes, which scalars enter and leave in one of two ways.
 
 ``early`` is the paper's (section 3.1, figure 1): scalars are input channels and cross-attention tokens of the whole
-U-Net, and heads on its bottleneck answer for them. ``late`` is this project's: a small reader looks at the volumes once
-for any number of questions, a trunk answers for the scalars from what it saw, and the U-Net, which the scalars meet in
-its up path, is run for volumes alone.
+U-Net, and heads on its bottleneck answer for them. ``late`` is this project's: a few small readers look at the volumes
+once for any number of questions, a trunk beside each answers for the scalars from what it saw, and the U-Net, which the
+scalars meet in its up path, is run for volumes alone.
 """
 
 import math
@@ -56,8 +56,8 @@ class JointDenoiser(nn.Module):
         ValueError: no volume, or volumes of different size.
     """
 
-    ANSWERING = ("reader.", "trunk.", "asked.")  # ``late``: names of what answers for scalars begin so, no others
-    TELLING = ("trunk.", "asked.")  # of these what :meth:`answer` needs, which a posterior runs in float32
+    ANSWERING = ("readers.", "trunks.", "asked.")  # ``late``: names of what answers for scalars begin so, no others
+    TELLING = ("trunks.", "asked.")  # of these what :meth:`answer` needs, which a posterior runs in float32
     scale: Tensor
     shift: Tensor
 
@@ -103,9 +103,10 @@ class JointDenoiser(nn.Module):
         if self.late:
             self.up_time = _mlp(waves, width)
             if scalars:
-                self.reader = Reader(channels, model)
-                self.asked = nn.ModuleList(Token(v, model.embedding) for v in scalars)
-                self.trunk = Trunk(scalars, len(variables), model)
+                count = range(model.readers)  # networks of their own from latents to answer
+                self.readers = nn.ModuleList(Reader(channels, model) for _ in count)
+                self.asked = nn.ModuleList(nn.ModuleList(Token(v, model.embedding) for v in scalars) for _ in count)
+                self.trunks = nn.ModuleList(Trunk(scalars, len(variables), model) for _ in count)
         else:
             self.heads = nn.ModuleList(PaperHead(v, model) for v in scalars)
         narrow_group_norms(self)
@@ -130,8 +131,8 @@ class JointDenoiser(nn.Module):
 
         Returns:
             By variable: like z; for categories logits (B, K); for numbers (B, 1 + 3 components), see
-            :mod:`mvhpc.diffusion.density`. Zero for the volumes of a row in which all of them rest at t = 0: the U-Net
-            is not run for it.
+            :mod:`mvhpc.diffusion.density`; of scalars (B, readers, ...) in the ``late`` design. Zero for the volumes of
+            a row in which all of them rest at t = 0: the U-Net is not run for it.
         """
         want = set(self.names if want is None else want)
         volumes, scalars = {v.name for v in self.volumes}, [v.name for v in self.scalars]
@@ -152,23 +153,34 @@ class JointDenoiser(nn.Module):
         return outputs | self._denoise_moving(*first)
 
     def read(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> Tensor:
-        """``late``: what the reader sees of the volumes, (B, C), zero where none is shown; a row may be repeated for
-        many questions."""
-        shown = torch.stack([self._shown(v.name, t, 2) for v in self.volumes]).amax(0)  # (B, 1)
-        return self.reader(self._channelwise(z, t)) * shown
+        """``late``: what the readers see of the volumes, (B, readers, C), zero where none is shown.
+
+        A row may be repeated for many questions."""
+        shown = torch.stack([self._shown(v.name, t, 3) for v in self.volumes]).amax(0)  # (B, 1, 1)
+        latents = self._channelwise(z, t)
+        return torch.stack([reader(latents) for reader in self.readers], 1) * shown
 
     def adapt(self, z: Mapping[str, Tensor]) -> None:
-        """Start the reader on clean volumes (N, C, h, w, d) of some people; see :meth:`Reader.adapt`."""
+        """Start the readers on clean volumes (N, C, h, w, d) of some people; see :meth:`Reader.adapt`."""
         if self.late and self.scalars:
-            self.reader.adapt(self._channelwise(z, {name: torch.zeros(len(x)) for name, x in z.items()}))
+            latents = self._channelwise(z, {name: torch.zeros(len(x)) for name, x in z.items()})
+            for reader in self.readers:
+                assert isinstance(reader, Reader)
+                reader.adapt(latents)
 
     def answer(
         self, seen: Tensor, z: Mapping[str, Tensor], t: Mapping[str, Tensor], want: Collection[str]
     ) -> dict[str, Tensor]:
-        """``late``: the outputs of the scalars among ``want``, from what :meth:`read` gave."""
+        """``late``: the outputs (B, readers, ...) of the scalars among ``want``, from what :meth:`read` gave."""
         levels = [self._wave(v.name, t) for v in self.volumes]
-        told = torch.cat([*self._tokens(self.asked, z, t), *levels], 1)  # (B, variables x E)
-        return {v.name: self.trunk(i, seen, told) for i, v in enumerate(self.scalars) if v.name in want}
+        said: dict[str, list[Tensor]] = {v.name: [] for v in self.scalars if v.name in want}
+        for trunk, tokens, part in zip(self.trunks, self.asked, seen.unbind(1), strict=True):
+            assert isinstance(tokens, nn.ModuleList)
+            told = torch.cat([*self._tokens(tokens, z, t), *levels], 1)  # (B, variables x E)
+            for i, v in enumerate(self.scalars):
+                if v.name in want:
+                    said[v.name].append(trunk(i, part, told))
+        return {name: torch.stack(answers, 1) for name, answers in said.items()}
 
     def encode(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> Features:
         """The down path. In the ``late`` design it depends on the volumes' values and levels alone."""

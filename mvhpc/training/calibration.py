@@ -1,9 +1,9 @@
 """Calibration: how much wider predictive laws must be than training alone says.
 
-A network knows its training people better than anybody else, and so takes its answers from an image for surer than they
-are: with a hundred subjects by a factor of two. Validation people show by how much. One factor a scalar stretches its
-density about its mean, or divides the logits of its classes (temperature scaling, Guo et al. 2017); means and the order
-of classes stay as they are.
+A network knows the people it learnt from better than anybody else, and so takes its answers from an image for surer
+than they are: with a hundred subjects by a factor of two. People it did not learn from show by how much. One factor a
+scalar stretches its density about its mean, or divides the logits of its classes (temperature scaling, Guo et al.
+2017); means and the order of classes stay as they are.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from mvhpc.diffusion.density import density
+from mvhpc.diffusion.density import by_reader, density
 from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.diffusion.posterior import Posterior, Reading, hindrance
 
@@ -26,7 +26,11 @@ PART = 64  # people at a time
 
 @torch.inference_mode()
 def calibrate(
-    denoiser: Reading, diffusion: JointDiffusion, clean: Mapping[str, Tensor], present: Mapping[str, Tensor]
+    denoiser: Reading,
+    diffusion: JointDiffusion,
+    clean: Mapping[str, Tensor],
+    present: Mapping[str, Tensor],
+    judged: Tensor,
 ) -> dict[str, float]:
     """The most probable factors, given people that were not trained on.
 
@@ -37,6 +41,7 @@ def calibrate(
         diffusion: on the same device.
         clean: encoded values of N people.
         present: who has them, (N,) bool.
+        judged: (N, R) bool, for each person the one of R readers that did not learn from them.
 
     Returns:
         By scalar; empty for a model without posterior, and without those that nobody here has.
@@ -55,7 +60,8 @@ def calibrate(
             for part in rows.split(PART):
                 known = {name: clean[name][part] for name in given}, {name: present[name][part] for name in given}
                 asked = Posterior(denoiser, diffusion, known[0], len(part), known[1])
-                said.append(denoiser.answer(asked.seen, asked.z, asked.t, [v.name])[v.name])
+                answers = by_reader(denoiser.answer(asked.seen, asked.z, asked.t, [v.name])[v.name])  # (n, R, ...)
+                said.append(answers[judged[part]])
         truth = clean[v.name][rows].repeat(2, *[1] * (clean[v.name].ndim - 1)).to(diffusion.device)
         surprise = partial(_surprise, torch.cat(said).double(), truth, diffusion.parameterization(v))
         factors[v.name] = math.exp(minimize_scalar(surprise, bounds=LIMITS, method="bounded").x)

@@ -1,4 +1,10 @@
-"""Training the joint diffusion (paper, section 3.1): all latents in memory, one loss over every variable."""
+"""Training the joint diffusion (paper, section 3.1): all latents in memory, one loss over every variable.
+
+The U-Net learns from the training part and is judged by the validation part. Of the readers, which answer for scalars,
+each learns from all people of both parts but for a share of its own, and is judged by that share: nobody is lost to
+learning, and everybody can say how sure the model may be (cross-fitting; Barber et al. 2021 for intervals, nnU-Net for
+asking all of them together).
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +17,7 @@ from torch import Tensor, nn
 
 from mvhpc.config import ConfigError, JointConfig, choose
 from mvhpc.devices import resolve_device
-from mvhpc.diffusion.joint import Batch, JointDiffusion, Noised
+from mvhpc.diffusion.joint import Batch, JointDiffusion
 from mvhpc.models.bundle import read_denoiser, save_joint
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.randomness import generator, rand
@@ -25,8 +31,8 @@ from shards.loader import Dataset, open_dataset
 from shards.schema import Schema
 
 SD_FLOOR = 0.1  # of an element, in typical SDs: latents of empty background hardly vary
-ADAPTED = 256  # training people whom the reader's first features are scaled by
-CALIBRATION = 1000  # validation people it takes at most
+ADAPTED = 256  # training people whom the readers' first features are scaled by
+JUDGES = 1000  # people at most whom scalars are judged and calibrated by
 VALIDATION_DRAWS = 16  # noisings of each validation sample, the same at every validation
 
 
@@ -65,7 +71,7 @@ def read_records(dataset: Dataset, keys: list[str], schema: Schema) -> Records:
         stored = np.zeros((len(keys), len(versions), *shape), np.float16)
         for i, key in enumerate(keys):
             for j, version in enumerate(versions if has[i] else ()):
-                stored[i, j] = dataset.read(key, version)
+                stored[i, j] = dataset.read(key, version if dataset.has(key, version) else volume.name)
         latents[volume.name] = torch.from_numpy(stored)
         there[volume.name] = torch.tensor(has)
     return Records(keys, rows, latents, there)
@@ -133,15 +139,25 @@ class JointTask:
                 "diffusion.time=independent and model.scalars=late, where scalars have levels of their own and the "
                 "volumes are read without them"
             )
-        train, others = (
-            read_records(dataset, dataset.keys(part, config.split), self.schema) for part in ("train", "validation")
-        )
-        self.latent = {v.name: self._moments(train, v.name, index) for v in self.schema.volumes}
-        self.intervals = standard_intervals(self.schema, train.rows) if config.scaling == "sd" else {}
+        if config.model.readers < 1 or (config.model.readers > 1 and not apart):
+            raise ConfigError(
+                f"model.readers={config.model.readers}: at least 1, and 1 unless diffusion.time=independent and "
+                "model.scalars=late, where scalars are answered for beside the U-Net"
+            )
+        train, validation = (dataset.keys(part, config.split) for part in ("train", "validation"))
+        records = read_records(dataset, train + validation, self.schema)
+        self.latent = {v.name: self._moments(records, len(train), v.name, index) for v in self.schema.volumes}
+        self.intervals = standard_intervals(self.schema, records.rows[: len(train)]) if config.scaling == "sd" else {}
         variables = Variables.from_schema(self.schema, self.latent, self.intervals)
         self.diffusion = JointDiffusion(variables, config.diffusion)
-        self.people, self.others = People(train, variables), People(others, variables)
-        self.samples, self.validation = len(self.people.keys), len(self.others.keys)
+        self.people = People(records, variables)  # of the training part, then of the validation part
+        self.trained = torch.arange(len(records.keys)) < len(train)  # (N,) from whom the U-Net learns
+        self.taught = self._shares(index) if apart and variables.scalars else self.trained[:, None]  # (N, readers)
+        self.samples = int(self.taught.any(1).sum())
+        judges = [*range(len(train), len(records.keys)), *range(len(train))]
+        judges = [i for i in judges if not self.taught[i].all()]
+        self.judges = judges[: max(JUDGES, len(validation))]
+        self.validation = len(self.judges) if validation else 0
         torch.manual_seed(config.training.seed)  # the layers' initial weights
         denoiser = JointDenoiser(variables, config.model, self.diffusion.blind)
         whole = torch.stack([self.people.present[v.name] for v in variables.volumes]).all(0).nonzero()[:ADAPTED, 0]
@@ -153,15 +169,27 @@ class JointTask:
             self.scores = {"loss_of_scalars": denoiser.ANSWERING, "loss_of_volumes": ("",)}
         self.learning_rates = {"denoiser": config.optimizer.lr}
 
-    def _moments(self, train: Records, volume: str, index: Index) -> dict[str, Any]:
-        """Shape of a volume's latents, and the mean and SD to standardise them by.
+    def _shares(self, index: Index) -> Tensor:
+        """Who teaches which reader, (N, readers) bool: all but the share of people, whole groups, that judges it."""
+        readers = self.config.model.readers
+        if readers == 1:
+            return self.trained[:, None]
+        group = {record.key: record.group for record in index.records}
+        names = sorted({group[key] for key in self.people.keys})
+        order = torch.randperm(len(names), generator=generator(self.config.training.seed, "shares")).tolist()
+        share = {names[place]: i % readers for i, place in enumerate(order)}
+        return torch.tensor([[share[group[key]] != reader for reader in range(readers)] for key in self.people.keys])
+
+    def _moments(self, records: Records, first: int, volume: str, index: Index) -> dict[str, Any]:
+        """Shape of a volume's latents, and the mean and SD to standardise them by, of the ``first`` records.
 
         ``scaling=sd``: of each element over the training people, mirrored versions too. What makes two people differ
         is a small part of a latent beside what all brains share; unscaled, it drowns in the noise, and the network
         learns the average brain. ``scaling=range``: mean 0 and one SD, the scale that encoding measured.
         """
         facts: dict[str, Any] = {"shape": list(index.arrays[volume]["shape"])}
-        latents = train.latents[volume][train.there[volume]].flatten(0, 1)  # (N or 2N, C, h, w, d)
+        there = records.there[volume][:first]
+        latents = records.latents[volume][:first][there].flatten(0, 1)  # (N or 2N, C, h, w, d)
         if self.config.scaling == "range" or len(latents) < 2:
             return facts | {"mean": torch.tensor(0.0), "sd": torch.tensor(1 / index.extra["scale"][volume])}
         parts, zero = latents.split(256), torch.zeros(latents.shape[1:], dtype=torch.float64)
@@ -171,9 +199,9 @@ class JointTask:
         return facts | {"mean": mean.float(), "sd": sd.clamp(min=float(SD_FLOOR * typical)).float()}
 
     def load(self, indices: list[int]) -> dict[str, Any]:
-        """Values and presence, by variable."""
+        """Values and presence, by variable; and who teaches the U-Net (B,) and the readers (B, readers)."""
         values, present = self.people.take(indices)
-        return {"values": values, "present": present}
+        return {"values": values, "present": present, "trained": self.trained[indices], "taught": self.taught[indices]}
 
     def _encode(self, values: Mapping[str, Tensor], mirror: Tensor) -> dict[str, Tensor]:
         """Scaled latents (B, C, h, w, d), mirrored where ``mirror`` (B,) says so and a mirrored version is stored."""
@@ -185,13 +213,33 @@ class JointTask:
         return batch
 
     def _losses(
-        self, network: Callable[..., Batch], noised: Noised, generators: Sequence[torch.Generator]
+        self,
+        network: Callable[..., Batch],
+        clean: Batch,
+        present: Batch,
+        moving: Tensor,
+        judged: Tensor,
+        generators: Sequence[torch.Generator],
+        questions: Sequence[torch.Generator],
     ) -> dict[str, Tensor]:
-        """Of each row (B,), by variable; one generator a row says what the reader is shown clean."""
-        volumes = len(self.diffusion.variables.volumes)
-        chosen = rand(generators, (volumes,), self.diffusion.device) < self.config.reveal
+        """Of each row (B,), by variable, after noising it.
+
+        Args:
+            network: the denoiser.
+            clean, present: the rows.
+            moving: whose volumes are noised and denoised, (B,) bool; others rest at t = 0.
+            judged: which readers' answers count, (B, readers) bool.
+            generators: one a row; they say what the readers are shown clean.
+            questions: Q a row, of levels and noise.
+        """
+        volumes = self.diffusion.variables.volumes
+        levels = self.diffusion.draw_times(questions)
+        still = ~moving.repeat_interleave(len(questions) // len(generators))
+        levels |= {v.name: levels[v.name].masked_fill(still, 0) for v in volumes}
+        noised = self.diffusion.noise(clean, present, levels, questions)
+        chosen = rand(generators, (len(volumes),), self.diffusion.device) < self.config.reveal
         outputs = network(noised.z, noised.t, shown=self.diffusion.reveal(noised, chosen))
-        return self.diffusion.losses(outputs, noised)
+        return self.diffusion.losses(outputs, noised, judged)
 
     def step(
         self, batch: dict[str, Any], engines: dict[str, Engine], step: int, indices: list[int]
@@ -202,50 +250,58 @@ class JointTask:
         first = next(iter(batch["present"].values()))
         self.diffusion.to(first.device)
         clean = self._encode(batch["values"], rand(generators, (), first.device) < 0.5)
-        questions = range(self.config.questions)
-        rows = [generator(self.config.training.seed, "train", step, i, q) for i in indices for q in questions]
-        noised = self.diffusion.noise(clean, batch["present"], self.diffusion.draw_times(rows), rows)
-        losses = self._losses(engine, noised, generators)
+        numbers = range(self.config.questions)
+        questions = [generator(self.config.training.seed, "train", step, i, q) for i in indices for q in numbers]
+        losses = self._losses(engine, clean, batch["present"], batch["trained"], batch["taught"], generators, questions)
         loss = self.diffusion.total(losses).mean()
         engine.backward(loss)
         engine.step()
         return {"loss": loss} | {f"loss_{name}": value.mean() for name, value in losses.items()}
 
     def validate(self, indices: list[int], networks: dict[str, nn.Module]) -> dict[str, Tensor]:
-        """Losses at fixed levels and noise; NaN for a variable that a person lacks."""
+        """Losses of judges at fixed levels and noise, of readers and a U-Net that did not learn from them.
+
+        NaN for a variable that a person lacks, and what is of volumes for whom the U-Net learnt from.
+        """
         network = networks["denoiser"]
         device = next(network.parameters()).device
         self.diffusion.to(device)
-        values, present = self.others.take(indices)
-        values = {n: v.to(device) for n, v in values.items()}
-        present = {n: p.to(device) for n, p in present.items()}
-        clean = self._encode(values, torch.zeros(len(indices), dtype=torch.bool, device=device))
+        clean, present, strange = self._judged(indices, device)
+        fresh = ~self.trained[[self.judges[i] for i in indices]].to(device)
         volumes = {v.name for v in self.diffusion.variables.volumes}
         sums: dict[str, Tensor] = {}
         for draw in range(VALIDATION_DRAWS):
             generators = [generator(self.config.training.seed, "validation", i, draw) for i in indices]
-            noised = self.diffusion.noise(clean, present, self.diffusion.draw_times(generators), generators)
-            losses = self._losses(network, noised, generators)
+            losses = self._losses(network, clean, present, fresh, strange, generators, generators)
             totals = {"loss": losses}
             if len(self.scores) > 1:
                 totals["loss_of_volumes"] = {name: x for name, x in losses.items() if name in volumes}
                 totals["loss_of_scalars"] = {name: x for name, x in losses.items() if name not in volumes}
             measured = {name: self.diffusion.total(parts) for name, parts in totals.items()}
-            measured |= {f"loss_{name}": torch.where(present[name], x, torch.nan) for name, x in losses.items()}
+            for name in {"loss", "loss_of_volumes"} & measured.keys():
+                measured[name] = torch.where(fresh, measured[name], torch.nan)
+            for name, x in losses.items():
+                known = present[name] & fresh if name in volumes else present[name]
+                measured[f"loss_{name}"] = torch.where(known, x, torch.nan)
             for name, value in measured.items():
                 sums[name] = sums.get(name, 0) + value / VALIDATION_DRAWS
         return sums
+
+    def _judged(self, indices: Sequence[int], device: torch.device) -> tuple[Batch, Batch, Tensor]:
+        """Encoded values and presence of judges, and which readers did not learn from them, (B, readers) bool."""
+        places = [self.judges[i] for i in indices]
+        values, present = self.people.take(places)
+        values, present = ({n: x.to(device) for n, x in part.items()} for part in (values, present))
+        unmirrored = torch.zeros(len(places), dtype=torch.bool, device=device)
+        return self._encode(values, unmirrored), present, ~self.taught[places].to(device)
 
     def export(self, folder: Path, states: dict[str, dict[str, Tensor]], metrics: dict[str, float]) -> None:
         """Write the self-contained model: averaged denoiser, calibration, autoencoder, schema, latents' scale."""
         denoiser = JointDenoiser(self.diffusion.variables, self.config.model, self.diffusion.blind)
         denoiser.load_state_dict(states["denoiser"])
-        values, present = self.others.take(list(range(min(self.validation, CALIBRATION))))
-        unmirrored = torch.zeros(min(self.validation, CALIBRATION), dtype=torch.bool)
+        judges = range(min(len(self.judges), JUDGES))
         device = resolve_device(self.config.compute.device)
-        spread = calibrate(
-            denoiser.to(device).eval(), self.diffusion.to(device), self._encode(values, unmirrored), present
-        )
+        spread = calibrate(denoiser.to(device).eval(), self.diffusion.to(device), *self._judged(judges, device))
         save_joint(
             folder,
             states["denoiser"],
@@ -257,7 +313,7 @@ class JointTask:
             intervals=self.intervals,
             spread=spread,
             grid=self.grid,
-            extra={"validation": metrics, "calibrated on": min(self.validation, CALIBRATION)},
+            extra={"validation": metrics, "calibrated on": len(judges)},
         )
 
     def exported(self, folder: Path) -> dict[str, Tensor]:
