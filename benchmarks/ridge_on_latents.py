@@ -2,8 +2,9 @@
 
     python benchmarks/ridge_on_latents.py runs/ixi/fold-1/latents fold-1-of-3
 
-Ridge regression of age and ridge classification of sex on standardised latents, the mirrored ones too in training; its
-strength by cross-validation over the training people, both versions of a person on one side.
+Ridge regression of age and ridge classification of sex on standardised latents, the mirrored ones too in training, of
+the people that the joint model's readers learn from: the training and the validation part. Its strength by
+cross-validation over them, both versions of a person on one side.
 """
 
 import argparse
@@ -27,8 +28,13 @@ def main() -> None:
     dataset = open_dataset(options.latents)
     for variable, model, score in (("age", Ridge(), "neg_mean_absolute_error"), ("sex", RidgeClassifier(), "accuracy")):
         train, test = (
-            [key for key in dataset.keys(part, options.split) if dataset.values(key)[variable] is not None]
-            for part in ("train", "test")
+            [
+                key
+                for part in parts
+                for key in dataset.keys(part, options.split)
+                if dataset.values(key)[variable] is not None
+            ]
+            for parts in (("train", "validation"), ("test",))
         )
         y, truth = (np.array([dataset.values(key)[variable] for key in keys]) for keys in (train, test))
         versions = ("image", "image_mirrored")
