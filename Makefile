@@ -24,7 +24,7 @@ demo: install
 	@$(VENV)/bin/mvhpc run --config demo
 
 test: install
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -5,10 +5,11 @@
 
 Both see the same latents, an age and a sex. MONAI's as it comes: the scalars as input channels and as cross-attention
 context, float32, its own attention. Ours as it is trained and asked: scalars late, fused attention, bfloat16
-where the device is made for it. Training is a whole step (noise, forward, loss, backward, AdamW). Prediction
-is one denoising of everything, and for ours also one answer about age and sex, which needs no U-Net: of a batch, and of
-one person from latents and, with ``--voxels``, from the volume by the preset's autoencoder. Medians over interleaved
-repetitions, so that both meet the same machine.
+where the device is made for it. Training is a whole step (noise, forward, loss, backward, AdamW). Prediction is one
+denoising of the volume, all that MONAI's says; for ours also one of volume, age and sex together, as joint chains need,
+and one answer about age and sex, which needs no U-Net: of a batch, and of one person from latents and, with
+``--voxels``, from the volume by the preset's autoencoder. Medians over interleaved repetitions, so that both meet the
+same machine.
 """
 
 import argparse
@@ -73,10 +74,10 @@ class Ours:
         self.optimizer.step()
 
     @torch.inference_mode()
-    def denoise(self, batch: dict[str, Tensor]) -> None:
+    def denoise(self, batch: dict[str, Tensor], want: Sequence[str]) -> None:
         t = {name: torch.full((len(x),), 500, device=self.device) for name, x in batch.items()}
         with self.cast():
-            self.asked(batch, t)
+            self.asked(batch, t, want)
 
     @torch.inference_mode()
     def answer(self, batch: dict[str, Tensor]) -> None:
@@ -180,7 +181,8 @@ def main() -> None:
         jobs |= {"train, MONAI": lambda: monai.train(batch), "denoise, MONAI": lambda: monai.denoise(batch)}
     jobs |= {
         "train, ours": lambda: ours.train(batch),
-        "denoise, ours": lambda: ours.denoise(batch),
+        "denoise, ours": lambda: ours.denoise(batch, ["image"]),
+        "denoise with age and sex, ours": lambda: ours.denoise(batch, [*batch]),
         "answer, ours": lambda: ours.answer(batch),
         "answer of one, ours": lambda: ours.answer(one),
     }
