@@ -1,6 +1,5 @@
 """The joint task: noise that belongs to a sample, missing values, and schemas as configuration."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,7 @@ from mvhpc.models.bundle import load_joint
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.training.engine import LocalEngine
 from mvhpc.training.joint import JointTask
-from shards.index import Record
-from shards.loader import open_dataset
+from mvhpc.training.shares import shares
 from tests.conftest import SMALL_JOINT
 
 
@@ -86,19 +84,17 @@ def test_nobody_judges_what_learnt_from_them(tiny_latents: Path, tiny_model: Pat
         assert torch.equal(joint.validate([index], joint.networks)["loss_of_scalars"], before)
 
 
-def test_a_group_judges_one_reader(tiny_latents: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    joint = task(tiny_latents, tiny_model, **{"model.readers": 2})
-    index = open_dataset(tiny_latents).index
-    family = [dataclasses.replace(r, group=f"family{i % 3}") for i, r in enumerate(sorted(index.records, key=by_key))]
-    shares = joint._shares(dataclasses.replace(index, records=family))
-    for name in {record.group for record in family}:
-        rows = [i for i, key in enumerate(joint.people.keys) if any(r.key == key and r.group == name for r in family)]
-        assert len(shares[rows].unique(dim=0)) <= 1
-    assert len(shares.unique(dim=0)) == 2
-
-
-def by_key(record: Record) -> str:
-    return record.key
+@pytest.mark.parametrize("people", [4, 23, 200])
+def test_every_group_judges_one_reader_and_shares_are_even(people: int) -> None:
+    groups = [f"family-{i * 7 % (people // 2)}" for i in range(people)]
+    taught = shares(groups, 5, seed=3)
+    assert ((~taught).sum(1) == 1).all()
+    judged = (~taught).int().argmax(1)
+    by_group = {group: {int(j) for g, j in zip(groups, judged) if g == group} for group in groups}
+    assert all(len(readers) == 1 for readers in by_group.values())
+    sizes = [sum(reader in readers for readers in by_group.values()) for reader in range(5)]
+    assert max(sizes) - min(sizes) <= 1
+    assert torch.equal(taught, shares(groups, 5, seed=3))
 
 
 def test_mirrored_latents_are_drawn_for_about_half(tiny_latents: Path, tiny_model: Path) -> None:

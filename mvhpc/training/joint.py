@@ -1,9 +1,8 @@
 """Training the joint diffusion (paper, section 3.1): all latents in memory, one loss over every variable.
 
-The U-Net learns from the training part and is judged by the validation part. Of the readers, which answer for scalars,
-each learns from all people of both parts but for a share of its own, and is judged by that share: nobody is lost to
-learning, and everybody can say how sure the model may be (cross-fitting; Barber et al. 2021 for intervals, nnU-Net for
-asking all of them together).
+The U-Net learns from the training part and is judged by the validation part. Of several readers, which answer for
+scalars, each learns from the people of both parts but for a share of its own, and is judged by that share
+(:mod:`mvhpc.training.shares`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from mvhpc.randomness import generator, rand
 from mvhpc.training.calibration import calibrate
 from mvhpc.training.engine import Engine
 from mvhpc.training.loop import train
+from mvhpc.training.shares import shares
 from mvhpc.variables import Value, Variables, standard_intervals
 from shards.errors import nearest
 from shards.index import Index
@@ -112,8 +112,8 @@ class JointTask:
     """One step of the joint diffusion; see :class:`mvhpc.training.loop.Task`.
 
     Raises:
-        ConfigError: a variable that the data do not have, data that are no latents, or questions that the design does
-            not allow.
+        ConfigError: a variable that the data do not have, data that are no latents, or questions or readers that the
+            design does not allow.
     """
 
     averaged: str | None = "denoiser"
@@ -152,10 +152,13 @@ class JointTask:
         self.diffusion = JointDiffusion(variables, config.diffusion)
         self.people = People(records, variables)  # of the training part, then of the validation part
         self.trained = torch.arange(len(records.keys)) < len(train)  # (N,) from whom the U-Net learns
-        self.taught = self._shares(index) if apart and variables.scalars else self.trained[:, None]  # (N, readers)
+        self.taught = self.trained[:, None]  # (N, readers) from whom each reader learns
+        if config.model.readers > 1 and variables.scalars:
+            group = {record.key: record.group for record in index.records}
+            self.taught = shares([group[key] for key in records.keys], config.model.readers, config.training.seed)
         self.samples = int(self.taught.any(1).sum())
-        judges = [*range(len(train), len(records.keys)), *range(len(train))]
-        judges = [i for i in judges if not self.taught[i].all()]
+        validation_first = [*range(len(train), len(records.keys)), *range(len(train))]
+        judges = [i for i in validation_first if not self.taught[i].all()]
         self.judges = judges[: max(JUDGES, len(validation))]
         self.validation = len(self.judges) if validation else 0
         torch.manual_seed(config.training.seed)  # the layers' initial weights
@@ -168,17 +171,6 @@ class JointTask:
         if denoiser.late and variables.scalars:  # few people are learnt by heart long before volumes are learnt
             self.scores = {"loss_of_scalars": denoiser.ANSWERING, "loss_of_volumes": ("",)}
         self.learning_rates = {"denoiser": config.optimizer.lr}
-
-    def _shares(self, index: Index) -> Tensor:
-        """Who teaches which reader, (N, readers) bool: all but the share of people, whole groups, that judges it."""
-        readers = self.config.model.readers
-        if readers == 1:
-            return self.trained[:, None]
-        group = {record.key: record.group for record in index.records}
-        names = sorted({group[key] for key in self.people.keys})
-        order = torch.randperm(len(names), generator=generator(self.config.training.seed, "shares")).tolist()
-        share = {names[place]: i % readers for i, place in enumerate(order)}
-        return torch.tensor([[share[group[key]] != reader for reader in range(readers)] for key in self.people.keys])
 
     def _moments(self, records: Records, first: int, volume: str, index: Index) -> dict[str, Any]:
         """Shape of a volume's latents, and the mean and SD to standardise them by, of the ``first`` records.
