@@ -1,6 +1,7 @@
 """The scoreboard's models: phantoms, packed and encoded, and all that is trained on them, where it is not there yet."""
 
 import ctypes
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -88,7 +89,9 @@ def stages(root: Path, quick: bool) -> None:
             if "image" in g
         ),
     ]
-    with ProcessPoolExecutor(2, get_context("spawn"), end_with_parent) as two:  # a core each, faster than in turn
+    with ProcessPoolExecutor(
+        2, get_context("spawn"), end_with_parent, (os.getpid(),)
+    ) as two:  # a core each, faster than in turn
         for future in [two.submit(complete, root, *model) for model in models]:
             future.result()
 
@@ -109,7 +112,9 @@ def densenet_name(want: str, given: Sequence[str]) -> str:
     return f"densenet-{want}-given-{'-'.join(given)}"
 
 
-def end_with_parent() -> None:
+def end_with_parent(parent: int) -> None:
     """A process of the pool is killed where the script is: it would write into the next run's folders."""
     pr_set_pdeathsig = 1  # of prctl(2)
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before
+        os.kill(os.getpid(), signal.SIGKILL)
