@@ -1,9 +1,12 @@
 """A run folder and what surrounds every stage: configuration, journal, log, tracking, and the mark of completeness."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import logging
+import os
+import socket
 import time
 import traceback
 import warnings
@@ -11,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mvhpc.config import fingerprint, to_dict, to_yaml
+from mvhpc.config import ConfigError, fingerprint, to_dict, to_yaml
 from mvhpc.journal import Journal
 from shards.files import write_text
 from shards.index import Index
@@ -87,6 +90,44 @@ def record(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def alone(folder: Path, patience: float = 120.0) -> Iterator[None]:
+    """Nobody else executes a stage in ``folder`` meanwhile.
+
+    By a lock of the file system, which ends with this process however that ends; where there are no such locks, not at
+    all.
+
+    Args:
+        folder: a run folder.
+        patience: seconds until a server of files has noticed that a node died which held the lock.
+
+    Raises:
+        ConfigError: another process is at work there.
+    """
+    host = f"host {socket.gethostname()}"
+    with (folder / ".lock").open("a+") as file:
+        end = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                file.seek(0)
+                holder = file.read() or "another process"
+                if host in holder or time.monotonic() > end:
+                    raise ConfigError(
+                        f"{folder}: {holder} is at work there; wait for its end, or stop it and run this again"
+                    ) from error
+                time.sleep(1)
+            except OSError:  # no such locks here
+                break
+        with contextlib.suppress(OSError):  # a full disc is the stage's own affair
+            file.truncate(0)
+            file.write(f"process {os.getpid()} of {host}")
+            file.flush()
+        yield
+
+
+@contextlib.contextmanager
 def library_noise(log: Path) -> Iterator[None]:
     """Send warnings and log records of libraries to ``log`` instead of the screen."""
     handler = logging.FileHandler(log)
@@ -116,6 +157,7 @@ def execute(stage: str, config: Any) -> dict[str, Any]:
         The stage's summary: metric name -> number.
 
     Raises:
+        ConfigError: another process is at work in this folder.
         whatever the stage raises; its traceback is in the run folder's ``log.txt``.
     """
     from mvhpc.stages import STAGES
@@ -126,11 +168,11 @@ def execute(stage: str, config: Any) -> dict[str, Any]:
     folder = run_folder(stage, config.out)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     mark: dict[str, Any] = {"stage": stage, "fingerprint": stage_fingerprint(stage, config, inputs), "inputs": inputs}
-    write_text(folder / "stage.json", json.dumps({**mark, "status": "running"}, indent=1))
-    write_text(folder / "config.yaml", to_yaml(config))
     run = Run(folder)
     start = time.time()
-    with library_noise(folder / "log.txt"):
+    with alone(folder), library_noise(folder / "log.txt"):
+        write_text(folder / "stage.json", json.dumps({**mark, "status": "running"}, indent=1))
+        write_text(folder / "config.yaml", to_yaml(config))
         tracker = Tracker(
             stage,
             config,
@@ -148,6 +190,6 @@ def execute(stage: str, config: Any) -> dict[str, Any]:
             with (folder / "log.txt").open("a") as log:
                 log.write(traceback.format_exc())
             raise
-    mark |= {"status": "finished", "summary": summary, "seconds": round(time.time() - start, 1)}
-    write_text(folder / "stage.json", json.dumps(mark, indent=1))
+        mark |= {"status": "finished", "summary": summary, "seconds": round(time.time() - start, 1)}
+        write_text(folder / "stage.json", json.dumps(mark, indent=1))
     return summary
