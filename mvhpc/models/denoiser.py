@@ -175,8 +175,8 @@ class JointDenoiser(nn.Module):
         levels = [self._wave(v.name, t) for v in self.volumes]
         said: dict[str, list[Tensor]] = {v.name: [] for v in self.scalars if v.name in want}
         for trunk, tokens, part in zip(self.trunks, self.asked, seen.unbind(1), strict=True):
-            assert isinstance(tokens, nn.ModuleList)
-            told = torch.cat([*self._tokens(tokens, z, t), *levels], 1)  # (B, variables x E)
+            assert isinstance(trunk, Trunk) and isinstance(tokens, nn.ModuleList)
+            told = trunk.told(torch.cat([*self._tokens(tokens, z, t), *levels], 1))  # from (B, variables x E)
             for i, v in enumerate(self.scalars):
                 if v.name in want:
                     said[v.name].append(trunk(i, part, told))

@@ -123,12 +123,13 @@ class Trunk(nn.Module):
         Args:
             scalar: which, by its place among the scalars.
             seen: of the volumes, (B, C).
-            told: tokens of the scalars and levels of the volumes, (B, variables x E).
+            told: what ``self.told`` makes of the scalars' tokens and the volumes' levels, (B, variables x E); the same for
+                all scalars.
 
         Returns:
             Logits (B, K), or (B, 1 + 3 components).
         """
-        scale, shift = self.modulate[scalar](self.told(told)).chunk(2, 1)  # each (B, C)
+        scale, shift = self.modulate[scalar](told).chunk(2, 1)  # each (B, C)
         x = seen * (1 + scale) + shift
         return self.out[scalar](x + self.bend[scalar](x))
 
