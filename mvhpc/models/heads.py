@@ -123,8 +123,7 @@ class Trunk(nn.Module):
         Args:
             scalar: which, by its place among the scalars.
             seen: of the volumes, (B, C).
-            told: what ``self.told`` makes of the scalars' tokens and the volumes' levels, (B, variables x E); the same for
-                all scalars.
+            told: what ``self.told`` makes of all tokens of scalars and levels of volumes, (B, variables x E).
 
         Returns:
             Logits (B, K), or (B, 1 + 3 components).

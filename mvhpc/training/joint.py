@@ -32,7 +32,7 @@ from shards.schema import Schema
 
 SD_FLOOR = 0.1  # of an element, in typical SDs: latents of empty background hardly vary
 ADAPTED = 256  # training people whom the readers' first features are scaled by
-JUDGES = 1000  # people at most whom scalars are judged and calibrated by
+JUDGES = 500  # people at most whom scalars are judged and calibrated by
 VALIDATION_DRAWS = 16  # noisings of each validation sample, the same at every validation
 
 
