@@ -13,9 +13,9 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """The type that matrix products are done in: as named, or for ``auto`` bfloat16 where the device is made for it.
 
-    On a CPU without bfloat16 instructions it would be slower than float32, not faster. So it is on those that Intel made
-    for AMX (Sapphire Rapids and later, told by their float16 instructions) where a virtual machine hides AMX: what is
-    left does two thirds of float32's operations a second (oneDNN 3, Emerald Rapids).
+    On a CPU without bfloat16 instructions it would be slower than float32, not faster. So it is on Intel's made for AMX
+    (Sapphire Rapids and later, told by their float16 instructions) where a virtual machine hides AMX: what is left does
+    two thirds of float32's operations a second (oneDNN 3, Emerald Rapids).
 
     Raises:
         ConfigError: an unknown name.
