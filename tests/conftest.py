@@ -49,6 +49,7 @@ SMALL_JOINT = {  # overrides of the joint stage, for latents of 2 x 2 x 2
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """In two processes: the tests of a file in one, all on a real SLURM, which last longest, in one and first."""
     items.sort(key=lambda item: "slurm" not in item.path.stem)
