@@ -1,6 +1,8 @@
 """Which device and which precision a network computes with, and what must be known of them."""
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has = getattr(torch.cpu, "get_capabilities", dict)()  # an older PyTorch cannot say
+        has: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an older PyTorch cannot say
         fast = has.get("amx_bf16", False) or (has.get("avx512_bf16", False) and not has.get("avx512_fp16", False))
     return torch.bfloat16 if fast else torch.float32
 

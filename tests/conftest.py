@@ -49,12 +49,14 @@ SMALL_JOINT = {  # overrides of the joint stage, for latents of 2 x 2 x 2
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """In two processes: the tests of a file in one, all on a real SLURM in one."""
+    item.add_marker(pytest.mark.xdist_group("slurm" if "slurm" in item.path.stem else item.path.stem))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In two processes: the tests of a file in one, all on a real SLURM, which last longest, in one and first."""
+    """Those on a real SLURM, which last longest, come first."""
     items.sort(key=lambda item: "slurm" not in item.path.stem)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("slurm" if "slurm" in item.path.stem else item.path.stem))
 
 
 def listening(process: psutil.Process) -> set[str]:
