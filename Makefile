@@ -24,7 +24,7 @@ demo: install
 	@$(VENV)/bin/mvhpc run --config demo
 
 test: install
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest
 
 lint: install
 	$(VENV)/bin/ruff check .

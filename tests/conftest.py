@@ -49,16 +49,6 @@ SMALL_JOINT = {  # overrides of the joint stage, for latents of 2 x 2 x 2
 }
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """In two processes: the tests of a file in one, all on a real SLURM in one."""
-    item.add_marker(pytest.mark.xdist_group("slurm" if "slurm" in item.path.stem else item.path.stem))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those on a real SLURM, which last longest, come first."""
-    items.sort(key=lambda item: "slurm" not in item.path.stem)
-
-
 def listening(process: psutil.Process) -> set[str]:
     """The addresses at which a process waits for connections."""
     found = (c for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN)
