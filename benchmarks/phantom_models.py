@@ -89,9 +89,8 @@ def stages(root: Path, quick: bool) -> None:
             if "image" in g
         ),
     ]
-    with ProcessPoolExecutor(
-        2, get_context("spawn"), end_with_parent, (os.getpid(),)
-    ) as two:  # a core each, faster than in turn
+    # A core each: faster than in turn.
+    with ProcessPoolExecutor(2, get_context("spawn"), end_with_parent, (os.getpid(),)) as two:
         for future in [two.submit(complete, root, *model) for model in models]:
             future.result()
 

@@ -113,7 +113,7 @@ def alone(folder: Path, patience: float = 120.0) -> Iterator[None]:
             except BlockingIOError as error:
                 file.seek(0)
                 holder = file.read() or "another process"
-                if host in holder or time.monotonic() > end:
+                if holder.endswith(host) or time.monotonic() > end:
                     raise ConfigError(
                         f"{folder}: {holder} is at work there; wait for its end, or stop it and run this again"
                     ) from error
