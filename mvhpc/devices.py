@@ -1,8 +1,6 @@
 """Which device and which precision a network computes with, and what must be known of them."""
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +13,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """The type that matrix products are done in: as named, or for ``auto`` bfloat16 where the device is made for it.
 
-    On a CPU without bfloat16 instructions it would be slower than float32, not faster. So it is on Intel's made for AMX
-    (Sapphire Rapids and later, told by their float16 instructions) where a virtual machine hides AMX: what is left does
-    two thirds of float32's operations a second (oneDNN 3, Emerald Rapids).
+    On a CPU without bfloat16 instructions it would be slower than float32, not faster.
 
     Raises:
         ConfigError: an unknown name.
@@ -28,8 +24,7 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an older PyTorch cannot say
-        fast = has.get("amx_bf16", False) or (has.get("avx512_bf16", False) and not has.get("avx512_fp16", False))
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
 
 
