@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mvhpc.config import JointConfig, VAEConfig, load_config
-from mvhpc.devices import keep_thin_convolutions_exact, resolve_device, resolve_precision
+from mvhpc.devices import mend_convolutions, resolve_device, resolve_precision
 from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.diffusion.posterior import Posterior
 from mvhpc.models.autoencoder import Autoencoder
@@ -55,7 +55,7 @@ class Ours:
         self.asked = copy.deepcopy(self.network).eval()
         freeze(self.asked, self.precision, JointDenoiser.TELLING)
         if device.type == "cpu":
-            keep_thin_convolutions_exact(self.network)
+            mend_convolutions(self.network)
         if compiled:
             self.network.compile()
             self.asked.compile()

@@ -13,7 +13,9 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """The type that matrix products are done in: as named, or for ``auto`` bfloat16 where the device is made for it.
 
-    On a CPU without bfloat16 instructions it would be slower than float32, not faster.
+    On a CPU without bfloat16 instructions it would be slower than float32, not faster. So it is on those that Intel
+    made for AMX (Sapphire Rapids and later, told by their float16 instructions) where a virtual machine hides AMX: what
+    is left does two thirds of float32's operations a second (oneDNN 3, Emerald Rapids).
 
     Raises:
         ConfigError: an unknown name.
@@ -24,7 +26,8 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # an older PyTorch cannot say
+        fast = has.get("amx_bf16", False) or (has.get("avx512_bf16", False) and not has.get("avx512_fp16", False))
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -52,20 +55,36 @@ def send(x: Tensor, device: torch.device | str) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True)
 
 
-def keep_thin_convolutions_exact(module: nn.Module) -> None:
-    """Compute 3D convolutions over a first spatial axis of 2, or a second of 1, in float32 under autocast.
+def mend_convolutions(module: nn.Module) -> None:
+    """Make a network's 3D convolutions right and fast where those of PyTorch on CPUs are not (torch 2.13, oneDNN 3.12).
 
-    On CPUs oneDNN's bfloat16 weight gradient of those is memory never written, up to infinity, and may write where it
-    must not: of kernel 3 and padding 1 the first, of kernel 4 and stride 2, transposed, the second (torch 2.13, oneDNN
-    3.12; other sizes are right).
+    In bfloat16, oneDNN's weight gradient over a first spatial axis of 2, or a second of 1, is memory never written, up
+    to infinity, and may write where it must not: of kernel 3 and padding 1 the first, of kernel 4 and stride 2,
+    transposed, the second. Those are computed in float32.
+
+    In float32, PyTorch keeps a batch of one from oneDNN where channels x height x width are few, and takes up to 20
+    times as long by a kernel of its own. A tensor that is in oneDNN's layout already is not kept from it.
     """
 
     def forward(convolution: nn.Conv3d, x: Tensor) -> Tensor:
-        if x.shape[2] != 2 and x.shape[3] != 1:
-            return type(convolution).forward(convolution, x)
-        with torch.autocast("cpu", enabled=False):
-            return type(convolution).forward(convolution, x.float())
+        if torch.is_autocast_enabled("cpu"):
+            if x.shape[2] != 2 and x.shape[3] != 1:
+                return type(convolution).forward(convolution, x)
+            with torch.autocast("cpu", enabled=False):
+                return type(convolution).forward(convolution, x.float())
+        if _kept_from_onednn(convolution, x) and not torch.compiler.is_compiling():
+            return convolution._conv_forward(x.to_mkldnn(), convolution.weight, convolution.bias).to_dense()
+        return type(convolution).forward(convolution, x)
 
     for part in module.modules():
         if isinstance(part, nn.Conv3d):
             part.forward = partial(forward, part)  # type: ignore[method-assign]
+
+
+def _kept_from_onednn(convolution: nn.Conv3d, x: Tensor) -> bool:
+    """Whether PyTorch (aten/src/ATen/native/Convolution.cpp, use_mkldnn) computes a convolution of x (B, C, H, W, D) by
+    itself, and takes longer."""
+    plain = type(convolution) is nn.Conv3d and convolution.groups == 1
+    few = len(x) == 1 and x.shape[1] * x.shape[2] * x.shape[3] <= 20480
+    single = x.dtype == convolution.weight.dtype == torch.float32
+    return plain and few and single and 1 < max(convolution.kernel_size) <= 3

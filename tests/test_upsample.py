@@ -4,7 +4,7 @@ import torch
 from monai.networks.nets import AutoencoderKL
 from torch import Tensor, nn
 
-from mvhpc.devices import keep_thin_convolutions_exact
+from mvhpc.devices import mend_convolutions
 from mvhpc.models.upsample import DoublingConv, merge_upsampling
 
 
@@ -56,7 +56,7 @@ def test_in_bfloat16_it_differs_by_its_rounding() -> None:
         for size in ((1, 1, 1), (2, 2, 2), (3, 4, 3), (2, 5, 6), (4, 6, 5), (6, 3, 2), (3, 1, 2)):
             x, gradient = torch.randn(4, channels, *size), torch.randn(4, channels, *(2 * n for n in size))
             convolution = DoublingConv(channels, channels)
-            keep_thin_convolutions_exact(convolution)
+            mend_convolutions(convolution)
             said = []
             for rounded in (False, True):
                 convolution.zero_grad()

@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from mvhpc import config
+from mvhpc.devices import mend_convolutions
 from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.baseline import Baseline, scalars_of
@@ -110,6 +111,8 @@ def _bytes(state: Mapping[str, Tensor]) -> bytes:
 def _build(network: nn.Module, data: bytes, device: torch.device | str) -> None:
     network.load_state_dict(load(data))
     network.to(device).eval().requires_grad_(False)
+    if torch.device(device).type == "cpu":
+        mend_convolutions(network)
 
 
 def save_autoencoder(

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from mvhpc.config import Compute, Optimizer, choose
-from mvhpc.devices import keep_thin_convolutions_exact, resolve_device, resolve_precision
+from mvhpc.devices import mend_convolutions, resolve_device, resolve_precision
 from mvhpc.training.ranks import Ranks
 from mvhpc.training.whole import LOCAL, Whole, read_whole, trained
 
@@ -114,8 +114,8 @@ class Engine(ABC):
         self._accumulate = accumulate
         self._micro = 0
         self._dtype = resolve_precision(compute.precision, device)
-        if device.type == "cpu" and self._dtype == torch.bfloat16:
-            keep_thin_convolutions_exact(module)
+        if device.type == "cpu":
+            mend_convolutions(module)
         self.average: Average | None = None  # set by subclasses once the weights are in place
 
     def autocast(self) -> torch.autocast:

@@ -1,0 +1,50 @@
+"""A CPU computes in the precision, and by the kernels, that are fast there."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import profile
+
+from mvhpc.devices import mend_convolutions, resolve_precision
+
+
+@pytest.mark.parametrize(
+    ("has", "precision"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True, "avx512_fp16": True}, torch.bfloat16),  # Sapphire Rapids
+        ({"amx_bf16": False, "avx512_bf16": True, "avx512_fp16": True}, torch.float32),  # the same, AMX hidden
+        ({"amx_bf16": False, "avx512_bf16": True, "avx512_fp16": False}, torch.bfloat16),  # Zen 4, Cooper Lake
+        ({"avx512_bf16": False}, torch.float32),
+        ({"architecture": "arm64"}, torch.float32),
+    ],
+)
+def test_auto_is_what_the_cpu_does_faster(
+    monkeypatch: pytest.MonkeyPatch, has: dict[str, object], precision: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert resolve_precision("auto", torch.device("cpu")) is precision
+    assert resolve_precision("bfloat16", torch.device("cpu")) is torch.bfloat16
+
+
+@pytest.mark.parametrize(("kernel", "stride", "batch"), [*product((1, 2, 3), (1, 2), (1, 2)), (4, 2, 1)])
+def test_one_small_sample_in_float32_is_left_to_onednn_as_well(kernel: int, stride: int, batch: int) -> None:
+    """And gives, with all gradients, what PyTorch's own kernel gives."""
+    torch.manual_seed(0)
+    convolution = nn.Conv3d(8, 6, kernel, stride, padding=kernel // 2)
+    x = torch.randn(batch, 8, 10, 12, 14, requires_grad=True)
+    weight = torch.randn_like(convolution(x))
+    found = []
+    for mended in (False, True):
+        if mended:
+            mend_convolutions(convolution)
+        with profile() as events:
+            y = convolution(x)
+            gradients = torch.autograd.grad((weight * y).sum(), [x, *convolution.parameters()])
+        found.append([y, *gradients])
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-4)
+        assert other.layout == torch.strided and other.is_contiguous()
+    slow = any("slow_conv3d" in event.key for event in events.key_averages())
+    assert slow == (kernel == 1 and batch == 1)  # a plain matrix product, as fast
