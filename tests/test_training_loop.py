@@ -12,6 +12,7 @@ from mvhpc.config import Compute, ConfigError, Optimizer
 from mvhpc.training.checkpoint import CheckpointError
 from mvhpc.training.engine import Average, LocalEngine, learning_rate
 from mvhpc.training.loop import micro_batch, train
+from mvhpc.training.task import Part
 from tests.toy_task import Interrupted, ToyConfig, ToyTask, curves, digest, exported, run_toy, toy_config
 
 
@@ -77,7 +78,7 @@ class TwoParts(ToyTask):
 
     def __init__(self, config: ToyConfig, best: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None) -> None:
         super().__init__(config)
-        self.scores = {"first": ("0.",), "rest": ("",)}
+        self.scores = {"first": Part(("0.",), ("far",)), "rest": Part(metrics=("loud",))}
         self.best_of = best
         self.seen: list[dict[str, Tensor]] = []
 
@@ -86,7 +87,9 @@ class TwoParts(ToyTask):
         self.seen.append(weights)
         first, rest = self.best_of or (weights, weights)
         off = (weights["0.weight"] - first["0.weight"]).norm(), (weights["3.weight"] - rest["3.weight"]).norm()
-        return {name: value.expand(len(indices)) for name, value in zip(self.scores, off)}
+        far, loud = (weights[f"{layer}.weight"].norm() for layer in (0, 3))
+        metrics = {**dict(zip(self.scores, off)), "far": far, "loud": loud, "of both": far + loud}
+        return {name: value.expand(len(indices)) for name, value in metrics.items()}
 
 
 def test_parts_that_share_no_weights_are_exported_each_at_its_own_best(tmp_path: Path) -> None:
@@ -96,6 +99,9 @@ def test_parts_that_share_no_weights_are_exported_each_at_its_own_best(tmp_path:
     best = plain.seen[4], plain.seen[2]
     summary = train(TwoParts(config, best), config, tmp_path / "whole")
     assert summary["validation/first"] == summary["validation/rest"] == 0
+    assert summary["validation/far"] == pytest.approx(float(best[0]["0.weight"].norm()))
+    assert summary["validation/loud"] == pytest.approx(float(best[1]["3.weight"].norm()))
+    assert "validation/of both" not in summary  # at no validation was there such a network
     for step in (13, 24):  # after the one best and after the other
         with pytest.raises(Interrupted):
             stopped = toy_config(training__epochs=6, tracking__fail_at=step)

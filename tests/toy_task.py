@@ -27,6 +27,7 @@ from mvhpc.randomness import generator, randn
 from mvhpc.training import guard
 from mvhpc.training.engine import Engine
 from mvhpc.training.loop import train
+from mvhpc.training.task import Part
 from shards.loader import Order
 
 
@@ -95,7 +96,7 @@ class ToyTask:
 
     averaged = "denoiser"
     best = "denoiser"
-    scores: Mapping[str, tuple[str, ...]] = {"error": ("",)}
+    scores: Mapping[str, Part] = {"error": Part()}
     samples = 36
     validation = 7
 

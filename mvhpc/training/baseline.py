@@ -19,6 +19,7 @@ from mvhpc.randomness import generator, rand
 from mvhpc.training.cluster import launch
 from mvhpc.training.engine import Engine
 from mvhpc.training.loop import train
+from mvhpc.training.task import Part
 from mvhpc.variables import Categorical, Continuous, Scalar, standard_intervals
 from shards.errors import nearest
 from shards.loader import Order, open_dataset
@@ -44,7 +45,7 @@ class BaselineTask:
 
     averaged: str | None = None
     best = "baseline"
-    scores: Mapping[str, tuple[str, ...]] = {"loss": ("",)}
+    scores: Mapping[str, Part] = {"loss": Part()}
 
     def __init__(self, config: BaselineConfig) -> None:
         self.config = config

@@ -24,6 +24,7 @@ from mvhpc.training.calibration import calibrate
 from mvhpc.training.engine import Engine
 from mvhpc.training.loop import train
 from mvhpc.training.shares import shares
+from mvhpc.training.task import Part
 from mvhpc.variables import Value, Variables, standard_intervals
 from shards.errors import nearest
 from shards.index import Index
@@ -167,9 +168,11 @@ class JointTask:
         if len(whole) > 1:
             denoiser.adapt({v.name: v.encode(self.people.values[v.name][whole, 0]) for v in variables.volumes})
         self.networks: dict[str, nn.Module] = {"denoiser": denoiser}
-        self.scores: Mapping[str, tuple[str, ...]] = {"loss": ("",)}
+        self.scores: Mapping[str, Part] = {"loss": Part()}
         if denoiser.late and variables.scalars:  # few people are learnt by heart long before volumes are learnt
-            self.scores = {"loss_of_scalars": denoiser.ANSWERING, "loss_of_volumes": ("",)}
+            names = (tuple(f"loss_{v.name}" for v in of) for of in (variables.scalars, variables.volumes))
+            parts = map(Part, (denoiser.ANSWERING, ("",)), names)
+            self.scores = dict(zip(("loss_of_scalars", "loss_of_volumes"), parts))
         self.learning_rates = {"denoiser": config.optimizer.lr}
 
     def _moments(self, records: Records, first: int, volume: str, index: Index) -> dict[str, Any]:

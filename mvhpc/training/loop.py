@@ -59,8 +59,7 @@ def train(task: Task, config: Config, folder: Path, rank: int = 0, world: int = 
         world: how many there are.
 
     Returns:
-        the metrics of the last validation that was exported, its scores the best of all (``validation/...``), its step
-        ``best_step``, ``steps`` and
+        the metrics of the exported model (``validation/...``), the step of the last export ``best_step``, ``steps`` and
         ``system/samples_per_second``.
 
     Raises:
@@ -249,16 +248,26 @@ class _Run:
             if named:
                 self._write("metrics", step=step, metrics=named)
             before = {name: self.best.get(f"validation/{name}", math.inf) for name in self.task.scores}
-            kept = {name: best for name, best in before.items() if metrics.get(name, -math.inf) >= best}
+            kept = {name for name, best in before.items() if metrics.get(name, -math.inf) >= best}
             if len(kept) == len(before):
                 return False
-            metrics |= kept
+            metrics = self._of_exported(metrics, kept)
             self.best = {f"validation/{name}": value for name, value in metrics.items()} | {"best_step": step}
             weights = self._keep_best(self.engines[self.task.best].weights(), kept)
             self.owed = ({self.task.best: weights}, metrics)
             self._trouble(step, self._export())
             self._draw(step)
             return True
+
+    def _of_exported(self, metrics: dict[str, float], kept: Collection[str]) -> dict[str, float]:
+        """``metrics`` that tell of one part; those of the scores that are ``kept`` as they were."""
+
+        def judge(metric: str) -> str | None:
+            parts = self.task.scores.items()
+            return next((s for s, p in parts if metric == s or p.metrics is None or metric in p.metrics), None)
+
+        told = {name: score for name in metrics if (score := judge(name))}
+        return {n: self.best[f"validation/{n}"] if score in kept else metrics[n] for n, score in told.items()}
 
     def _keep_best(self, weights: dict[str, Tensor], kept: Collection[str]) -> dict[str, Tensor]:
         """``weights``, those of the scores that are ``kept`` as they were exported; of rank 0."""
@@ -267,7 +276,7 @@ class _Run:
         before = self.owed[0][self.task.best] if self.owed else self.task.exported(self.folder / "model")  # type: ignore[attr-defined]
 
         def judge(name: str) -> str:
-            return next(score for score, beginnings in self.task.scores.items() if name.startswith(beginnings))
+            return next(score for score, part in self.task.scores.items() if name.startswith(part.weights))
 
         return {name: before[name] if judge(name) in kept else w for name, w in weights.items()}
 

@@ -1,6 +1,7 @@
 """What the training loop asks of a stage that trains networks."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,19 @@ class Config(Protocol):
     compute: Compute
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a score judges: a part of the exported network, exported as it was at its own best validation.
+
+    Attributes:
+        weights: how the names of its weights begin; the first part that fits counts.
+        metrics: further ones that tell of it, None for all; like the score reported as they were at that validation.
+    """
+
+    weights: tuple[str, ...] = ("",)
+    metrics: tuple[str, ...] | None = None
+
+
 class Task(Protocol):
     """What is trained, and what one step of it is.
 
@@ -28,9 +42,7 @@ class Task(Protocol):
         best: the network that is exported at the best validation.
         samples: how many training samples there are.
         validation: how many validation samples; 0 exports the last weights.
-        scores: metrics of :meth:`validate` to minimise, each with the beginnings of the names of the weights that it
-            judges; the first that fits counts. Parts of the exported network that share no weights are exported each as
-            it was at its own best validation.
+        scores: metrics of :meth:`validate` to minimise, each with what it judges.
 
     With several scores, ``exported(folder)`` is the state dict in a folder that :meth:`export` wrote.
 
@@ -46,7 +58,7 @@ class Task(Protocol):
     best: str
     samples: int
     validation: int
-    scores: Mapping[str, tuple[str, ...]]
+    scores: Mapping[str, Part]
 
     def load(self, indices: list[int]) -> dict[str, Any]:
         """The training samples ``indices`` as a batch in host memory; runs in prefetching threads."""

@@ -22,6 +22,7 @@ from mvhpc.randomness import generator, rand, randn
 from mvhpc.training.cluster import launch
 from mvhpc.training.engine import Engine
 from mvhpc.training.loop import train
+from mvhpc.training.task import Part
 from shards.loader import open_dataset
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class VAETask:
 
     averaged: str | None = None
     best = "autoencoder"
-    scores: Mapping[str, tuple[str, ...]] = {"reconstruction": ("",)}
+    scores: Mapping[str, Part] = {"reconstruction": Part()}
 
     def __init__(self, config: VAEConfig, lpips: SqueezeLPIPS | None = None) -> None:
         self.config, self.lpips = config, lpips
