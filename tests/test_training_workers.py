@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import profile
 
 from mvhpc.config import ConfigError
 from mvhpc.journal import read
@@ -67,7 +68,10 @@ def _worker(rank: int, folder: Path) -> None:
     lost = {"tracking__poison": [9, 10, 11, 12, 13], "tracking__transient": True}
     for stage in range(4):
         clean = {"compute__zero_stage": stage}
-        run_toy(toy_config(**clean), folder / f"clean{stage}", rank, 2)
+        with profile(profile_memory=True) as events:
+            run_toy(toy_config(**clean), folder / f"clean{stage}", rank, 2)
+        largest = max(event.self_cpu_memory_usage for event in events.events())
+        (folder / f"clean{stage}" / f"largest-{rank}.txt").write_text(str(largest))
         run_toy(toy_config(**clean, **lost), folder / f"lost{stage}", rank, 2)
     try:
         run_toy(toy_config(compute__zero_stage=4), folder / "stage 4", rank, 2)
@@ -218,6 +222,13 @@ def test_other_numbers_of_workers_go_on_from_what_deepspeeds_universal_checkpoin
             theirs = theirs["param"] if isinstance(theirs, dict) else theirs.view(value.shape)  # of stage 3: flat
             assert torch.equal(value, theirs), (parameter, key)
     assert len(whole.moments) == len(list((tmp_path / "zero").glob("*/fp32.pt")))
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_no_allocation_is_out_of_proportion(runs: Path, stage: int) -> None:
+    """DeepSpeed's own buffer for gradients is 2 GB for a network of any size."""
+    for rank in range(2):
+        assert 0 < int((runs / f"clean{stage}" / f"largest-{rank}.txt").read_text()) < 2**20
 
 
 def test_no_average_and_no_master_copy_is_whole_under_zero_3(runs: Path) -> None:

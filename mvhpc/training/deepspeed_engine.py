@@ -14,6 +14,8 @@ from mvhpc.training.engine import Average, Engine, adamw, to_host
 from mvhpc.training.ranks import Ranks
 from mvhpc.training.whole import MOMENTS, Whole, partition, read_whole, safe_globals, trained
 
+BUCKET = 500_000_000  # gradients that are exchanged at once at most, DeepSpeed's default
+
 
 class DeepSpeedEngine(Engine):
     """A network on the process group that Ray (or a test) has set up.
@@ -47,7 +49,13 @@ class DeepSpeedEngine(Engine):
         self.layout = f"{ranks.world} workers, ZeRO-{self.stage}"
         if compute.compile:
             module.compile()
-        zero: dict[str, Any] = {"stage": self.stage, "stage3_param_persistence_threshold": 0}
+        # Gradients are exchanged from a buffer, of 2 GB by default, however small the network.
+        bucket = min(BUCKET, sum(p.numel() for p in module.parameters()))
+        zero: dict[str, Any] = {
+            "stage": self.stage,
+            "reduce_bucket_size": bucket,
+            "stage3_param_persistence_threshold": 0,
+        }
         if compute.offload == "cpu":
             zero["offload_optimizer"] = {"device": "cpu"}
         settings = {
