@@ -1,6 +1,9 @@
 """Small real inputs shared by the tests: a BIDS tree, shards packed from it, and an untrained joint model."""
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks of tests are too small for more: a rich one took twice as long
 
 import nibabel as nib
 import numpy as np
