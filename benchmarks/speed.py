@@ -52,10 +52,10 @@ class Ours:
         self.network = JointDenoiser(variables, config.model, self.diffusion.blind).to(device)
         self.optimizer = adamw(self.network, 1e-4, config.optimizer)
         self.device, self.precision, self.questions = device, resolve_precision("auto", device), config.questions
-        self.asked = copy.deepcopy(self.network).eval()
-        freeze(self.asked, self.precision, JointDenoiser.TELLING)
         if device.type == "cpu":
             mend_convolutions(self.network)
+        self.asked = copy.deepcopy(self.network).eval()
+        freeze(self.asked, self.precision, JointDenoiser.TELLING)
         if compiled:
             self.network.compile()
             self.asked.compile()
