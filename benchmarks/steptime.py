@@ -17,9 +17,10 @@ from functools import cache
 from rates import Rates
 from workload import VOXELS, Device, Work, count, settings
 
+from mvhpc.training.deepspeed_engine import BUCKET
+
 NODE = 8  # GPUs
 WORD = 4  # bytes: weights, gradients, moments and the average are float32, and travel so
-BUCKET = 5 * 10**8  # elements that DeepSpeed gathers into one message
 
 
 # --- communication --------------------------------------------------------------------------------------------------

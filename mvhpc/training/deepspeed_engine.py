@@ -14,7 +14,7 @@ from mvhpc.training.engine import Average, Engine, adamw, to_host
 from mvhpc.training.ranks import Ranks
 from mvhpc.training.whole import MOMENTS, Whole, partition, read_whole, safe_globals, trained
 
-BUCKET = 500_000_000  # gradients that are exchanged at once at most, DeepSpeed's default
+BUCKET = 500_000_000  # elements that DeepSpeed gathers into one message at most, its default
 
 
 class DeepSpeedEngine(Engine):
