@@ -47,6 +47,7 @@ def submit(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]
 
 def nothing_is_left(slurm: SlurmCluster, job: str, run: Path) -> None:
     """No process, temporary folder, secret or lock of a job outlives it."""
+    slurm.wait(job)  # one that is cancelled while it starts has no process yet
     wait_for(lambda: not slurm.job_processes(job), 30, f"left: {slurm.job_processes(job)}")
     assert not list(Path("/tmp").glob(f"mv-{job}-*"))
     assert not (run / "jobs" / "lock").exists()

@@ -160,7 +160,8 @@ def test_two_workers_then_one_then_two_of_another_stage_change_nothing(runs: Pat
 @pytest.mark.parametrize("name", DIVIDED)
 def test_four_workers_then_two_then_four_change_nothing(runs: Path, four_two_four: Path, name: str) -> None:
     whole, elastic = curves(runs / name), curves(four_two_four / f"{name}-four")
-    assert [e["step"] for e in read(four_two_four / f"{name}-four") if e["event"] == "start"] == [0, 5, 10]
+    first, second, third = (e["step"] for e in read(four_two_four / f"{name}-four") if e["event"] == "start")
+    assert first == 0 < second <= 6 < third <= 11  # the newest checkpoint that was whole by then
     assert whole.keys() == elastic.keys()
     for key in whole:
         assert elastic[key] == pytest.approx(whole[key], abs=1e-5), key

@@ -260,7 +260,10 @@ class _Run:
             return True
 
     def _of_exported(self, metrics: dict[str, float], kept: Collection[str]) -> dict[str, float]:
-        """``metrics`` that tell of one part; those of the scores that are ``kept`` as they were."""
+        """``metrics`` of a network whose parts are in part ``kept``, by their scores: theirs as they were, and none of
+        several parts together."""
+        if not kept:
+            return metrics
 
         def judge(metric: str) -> str | None:
             parts = self.task.scores.items()
