@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from mvhpc.config import choose
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith(
+    "AVX"
+)  # fast there
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
@@ -87,4 +90,4 @@ def _kept_from_onednn(convolution: nn.Conv3d, x: Tensor) -> bool:
     plain = type(convolution) is nn.Conv3d and convolution.groups == 1
     few = len(x) == 1 and x.shape[1] * x.shape[2] * x.shape[3] <= 20480
     single = x.dtype == convolution.weight.dtype == torch.float32
-    return plain and few and single and 1 < max(convolution.kernel_size) <= 3
+    return ONEDNN and plain and few and single and 1 < max(convolution.kernel_size) <= 3
