@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from mvhpc.config import choose
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith(
-    "AVX"
-)  # fast there
+# Whether oneDNN is there, and faster than PyTorch's own kernels: not on ARM.
+ONEDNN = torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability()
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
