@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks of tests are too small for more: a rich one took twice as long
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of networks so small more took twice as long
 
 import nibabel as nib
 import numpy as np

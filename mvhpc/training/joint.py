@@ -97,11 +97,7 @@ class People:
         self.values, self.present = values | records.latents, present | records.there
 
     def take(self, indices: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Values and presence of the people at ``indices``.
-
-        By NumPy: a thread in which torch divides work among threads keeps as many of them, and OpenMP, once it has more
-        threads than cores, lets them all sleep between two tasks (training took 1.6 times as long on two cores).
-        """
+        """Values and presence of the people at ``indices``; by NumPy, see :func:`shards.loader.prefetch`."""
 
         def pick(of_all: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: torch.from_numpy(x.numpy()[indices]) for name, x in of_all.items()}
