@@ -26,10 +26,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mvhpc.config import JointConfig, VAEConfig, load_config
-from mvhpc.devices import mend_convolutions, resolve_device, resolve_precision
+from mvhpc.devices import mend_convolutions, repeatable, resolve_device, resolve_precision
 from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.diffusion.posterior import Posterior
 from mvhpc.models.autoencoder import Autoencoder
+from mvhpc.models.blocks import lay_out
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.models.frozen import freeze
 from mvhpc.randomness import generator
@@ -37,7 +38,7 @@ from mvhpc.training.engine import adamw
 from mvhpc.training.meters import peak
 from mvhpc.variables import Categorical, Continuous, Variables, Volume
 
-CALLS = 4
+CALLS = 8
 
 
 class Ours:
@@ -50,6 +51,7 @@ class Ours:
         self.diffusion = JointDiffusion(variables, config.diffusion).to(device)
         torch.manual_seed(0)
         self.network = JointDenoiser(variables, config.model, self.diffusion.blind).to(device)
+        lay_out(self.network)
         self.optimizer = adamw(self.network, 1e-4, config.optimizer)
         self.device, self.precision, self.questions = device, resolve_precision("auto", device), config.questions
         if device.type == "cpu":
@@ -67,10 +69,11 @@ class Ours:
         rows = [generator(0, i, q) for i in range(len(batch["age"])) for q in range(self.questions)]
         noised = self.diffusion.noise(batch, {}, self.diffusion.draw_times(rows), rows)
         with self.cast():
-            outputs = self.network(noised.z, noised.t)
+            outputs = self.network(noised.z, noised.t, moving=noised.moving)
         loss = self.diffusion.total(self.diffusion.losses(outputs, noised)).mean()
         self.optimizer.zero_grad()
-        loss.backward()
+        with repeatable(self.device):
+            loss.backward()
         self.optimizer.step()
 
     @torch.inference_mode()

@@ -1,11 +1,17 @@
 """Which device and which precision a network computes with, and what must be known of them."""
 
+import contextlib
+import os
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from mvhpc.config import choose
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when first used: what cuBLAS's equal bits ask for
+torch.backends.cuda.enable_cudnn_sdp(False)  # has no attention whose gradients are the same every time
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Whether oneDNN is there, and faster than PyTorch's own kernels: not on ARM.
@@ -47,6 +53,21 @@ def resolve_device(name: str) -> torch.device:
     if name == "cpu" or not available:
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+@contextlib.contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """In which gradients are the same, to the bit, every time: on a GPU those of attention would not be, whose parts
+    are added up in the order in which they are ready."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def send(x: Tensor, device: torch.device | str) -> Tensor:

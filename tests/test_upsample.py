@@ -1,11 +1,13 @@
 """Doubling and convolving at once."""
 
+import pytest
 import torch
+import torch.nn.functional as F
 from monai.networks.nets import AutoencoderKL
 from torch import Tensor, nn
 
 from mvhpc.devices import mend_convolutions
-from mvhpc.models.upsample import DoublingConv, merge_upsampling
+from mvhpc.models.upsample import DoublingConv, convolve_octants, merge_upsampling
 
 
 def networks() -> tuple[nn.Module, nn.Module]:
@@ -67,3 +69,33 @@ def test_in_bfloat16_it_differs_by_its_rounding() -> None:
                 said.append([out.float(), y.grad, convolution.weight.grad.clone()])
             for exact, near in zip(*said, strict=True):
                 assert float((exact - near).detach().abs().max()) < 0.03 * float(exact.abs().max()), (channels, size)
+
+
+def test_eight_voxels_at_once_are_the_same() -> None:
+    """The way it is computed on GPUs."""
+    torch.manual_seed(0)
+    convolution = DoublingConv(3, 5).double()
+    for size in ((3, 4, 5), (1, 1, 1), (2, 1, 3)):
+        x, toward = torch.randn(2, 3, *size).double().requires_grad_(), torch.randn(2, 5, *(2 * n for n in size))
+        of = [x, convolution.weight, convolution.bias]
+        for bias in (convolution.bias, None):
+            usual = F.conv_transpose3d(x, convolution.kernel, bias, stride=2, padding=1)
+            ours = convolve_octants(x, convolution.kernel, bias)
+            said = [[y, *torch.autograd.grad(y, of[: 3 if bias is not None else 2], toward)] for y in (usual, ours)]
+            for a, b in zip(*said, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_gpus_it_is_what_it_is_on_cpus() -> None:
+    torch.manual_seed(0)
+    convolution = DoublingConv(16, 8).double()
+    x, toward = torch.randn(2, 16, 3, 4, 5).double(), torch.randn(2, 8, 6, 8, 10).double()
+    said = []
+    for device in ("cpu", "cuda"):
+        y = x.to(device).requires_grad_()
+        out = convolution.to(device)(y)
+        of = [y, convolution.weight, convolution.bias]
+        said.append([t.cpu() for t in (out, *torch.autograd.grad(out, of, toward.to(device)))])
+    for a, b in zip(*said, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvhpc import config
+from mvhpc.devices import send
 from mvhpc.diffusion import schedules
 from mvhpc.diffusion.categorical import Uniform, chances, draw
 from mvhpc.diffusion.density import by_reader, density
@@ -28,6 +29,7 @@ class Noised:
         target: what it should say: eps, v or z_0 shaped like z, or the class (B,).
         clean: x_0, shaped like z.
         counts: (B,) bool, False where there is no loss: a missing value, or one at rest at t = 0.
+        moving: (B,) bool, on the CPU: which rows have a volume that was drawn to a level above 0.
 
     With Q questions a row, what is of scalars has B x Q rows in place of B, row by row.
     """
@@ -37,6 +39,7 @@ class Noised:
     target: Batch
     clean: Batch
     counts: Batch
+    moving: Tensor
 
 
 class JointDiffusion(nn.Module):
@@ -101,10 +104,10 @@ class JointDiffusion(nn.Module):
         with ``noise_fraction``, and otherwise is uniform on 1..T.
 
         Returns:
-            By variable, int64 (B,).
+            By variable, int64 (B,), on the CPU: what is to be done is known there without waiting for a GPU.
         """
         c, names = self.config, self.variables.names
-        u = rand(generators, (2 + 2 * len(names),), self.device)  # (B, 2 + 2V)
+        u = rand(generators, (2 + 2 * len(names),))  # (B, 2 + 2V)
         level = (1 + (u * self.steps).long()).clamp(max=self.steps)  # uniform on 1..T
         together = u[:, 0] < (c.shared_fraction if self.independent else 1.0)
         times = {}
@@ -138,6 +141,8 @@ class JointDiffusion(nn.Module):
         """
         z, times, target, clean, counts = {}, {}, {}, {}, {}
         n = len(generators) // len(batch[self.variables.names[0]])  # Q
+        moving = torch.stack([t[v.name][::n] > 0 for v in self.variables.volumes]).any(0).cpu()
+        t = {name: send(level, self.device) for name, level in t.items()}
         for v in self.variables:
             volume = isinstance(v, Volume)
             rows, level = (generators[::n], t[v.name][::n]) if volume else (generators, t[v.name])
@@ -157,7 +162,7 @@ class JointDiffusion(nn.Module):
             times[v.name] = torch.where(there, level, self.steps) if self.independent else level
             clean[v.name] = x0
             counts[v.name] = there & (level > 0)
-        return Noised(z, times, target, clean, counts)
+        return Noised(z, times, target, clean, counts, moving)
 
     def reveal(self, noised: Noised, chosen: Tensor) -> tuple[Batch, Batch]:
         """The volumes and their levels, those that are ``chosen`` (B, volumes) clean, at t = 0, where they are known.

@@ -7,7 +7,7 @@ from monai.networks.nets import AutoencoderKL
 from torch import Tensor, nn
 
 from mvhpc import config
-from mvhpc.models.norm import narrow_group_norms
+from mvhpc.models.blocks import adopt
 from mvhpc.models.upsample import merge_upsampling
 
 FIRST_LOG_VARIANCE = -6.0
@@ -50,7 +50,7 @@ class Autoencoder(nn.Module):
         # Starts with narrow posteriors: with SD 1 the first hundreds of steps are spent on learning to narrow them
         # (480 steps on phantoms of 32 cubed: 18.9 against 17.0 dB after 120, 19.7 against 19.1 after 240).
         nn.init.constant_(self.network.quant_conv_log_sigma.conv.bias, FIRST_LOG_VARIANCE)
-        narrow_group_norms(self)
+        adopt(self)
         merge_upsampling(self)
 
     def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:

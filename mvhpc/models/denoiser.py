@@ -7,9 +7,10 @@ scalars meet in its up path, is run for volumes alone.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mvhpc import config
+from mvhpc.devices import send
+from mvhpc.models.blocks import adopt, down, middle, up
 from mvhpc.models.heads import PaperHead, Reader, Token, Trunk
-from mvhpc.models.norm import narrow_group_norms
 from mvhpc.models.upsample import merge_upsampling
 from mvhpc.variables import Categorical, Scalar, Variables
 
@@ -109,7 +111,7 @@ class JointDenoiser(nn.Module):
                 self.trunks = nn.ModuleList(Trunk(scalars, len(variables), model) for _ in count)
         else:
             self.heads = nn.ModuleList(PaperHead(v, model) for v in scalars)
-        narrow_group_norms(self)
+        adopt(self)
         merge_upsampling(self)
 
     def forward(
@@ -118,6 +120,7 @@ class JointDenoiser(nn.Module):
         t: Mapping[str, Tensor],
         want: Collection[str] | None = None,
         shown: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] = ({}, {}),
+        moving: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """
         Args:
@@ -128,11 +131,13 @@ class JointDenoiser(nn.Module):
             want: variables to answer for, None for all. The up path is run for volumes alone, in the ``late`` design
                 the down path too.
             shown: ``late``: volumes, and their levels, that the reader is shown in place of those in z and t.
+            moving: ``late``: the rows whose volumes are wanted, (B,) bool on the CPU, where one need not wait for a GPU
+                to know them; None: those with a volume that is not at rest.
 
         Returns:
             By variable: like z; for categories logits (B, K); for numbers (B, 1 + 3 components), see
             :mod:`mvhpc.diffusion.density`; of scalars (B, readers, ...) in the ``late`` design. Zero for the volumes of
-            a row in which all of them rest at t = 0: the U-Net is not run for it.
+            a row that does not move: the U-Net is not run for it.
         """
         want = set(self.names if want is None else want)
         volumes, scalars = {v.name for v in self.volumes}, [v.name for v in self.scalars]
@@ -149,8 +154,8 @@ class JointDenoiser(nn.Module):
             outputs = self.answer(read, z, levels, want)
         if want.isdisjoint(volumes):
             return outputs
-        first = [{name: x if name in volumes else x[::n] for name, x in values.items()} for values in (z, t)]
-        return outputs | self._denoise_moving(*first)
+        z, t = ({name: x if name in volumes else x[::n] for name, x in values.items()} for values in (z, t))
+        return outputs | self._denoise_moving(z, t, moving)
 
     def read(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> Tensor:
         """``late``: what the readers see of the volumes, (B, readers, C), zero where none is shown.
@@ -196,9 +201,9 @@ class JointDenoiser(nn.Module):
         h = self.conv_in(x)
         skips = [h]
         for block in self.down:
-            h, passed = self._run(block, h, time, context)
+            h, passed = self._run(down, block, h, time, context)
             skips += passed
-        h = self._run(self.middle, h, time, context)  # (B, channels[-1], h'/factor, ...)
+        h = self._run(middle, self.middle, h, time, context)  # (B, channels[-1], h'/factor, ...)
         return Features(h, skips, size)
 
     def decode(self, features: Features, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -211,23 +216,24 @@ class JointDenoiser(nn.Module):
         for block in self.up:
             n = len(block.resnets)
             skips, passed = skips[:-n], skips[-n:]
-            h = self._run(block, h, passed, time, context)
+            h = self._run(up, block, h, passed, time, context)
         image = self.out(h)[:, :, : features.size[0], : features.size[1], : features.size[2]]  # (B, sum C, h, w, d)
         return {v.name: part for v, part in zip(self.volumes, image.split([v.shape[0] for v in self.volumes], 1))}
 
-    def _denoise_moving(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _denoise_moving(self, z: Values, t: Values, moving: Tensor | None) -> dict[str, Tensor]:
         """The U-Net for the rows that move, zero for the others."""
-        rows, z_moving, t_moving = self._moving(z, t)
+        rows, z_moving, t_moving = self._moving(z, t, moving)
         denoised = self.decode(self.encode(z_moving, t_moving), z_moving, t_moving)
         return {name: x.new_zeros(z[name].shape).index_copy(0, rows, x) for name, x in denoised.items()}
 
     @torch.compiler.disable
-    def _moving(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> tuple[Tensor, Values, Values]:
-        """Which rows have a volume that is not at rest, and z and t of those; the first row where none has, for all
-        workers must run the same layers."""
-        moving = torch.stack([t[v.name] > 0 for v in self.volumes]).any(0)  # (B,)
-        moving[0] |= ~moving.any()
+    def _moving(self, z: Values, t: Values, moving: Tensor | None) -> tuple[Tensor, Values, Values]:
+        """The numbers of the rows that move, and z and t of those; of the first row where none does, for all workers
+        must run the same layers."""
+        if moving is None:
+            moving = torch.stack([t[v.name] > 0 for v in self.volumes]).any(0)  # (B,)
         rows = torch.nonzero(moving)[:, 0]
+        rows = send(rows if len(rows) else rows.new_zeros(1), self.scale.device)
         z, t = ({name: x[rows] for name, x in values.items()} for values in (z, t))
         if self.training or len(rows) < len(moving):  # their number differs from call to call: compiled once for any
             for x in (rows, *z.values(), *t.values()):
@@ -238,7 +244,8 @@ class JointDenoiser(nn.Module):
         return self._image(z, t) * self.scale + self.shift  # (B, sum C, h, w, d)
 
     def _image(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat([z[v.name] * self._shown(v.name, t, 5) for v in self.volumes], 1)  # (B, sum C, h, w, d)
+        image = torch.cat([z[v.name] * self._shown(v.name, t, 5) for v in self.volumes], 1)  # (B, sum C, h, w, d)
+        return image.contiguous(memory_format=torch.channels_last_3d) if image.is_cuda else image
 
     def _time(self, t: Mapping[str, Tensor]) -> Tensor:
         names = [v.name for v in self.volumes] if self.late else self.names
@@ -260,7 +267,7 @@ class JointDenoiser(nn.Module):
         seen = torch.ones_like(t[name]) if self.blind is None else t[name] < self.blind
         return seen.to(self.scale.dtype).reshape(-1, *[1] * (dimensions - 1))
 
-    def _run(self, block: Callable[..., Tensor], *args: Tensor | Sequence[Tensor] | None) -> Tensor:
+    def _run(self, block: Callable[..., Any], *args: Any) -> Any:
         if self.checkpointing and self.training:
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)

@@ -1,4 +1,4 @@
-"""Normalisation: of batches over the samples of all workers, of groups without leaving bfloat16."""
+"""Normalisation: of batches over the samples of all workers, of groups and layers without leaving bfloat16."""
 
 from typing import Any
 
@@ -60,22 +60,30 @@ class WholeBatchNorm(nn.BatchNorm3d):
         self.running_var.lerp_(variance, share)
 
 
-class NarrowGroupNorm(nn.GroupNorm):
-    """GroupNorm that under CUDA's autocast reads and writes bfloat16; its sums are float32 all the same.
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm, with a shift before and SiLU after it where they are asked for.
 
+    Under CUDA's autocast it reads and writes bfloat16, in channels-last order, its sums being float32 all the same.
     Autocast has it in float32 there, which moves three times the bytes for the convolution behind it to round again.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (B, C, ...)."""
-        if x.device.type != "cuda" or x.dtype != torch.bfloat16:
-            return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+    def forward(self, x: Tensor, offset: Tensor | None = None, silu: bool = False) -> Tensor:
+        """Normalise x (B, C, H, W, D), plus ``offset`` (B, C)."""
+        if x.is_cuda and x.dtype == torch.bfloat16:
+            from mvhpc.models.channels_last import group_norm  # Triton comes with PyTorch for GPUs alone
+
+            return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, offset, silu)
+        y = super().forward(x if offset is None else x + offset[:, :, None, None, None])
+        return F.silu(y) if silu else y
 
 
-def narrow_group_norms(module: nn.Module) -> None:
-    """Make every GroupNorm of a network, those of its libraries too, a :class:`NarrowGroupNorm`."""
-    for part in module.modules():
-        if type(part) is nn.GroupNorm:
-            part.__class__ = NarrowGroupNorm
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm that under CUDA's autocast reads and writes bfloat16 too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (B, N, C) over C."""
+        if not input.is_cuda or input.dtype != torch.bfloat16:
+            return super().forward(input)
+        with torch.autocast("cuda", enabled=False):
+            weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)

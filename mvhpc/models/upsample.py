@@ -1,5 +1,7 @@
 """Doubling a volume and convolving it, as one transposed convolution with less than a third of the products."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from monai.networks.blocks import UpSample
@@ -34,6 +36,8 @@ class DoublingConv(nn.Conv3d):
         """(B, C, h, w, d) to (B, C', 2h, 2w, 2d)."""
         with torch.autocast(x.device.type, enabled=False):  # weights are added before they are rounded
             kernel = self.kernel
+        if x.is_cuda:
+            return convolve_octants(x, kernel, self.bias)
         return F.conv_transpose3d(x, kernel, self.bias, stride=2, padding=1)
 
     @torch.no_grad()
@@ -44,6 +48,53 @@ class DoublingConv(nn.Conv3d):
         convolution.weight.copy_(self.kernel)
         convolution.bias = self.bias
         return convolution.requires_grad_(False)
+
+
+def convolve_octants(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    """:class:`DoublingConv`'s transposed convolution as one of kernel 2 that says all eight voxels a voxel becomes.
+
+    cuDNN's tensor-core kernels know no gradients of the other, whose 64 weights a channel are too many for them; what
+    it takes instead lasts 20 times as long.
+
+    Args:
+        x: (B, C, h, w, d).
+        kernel: (C, C', 4, 4, 4).
+        bias: (C',).
+
+    Returns:
+        (B, C', 2h, 2w, 2d), in channels-last order.
+    """
+    taps = kernel.to(x.dtype).flip(2, 3, 4).unflatten(4, (2, 2)).unflatten(3, (2, 2)).unflatten(2, (2, 2))
+    weight = taps.permute(3, 5, 7, 1, 0, 2, 4, 6).flatten(0, 3)  # (2 2 2 C', C, 2, 2, 2)
+    bias = None if bias is None else bias.repeat(8)
+    y = F.conv3d(x, weight, bias, padding=1)  # (B, 8 C', h + 1, w + 1, d + 1)
+    y = y.permute(0, 2, 3, 4, 1).contiguous().unflatten(4, (2, 2, 2, -1))
+    woven: Tensor = _Weave.apply(y)
+    return woven.permute(0, 4, 1, 2, 3)
+
+
+class _Weave(torch.autograd.Function):
+    """Of y (B, h + 1, w + 1, d + 1, 2, 2, 2, C) the doubled volume (B, 2h, 2w, 2d, C), whose voxel (2i + p, 2j + q,
+    2k + r) is y's (i + p, j + q, k + r, p, q, r)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.shape = y.shape
+        return _woven(y).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        dy = gradients[0].new_zeros(ctx.shape)
+        woven = _woven(dy)
+        woven.copy_(gradients[0].reshape(woven.shape))
+        return dy
+
+
+def _woven(y: Tensor) -> Tensor:
+    """A view of contiguous y as (B, h, 2, w, 2, d, 2, C)."""
+    (b, h, w, d), c, s = y.shape[:4], y.shape[7], y.stride()
+    strides = (s[0], s[1], s[1] + s[4], s[2], s[2] + s[5], s[3], s[3] + s[6], s[7])
+    return y.as_strided((b, h - 1, 2, w - 1, 2, d - 1, 2, c), strides)
 
 
 def merge_upsampling(module: nn.Module) -> None:

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mvhpc.config import Compute, Optimizer, choose
 from mvhpc.devices import mend_convolutions, resolve_device, resolve_precision
+from mvhpc.models.blocks import lay_out
 from mvhpc.training.ranks import Ranks
 from mvhpc.training.whole import LOCAL, Whole, read_whole, trained
 
@@ -255,6 +256,7 @@ class LocalEngine(Engine):
     ) -> None:
         device = resolve_device(compute.device)
         super().__init__(module.to(device).train(), optimizer, compute, accumulate, device)
+        lay_out(module)
         self.layout = "1 worker"
         if compute.compile:
             module.compile()
@@ -282,7 +284,7 @@ class LocalEngine(Engine):
             group["lr"] = rate
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: value.detach().cpu().clone() for name, value in self.module.state_dict().items()}
+        return {name: value.detach().cpu().contiguous().clone() for name, value in self.module.state_dict().items()}
 
     def snapshot(self) -> dict[str, Any]:
         average = () if self.average is None else self.average.values
@@ -298,13 +300,22 @@ class LocalEngine(Engine):
     def load(self, folder: Path, layout: str) -> None:
         whole = read_whole(folder)
         self.module.load_state_dict(whole.network)
-        state = {i: whole.moments[name] for i, (name, _) in enumerate(trained(self.module)) if name in whole.moments}
+        state = {
+            i: {key: _laid_out(value, p) for key, value in whole.moments[name].items()}
+            for i, (name, p) in enumerate(trained(self.module))
+            if name in whole.moments
+        }
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
         self.updates = whole.updates
         self.usual.copy_(whole.usual)
         if self.average is not None:
             for (name, _), value in zip(self.module.named_parameters(), self.average.values, strict=True):
                 value.copy_(whole.average[name])
+
+
+def _laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """A moment in the order of its weight, as the fused optimiser wants it."""
+    return torch.empty_like(like, device=value.device).copy_(value) if value.shape == like.shape else value
 
 
 def make_engine(

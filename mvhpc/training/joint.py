@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mvhpc.config import ConfigError, JointConfig, choose
-from mvhpc.devices import resolve_device
+from mvhpc.devices import repeatable, resolve_device
 from mvhpc.diffusion.joint import Batch, JointDiffusion
 from mvhpc.models.bundle import read_denoiser, save_joint
 from mvhpc.models.denoiser import JointDenoiser
@@ -198,9 +198,9 @@ class JointTask:
         return facts | {"mean": mean.float(), "sd": sd.clamp(min=float(SD_FLOOR * typical)).float()}
 
     def load(self, indices: list[int]) -> dict[str, Any]:
-        """Values and presence, by variable; and who teaches the U-Net (B,) and the readers (B, readers)."""
+        """Values and presence, by variable; and who teaches the readers (B, readers)."""
         values, present = self.people.take(indices)
-        return {"values": values, "present": present, "trained": self.trained[indices], "taught": self.taught[indices]}
+        return {"values": values, "present": present, "taught": self.taught[indices]}
 
     def _encode(self, values: Mapping[str, Tensor], mirror: Tensor) -> dict[str, Tensor]:
         """Scaled latents (B, C, h, w, d), mirrored where ``mirror`` (B,) says so and a mirrored version is stored."""
@@ -226,7 +226,7 @@ class JointTask:
         Args:
             network: the denoiser.
             clean, present: the rows.
-            moving: whose volumes are noised and denoised, (B,) bool; others rest at t = 0.
+            moving: whose volumes are noised and denoised, (B,) bool on the CPU; others rest at t = 0.
             judged: which readers' answers count, (B, readers) bool.
             generators: one a row; they say what the readers are shown clean.
             questions: Q a row, of levels and noise.
@@ -237,7 +237,7 @@ class JointTask:
         levels |= {v.name: levels[v.name].masked_fill(still, 0) for v in volumes}
         noised = self.diffusion.noise(clean, present, levels, questions)
         chosen = rand(generators, (len(volumes),), self.diffusion.device) < self.config.reveal
-        outputs = network(noised.z, noised.t, shown=self.diffusion.reveal(noised, chosen))
+        outputs = network(noised.z, noised.t, shown=self.diffusion.reveal(noised, chosen), moving=noised.moving)
         return self.diffusion.losses(outputs, noised, judged)
 
     def step(
@@ -251,9 +251,11 @@ class JointTask:
         clean = self._encode(batch["values"], rand(generators, (), first.device) < 0.5)
         numbers = range(self.config.questions)
         questions = [generator(self.config.training.seed, "train", step, i, q) for i in indices for q in numbers]
-        losses = self._losses(engine, clean, batch["present"], batch["trained"], batch["taught"], generators, questions)
+        trained, taught = self.trained[indices], batch["taught"]
+        losses = self._losses(engine, clean, batch["present"], trained, taught, generators, questions)
         loss = self.diffusion.total(losses).mean()
-        engine.backward(loss)
+        with repeatable(engine.device):
+            engine.backward(loss)
         engine.step()
         return {"loss": loss} | {f"loss_{name}": value.mean() for name, value in losses.items()}
 
@@ -266,12 +268,13 @@ class JointTask:
         device = next(network.parameters()).device
         self.diffusion.to(device)
         clean, present, strange = self._judged(indices, device)
-        fresh = ~self.trained[[self.judges[i] for i in indices]].to(device)
+        untrained = ~self.trained[[self.judges[i] for i in indices]]
+        fresh = untrained.to(device)
         volumes = {v.name for v in self.diffusion.variables.volumes}
         sums: dict[str, Tensor] = {}
         for draw in range(VALIDATION_DRAWS):
             generators = [generator(self.config.training.seed, "validation", i, draw) for i in indices]
-            losses = self._losses(network, clean, present, fresh, strange, generators, generators)
+            losses = self._losses(network, clean, present, untrained, strange, generators, generators)
             totals = {"loss": losses}
             if len(self.scores) > 1:
                 totals["loss_of_volumes"] = {name: x for name, x in losses.items() if name in volumes}
