@@ -36,12 +36,12 @@ class Rates:
     """Constants of the model; units and sources are the fields' metadata."""
 
     peak: float = rate(989e12, "FLOP/s of a GPU", "NVIDIA's data sheet of the H200: bfloat16, no sparsity")
-    arithmetic: float = rate(0.4, "of it in convolutions and matrix products", "assumed")
+    arithmetic: float = rate(0.48, "of it in convolutions and matrix products", "fitted to one H200 training `h200`")
     bandwidth: float = rate(4.8e12, "bytes/s of a GPU's memory", "NVIDIA's data sheet of the H200")
     traffic: float = rate(0.7, "of it in every operator", "assumed")
     memory: float = rate(141e9, "bytes of a GPU", "NVIDIA's data sheet of the H200")
     filled: float = rate(0.9, "of them that a configuration may use", "assumed")
-    launch: float = rate(8e-6, "s of the host per operator", "assumed; eager PyTorch")
+    launch: float = rate(6.5e-5, "s of the host per operator", "measured, the virtual machine of one H200; eager")
     noising: float = rate(1.9e-3, "s of the host per row of the joint diffusion", "measured on 2 CPU cores")
     nvlink: float = rate(450e9, "bytes/s each way of a GPU inside a node", "NVIDIA's data sheet of the H200")
     infiniband: float = rate(50e9, "bytes/s each way of a GPU between nodes", "400 Gbit/s NDR, one port per GPU")

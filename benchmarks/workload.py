@@ -7,8 +7,7 @@ traffic: a roofline.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -114,19 +113,6 @@ class Counter(TorchDispatchMode):
         self.alive -= size
 
 
-@contextmanager
-def _norms_as_on_cuda() -> Iterator[None]:
-    """Norms in float32, as CUDA's autocast has them and that of CPUs does not."""
-    before = {kind: kind.forward for kind in (nn.GroupNorm, nn.LayerNorm)}
-    for kind, forward in before.items():
-        kind.forward = lambda self, x, forward=forward: forward(self, x.float())  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for kind, forward in before.items():
-            kind.forward = forward  # type: ignore[method-assign]
-
-
 def joint_parts(preset: str) -> tuple[Variables, JointDiffusion, JointConfig]:
     """What a joint model of brain, age and sex is made of, on the latents of the preset's autoencoder."""
     config, channels = settings("joint", preset), settings("vae", preset).model.latent_channels
@@ -164,7 +150,7 @@ def _joint(preset: str, batch: int, moving: int) -> tuple[list[nn.Module], Calla
                 outputs = network(z, t)
                 image = outputs["image"][:moving]
         outputs["image"] = torch.zeros(rows).index_copy(0, torch.arange(moving), image.float())
-        noised = Noised(z, t, z, z, counts)
+        noised = Noised(z, t, z, z, counts, counts["image"])
         diffusion.total(diffusion.losses({n: x.float() for n, x in outputs.items()}, noised)).mean().backward()
 
     return [network], step
@@ -220,6 +206,6 @@ def count(stage: str, preset: str, batch: int, moving: int, device: Device) -> W
         weights = [p for network in networks for p in network.train().parameters()]
         for p in weights:  # gradients are counted by themselves: ZeRO may divide them
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        with _norms_as_on_cuda(), Counter(device) as c:
+        with Counter(device) as c:
             step()
     return Work(sum(p.numel() for p in weights), len(weights), c.flops, c.traffic, c.kernels, c.seconds, c.peak)
