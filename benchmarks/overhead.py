@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from mvhpc.config import Compute, JointConfig, VAEConfig, load_config
 from mvhpc.devices import resolve_device, resolve_precision, send
@@ -133,7 +134,7 @@ def bare(task: Timed, config: JointConfig, rank: int, world: int) -> None:
     device = resolve_device(config.compute.device)
     for step in range(config.training.epochs * order.steps_per_epoch):
         indices = order.part(step, rank, world)
-        batch = {part: {n: send(x, device) for n, x in values.items()} for part, values in task.load(indices).items()}
+        batch = tree_map_only(Tensor, lambda x: send(x, device), task.load(indices))
         task.step(batch, engines, step, indices)
 
 
