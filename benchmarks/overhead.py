@@ -103,7 +103,7 @@ class Bare:
 
     def __init__(self, module: nn.Module, config: JointConfig, world: int) -> None:
         device = resolve_device(config.compute.device)
-        self.module = module.to(device).train()
+        self.device, self.module = device, module.to(device).train()
         self.network = DistributedDataParallel(self.module) if world > 1 else self.module
         o, self.clip, self.ema = config.optimizer, config.optimizer.clip, config.ema
         betas = (o.betas[0], o.betas[1])

@@ -21,13 +21,7 @@ class ResidualOfUNet(DiffusionUNetResnetBlock):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x (B, C, H, W, D) and the level's embedding (B, E) to (B, C', H, W, D)."""
         told = self.time_emb_proj(self.nonlinearity(emb))  # (B, C')
-        h = self.norm1(x, silu=True)
-        if x.is_cuda:  # the bias of a convolution goes the way of what is told, and costs no pass of its own
-            convolution = self.conv1.conv
-            h = convolution._conv_forward(h, convolution.weight, None)
-            told = told + convolution.bias.to(told.dtype)
-        else:
-            h = self.conv1(h)
+        h = self.conv1(self.norm1(x, silu=True))
         return self.skip_connection(x) + self.conv2(self.norm2(h, told, silu=True))
 
 

@@ -22,6 +22,7 @@ from mvhpc.devices import mend_convolutions
 from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.baseline import Baseline, scalars_of
+from mvhpc.models.blocks import lay_out
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.variables import Variables, Volume
 from shards.files import write_whole
@@ -111,6 +112,7 @@ def _bytes(state: Mapping[str, Tensor]) -> bytes:
 def _build(network: nn.Module, data: bytes, device: torch.device | str) -> None:
     network.load_state_dict(load(data))
     network.to(device).eval().requires_grad_(False)
+    lay_out(network)
     if torch.device(device).type == "cpu":
         mend_convolutions(network)
 
