@@ -51,11 +51,12 @@ class Ours:
         self.diffusion = JointDiffusion(variables, config.diffusion).to(device)
         torch.manual_seed(0)
         self.network = JointDenoiser(variables, config.model, self.diffusion.blind).to(device)
-        lay_out(self.network)
         self.optimizer = adamw(self.network, 1e-4, config.optimizer)
         self.device, self.precision, self.questions = device, resolve_precision("auto", device), config.questions
         if device.type == "cpu":
             mend_convolutions(self.network)
+        else:
+            lay_out(self.network)
         self.asked = copy.deepcopy(self.network).eval()
         freeze(self.asked, self.precision, JointDenoiser.TELLING)
         if compiled:

@@ -63,10 +63,10 @@ def adopt(module: nn.Module) -> None:
 
 
 def lay_out(module: nn.Module) -> None:
-    """Have a GPU find the weights of an adopted network's convolutions in the order that it convolves in."""
+    """Put the weights of an adopted network's convolutions in the order that GPUs convolve in."""
     if any(isinstance(part, GroupNorm) for part in module.modules()):
         for parameter in module.parameters():
-            if parameter.ndim == 5 and parameter.is_cuda:
+            if parameter.ndim == 5:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
 
 

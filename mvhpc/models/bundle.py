@@ -112,9 +112,10 @@ def _bytes(state: Mapping[str, Tensor]) -> bytes:
 def _build(network: nn.Module, data: bytes, device: torch.device | str) -> None:
     network.load_state_dict(load(data))
     network.to(device).eval().requires_grad_(False)
-    lay_out(network)
     if torch.device(device).type == "cpu":
         mend_convolutions(network)
+    else:
+        lay_out(network)
 
 
 def save_autoencoder(

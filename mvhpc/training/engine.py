@@ -256,7 +256,8 @@ class LocalEngine(Engine):
     ) -> None:
         device = resolve_device(compute.device)
         super().__init__(module.to(device).train(), optimizer, compute, accumulate, device)
-        lay_out(module)
+        if device.type == "cuda":
+            lay_out(module)
         self.layout = "1 worker"
         if compute.compile:
             module.compile()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 LOCAL = "state.pt"  # a checkpoint of one worker
 MODEL = "mp_rank_00_model_states.pt"
@@ -75,7 +76,8 @@ def read_whole(folder: Path) -> Whole:
         FileNotFoundError: there is none in it.
     """
     if (folder / LOCAL).is_file():
-        return Whole(**torch.load(folder / LOCAL, map_location="cpu", weights_only=True, mmap=True))
+        parts = torch.load(folder / LOCAL, map_location="cpu", weights_only=True, mmap=True)
+        return Whole(**tree_map_only(Tensor, Tensor.contiguous, parts))  # a GPU had them in an order of its own
     name = MODEL if (folder / MODEL).is_file() else MODEL_3
     if not (folder / name).is_file():
         raise FileNotFoundError(f"{folder}: no checkpoint of a network in it")
