@@ -64,12 +64,13 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm, with a shift before and SiLU after it where they are asked for.
 
     Under CUDA's autocast it reads and writes bfloat16, in channels-last order, its sums being float32 all the same.
-    Autocast has it in float32 there, which moves three times the bytes for the convolution behind it to round again.
+    Autocast has it in float32 there, which moves three times the bytes for the convolution behind it to round again; a
+    compiled network keeps those in registers by itself.
     """
 
     def forward(self, x: Tensor, offset: Tensor | None = None, silu: bool = False) -> Tensor:
         """Normalise x (B, C, H, W, D), plus ``offset`` (B, C)."""
-        if x.is_cuda and x.dtype == torch.bfloat16:
+        if x.is_cuda and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
             from mvhpc.models.channels_last import group_norm  # Triton comes with PyTorch for GPUs alone
 
             return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, offset, silu)
