@@ -1,4 +1,4 @@
-"""Doubling a volume and convolving it, as one transposed convolution with less than a third of the products."""
+"""Doubling a volume and convolving it at once, with less than a third of the products."""
 
 from typing import Any
 
