@@ -157,6 +157,11 @@ class JointDenoiser(nn.Module):
         z, t = ({name: x if name in volumes else x[::n] for name, x in values.items()} for values in (z, t))
         return outputs | self._denoise_moving(z, t, moving)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As :meth:`torch.nn.Module.compile`; which rows move is found outside of the compiled parts."""
+        self._moving = torch.compiler.disable(self._moving)  # type: ignore[method-assign]
+        super().compile(*args, **kwargs)
+
     def read(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> Tensor:
         """``late``: what the readers see of the volumes, (B, readers, C), zero where none is shown.
 
@@ -226,7 +231,6 @@ class JointDenoiser(nn.Module):
         denoised = self.decode(self.encode(z_moving, t_moving), z_moving, t_moving)
         return {name: x.new_zeros(z[name].shape).index_copy(0, rows, x) for name, x in denoised.items()}
 
-    @torch.compiler.disable
     def _moving(self, z: Values, t: Values, moving: Tensor | None) -> tuple[Tensor, Values, Values]:
         """The numbers of the rows that move, and z and t of those; of the first row where none does, for all workers
         must run the same layers."""
@@ -235,6 +239,8 @@ class JointDenoiser(nn.Module):
         rows = torch.nonzero(moving)[:, 0]
         rows = send(rows if len(rows) else rows.new_zeros(1), self.scale.device)
         z, t = ({name: x[rows] for name, x in values.items()} for values in (z, t))
+        if self._compiled_call_impl is None:  # the compiler takes a second to load
+            return rows, z, t
         if self.training or len(rows) < len(moving):  # their number differs from call to call: compiled once for any
             for x in (rows, *z.values(), *t.values()):
                 torch._dynamo.maybe_mark_dynamic(x, 0)
