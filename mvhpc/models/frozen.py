@@ -9,7 +9,8 @@ from mvhpc.models.upsample import DoublingConv
 def freeze(network: nn.Module, precision: torch.dtype, spared: tuple[str, ...] = ()) -> None:
     """Do once what else every call does with the weights alone: round them, and add up those of doublings.
 
-    Answers stay the same to the bit, under an autocast to ``precision``, without which the network is of no more use.
+    Answers stay the same to the bit (on GPUs to rounding, where doublings that are trained go another way), under an
+    autocast to ``precision``, without which the network is of no more use.
     Autocast remembers what it rounded for the sake of gradients alone, and never under ``torch.inference_mode``.
 
     Args:
