@@ -109,6 +109,8 @@ def test_cancel_leaves_nothing_and_a_dead_jobs_lock_is_taken_over(slurm: SlurmCl
     slurm.wait(second)
     third = submit(*stage, "shape=[16,16,16]").stdout.strip()
     assert third != second
+    wait_for(lambda: any(Path("/tmp").glob(f"mv-{third}-*")), 60, "the third job does not begin")
+    assert not list(Path("/tmp").glob(f"mv-{second}-*")), "the first thing a job does is to clear up after dead ones"
     submit("cancel", str(run))
     nothing_is_left(slurm, third, run)
 
