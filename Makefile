@@ -4,7 +4,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 	done)
 VENV := .venv
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-slurm test-others lint clean
 
 install: $(VENV)/.installed
 
@@ -23,8 +23,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	@$(VENV)/bin/mvhpc run --config demo
 
+# Two parts beside each other: that on a real SLURM waits much.
 test: install
-	$(VENV)/bin/python -m pytest
+	@$(MAKE) --no-print-directory --jobs 2 test-slurm test-others
+
+test-slurm:
+	$(VENV)/bin/python -m pytest tests/test_slurm*.py
+
+test-others:
+	$(VENV)/bin/python -m pytest --ignore-glob='*/test_slurm*.py'
 
 lint: install
 	$(VENV)/bin/ruff check .
