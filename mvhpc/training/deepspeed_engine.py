@@ -61,7 +61,8 @@ class DeepSpeedEngine(Engine):
         settings = {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulate,
-            "gradient_clipping": optimizer.clip,
+            # (of stage 0 DeepSpeed would clip weight by weight, and exchange a norm that all workers have)
+            "gradient_clipping": optimizer.clip if self.stage > 0 else 0.0,
             # Threshold 0: no weights stay gathered between steps, where an exchange with the average would miss them.
             "zero_optimization": zero,
             "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs too, and needs no compiler
@@ -116,8 +117,7 @@ class DeepSpeedEngine(Engine):
 
     def _update(self, last: bool) -> None:
         if last and self.stage == 0:  # from stage 1 on DeepSpeed measures the norm
-            norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
-            self._adamw.found_inf = self._judge(norm)  # type: ignore[attr-defined]
+            self._clip_and_judge(self._adamw)
         self._engine.step()
 
     def set_learning_rate(self, rate: float) -> None:

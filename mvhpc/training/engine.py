@@ -169,6 +169,11 @@ class Engine(ABC):
     @abstractmethod
     def _update(self, last: bool) -> None: ...
 
+    def _clip_and_judge(self, optimizer: torch.optim.AdamW) -> None:
+        """Clip whole gradients, and tell a fused optimiser whether to leave this update out."""
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._clip if self._clip > 0 else math.inf)
+        optimizer.found_inf = self._judge(norm)  # type: ignore[attr-defined]
+
     def _judge(self, norm: Tensor) -> Tensor:
         """Whether an update with this gradient norm is to be left out, as 1 or 0, decided on the norm's device."""
         norm = norm.detach().float()
@@ -274,9 +279,7 @@ class LocalEngine(Engine):
     def _update(self, last: bool) -> None:
         if not last:
             return
-        limit = self._clip if self._clip > 0 else math.inf
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
-        self.optimizer.found_inf = self._judge(norm)  # type: ignore[attr-defined]
+        self._clip_and_judge(self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
