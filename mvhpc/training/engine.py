@@ -114,6 +114,7 @@ class Engine(ABC):
         self._clip = optimizer.clip
         self._accumulate = accumulate
         self._micro = 0
+        self._parameters = list(module.parameters())  # walking through all layers for them takes milliseconds
         self._dtype = resolve_precision(compute.precision, device)
         if device.type == "cpu":
             mend_convolutions(module)
@@ -171,7 +172,7 @@ class Engine(ABC):
 
     def _clip_and_judge(self, optimizer: torch.optim.AdamW) -> None:
         """Clip whole gradients, and tell a fused optimiser whether to leave this update out."""
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._clip if self._clip > 0 else math.inf)
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._clip if self._clip > 0 else math.inf)
         optimizer.found_inf = self._judge(norm)  # type: ignore[attr-defined]
 
     def _judge(self, norm: Tensor) -> Tensor:

@@ -10,16 +10,14 @@ import contextlib
 import dataclasses
 import logging
 import math
-import shutil
 import time
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from mvhpc.config import Compute
@@ -28,12 +26,14 @@ from mvhpc.journal import Journal
 from mvhpc.randomness import generator
 from mvhpc.run import Interrupted
 from mvhpc.training.agreement import agree, flat
+from mvhpc.training.best import Best
 from mvhpc.training.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from mvhpc.training.engine import Engine, learning_rate, make_engine
 from mvhpc.training.guard import Pace, Watch, stop_requested
-from mvhpc.training.meters import ADVICE, Clock, Diverged, Meter, Skips, peak
+from mvhpc.training.meters import Clock, Diverged, Meter, Skips, peak
 from mvhpc.training.ranks import Ranks
 from mvhpc.training.task import Config, Task, micro_batch
+from mvhpc.training.validation import validate
 from shards.loader import Order, prefetch
 
 INSIST_S = 300.0  # how long the last checkpoint is tried again where it cannot be written
@@ -87,10 +87,8 @@ class _Run:
         self.checkpoints = Checkpoints(folder / "checkpoints", training.keep, ranks)
         self.meter, self.skips = Meter(ranks), Skips()
         self.watch = Watch(config.compute.hang_minutes)
-        self.best: dict[str, float] = {}
         self.clock = Clock()
         self.engines: dict[str, Engine] = {}
-        self.owed: tuple[dict[str, dict[str, Tensor]], dict[str, float]] | None = None  # a model not yet exported
 
     def train(self) -> dict[str, float]:
         with contextlib.closing(self.checkpoints):
@@ -119,6 +117,7 @@ class _Run:
                 self.micro_batch,
                 self.ranks,
             )
+        self.best = Best(self.task, self.engines[self.task.best], self.folder, self.ranks)
 
     def _beside(self) -> Compute:
         """Networks beside the exported one, critics, stay whole: `Engine.frozen` needs all their weights."""
@@ -234,7 +233,7 @@ class _Run:
             metrics["system/gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self._write("metrics", step=step, metrics=metrics)
 
-    # --- validation and export ---
+    # --- validation ---
 
     def _validate(self, step: int) -> bool:
         """Validate, and export what is better than all before; whether it was."""
@@ -242,114 +241,24 @@ class _Run:
         with contextlib.ExitStack() as stack:
             for engine in self.engines.values():
                 stack.enter_context(engine.evaluating())
-            self._refresh()
-            metrics = self._metrics() if self.task.validation else {}
-            named = {f"validation/{name}": value for name, value in metrics.items()}
-            if named:
-                self._write("metrics", step=step, metrics=named)
-            before = {name: self.best.get(f"validation/{name}", math.inf) for name in self.task.scores}
-            kept = {name for name, best in before.items() if metrics.get(name, -math.inf) >= best}
-            if len(kept) == len(before):
-                return False
-            metrics = self._of_exported(metrics, kept)
-            self.best = {f"validation/{name}": value for name, value in metrics.items()} | {"best_step": step}
-            weights = self._keep_best(self.engines[self.task.best].weights(), kept)
-            self.owed = ({self.task.best: weights}, metrics)
-            self._trouble(step, self._export())
-            self._draw(step)
-            return True
-
-    def _of_exported(self, metrics: dict[str, float], kept: Collection[str]) -> dict[str, float]:
-        """``metrics`` of a network whose parts are in part ``kept``, by their scores: theirs as they were, and none of
-        several parts together."""
-        if not kept:
-            return metrics
-
-        def judge(metric: str) -> str | None:
-            parts = self.task.scores.items()
-            return next((s for s, p in parts if metric == s or p.metrics is None or metric in p.metrics), None)
-
-        told = {name: score for name in metrics if (score := judge(name))}
-        return {n: self.best[f"validation/{n}"] if score in kept else metrics[n] for n, score in told.items()}
-
-    def _keep_best(self, weights: dict[str, Tensor], kept: Collection[str]) -> dict[str, Tensor]:
-        """``weights``, those of the scores that are ``kept`` as they were exported; of rank 0."""
-        if not kept or self.ranks.rank != 0:
-            return weights
-        before = self.owed[0][self.task.best] if self.owed else self.task.exported(self.folder / "model")  # type: ignore[attr-defined]
-
-        def judge(name: str) -> str:
-            return next(score for score, part in self.task.scores.items() if name.startswith(part.weights))
-
-        return {name: before[name] if judge(name) in kept else w for name, w in weights.items()}
-
-    def _refresh(self) -> None:
-        refresh = getattr(self.task, "refresh", None)
-        if refresh is not None:
             networks = {name: engine.module for name, engine in self.engines.items()}
-            refresh(networks, self.ranks.rank, self.ranks.world)
+            refresh = getattr(self.task, "refresh", None)
+            if refresh is not None:
+                refresh(networks, self.ranks.rank, self.ranks.world)
+            metrics = {}
+            if self.task.validation:
+                metrics = validate(self.task, networks, self.micro_batch, self.ranks)
+                self._write("metrics", step=step, metrics={f"validation/{name}": x for name, x in metrics.items()})
+            improved = self.best.take(step, metrics)
+            if improved:
+                self._trouble(step, self.best.write())
+                self._draw(networks, step)
+            return improved
 
-    def _metrics(self) -> dict[str, float]:
-        """Means over the validation set, each worker taking the same number of batches, padded with weight 0."""
-        size, world = self.micro_batch, self.ranks.world
-        networks = {name: engine.module for name, engine in self.engines.items()}
-        sums: dict[str, Tensor] = {}  # name -> (sum, count)
-        for first in range(0, self.task.validation, size * world):
-            begin = first + self.ranks.rank * size
-            places = list(range(begin, begin + size))
-            real = torch.tensor([p < self.task.validation for p in places])  # (B,)
-            indices = [min(p, self.task.validation - 1) for p in places]
-            for name, values in self.task.validate(indices, networks).items():
-                values = values.detach().to("cpu", torch.float64)  # (B,)
-                counted = real & ~values.isnan()
-                pair = torch.stack([values[counted].sum(), counted.sum().double()])
-                sums[name] = sums.get(name, torch.zeros(2, dtype=torch.float64)) + pair
-        if missing := set(self.task.scores) - set(sums):
-            raise KeyError(f"the task validates {', '.join(sums)}, not its score {', '.join(sorted(missing))}")
-        names = sorted(sums)
-        totals = self.ranks.sum(torch.stack([sums[name] for name in names]))  # (metrics, 2)
-        means = {name: float(total / count) for name, (total, count) in zip(names, totals) if count > 0}
-        for score in self.task.scores:
-            if not math.isfinite(means.get(score, math.nan)):
-                raise FloatingPointError(f"validation {score} is not finite; {ADVICE}")
-        return means
-
-    def _export(self) -> str | None:
-        """Write the model that is owed, if one is. Collective.
-
-        Returns:
-            why it could not be written, at all workers; it is then owed still.
-        """
-        if self.owed is None:
-            return None
-        trouble = None
-        if self.ranks.rank == 0:
-            try:
-                self._write_model(*self.owed)
-            except (OSError, SafetensorError) as error:
-                trouble = f"the model of step {self.best['best_step']} could not be written: {error}"
-        trouble = self.ranks.share(trouble)
-        if trouble is None:
-            self.owed = None
-        return trouble
-
-    def _write_model(self, states: dict[str, dict[str, Tensor]], metrics: dict[str, float]) -> None:
-        part, final, old = (self.folder / name for name in (".model.part", "model", ".model.old"))
-        for leftover in (part, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        part.mkdir(parents=True)
-        with torch.no_grad(), self.engines[self.task.best].autocast():
-            self.task.export(part, states, metrics)
-        if final.exists():
-            final.replace(old)
-        part.replace(final)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def _draw(self, step: int) -> None:
+    def _draw(self, networks: dict[str, nn.Module], step: int) -> None:
         draw = getattr(self.task, "figures", None)
         if draw is None:
             return
-        networks = {name: engine.module for name, engine in self.engines.items()}
         figures: dict[str, Callable[[Path], None]] = draw(networks, step)
         if self.ranks.rank == 0:
             try:
@@ -379,9 +288,9 @@ class _Run:
         }
         state, end = self._state(step), time.monotonic() + INSIST_S
         while True:
-            trouble = self._export()
+            trouble = self.best.write()
             if trouble is None:
-                before = self.checkpoints.begin(step, files, state, int(self.best.get("best_step", 0)))
+                before = self.checkpoints.begin(step, files, state, self.best.step)
                 self._trouble(step, before)
                 trouble = self.checkpoints.finish() if insist else None
             self._trouble(step, trouble)
@@ -395,7 +304,7 @@ class _Run:
         return {
             "configuration": flat(self.config),
             "layouts": {name: engine.layout for name, engine in self.engines.items()},
-            "best": self.best,
+            "best": self.best.metrics,
             "seconds": self.clock.seconds,
             "meter": self.meter.state(),
             "skips": self.skips.state(),
@@ -409,7 +318,7 @@ class _Run:
         self.checkpoints.verify(checkpoint)
         for name, engine in self.engines.items():
             engine.load(checkpoint.folder / name, checkpoint.state["layouts"][name])
-        self.best, self.owed = checkpoint.state["best"], None
+        self.best.restore(checkpoint.state["best"])
         self.clock = Clock(checkpoint.state["seconds"])
         self.meter.restore(checkpoint.state["meter"])
         self.skips.restore(checkpoint.state["skips"])
@@ -419,7 +328,7 @@ class _Run:
 
     def _summary(self) -> dict[str, float]:
         rate = self.total * self.training.batch / max(self.clock.seconds, 1e-9)
-        return {**self.best, "steps": self.total, "system/samples_per_second": rate}
+        return {**self.best.metrics, "steps": self.total, "system/samples_per_second": rate}
 
     def _write(self, event: str, **fields: Any) -> None:
         if self.journal is not None:
