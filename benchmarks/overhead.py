@@ -1,13 +1,14 @@
 """What the training loop costs beside a bare one, and how long a start and a resumption take; one run for all.
 
-    python benchmarks/overhead.py [--steps 120] [--rounds 7] [--markdown FILE]
+    python benchmarks/overhead.py [--turns 10] [--rounds 5] [--markdown FILE]
 
 The demo's joint network on latents of phantoms, the same batches and noise for all; an untrained autoencoder encodes
 them, for what is in the latents costs nothing. A bare loop has what the weights need (noise, forward, loss, backward,
-clipping, AdamW, the running average) and no more: it loads in turn and logs nothing. Blocks of steps of every way of
-training alternate, so that all meet the same machine. Of each step the fastest round counts, for it is the same work in
-all of them; whole blocks are compared round by round beside. With two workers all of them run in the same two
-processes.
+clipping, AdamW, the running average) and no more: it loads in turn and logs nothing.
+
+In a round every way of training has a thread of the same process (of the same two, with two workers), and they take
+turns of ten steps, so that what else the machine does meets all alike. What stays with a network for as long as it
+lives, such as where in memory it is, makes two equal loops differ by two percent: hence rounds, each with new networks.
 """
 
 import argparse
@@ -18,14 +19,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from scipy import stats
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
@@ -44,7 +49,8 @@ from shards.files import write_text
 from shards.loader import Order
 
 PEOPLE = 64
-WARM = 5  # steps at the beginning of a block that do not count
+WARM = 5  # steps at the beginning that do not count
+TURN = 10  # steps
 NEVER = 10**6
 CHECKPOINTS = 50  # steps between them, where they are measured
 KILLED = 14  # the step (from 0) in which a worker is killed; a checkpoint every 4
@@ -82,20 +88,55 @@ def settings(root: Path, workers: int, steps: int) -> JointConfig:
     return config
 
 
-class Timed(JointTask):
-    """The joint task, with the time at which each step begins."""
+class Turns:
+    """Of several threads one goes on at a time, then the next."""
 
-    def __init__(self, config: JointConfig) -> None:
+    def __init__(self, count: int) -> None:
+        self._order = deque(range(count))
+        self._changed = threading.Condition()
+
+    def wait(self, me: int) -> None:
+        """Until it is the turn of ``me``."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._order[0] == me)
+
+    def pass_on(self, leave: bool = False) -> None:
+        """End the present turn; with ``leave`` there will be no other of this thread."""
+        with self._changed:
+            if leave:
+                self._order.popleft()
+            else:
+                self._order.rotate(-1)
+            self._changed.notify_all()
+
+
+class Timed(JointTask):
+    """The joint task, trained in turns with others.
+
+    Attributes:
+        seconds: of a step, a mean for each turn after the warm-up.
+    """
+
+    def __init__(self, config: JointConfig, turns: Turns, me: int) -> None:
         super().__init__(config)
-        self.times: list[float] = []
+        self.turns, self.me = turns, me
+        self.seconds: list[float] = []
+        self._done, self._began = 0, 0.0
 
     def step(self, batch: dict[str, Any], engines: Any, step: int, indices: list[int]) -> dict[str, Tensor]:
-        self.times.append(time.perf_counter())
+        if self._done >= WARM and (self._done - WARM) % TURN == 0:
+            self._change()
+        self._done += 1
         return super().step(batch, engines, step, indices)
 
-    def seconds(self) -> list[float]:
-        """Of each step, from its beginning to that of the next."""
-        return [b - a for a, b in zip(self.times, self.times[1:])][WARM:]
+    def _change(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # what this turn has asked for is this turn's
+        if self._done > WARM:
+            self.seconds.append((time.perf_counter() - self._began) / TURN)
+        self.turns.pass_on()
+        self.turns.wait(self.me)
+        self._began = time.perf_counter()
 
 
 class Bare:
@@ -127,7 +168,7 @@ class Bare:
         torch._foreach_lerp_(self.average, self.weights, 1 - self.ema)
 
 
-def bare(task: Timed, config: JointConfig, rank: int, world: int) -> None:
+def bare(task: JointTask, config: JointConfig, rank: int, world: int) -> None:
     """The loop without us."""
     order = Order(task.samples, config.training.batch, config.training.seed)
     engines: Any = {"denoiser": Bare(task.networks["denoiser"], config, world)}
@@ -159,12 +200,11 @@ class Plan:
 # --- steps ----------------------------------------------------------------------------------------------------------
 
 
-def block(way: str, config: JointConfig, folder: Path, rank: int, world: int) -> list[float]:
-    """Seconds of the steps of one block of a way of training, in a folder of its own."""
-    task = Timed(config)
+def run(way: str, task: Timed, config: JointConfig, folder: Path, rank: int, world: int) -> None:
+    """Train to the end one way, in a folder of its own."""
     if way in (ONE[0], TWO[0]):
         bare(task, config, rank, world)
-        return task.seconds()
+        return
     every = CHECKPOINTS if "checkpoint" in way else NEVER
     stage = int(way.removeprefix("ZeRO-")[0]) if way.startswith("ZeRO") else 0
     config = replace(
@@ -175,7 +215,6 @@ def block(way: str, config: JointConfig, folder: Path, rank: int, world: int) ->
     )
     with _tracked(config, folder) if "MLflow" in way else nullcontext():
         train(task, config, folder, rank, world)
-    return task.seconds()
 
 
 @contextmanager
@@ -190,39 +229,50 @@ def _tracked(config: JointConfig, folder: Path) -> Iterator[None]:
 
 
 def worker(plan: Plan, folder: Path, rank: int, world: int) -> dict[str, float]:
-    """Every way of training, round after round; what every step of a block took, by way, round and step."""
+    """Every way of training, round after round; seconds of a step by way, round and turn."""
+    ways = ONE if world == 1 else TWO
+    threads = torch.get_num_threads()
     found: dict[str, float] = {}
+
+    def take_part(turns: Turns, me: int, folder: Path) -> list[float]:
+        torch.set_num_threads(threads)  # OpenMP keeps it by thread
+        turns.wait(me)
+        try:
+            task = Timed(plan.config, turns, me)
+            run(ways[me], task, plan.config, folder, rank, world)
+            return task.seconds
+        finally:
+            turns.pass_on(leave=True)
+
     for number in range(plan.rounds):
-        for way in ONE if world == 1 else TWO:
-            seconds = block(way, plan.config, folder / f"{way} {number}".replace(" ", "-"), rank, world)
-            found |= {f"{way}|{number}|{step}": s for step, s in enumerate(seconds)}
+        turns = Turns(len(ways))
+        folders = [folder / f"{way} {number}".replace(" ", "-") for way in ways]
+        with ThreadPoolExecutor(len(ways)) as pool:
+            taken = pool.map(take_part, [turns] * len(ways), range(len(ways)), folders)
+        for way, seconds in zip(ways, taken, strict=True):
+            found |= {f"{way}|{number}|{turn}": s for turn, s in enumerate(seconds)}
     return found
 
 
-def steps(root: Path, workers: int, count: int, rounds: int) -> str:
-    """A table of what a step takes each way.
-
-    A step is the same work in every round: what it takes at least is what it asks for, and what it takes more is what
-    else the machine did. The means of whole blocks show how much that was.
-    """
-    plan = Plan(settings(root, workers, count), rounds)
+def steps(root: Path, workers: int, turns: int, rounds: int) -> str:
+    """A table of what a step takes each way: the mean over all turns; of two ways the mean of the ratio over rounds
+    with its 95 % interval (Student's t)."""
+    plan = Plan(settings(root, workers, WARM + turns * TURN + 1), rounds)
     found = launch("overhead:worker", plan, root / f"workers-{workers}", workers)
     ways = ONE if workers == 1 else TWO
-    taken: dict[str, dict[int, list[float]]] = {way: {r: [] for r in range(rounds)} for way in ways}
+    taken: dict[str, list[list[float]]] = {way: [[] for _ in range(rounds)] for way in ways}
     for key, seconds in found.items():
         way, number, _ = key.split("|")
         taken[way][int(number)].append(seconds)
-    least = {way: statistics.fmean(map(min, zip(*taken[way].values(), strict=True))) for way in ways}
-    lines = ["| | step, ms | over the first, % | by means of whole blocks, % |", "|---|---:|---:|---:|"]
+    means = {way: [statistics.fmean(of_round) for of_round in of_way] for way, of_way in taken.items()}
+    lines = ["| | step, ms | over the first, % | 95 % interval |", "|---|---:|---:|---:|"]
     for way in ways:
         base = ways[1 + ("ZeRO" in way)] if "checkpoint" in way else ways[0]
-        cells = [f"{1000 * least[way]:.1f}", "", ""]
+        cells = [f"{1000 * statistics.fmean(means[way]):.1f}", "", ""]
         if way != base:
-            over = [
-                100 * (statistics.fmean(taken[way][r]) / statistics.fmean(taken[base][r]) - 1) for r in range(rounds)
-            ]
-            cells[1] = f"{100 * (least[way] / least[base] - 1):+.1f}"
-            cells[2] = f"{statistics.median(over):+.1f} [{min(over):+.1f}, {max(over):+.1f}]"
+            over = [100 * (ours / theirs - 1) for ours, theirs in zip(means[way], means[base], strict=True)]
+            low, high = stats.ttest_1samp(over, 0).confidence_interval(0.95)
+            cells[1:] = f"{statistics.fmean(over):+.1f}", f"{low:+.1f} to {high:+.1f}"
         lines.append(f"| {way}{f' (over {base})' if base != ways[0] else ''} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -236,23 +286,24 @@ def mark(folder: Path, what: str) -> None:
         file.write(json.dumps([what, time.time()]) + "\n")
 
 
-class Killed(Timed):
+class Killed(JointTask):
     """Notes its first steps; in step :data:`KILLED` worker 1 is killed, once."""
 
     def __init__(self, config: JointConfig, folder: Path, rank: int) -> None:
         super().__init__(config)
-        self.folder, self.rank = folder, rank
+        self.folder, self.rank, self.begun = folder, rank, False
 
     def step(self, batch: dict[str, Any], engines: Any, step: int, indices: list[int]) -> dict[str, Tensor]:
-        if not self.times and self.rank == 0:
+        first, self.begun = not self.begun, True
+        if first and self.rank == 0:
             mark(self.folder, "engines")
         if step == KILLED and self.rank == 1 and not (self.folder / "killed").exists():
             (self.folder / "killed").touch()
             mark(self.folder, "killed")
             os.kill(os.getpid(), signal.SIGKILL)
         scalars = super().step(batch, engines, step, indices)
-        if self.rank == 0 and (len(self.times) == 1 or step == KILLED):
-            mark(self.folder, "first step" if len(self.times) == 1 else "new step")
+        if self.rank == 0 and (first or step == KILLED):
+            mark(self.folder, "first step" if first else "new step")
         return scalars
 
 
@@ -316,16 +367,16 @@ def _laps(events: list[list[Any]]) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=120, help="of a block")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--turns", type=int, default=10, help=f"of {TURN} steps, in a round")
+    parser.add_argument("--rounds", type=int, default=5, help="two or more")
     parser.add_argument("--markdown", type=Path, help="write the tables there too")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         return child(options.child)
     parts: list[Callable[[Path], str]] = [
-        lambda root: "One worker:\n\n" + steps(root, 1, options.steps, options.rounds),
-        lambda root: "Two workers:\n\n" + steps(root, 2, options.steps, options.rounds),
+        lambda root: "One worker:\n\n" + steps(root, 1, options.turns, options.rounds),
+        lambda root: "Two workers:\n\n" + steps(root, 2, options.turns, options.rounds),
         lambda root: "From the command to the first step, two workers:\n\n" + start(root),
     ]
     text = ""
