@@ -255,8 +255,8 @@ def worker(plan: Plan, folder: Path, rank: int, world: int) -> dict[str, float]:
 
 
 def steps(root: Path, workers: int, turns: int, rounds: int) -> str:
-    """A table of what a step takes each way: the mean over all turns; of two ways the mean of the ratio over rounds
-    with its 95 % interval (Student's t)."""
+    """A table of what a step takes each way: the mean over all turns; what it is over another way, and what checkpoints
+    add, with a 95 % interval over rounds (Student's t)."""
     plan = Plan(settings(root, workers, WARM + turns * TURN + 1), rounds)
     found = launch("overhead:worker", plan, root / f"workers-{workers}", workers)
     ways = ONE if workers == 1 else TWO
@@ -267,14 +267,30 @@ def steps(root: Path, workers: int, turns: int, rounds: int) -> str:
     means = {way: [statistics.fmean(of_round) for of_round in of_way] for way, of_way in taken.items()}
     lines = ["| | step, ms | over the first, % | 95 % interval |", "|---|---:|---:|---:|"]
     for way in ways:
-        base = ways[1 + ("ZeRO" in way)] if "checkpoint" in way else ways[0]
         cells = [f"{1000 * statistics.fmean(means[way]):.1f}", "", ""]
-        if way != base:
-            over = [100 * (ours / theirs - 1) for ours, theirs in zip(means[way], means[base], strict=True)]
-            low, high = stats.ttest_1samp(over, 0).confidence_interval(0.95)
-            cells[1:] = f"{statistics.fmean(over):+.1f}", f"{low:+.1f} to {high:+.1f}"
-        lines.append(f"| {way}{f' (over {base})' if base != ways[0] else ''} | {' | '.join(cells)} |")
+        if way != ways[0]:
+            over = [ours / theirs - 1 for ours, theirs in zip(means[way], means[ways[0]], strict=True)]
+            cells[1:] = _percent(over)
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+        if "checkpoint" in way:
+            cells = ["", *_percent([_checkpoints(of_round) for of_round in taken[way]])]
+            lines.append(f"| - its checkpoints, over its other turns | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _percent(shares: list[float]) -> tuple[str, str]:
+    """Their mean and its 95 % interval."""
+    low, high = stats.ttest_1samp(shares, 0).confidence_interval(0.95)
+    return f"{100 * statistics.fmean(shares):+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}"
+
+
+def _checkpoints(seconds: list[float]) -> float:
+    """What one adds to the steps up to the next, as a share: the turns in which one is begun and written beside the
+    others, of the same network."""
+    ends = [(WARM + turn * TURN) // CHECKPOINTS for turn in range(len(seconds) + 1)]
+    written = [s for s, a, b in zip(seconds, ends, ends[1:]) if a != b]
+    others = statistics.fmean(s for s, a, b in zip(seconds, ends, ends[1:]) if a == b)
+    return TURN * (statistics.fmean(written) / others - 1) / CHECKPOINTS
 
 
 # --- start and resumption -------------------------------------------------------------------------------------------
