@@ -86,6 +86,8 @@ class Member:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "RAY_prestart_worker_first_driver": "0",
+            # Ray's default is 15, behind all else on the node; what trains is what the job was given its cores for.
+            "RAY_worker_niceness": "0",
             # 0, on any system: no other machine joins. Ray then listens on loopback, even where only_at cannot help.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": str(int(allocation.nodes > 1)),
             # Compiled anew for every job: a compiler killed in a shared cache leaves a lock that hangs all later ones.
