@@ -155,7 +155,8 @@ class DeepSpeedEngine(Engine):
         self._engine.save_checkpoint(".", tag="snapshot", client_state=more, save_latest=False)
         files = dict(self._files)
         self._files.clear()
-        if self.average is not None and (self.stage == 3 or self._ranks.rank == 0):
+        # (below stage 3 all have the whole of it, and rank 0 writes the weights already)
+        if self.average is not None and (self.stage == 3 or self._ranks.rank == self._ranks.world - 1):
             files[self._average_file()] = to_host(self.average.values)
         return files
 
