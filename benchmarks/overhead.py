@@ -383,7 +383,7 @@ def _laps(events: list[list[Any]]) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=10, help=f"of {TURN} steps, in a round")
+    parser.add_argument("--turns", type=int, default=10, help=f"of {TURN} steps, in a round; five or more")
     parser.add_argument("--rounds", type=int, default=5, help="two or more")
     parser.add_argument("--markdown", type=Path, help="write the tables there too")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
