@@ -129,12 +129,13 @@ def main() -> None:
 
 def torment(root: Path, seed: int, bench: str, deadline: float, ledger: Ledger) -> None:
     """Both benches, until the time is over."""
-    from faults import PLAIN, plain  # here, for the table is printed without torch
+    from faults import PLAIN, Forked, plain  # here, for the table is printed without torch
     from faults_slurm import SLURM, cluster, on_slurm
     from faults_tracked import tracked
     from trials import deal, prepare
 
     prepare(root)
+    Forked.ready()  # before SLURM's environment: with the cluster ends all that has it
 
     def processes() -> None:
         draw, number = random.Random(seed), 0

@@ -6,7 +6,7 @@ that can only come from within is ordered (a poisoned micro-batch, a hang).
 
 import contextlib
 import json
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import subprocess
@@ -100,6 +100,11 @@ class Forked:
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["faults", "torch._dynamo"])
+
+    @staticmethod
+    def ready() -> None:
+        """Start what processes are forked from; it keeps the environment of this moment."""
+        multiprocessing.forkserver.ensure_running()
 
     def __init__(self, target: Callable[..., None], *arguments: Any) -> None:
         self._process = self.context.Process(target=target, args=arguments)
