@@ -3,10 +3,11 @@
     export PYTHONPATH=.:benchmarks
     python benchmarks/chaos.py --minutes 40 --seed 0 --root /tmp/chaos --markdown docs/reliability.md
 
-The joint stage trains on tiny latents: on two nodes of a real SLURM that is started for it (ZeRO 1, 2 and 3 in turn),
-and beside it in plain processes. Every run is hit again and again until its steps are used up. A finished run must
-have the model, the whole last checkpoint and every step's metrics of an undisturbed one, bit for bit. What came of each
-fault is a line of ROOT/faults.jsonl; the table counts all that are there, of however many invocations.
+The joint stage trains on tiny latents: on two nodes of a real SLURM that is started for it (ZeRO 1, 2 and 3 in turn,
+each run hit once by every fault), and beside it in plain processes, which are hit again and again until their steps
+are used up. A finished run must have the model, the whole last checkpoint and every step's metrics of an undisturbed
+one, bit for bit. What came of each fault is a line of ROOT/faults.jsonl; the table counts all that are there, of
+however many invocations.
 
 SLURM wants Debian's slurm-wlm and munge; the plain processes need the right to mount (else run it all under
 `unshare --map-root-user --mount`).
@@ -51,6 +52,7 @@ WORDS = {
     "five poisoned": "NaN in five micro-batches, one after another",
     "hang": "a step never ends (`compute.hang_minutes` of 24 s)",
     "server killed": "the MLflow server is killed, and started again 1 to 10 s later",
+    "server away": "the MLflow server is away for an hour of training",
     "stage killed": "`mvhpc train joint` is killed (SIGKILL) while it fills MLflow",
 }
 
@@ -77,7 +79,8 @@ def table(faults: list[dict]) -> str:
         "| samples lost or repeated | last seeds |",
         "|---|---:|---:|---:|---:|---:|---|",
     ]
-    for bench, title in (("slurm", "two nodes of a SLURM"), ("plain", "one process"), ("tracked", "with MLflow")):
+    titles = {"slurm": "two nodes of a SLURM, under ZeRO-1, 2, 3", "plain": "one process", "tracked": "with MLflow"}
+    for bench, title in titles.items():
         lines.append(f"| **{title}** | | | | | | |")
         for kind, word in WORDS.items():
             these = [f for f in faults if (f["bench"], f["kind"]) == (bench, kind)]
@@ -99,7 +102,9 @@ def _numbers(faults: list[dict]) -> str:
     again = statistics.median([f["again"] for f in faults])
     samples = sum({(f["seed"], f["run"]): f["samples"] for f in faults}.values())
     seeds = ", ".join(str(s) for s in sorted({f["seed"] for f in faults})[-3:])
-    return f"{sum(f['survived'] for f in faults)} / {len(faults)} | {times} | {again:.0f} | {samples} | {seeds}"
+    stages = [sum(f["zero"] == zero for f in faults) for zero in (1, 2, 3)]
+    tried = f"{len(faults)} ({', '.join(map(str, stages))})" if sum(stages) == len(faults) else f"{len(faults)}"
+    return f"{sum(f['survived'] for f in faults)} / {tried} | {times} | {again:.0f} | {samples} | {seeds}"
 
 
 def main() -> None:
@@ -107,7 +112,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=40, help="until no more faults are begun")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--root", type=Path, required=True, help="folder of all runs; on a local disc")
-    parser.add_argument("--bench", choices=["both", "slurm", "plain"], default="both")
+    parser.add_argument("--bench", choices=["both", "slurm", "plain", "hour"], default="both",
+                        help="hour: one run whose MLflow server is away for so long")  # fmt: skip
     parser.add_argument("--markdown", type=Path, help="document whose last part becomes the table")
     parser.add_argument("--render", action="store_true", help="only the table of what was found before")
     options = parser.parse_args()
@@ -131,7 +137,7 @@ def torment(root: Path, seed: int, bench: str, deadline: float, ledger: Ledger) 
     """Both benches, until the time is over."""
     from faults import PLAIN, Forked, plain  # here, for the table is printed without torch
     from faults_slurm import SLURM, cluster, on_slurm
-    from faults_tracked import tracked
+    from faults_tracked import KINDS, tracked
     from trials import deal, prepare
 
     prepare(root)
@@ -141,20 +147,31 @@ def torment(root: Path, seed: int, bench: str, deadline: float, ledger: Ledger) 
         draw, number = random.Random(seed), 0
         plan = deal([k for k in WORDS if k in PLAIN], draw)
         while time.monotonic() < deadline:
-            run = tracked if number % 4 == 3 else plain
-            ledger.add(run(root, f"plain-{seed}-{number}", seed, plan, draw, deadline))
+            name = f"plain-{seed}-{number}"
+            if number % 4 == 3:
+                ledger.add(tracked(root, name, seed, draw.sample(KINDS, len(KINDS)), draw, deadline))
+            else:
+                ledger.add(plain(root, name, seed, plan, draw, deadline))
             number += 1
 
     def nodes() -> None:
         draw, number = random.Random(seed), 0
-        plan = deal([k for k in WORDS if k in SLURM], draw)
         with cluster(root) as slurm:
             while time.monotonic() < deadline:
                 zero = 1 + (seed + number) % 3  # so that short invocations do not all begin with the same
-                ledger.add(on_slurm(slurm, root, f"slurm-{seed}-{number}", zero, seed, plan, draw, deadline))
+                kinds = draw.sample([k for k in WORDS if k in SLURM], len(SLURM))  # each with each stage of ZeRO
+                ledger.add(on_slurm(slurm, root, f"slurm-{seed}-{number}", zero, seed, kinds, draw, deadline))
                 number += 1
 
-    benches: dict[str, list[Callable[[], None]]] = {"both": [processes, nodes], "plain": [processes], "slurm": [nodes]}
+    def hour() -> None:
+        ledger.add(tracked(root, f"hour-{seed}", seed, ["server away"], random.Random(seed), deadline))
+
+    benches: dict[str, list[Callable[[], None]]] = {
+        "both": [processes, nodes],
+        "plain": [processes],
+        "slurm": [nodes],
+        "hour": [hour],
+    }
     threads = [threading.Thread(target=target) for target in benches[bench]]
     for thread in threads:
         thread.start()

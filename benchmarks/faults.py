@@ -288,7 +288,7 @@ def excuses(notes: Path, run: Path) -> list[tuple[float, float]]:
 
 def plain(root: Path, name: str, seed: int, plan: Iterator[str], draw: random.Random, deadline: float) -> list[Fault]:
     """One run under faults until its steps or the time are used up; beside it an undisturbed one, as poisoned."""
-    steps, faults, notes = 400, list[Fault](), root / name
+    steps, faults, notes = 396, list[Fault](), root / name
     more = ("training.checkpoint_every=10", f"compute.hang_minutes={HANG_S / 60}")
     with disc(root / name / "disc") as mounted:
         victim = Victim(mounted / "joint", notes, keys(root, mounted / "joint", steps, *more), False)

@@ -26,7 +26,7 @@ from tests.test_slurm_faults import (
     worker_killed,
 )
 
-STEPS = 160  # few faults a run: soon the next stage of ZeRO has its turn
+STEPS = 240  # whole epochs, and enough for every fault once
 
 
 def of_node(training: Training, title: str, number: int) -> psutil.Process:
@@ -120,21 +120,20 @@ def undisturbed(slurm: SlurmCluster, root: Path, zero: int) -> Path:
 
 
 def on_slurm(
-    slurm: SlurmCluster, root: Path, name: str, zero: int, seed: int, plan: Iterator[str], draw: random.Random,
+    slurm: SlurmCluster, root: Path, name: str, zero: int, seed: int, kinds: list[str], draw: random.Random,
     deadline: float,
 ) -> list[Fault]:  # fmt: skip
-    """One run under faults until its steps or the time are used up, compared with an undisturbed one."""
+    """One run under these faults, as far as its steps and the time go, compared with an undisturbed one."""
     faults: list[Fault] = []
     whole = undisturbed(slurm, root, zero)
     training = start(slurm, root, root / name / "joint", zero)
     try:
         training.reach(1, RECOVERY_S)
-        while time.monotonic() < deadline:
-            target = training.step() + draw.randrange(2, 20)
-            if target > STEPS - 40:
+        for kind in kinds:
+            target = training.step() + draw.randrange(2, 16)
+            if time.monotonic() > deadline or target > STEPS - 40:
                 break
             training.reach(target, RECOVERY_S)
-            kind = next(plan)
             fault = Fault(kind, "slurm", zero, seed, name, training.step(), 0.0)
             faults.append(fault)
             if not suffer(fault, training, partial(act, training, kind), True):

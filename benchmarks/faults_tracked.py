@@ -8,9 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +22,10 @@ from mvhpc.store import as_metrics, store_client
 from mvhpc.tracking import _state
 from tests.test_tracking import serve
 
-STEPS = 2000
+STEPS = 1998  # whole epochs
 KINDS = ["server killed", "stage killed", "server killed"]
+HOUR_S = 3600
+UNDISTURBED = threading.Lock()
 
 
 class Server:
@@ -50,6 +52,20 @@ class Server:
         self.process = serve(self.store, self.port)
         return when
 
+    def leave(self, victim: Victim) -> float:
+        """Kill it, and start it again an hour later, which training fills: it is let go on a few steps at a time."""
+        when, began, first = time.time(), time.monotonic(), victim.step()
+        steps = STEPS - 100 - first
+        self.kill()
+        while (gone := time.monotonic() - began) < HOUR_S:
+            victim.process.send_signal(signal.SIGCONT)
+            victim.reach(first + int(steps * gone / HOUR_S))
+            victim.process.send_signal(signal.SIGSTOP)
+            time.sleep(HOUR_S / steps)
+        victim.process.send_signal(signal.SIGCONT)
+        self.process = serve(self.store, self.port)
+        return when
+
 
 def missing(run: Path, uri: str) -> str:
     """What the store does not have exactly once of the journal's points; empty where nothing."""
@@ -65,25 +81,30 @@ def missing(run: Path, uri: str) -> str:
     return ""
 
 
-def tracked(root: Path, name: str, seed: int, plan: Iterator[str], draw: random.Random, deadline: float) -> list[Fault]:
-    """One run of the whole stage with MLflow under faults; afterwards the store has every point once."""
+def tracked(root: Path, name: str, seed: int, kinds: list[str], draw: random.Random, deadline: float) -> list[Fault]:
+    """One run of the whole stage with MLflow under these faults; afterwards the store has every point once."""
     faults: list[Fault] = []
+    every, whole = "training.checkpoint_every=10", root / "whole" / "tracked"
+    with UNDISTURBED:  # made once
+        if not (whole / "checkpoints" / f"step-{STEPS:08d}").is_dir():
+            Victim(whole, whole.with_name("notes"), keys(root, whole, STEPS, every), False).finish()
     server = Server(root / name / "store")
-    more = ("training.checkpoint_every=10", f"tracking.uri={server.uri}")
+    more = (every, f"tracking.uri={server.uri}")
     victim = Victim(root / name / "joint", root / name, keys(root, root / name / "joint", STEPS, *more), True)
     try:
-        whole = root / "whole" / "tracked"
-        if not (whole / "checkpoints" / f"step-{STEPS:08d}").is_dir():
-            Victim(whole, whole.with_name("notes"), keys(root, whole, STEPS, more[0]), False).finish()
-        for kind in draw.sample(KINDS, len(KINDS)):
+        for kind in kinds:
             target = victim.step() + draw.randrange(3, 200)
             if target > STEPS - 100 or time.monotonic() > deadline:
                 break
             victim.reach(max(1, target))
             faults.append(Fault(kind, "tracked", 0, seed, name, victim.step(), 0.0))
             again = kind == "stage killed"
-            act = partial(killed, victim, draw) if again else partial(server.bounce, draw)
-            if not suffer(faults[-1], victim, act, again):
+            acts = {
+                "server killed": partial(server.bounce, draw),
+                "server away": partial(server.leave, victim),
+                "stage killed": partial(killed, victim, draw),
+            }
+            if not suffer(faults[-1], victim, acts[kind], again):
                 break
             print(f"{name}: {kind} at step {faults[-1].step}: {faults[-1].seconds} s", flush=True)
         victim.finish()

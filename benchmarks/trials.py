@@ -25,7 +25,7 @@ from tests.slurm_cluster import wait_for
 from tests.test_slurm_faults import KEYS
 from tests.toy_task import digest
 
-BATCH, EPOCH = 2, 5  # samples of a step, steps of an epoch
+BATCH, EPOCH = 2, 6  # samples of a step, steps of an epoch
 RECOVERY_S = 600  # after which a fault counts as not survived
 
 
