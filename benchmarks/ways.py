@@ -1,0 +1,233 @@
+"""The ways of training that are measured beside each other: what each does, and how they take turns.
+
+In a round every way has a thread of the same process (of the same two, with two workers), and they take turns of ten
+steps, so that what else the machine does meets all alike. What stays with a network for as long as it lives, such as
+where in memory it is, makes two equal loops differ by two percent: hence rounds, each with new networks.
+"""
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
+
+from mvhpc.config import Compute, JointConfig, VAEConfig, load_config
+from mvhpc.devices import resolve_device, resolve_precision, send
+from mvhpc.models.autoencoder import Autoencoder
+from mvhpc.models.bundle import save_autoencoder
+from mvhpc.run import execute
+from mvhpc.stages import STAGES
+from mvhpc.tracking import STATE, Tracker
+from mvhpc.training.joint import JointTask
+from mvhpc.training.loop import train
+from shards.loader import Order
+
+PEOPLE = 64
+WARM = 5  # steps at the beginning that do not count
+TURN = 10  # steps
+NEVER = 10**6
+CHECKPOINTS = 50  # steps between them, where they are measured
+ONE = ("bare torch", "ours", "ours, MLflow", f"ours, checkpoint every {CHECKPOINTS}")
+TWO = ("DDP", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", f"ZeRO-1, checkpoint every {CHECKPOINTS}")
+
+
+def prepare(root: Path) -> None:
+    """Phantoms, shards, an untrained autoencoder and latents, by the package's own stages."""
+    vae = load_config(VAEConfig, "vae", "demo", values={"out": str(root / "vae"), "data": ""})
+    torch.manual_seed(0)
+    save_autoencoder(root / "vae" / "model", Autoencoder(vae.model), vae.model)
+    stages: dict[str, dict[str, str | int]] = {
+        "phantom": {"subjects": PEOPLE, "out": "scans"},
+        "pack": {"source": "scans", "out": "packed"},
+        "encode": {"data": "packed", "vae": "vae", "out": "latents"},
+    }
+    for stage, values in stages.items():
+        paths = {key: str(root / name) if isinstance(name, str) else name for key, name in values.items()}
+        execute(stage, load_config(STAGES[stage].config, stage, "demo", values=paths))
+
+
+def settings(root: Path, workers: int, steps: int) -> JointConfig:
+    """The demo's joint stage for ``steps`` steps, without validation and checkpoints on the way."""
+    paths = {"latents": str(root / "latents"), "vae": str(root / "vae"), "out": str(root / "joint")}
+    config = load_config(
+        JointConfig, "joint", "demo", values={**paths, "compute.threads": 1, "compute.workers": workers}
+    )
+    config.training.validate_every = config.training.checkpoint_every = NEVER
+    epoch = Order(JointTask(config).samples, config.training.batch, 0).steps_per_epoch
+    config.training.epochs = -(-steps // epoch)
+    return config
+
+
+class Turns:
+    """Of several threads one goes on at a time, then the next."""
+
+    def __init__(self, count: int) -> None:
+        self._order = deque(range(count))
+        self._changed = threading.Condition()
+
+    def wait(self, me: int) -> None:
+        """Until it is the turn of ``me``."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._order[0] == me)
+
+    def pass_on(self, leave: bool = False) -> None:
+        """End the present turn; with ``leave`` there will be no other of this thread."""
+        with self._changed:
+            if leave:
+                self._order.popleft()
+            else:
+                self._order.rotate(-1)
+            self._changed.notify_all()
+
+
+class Timed(JointTask):
+    """The joint task, trained in turns with others.
+
+    Attributes:
+        seconds: of a step, a mean for each turn after the warm-up.
+    """
+
+    def __init__(self, config: JointConfig, turns: Turns, me: int) -> None:
+        super().__init__(config)
+        self.turns, self.me = turns, me
+        self.seconds: list[float] = []
+        self._done, self._began = 0, 0.0
+
+    def step(self, batch: dict[str, Any], engines: Any, step: int, indices: list[int]) -> dict[str, Tensor]:
+        if self._done >= WARM and (self._done - WARM) % TURN == 0:
+            self._change()
+        self._done += 1
+        return super().step(batch, engines, step, indices)
+
+    def _change(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # what this turn has asked for is this turn's
+        if self._done > WARM:
+            self.seconds.append((time.perf_counter() - self._began) / TURN)
+        self.turns.pass_on()
+        self.turns.wait(self.me)
+        self._began = time.perf_counter()
+
+
+class Bare:
+    """A network and AdamW as anyone writes them down, with what an engine is asked for."""
+
+    def __init__(self, module: nn.Module, config: JointConfig, world: int) -> None:
+        device = resolve_device(config.compute.device)
+        self.device, self.module = device, module.to(device).train()
+        self.network = DistributedDataParallel(self.module) if world > 1 else self.module
+        o, self.clip, self.ema = config.optimizer, config.optimizer.clip, config.ema
+        betas = (o.betas[0], o.betas[1])
+        self.optimizer = torch.optim.AdamW(module.parameters(), o.lr, betas, weight_decay=o.weight_decay, fused=True)
+        self.weights = [p.detach() for p in module.parameters()]
+        self.average = [p.clone() for p in self.weights]
+        precision = resolve_precision(config.compute.precision, device)
+        self.autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        with self.autocast:
+            return {name: x.float() for name, x in self.network(*args, **kwargs).items()}
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        torch._foreach_lerp_(self.average, self.weights, 1 - self.ema)
+
+
+def bare(task: JointTask, config: JointConfig, rank: int, world: int) -> None:
+    """The loop without us."""
+    order = Order(task.samples, config.training.batch, config.training.seed)
+    engines: Any = {"denoiser": Bare(task.networks["denoiser"], config, world)}
+    device = resolve_device(config.compute.device)
+    for step in range(config.training.epochs * order.steps_per_epoch):
+        indices = order.part(step, rank, world)
+        batch = tree_map_only(Tensor, lambda x: send(x, device), task.load(indices))
+        task.step(batch, engines, step, indices)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the workers are told.
+
+    Attributes:
+        config: of the joint stage.
+        ways: of training, of :data:`ONE` or :data:`TWO`.
+        rounds: over all of them.
+    """
+
+    config: JointConfig
+    ways: tuple[str, ...]
+    rounds: int
+
+    @property
+    def compute(self) -> Compute:
+        """Where it runs."""
+        return self.config.compute
+
+
+def run(way: str, task: Timed, config: JointConfig, folder: Path, rank: int, world: int) -> None:
+    """Train to the end one way, in a folder of its own."""
+    if way in (ONE[0], TWO[0]):
+        bare(task, config, rank, world)
+        return
+    every = CHECKPOINTS if "checkpoint" in way else NEVER
+    stage = int(way.removeprefix("ZeRO-")[0]) if way.startswith("ZeRO") else 0
+    config = replace(
+        config,
+        training=replace(config.training, checkpoint_every=every),
+        compute=replace(config.compute, zero_stage=stage),
+        out=str(folder),
+    )
+    with _tracked(config, folder) if "MLflow" in way else nullcontext():
+        train(task, config, folder, rank, world)
+
+
+@contextmanager
+def _tracked(config: JointConfig, folder: Path) -> Iterator[None]:
+    """MLflow beside, once it has come up: its start costs a run seconds, not every step."""
+    folder.mkdir(parents=True)
+    store = f"sqlite:///{folder.parent / 'mlflow.db'}"
+    with Tracker("joint", config, folder, uri=store, experiment="overhead", inputs={}):
+        while not json.loads((folder / STATE).read_text())["described"]:
+            time.sleep(0.1)
+        yield
+
+
+def worker(plan: Plan, folder: Path, rank: int, world: int) -> dict[str, float]:
+    """Every way of training, round after round; seconds of a step by way, round and turn."""
+    ways = plan.ways
+    threads = torch.get_num_threads()
+    found: dict[str, float] = {}
+
+    def take_part(turns: Turns, me: int, folder: Path) -> list[float]:
+        torch.set_num_threads(threads)  # OpenMP keeps it by thread
+        turns.wait(me)
+        try:
+            task = Timed(plan.config, turns, me)
+            run(ways[me], task, plan.config, folder, rank, world)
+            return task.seconds
+        finally:
+            turns.pass_on(leave=True)
+
+    for number in range(plan.rounds):
+        turns = Turns(len(ways))
+        folders = [folder / f"{way} {number}".replace(" ", "-") for way in ways]
+        with ThreadPoolExecutor(len(ways)) as pool:
+            taken = pool.map(take_part, [turns] * len(ways), range(len(ways)), folders)
+        for way, seconds in zip(ways, taken, strict=True):
+            found |= {f"{way}|{number}|{turn}": s for turn, s in enumerate(seconds)}
+    return found
