@@ -199,6 +199,7 @@ def ray_session(workers: int, logs: Path) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # of Ray's own clusters; SLURM has its signals
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # idle ones, in another environment than is wanted
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default is 15: behind all else on the machine
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # "no other machine joins": it listens on loopback alone
