@@ -53,11 +53,12 @@ def other_supervisor_killed(training: Training) -> None:
 
 
 def srun_killed(training: Training) -> None:
-    """What SLURM's script started the supervisors with."""
+    """What SLURM's script started the supervisors with; not the process that it forks to clear up after it."""
     slurm = training.slurm
     restarts = slurm.restarts(training.job)
     sruns = [p for p in slurm.job_processes(training.job) if p.name() == "srun"]
-    min(sruns, key=lambda p: p.create_time()).send_signal(signal.SIGKILL)
+    (first,) = [p for p in sruns if p.parent() not in sruns]
+    first.send_signal(signal.SIGKILL)
     slurm.start_again(training.job, restarts + 1)
 
 
