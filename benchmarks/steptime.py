@@ -52,8 +52,8 @@ def communication(stage: int, work: Work, gpus: int, accumulate: int, rates: Rat
         return 0.0
     near, far = volume(WORD * work.parameters, gpus)
     moving = passes(stage, accumulate) * (near / rates.nvlink + far / rates.infiniband) / rates.reached
-    # Stage 3 fetches every tensor when its layer comes; the others fill buckets.
-    messages = 3 * accumulate * work.tensors if stage == 3 else passes(stage, accumulate) * _buckets(work)
+    # Stage 3 fetches every large tensor when its layer comes, and all small ones at once; the others fill buckets.
+    messages = 3 * accumulate * work.large + 1 if stage == 3 else passes(stage, accumulate) * _buckets(work)
     waiting = messages * rates.latency * math.log2(gpus)
     return (moving + waiting) * (1 - rates.hidden if stage == 3 else 1.0)
 

@@ -25,6 +25,7 @@ from mvhpc.diffusion.joint import JointDiffusion, Noised
 from mvhpc.models.autoencoder import Autoencoder, kl_divergence
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.models.perceptual import SqueezeLPIPS, slice_distance
+from mvhpc.training.deepspeed_engine import KEPT
 from mvhpc.training.vae import Discriminator, discriminator_loss, generator_loss
 from mvhpc.variables import Categorical, Continuous, Variables, Volume
 
@@ -56,7 +57,7 @@ class Work:
 
     Attributes:
         parameters: trained weights, all networks together.
-        tensors: that they are kept in.
+        large: tensors of them that ZeRO-3 fetches for every layer; the smaller ones stay whole.
         flops: floating-point operations, forward and backward, recomputation of checkpointed activations included.
         traffic: bytes read and written.
         kernels: operators launched.
@@ -65,7 +66,7 @@ class Work:
     """
 
     parameters: int
-    tensors: int
+    large: int
     flops: int
     traffic: int
     kernels: int
@@ -208,4 +209,5 @@ def count(stage: str, preset: str, batch: int, moving: int, device: Device) -> W
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         with Counter(device) as c:
             step()
-    return Work(sum(p.numel() for p in weights), len(weights), c.flops, c.traffic, c.kernels, c.seconds, c.peak)
+    large = sum(p.numel() > KEPT for p in weights)
+    return Work(sum(p.numel() for p in weights), large, c.flops, c.traffic, c.kernels, c.seconds, c.peak)

@@ -15,6 +15,7 @@ from mvhpc.training.ranks import Ranks
 from mvhpc.training.whole import MOMENTS, Whole, partition, read_whole, safe_globals, trained
 
 BUCKET = 500_000_000  # elements that DeepSpeed gathers into one message at most, its default
+KEPT = 100_000  # elements: weights smaller than that stay whole under ZeRO-3, instead of being fetched for every layer
 
 
 class DeepSpeedEngine(Engine):
@@ -54,7 +55,7 @@ class DeepSpeedEngine(Engine):
         zero: dict[str, Any] = {
             "stage": self.stage,
             "reduce_bucket_size": bucket,
-            "stage3_param_persistence_threshold": 0,
+            "stage3_param_persistence_threshold": KEPT,
         }
         if compute.offload == "cpu":
             zero["offload_optimizer"] = {"device": "cpu"}
@@ -63,7 +64,6 @@ class DeepSpeedEngine(Engine):
             "gradient_accumulation_steps": accumulate,
             # (of stage 0 DeepSpeed would clip weight by weight, and exchange a norm that all workers have)
             "gradient_clipping": optimizer.clip if self.stage > 0 else 0.0,
-            # Threshold 0: no weights stay gathered between steps, where an exchange with the average would miss them.
             "zero_optimization": zero,
             "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs too, and needs no compiler
             "torch_autocast": {
@@ -83,10 +83,26 @@ class DeepSpeedEngine(Engine):
             setattr(self._engine, name, lambda *_: True)  # a snapshot touches no disc
         if self.stage > 0:
             self._judge_norms()
+        if self.stage == 3:
+            self._clear_padding()
         if decay is not None:
             # (ds_tensor: this worker's partition of a weight, under ZeRO-3)
             weights = [getattr(p, "ds_tensor", p) for p in module.parameters()]
             self.average = Average(weights, decay)
+
+    @torch.no_grad()
+    def _clear_padding(self) -> None:
+        """Set to zero what rounds a worker's part of a weight up: DeepSpeed leaves there what was in memory before, and
+        checkpoints of equal runs would differ in it."""
+        zero = self._engine.optimizer
+        for p in self.module.parameters():
+            share: Tensor = p.ds_tensor  # type: ignore[attr-defined]
+            size = share.numel()
+            mine = min(size, max(0, p.ds_numel - self._ranks.rank * size))  # type: ignore[attr-defined]
+            share[mine:] = 0
+            if p.requires_grad:
+                group, offset, _ = zero.grad_position[zero.get_param_id(p)]
+                zero.fp32_partitioned_groups_flat[group].data[offset + mine : offset + size] = 0
 
     def _judge_norms(self) -> None:
         """Have ZeRO, which leaves out updates whose norm is infinite, see such a norm where :meth:`_judge` says so."""
