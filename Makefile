@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	@$(VENV)/bin/mvhpc run --config demo
 
-# Two parts beside each other: that on a real SLURM waits much, and goes before the others when it does not.
+# Two parts beside each other: that on a real SLURM waits much.
 test: install
 	@$(MAKE) --no-print-directory --jobs 2 test-slurm test-others
 
@@ -31,7 +31,7 @@ test-slurm:
 	$(VENV)/bin/python -m pytest tests/test_slurm*.py
 
 test-others:
-	nice -n 5 $(VENV)/bin/python -m pytest --ignore-glob='*/test_slurm*.py'
+	$(VENV)/bin/python -m pytest --ignore-glob='*/test_slurm*.py'
 
 lint: install
 	$(VENV)/bin/ruff check .

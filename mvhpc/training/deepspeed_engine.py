@@ -142,7 +142,7 @@ class DeepSpeedEngine(Engine):
 
     def _exchange(self) -> None:
         if self.stage == 3:
-            self._engine.empty_partition_cache()
+            self._engine.empty_partition_cache()  # small weights stay gathered otherwise, and would miss it
         super()._exchange()
 
     def weights(self) -> dict[str, Tensor]:
