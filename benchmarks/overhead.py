@@ -69,6 +69,8 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="write the tables there too")
     options = parser.parse_args()
     one, two = (tuple(way for way in ways if options.only in way) for ways in (ONE, TWO))
+    if not one + two:
+        parser.error(f"--only {options.only}: the ways are {'; '.join(ONE + TWO)}")
     parts: list[Callable[[Path], str]] = []
     if one:
         parts.append(lambda root: "One worker:\n\n" + steps(root, 1, one, options.turns, options.rounds))
