@@ -78,6 +78,22 @@ class Average:
             weight.detach().copy_(value)
             value.copy_(live)
 
+    def flat(self) -> Tensor:
+        """A copy in host memory, one value after another: a file of one tensor is written sooner than of hundreds."""
+        whole = torch.empty(sum(value.numel() for value in self.values))
+        for piece, value in zip(self._pieces(whole), self.values, strict=True):
+            piece.copy_(value)
+        return whole
+
+    def restore(self, whole: Tensor) -> None:
+        """Take up what :meth:`flat` gave."""
+        for piece, value in zip(self._pieces(whole), self.values, strict=True):
+            value.copy_(piece)
+
+    def _pieces(self, whole: Tensor) -> list[Tensor]:
+        pieces = whole.split([value.numel() for value in self.values])
+        return [piece.view(value.shape) for piece, value in zip(pieces, self.values, strict=True)]
+
 
 class Engine(ABC):
     """One network being trained. Calling it is the network's forward pass.

@@ -1,9 +1,14 @@
-"""Checkpoints of any number of workers and any ZeRO stage, put together again in host memory.
+"""Checkpoints of any number of workers and any ZeRO stage, put together again.
 
-What DeepSpeed's converters (``ds_to_universal``, ``zero_to_fp32``) do through folders of files, and without running
-what a pickle may hold: the files are read as weights alone.
+What ZeRO has divided goes through DeepSpeed's universal checkpoint (Lian et al. 2024, "Universal Checkpointing"). All
+files are read as weights alone, by DeepSpeed too: nothing runs what a pickle may hold.
 """
 
+import argparse
+import contextlib
+import io
+import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from mvhpc.temporary import own_folder
+from mvhpc.training.checkpoint import CheckpointError
+
 LOCAL = "state.pt"  # a checkpoint of one worker
 MODEL = "mp_rank_00_model_states.pt"
 MODEL_3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
-OPTIMIZER = "zero_pp_rank_*_mp_rank_00_optim_states.pt"
+OPTIMIZER = "zero_pp_rank_0_mp_rank_00_optim_states.pt"  # the first worker's
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -74,6 +82,7 @@ def read_whole(folder: Path) -> Whole:
 
     Raises:
         FileNotFoundError: there is none in it.
+        CheckpointError: divided by ZeRO, and of before the first update.
     """
     if (folder / LOCAL).is_file():
         parts = torch.load(folder / LOCAL, map_location="cpu", weights_only=True, mmap=True)
@@ -87,59 +96,73 @@ def read_whole(folder: Path) -> Whole:
     if model["optimizer"] is not None:  # ZeRO-0
         whole.moments = {names[i]: moments for i, moments in model["optimizer"]["state"].items()}
     else:
-        files = sorted(folder.glob(OPTIMIZER), key=lambda path: int(path.name.split("_")[3]))
-        shards = [read_weights(path)["optimizer_state_dict"] for path in files]
-        for parameter, fp32, moments in _zero3(shards, model) if name == MODEL_3 else _zero12(shards, model):
-            whole.network[parameter] = fp32
-            if moments:
-                whole.moments[parameter] = moments
+        _add_divided(whole, folder, {k: shape for group in model["param_shapes"] for k, shape in group.items()})
     averages = [read_weights(path) for path in sorted(folder.glob("average*.pt"))]
     if averages:
-        for parameter, pieces in zip(model["parameters"], zip(*averages, strict=True), strict=True):
-            whole.average[parameter] = _join(list(pieces), whole.network[parameter].shape)
+        shapes = [whole.network[parameter].shape for parameter in model["parameters"]]
+        sizes = [-(-shape.numel() // len(averages)) for shape in shapes]
+        pieces = zip(*(average.split(sizes) for average in averages), strict=True)
+        for parameter, shape, piece in zip(model["parameters"], shapes, pieces, strict=True):
+            whole.average[parameter] = torch.cat(piece)[: shape.numel()].view(shape)
     return whole
 
 
-Shard = tuple[str, Tensor, dict[str, Tensor]]  # name, weight, AdamW's moments of a parameter
+def _add_divided(whole: Whole, folder: Path, shapes: dict[str, torch.Size]) -> None:
+    """Add weights and moments that ZeRO has divided, from the universal checkpoint: a folder for each parameter.
 
-
-def _join(pieces: list[Tensor], shape: torch.Size) -> Tensor:
-    return torch.cat([piece.flatten() for piece in pieces])[: shape.numel()].view(shape)
-
-
-def _zero12(shards: list[Any], model: Any) -> Iterator[Shard]:
-    """ZeRO-1 and 2: all parameters of a group flattened into one, which is cut evenly among the workers."""
-    for group in range(len(shards[0]["single_partition_of_fp32_groups"])):
-        pieces: dict[str, dict[str, list[Tensor]]] = {}
-        steps: list[Tensor] = []
-        for shard in shards:
-            state = shard["base_optimizer_state"]["state"].get(group, {})
-            steps += [state["step"]] if state else []
-            flat = {key: state[key] for key in MOMENTS if state}
-            flat["fp32"] = shard["single_partition_of_fp32_groups"][group]
-            for name, where in shard["param_slice_mappings"][group].items():
-                for key, values in flat.items():
-                    piece = values[where.start : where.start + where.numel]
-                    pieces.setdefault(name, {}).setdefault(key, []).append(piece)
-        for name, parts in pieces.items():
-            whole = {key: _join(values, model["module"][name].shape) for key, values in parts.items()}
-            yield name, whole.pop("fp32"), whole | ({"step": steps[0].clone()} if steps else {})
-
-
-def _zero3(shards: list[Any], model: Any) -> Iterator[Shard]:
-    """ZeRO-3: every parameter cut evenly among the workers, the cuts of a group one after another."""
-    for group, shapes in enumerate(model["param_shapes"]):
-        flats = []
-        for shard in shards:
-            state = shard["optimizer_state_dict"]["state"].get(group, {})
-            flats.append({"fp32": shard["fp32_flat_groups"][group]} | state)
-        offset = 0
+    It is on this machine's own disc, for the moment.
+    """
+    shard = read_weights(folder / OPTIMIZER)["optimizer_state_dict"]
+    state = shard["base_optimizer_state" if "base_optimizer_state" in shard else "optimizer_state_dict"]["state"]
+    if not state:
+        raise CheckpointError(
+            f"{folder.parent}: every update had been left out by then, and of that DeepSpeed writes no universal "
+            "checkpoint; go on with as many workers as before, or remove the folder to begin anew"
+        )
+    with tempfile.TemporaryDirectory(dir=own_folder()) as scratch:
+        write_universal(folder, Path(scratch))
         for name, shape in shapes.items():
-            size = -(-shape.numel() // len(shards))
-            whole = {
-                key: _join([flat[key][offset : offset + size] for flat in flats], shape)
-                for key in ("fp32", *MOMENTS)
-                if key in flats[0]
-            }
-            offset += size
-            yield name, whole.pop("fp32"), whole | ({"step": flats[0]["step"].clone()} if "step" in flats[0] else {})
+            place = Path(scratch) / "zero" / name
+            files = {key: read_weights(place / f"{key}.pt") for key in ("fp32", *MOMENTS)}
+            values = {key: file["param"] if isinstance(file, dict) else file for key, file in files.items()}
+            shaped = {key: value.view(shape) for key, value in values.items()}
+            whole.network[name] = shaped.pop("fp32")
+            whole.moments[name] = shaped | {"step": state[0]["step"].clone()}
+
+
+def write_universal(folder: Path, target: Path) -> None:
+    """DeepSpeed's universal checkpoint of its own checkpoint of one network, by its own converter.
+
+    Args:
+        folder: ``step-XXXXXXXX/NETWORK``.
+        target: an existing folder; gets ``zero/PARAMETER/{fp32,exp_avg,exp_avg_sq}.pt`` and more.
+    """
+    from deepspeed.checkpoint import ds_to_universal
+
+    arguments = argparse.Namespace(
+        input_folder=str(folder),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,  # which DeepSpeed itself leaves out of stages 1 and 2
+    )
+    quiet = io.StringIO()
+    with safe_globals(), _weights_only(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        ds_to_universal.main(arguments)
+
+
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """In it ``torch.load`` runs no pickle, whatever DeepSpeed tells it."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
