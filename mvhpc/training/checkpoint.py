@@ -6,10 +6,10 @@ A folder without its manifest does not exist and is swept.
 """
 
 import contextlib
-import hashlib
 import json
+import mmap
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from mvhpc.training.direct import BLOCK, Direct
 from mvhpc.training.ranks import Ranks
 from shards.files import sha256, sync, write_text
 
@@ -69,7 +70,8 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, ranks: Ranks) -> None:
         self.folder, self.keep, self.ranks = folder, max(1, keep), ranks
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        torch.serialization.set_crc32_options(False)  # a third of the time of torch.save; the manifest has SHA-256
+        self._buffer = mmap.mmap(-1, 1024 * BLOCK)
+        torch.serialization.set_crc32_options(False)  # the manifest has SHA-256
         # Where the pending one stands, the same at all workers: everybody writes, then rank 0 completes it.
         self._pending: _Pending | None = None
         self._begun = 0
@@ -154,7 +156,7 @@ class Checkpoints:
         for name, content in files.items():
             path = part / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            digests[name] = _save(content, path)
+            digests[name] = _save(content, path, self._buffer)
         return digests
 
     def _complete(self, pending: _Pending, reports: list[Digests]) -> bool:
@@ -238,51 +240,22 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: not a manifest ({error})") from error
 
 
-class _Hashing:
-    """A file being written, and the digest of what was written."""
-
-    def __init__(self, file: Any) -> None:
-        self.file, self.size, self.sha = file, 0, hashlib.sha256()
-        self.error: OSError | None = None
-
-    def write(self, content: Any) -> int:
-        content = memoryview(content).cast("B")
-        with self._keeping():
-            self.file.write(content)
-        self.sha.update(content)
-        self.size += content.nbytes
-        return content.nbytes
-
-    def flush(self) -> None:
-        with self._keeping():
-            self.file.flush()
-
-    @contextlib.contextmanager
-    def _keeping(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:  # kept, for torch reports a sentence of its own
-            self.error = error
-            raise
-
-
-def _save(content: Any, path: Path) -> dict[str, Any]:
+def _save(content: Any, path: Path, buffer: mmap.mmap) -> dict[str, Any]:
     """``torch.save`` to the disc, flushed.
 
     Raises:
         OSError: it cannot be written.
     """
-    with path.open("wb") as file:
-        hashing = _Hashing(file)
-        try:
-            torch.save(content, hashing)  # type: ignore[arg-type]
-        except Exception as error:
-            cause = hashing.error or error
-            if not isinstance(cause, OSError):
-                raise
-            raise OSError(cause.errno, cause.strerror, str(path)) from error
-    sync(path)
-    return {"size": hashing.size, "sha256": hashing.sha.hexdigest()}
+    file = Direct(path, buffer)
+    try:
+        with contextlib.closing(file):
+            torch.save(content, file)  # type: ignore[arg-type]
+    except Exception as error:
+        cause = file.error or error
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
+    return {"size": file.size, "sha256": file.sha.hexdigest()}
 
 
 def _discard(folder: Path) -> None:
