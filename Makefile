@@ -23,15 +23,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	@$(VENV)/bin/mvhpc run --config demo
 
-# Two parts beside each other: that on a real SLURM waits much.
-test: install
-	@$(MAKE) --no-print-directory --jobs 2 test-slurm test-others
+# Two processes share the tests: those on a real SLURM, which wait much (each process has a cluster), then the others.
+test: test-slurm test-others
 
-test-slurm:
-	$(VENV)/bin/python -m pytest tests/test_slurm*.py
+test-slurm: install
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal tests/test_slurm_faults.py tests/test_slurm.py
 
-test-others:
-	$(VENV)/bin/python -m pytest --ignore-glob='*/test_slurm*.py'
+test-others: install
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --ignore-glob='*/test_slurm*.py'
 
 lint: install
 	$(VENV)/bin/ruff check .

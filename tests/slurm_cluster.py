@@ -1,6 +1,7 @@
 """A real SLURM on this one machine: a controller and four node daemons, with munge, in one short temporary folder.
 
 The four nodes share the machine's address and differ in ports, so nothing that runs on them may rely on host names.
+Several such clusters may be up at once; their jobs have numbers of their own.
 Partition `urgent` preempts `batch`: a job there gets its user signal, `GRACE_S` seconds, and is queued again.
 """
 
@@ -26,6 +27,7 @@ CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
