@@ -24,7 +24,7 @@ class Direct:
 
     Attributes:
         size: bytes written.
-        sha: their SHA-256, once it is closed.
+        sha: their SHA-256, once they are flushed.
         error: what a write failed with.
     """
 
@@ -36,6 +36,7 @@ class Direct:
         self._cached(False)
 
     def write(self, content: Any) -> int:
+        """Add ``content``, a buffer of bytes; how many it were."""
         rest = memoryview(content).cast("B")
         size = rest.nbytes
         while rest:

@@ -92,9 +92,8 @@ def read_whole(folder: Path) -> Whole:
         raise FileNotFoundError(f"{folder}: no checkpoint of a network in it")
     model = read_weights(folder / name)
     whole = Whole(dict(model["module"]), updates=model["global_steps"], usual=model["usual"])
-    names: list[str] = model["trained"]
     if model["optimizer"] is not None:  # ZeRO-0
-        whole.moments = {names[i]: moments for i, moments in model["optimizer"]["state"].items()}
+        whole.moments = {model["trained"][i]: moments for i, moments in model["optimizer"]["state"].items()}
     else:
         _add_divided(whole, folder, {k: shape for group in model["param_shapes"] for k, shape in group.items()})
     averages = [read_weights(path) for path in sorted(folder.glob("average*.pt"))]
@@ -108,10 +107,7 @@ def read_whole(folder: Path) -> Whole:
 
 
 def _add_divided(whole: Whole, folder: Path, shapes: dict[str, torch.Size]) -> None:
-    """Add weights and moments that ZeRO has divided, from the universal checkpoint: a folder for each parameter.
-
-    It is on this machine's own disc, for the moment.
-    """
+    """Add weights and moments that ZeRO has divided, from a universal checkpoint on this machine's own disc."""
     shard = read_weights(folder / OPTIMIZER)["optimizer_state_dict"]
     state = shard["base_optimizer_state" if "base_optimizer_state" in shard else "optimizer_state_dict"]["state"]
     if not state:
@@ -119,7 +115,7 @@ def _add_divided(whole: Whole, folder: Path, shapes: dict[str, torch.Size]) -> N
             f"{folder.parent}: every update had been left out by then, and of that DeepSpeed writes no universal "
             "checkpoint; go on with as many workers as before, or remove the folder to begin anew"
         )
-    with tempfile.TemporaryDirectory(dir=own_folder()) as scratch:
+    with tempfile.TemporaryDirectory(dir=own_folder(tempfile.gettempdir())) as scratch:
         write_universal(folder, Path(scratch))
         for name, shape in shapes.items():
             place = Path(scratch) / "zero" / name
