@@ -14,6 +14,7 @@ SLURM wants Debian's slurm-wlm and munge; the plain processes need the right to 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import random
@@ -23,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shards.files import write_text
 
@@ -135,13 +136,12 @@ def main() -> None:
 
 def torment(root: Path, seed: int, bench: str, deadline: float, ledger: Ledger) -> None:
     """Both benches, until the time is over."""
-    from faults import PLAIN, Forked, plain  # here, for the table is printed without torch
+    from faults import PLAIN, plain  # here, for the table is printed without torch
     from faults_slurm import SLURM, cluster, on_slurm
     from faults_tracked import KINDS, tracked
     from trials import deal, prepare
 
     prepare(root)
-    Forked.ready()  # before SLURM's environment: with the cluster ends all that has it
 
     def processes() -> None:
         draw, number = random.Random(seed), 0
@@ -156,12 +156,11 @@ def torment(root: Path, seed: int, bench: str, deadline: float, ledger: Ledger) 
 
     def nodes() -> None:
         draw, number = random.Random(seed), 0
-        with cluster(root) as slurm:
-            while time.monotonic() < deadline:
-                zero = 1 + (seed + number) % 3  # so that short invocations do not all begin with the same
-                kinds = draw.sample([k for k in WORDS if k in SLURM], len(SLURM))  # each with each stage of ZeRO
-                ledger.add(on_slurm(slurm, root, f"slurm-{seed}-{number}", zero, seed, kinds, draw, deadline))
-                number += 1
+        while time.monotonic() < deadline:
+            zero = 1 + (seed + number) % 3  # so that short invocations do not all begin with the same
+            kinds = draw.sample([k for k in WORDS if k in SLURM], len(SLURM))  # each with each stage of ZeRO
+            ledger.add(on_slurm(slurm, root, f"slurm-{seed}-{number}", zero, seed, kinds, draw, deadline))
+            number += 1
 
     def hour() -> None:
         ledger.add(tracked(root, f"hour-{seed}", seed, ["server away"], random.Random(seed), deadline))
@@ -172,11 +171,14 @@ def torment(root: Path, seed: int, bench: str, deadline: float, ledger: Ledger) 
         "slurm": [nodes],
         "hour": [hour],
     }
-    threads = [threading.Thread(target=target) for target in benches[bench]]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with contextlib.ExitStack() as stack:
+        # For as long as both: with the cluster ends every process that has its environment, whoever started that.
+        slurm: Any = stack.enter_context(cluster(root)) if nodes in benches[bench] else None
+        threads = [threading.Thread(target=target) for target in benches[bench]]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
 
 if __name__ == "__main__":

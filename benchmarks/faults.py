@@ -6,7 +6,7 @@ that can only come from within is ordered (a poisoned micro-batch, a hang).
 
 import contextlib
 import json
-import multiprocessing.forkserver
+import multiprocessing
 import os
 import random
 import subprocess
@@ -101,11 +101,6 @@ class Forked:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["faults", "torch._dynamo"])
 
-    @staticmethod
-    def ready() -> None:
-        """Start what processes are forked from; it keeps the environment of this moment."""
-        multiprocessing.forkserver.ensure_running()
-
     def __init__(self, target: Callable[..., None], *arguments: Any) -> None:
         self._process = self.context.Process(target=target, args=arguments)
         self._process.start()
@@ -139,13 +134,13 @@ class Victim:
 
     def start(self) -> None:
         """Begin, or go on."""
-        environment = {"CHAOS_NOTES": str(self.notes), "MVHPC_STOP_FILE": str(self.stop_file), "OMP_NUM_THREADS": "1"}
+        variables = {"CHAOS_NOTES": str(self.notes), "MVHPC_STOP_FILE": str(self.stop_file), "OMP_NUM_THREADS": "1"}
         self.process: Any
         if not self.whole_command:
-            self.process = Forked(main, self.told, environment)
+            self.process = Forked(main, self.told, variables)
             return
-        environment = {k: v for k, v in os.environ.items() if k != "SLURM_CONF"} | environment
         command = [sys.executable, "-m", "mvhpc", "train", "joint", *self.told]
+        environment = os.environ | variables
         with (self.notes / "log").open("ab") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
