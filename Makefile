@@ -24,10 +24,11 @@ demo: install
 	@$(VENV)/bin/mvhpc run --config demo
 
 # Two processes share the tests: those on a real SLURM, which wait much (each process has a cluster), then the others.
-test: test-slurm test-others
+test: install
+	@$(MAKE) --no-print-directory --keep-going test-slurm test-others
 
-test-slurm: install
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal tests/test_slurm_faults.py tests/test_slurm.py
+test-slurm: install  # the longest first
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal tests/test_slurm_faults.py tests/test_slurm*.py
 
 test-others: install
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --ignore-glob='*/test_slurm*.py'

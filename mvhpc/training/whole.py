@@ -116,7 +116,7 @@ def _add_divided(whole: Whole, folder: Path, shapes: dict[str, torch.Size]) -> N
             "checkpoint; go on with as many workers as before, or remove the folder to begin anew"
         )
     with tempfile.TemporaryDirectory(dir=own_folder(tempfile.gettempdir())) as scratch:
-        write_universal(folder, Path(scratch))
+        _write_universal(folder, Path(scratch))
         for name, shape in shapes.items():
             place = Path(scratch) / "zero" / name
             files = {key: read_weights(place / f"{key}.pt") for key in ("fp32", *MOMENTS)}
@@ -126,7 +126,7 @@ def _add_divided(whole: Whole, folder: Path, shapes: dict[str, torch.Size]) -> N
             whole.moments[name] = shaped | {"step": state[0]["step"].clone()}
 
 
-def write_universal(folder: Path, target: Path) -> None:
+def _write_universal(folder: Path, target: Path) -> None:
     """DeepSpeed's universal checkpoint of its own checkpoint of one network, by its own converter.
 
     Args:
