@@ -32,7 +32,7 @@ from mvhpc.diffusion.posterior import Posterior
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.blocks import lay_out
 from mvhpc.models.denoiser import JointDenoiser
-from mvhpc.models.frozen import freeze
+from mvhpc.models.frozen import freeze, pack
 from mvhpc.randomness import generator
 from mvhpc.training.engine import adamw
 from mvhpc.training.meters import peak
@@ -62,6 +62,8 @@ class Ours:
         if compiled:
             self.network.compile()
             self.asked.compile()
+        else:
+            pack(self.asked)
 
     def cast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32)

@@ -4,19 +4,27 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
+from mvhpc.devices import ONEDNN
 from mvhpc.models.denoiser import JointDenoiser
-from mvhpc.models.frozen import freeze
+from mvhpc.models.frozen import PackedConv, freeze, pack
 from tests.test_denoiser import DESIGNS, inputs, model, variables
 
 
 @DESIGNS
+@pytest.mark.parametrize("packed", [False, True], ids=["frozen", "packed"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
-def test_a_frozen_network_gives_the_same_answers_to_the_bit(design: str, precision: torch.dtype) -> None:
+def test_a_frozen_network_gives_the_same_answers_to_the_bit(design: str, precision: torch.dtype, packed: bool) -> None:
     v = variables((3, 4, 2), channels=(2, 1))
     network = model(v, design, blind=1000).eval()
     frozen = copy.deepcopy(network)
     freeze(frozen, precision, JointDenoiser.TELLING)
+    if packed:
+        pack(frozen)
+        if precision is torch.bfloat16 and ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            kinds = {type(part) for part in frozen.modules()}
+            assert PackedConv in kinds and nn.Conv3d not in kinds
     z, t = inputs(v, 4)
     for want in (None, ["age"]):
         with torch.inference_mode(), torch.autocast("cpu", precision, enabled=precision != torch.float32):

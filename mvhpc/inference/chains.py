@@ -14,7 +14,7 @@ from mvhpc.diffusion.posterior import Posterior, hindrance
 from mvhpc.diffusion.sampling import sample, time_grid
 from mvhpc.models.bundle import JointModel, load_joint
 from mvhpc.models.denoiser import JointDenoiser
-from mvhpc.models.frozen import freeze
+from mvhpc.models.frozen import freeze, pack
 from shards.schema import Schema
 
 
@@ -55,6 +55,8 @@ class Sampler:
         freeze(self.model.denoiser, self.precision, JointDenoiser.TELLING)
         if compiled:
             self.model.denoiser.compile()
+        else:
+            pack(self.model.denoiser)
         self.sampling = replace(sampling, conditioning=self._way(sampling, scalars))
 
     def _way(self, sampling: Sampling, scalars: bool) -> str:
