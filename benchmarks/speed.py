@@ -1,7 +1,7 @@
 """Our network against MONAI's DiffusionModelUNet of the same widths, in one run.
 
     python benchmarks/speed.py [--preset default] [--latents 4 12 16 12 | --voxels 160 192 160] [--batch 8]
-        [--compile] [--alone]
+        [--precision float32] [--compile] [--alone]
 
 Both see the same latents, an age and a sex. MONAI's as it comes: the scalars as input channels and as cross-attention
 context, float32, its own attention. Ours as it is trained and asked: scalars late, fused attention, bfloat16
@@ -44,7 +44,9 @@ CALLS = 8
 class Ours:
     """Our network, diffusion and optimiser of a preset."""
 
-    def __init__(self, config: JointConfig, latents: Sequence[int], device: torch.device, compiled: bool) -> None:
+    def __init__(
+        self, config: JointConfig, latents: Sequence[int], device: torch.device, precision: str, compiled: bool
+    ) -> None:
         channels, *size = latents
         volume = Volume("image", (channels, size[0], size[1], size[2]))
         variables = Variables([volume, Continuous("age", 0, 100), Categorical("sex", ("F", "M"))])
@@ -52,7 +54,7 @@ class Ours:
         torch.manual_seed(0)
         self.network = JointDenoiser(variables, config.model, self.diffusion.blind).to(device)
         self.optimizer = adamw(self.network, 1e-4, config.optimizer)
-        self.device, self.precision, self.questions = device, resolve_precision("auto", device), config.questions
+        self.device, self.precision, self.questions = device, resolve_precision(precision, device), config.questions
         if device.type == "cpu":
             mend_convolutions(self.network)
         else:
@@ -159,6 +161,7 @@ def main() -> None:
     parser.add_argument("--voxels", type=int, nargs=3, metavar="N", help="of a volume, in place of --latents")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--precision", default="auto", help="of ours: auto, float32 or bfloat16")
     parser.add_argument("--compile", action="store_true", help="ours through torch.compile")
     parser.add_argument("--alone", action="store_true", help="ours alone, where MONAI's does not fit beside it")
     parser.add_argument("--device", default="auto")
@@ -172,7 +175,7 @@ def main() -> None:
         autoencoder = Autoencoder(vae.model).to(device).eval()
         latents = autoencoder.latent_shape(options.voxels)
     with device:  # initial weights are drawn there, which takes half a minute less
-        ours = Ours(config, latents, device, options.compile)
+        ours = Ours(config, latents, device, options.precision, options.compile)
         monai = None if options.alone else Monai(config, latents, device)
     g = torch.Generator().manual_seed(0)
     batch = {
