@@ -127,6 +127,8 @@ def _values(command: str, flags: dict[str, str | None]) -> dict[str, Any]:
                 key, equals, value = part.partition("=")
                 if not equals:
                     raise ConfigError(f"--{name} {text!r}: {part!r} is not of the form name=value")
+                if f"{name}.{key}" in values:
+                    raise ConfigError(f"--{name} {text!r}: {key} is named twice")
                 values[f"{name}.{key}"] = value
         else:
             values[name] = text

@@ -25,6 +25,27 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key, file or preset and what to do."""
 
 
+def at_least(least: int, **counts: int) -> None:
+    """Refuse counts below the least that make sense; ``__`` in a name stands for a dot.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for name, count in counts.items():
+        if count < least:
+            raise ConfigError(f"{name.replace('__', '.')}={count}: at least {least} is needed")
+
+
+def in_one_process(compute: "Compute") -> None:
+    """Refuse more workers where a stage has but one.
+
+    Raises:
+        ConfigError: with what to do.
+    """
+    if compute.workers != 1:
+        raise ConfigError(f"compute.workers={compute.workers}: this stage runs in one process; take 1")
+
+
 # --- parts shared by several stages -----------------------------------------------------------------------------
 
 
@@ -52,6 +73,11 @@ class Training:
     keep: int  # checkpoints
     log_every: int  # steps
     seed: int
+
+    def __post_init__(self) -> None:
+        at_least(1, training__epochs=self.epochs, training__batch=self.batch, training__accumulate=self.accumulate)
+        at_least(1, training__validate_every=self.validate_every, training__checkpoint_every=self.checkpoint_every)
+        at_least(1, training__log_every=self.log_every)
 
 
 @dataclass
@@ -188,6 +214,10 @@ class EncodeConfig:
     compute: Compute
     tracking: Tracking
 
+    def __post_init__(self) -> None:
+        at_least(1, batch=self.batch)
+        in_one_process(self.compute)
+
 
 # --- the joint model --------------------------------------------------------------------------------------------
 
@@ -280,6 +310,9 @@ class Sampling:
     guidance: float  # 1 is none; above 1 the given values count for more
     resample: int  # times that each step is taken, with noise put back in between (RePaint); 1: once
 
+    def __post_init__(self) -> None:
+        at_least(1, sampling__steps=self.steps, sampling__stride=self.stride, sampling__resample=self.resample)
+
 
 @dataclass
 class PredictConfig:
@@ -300,6 +333,10 @@ class PredictConfig:
     compute: Compute
     tracking: Tracking
 
+    def __post_init__(self) -> None:
+        at_least(1, samples=self.samples, batch=self.batch)
+        at_least(0, draws=self.draws)
+
 
 @dataclass
 class GenerateConfig:
@@ -314,6 +351,10 @@ class GenerateConfig:
     sampling: Sampling
     compute: Compute
     tracking: Tracking
+
+    def __post_init__(self) -> None:
+        at_least(1, count=self.count, batch=self.batch)
+        in_one_process(self.compute)
 
 
 @dataclass
@@ -333,6 +374,10 @@ class TranslateConfig:
     compute: Compute
     tracking: Tracking
 
+    def __post_init__(self) -> None:
+        at_least(1, batch=self.batch)
+        in_one_process(self.compute)
+
 
 @dataclass
 class InpaintConfig:
@@ -349,6 +394,10 @@ class InpaintConfig:
     sampling: Sampling
     compute: Compute
     tracking: Tracking
+
+    def __post_init__(self) -> None:
+        at_least(1, samples=self.samples)
+        in_one_process(self.compute)
 
 
 SCHEMAS: dict[str, type] = {

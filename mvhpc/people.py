@@ -1,6 +1,6 @@
 """What a packed data set says of people, as models take it."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 import torch
@@ -32,14 +32,28 @@ def true_value(dataset: Dataset, key: str, variable: Variable) -> float | str | 
     """The recorded value of a scalar, as ``variable`` reads it; None where it is missing.
 
     A model may read a recorded category as a number (``values`` in its schema).
+
+    Raises:
+        ConfigError: a category that the model does not know, and whose.
     """
     value = dataset.values(key).get(variable.name)
-    return variable.parse(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    try:
+        return variable.parse(value)
+    except ValueError as error:
+        raise ConfigError(f"{dataset.folder}: {key}: {error}") from error
 
 
-def scalar_values(dataset: Dataset, key: str, schema: Schema) -> dict[str, float | str | None]:
-    """The recorded scalars of one person, None where missing."""
-    return {v.name: true_value(dataset, key, v) for v in schema.scalars}
+def scalar_values(dataset: Dataset, key: str, schema: Schema, names: Container[str]) -> dict[str, float | str | None]:
+    """The recorded scalars of one person among ``names``, None where missing.
+
+    Others are not looked at: a site that the model does not know keeps nobody from asking for the age.
+
+    Raises:
+        ConfigError: a category that the model does not know, and whose.
+    """
+    return {v.name: true_value(dataset, key, v) for v in schema.scalars if v.name in names}
 
 
 def read_people(
@@ -58,8 +72,9 @@ def read_people(
         voxels (B, V, H, W, D) float16, and by scalar its encoded values and who has it.
 
     Raises:
+        ConfigError: a category that the model does not know, and whose.
         IntegrityError: a damaged volume, named.
     """
     voxels = np.stack([np.stack([dataset.read(key, name) for name in volumes]) for key in keys])
-    values, present = scalars.encode_scalars([scalar_values(dataset, key, schema) for key in keys])
+    values, present = scalars.encode_scalars([scalar_values(dataset, key, schema, scalars.names) for key in keys])
     return torch.from_numpy(voxels), values, present

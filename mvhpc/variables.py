@@ -6,7 +6,7 @@ people is a ``dict`` from variable name to tensor, with a second ``dict`` of boo
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from torch import Tensor
 from mvhpc.devices import send
 from shards.errors import nearest
 from shards.schema import Schema, Value
+
+SD_FLOOR = 1e-9  # of numbers that are no constant, in units of the largest
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +58,7 @@ class Continuous:
     """A number, scaled linearly so that [low, high] becomes [-1, 1] (paper, section 3.1).
 
     Values outside the interval are neither refused nor clipped, samples included. An ordinal variable has ``whole``
-    numbers: the scale carries the order of its levels, which classes would not.
+    numbers: the scale carries the order of its levels, which classes would not. They lie within ``levels``.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Continuous:
     high: float
     unit: str = ""
     whole: bool = False
+    levels: tuple[float, float] = (-math.inf, math.inf)  # the first and the last
 
     def encode(self, values: Sequence[Value]) -> Tensor:
         """B values in units -> z_0 (B, 1) float32; a missing value becomes 0."""
@@ -78,7 +81,7 @@ class Continuous:
 
     def snap(self, values: Tensor) -> Tensor:
         """Values in units, those of an ordinal variable brought to the nearest level."""
-        return values.round() if self.whole else values
+        return values.round().clamp(*self.levels) if self.whole else values
 
 
 @dataclass(frozen=True)
@@ -122,16 +125,16 @@ def standard_intervals(schema: Schema, rows: Sequence[Mapping[str, Value]]) -> d
 
     Args:
         schema: of the variables.
-        rows: the people's values by name; None where missing.
+        rows: the people's values by name; None, or no entry, where missing.
 
     Returns:
-        Nothing for a variable that does not vary: it takes its schema's range.
+        Nothing for a variable that does not vary, but for rounding: it takes its schema's range.
     """
     intervals: dict[str, list[float]] = {}
     for v in schema.scalars:
         if v.kind != "categorical":
-            known = np.array([x for x in (row[v.name] for row in rows) if x is not None], float)
-            if len(known) > 1 and known.std() > 0:
+            known = np.array([x for x in (row.get(v.name) for row in rows) if x is not None], float)
+            if len(known) > 1 and known.std() > SD_FLOOR * np.abs(known).max():
                 intervals[v.name] = [float(known.mean() - known.std()), float(known.mean() + known.std())]
     return intervals
 
@@ -177,7 +180,8 @@ class Variables:
                 low, high = (intervals or {}).get(v.name, v.range)
                 if not math.isfinite(high - low):
                     raise ValueError(f"schema: {v.name} needs a finite range to be scaled by")
-                items.append(Continuous(v.name, float(low), float(high), v.unit or "", whole=v.kind == "ordinal"))
+                number = Continuous(v.name, float(low), float(high), v.unit or "")
+                items.append(replace(number, whole=True, levels=v.range) if v.kind == "ordinal" else number)
             else:
                 items.append(Categorical(v.name, tuple(v.classes)))
         return cls(items)

@@ -50,6 +50,9 @@ def test_schemas_need_no_line_of_code(tmp_path: Path) -> None:
     made = do("translate", out=str(tmp_path / "t2w"), given=["image", "age"], want="t2w", batch=2, **common)
     files = sorted((tmp_path / "t2w").rglob("*_desc-synthetic_T2w.nii.gz"))
     assert len(files) == made["subjects"] and 0 < made["ssim"] < 1
+    scores = pd.read_csv(tmp_path / "t2w" / "scores.tsv", sep="\t")
+    assert scores["not_given"].isna().sum() == made["with_all_given"] and len(scores) == made["subjects"]
+    assert scores["ssim"][scores["not_given"].isna()].mean() == pytest.approx(made["ssim"], rel=1e-4)
     again = do("translate", out=str(tmp_path / "again"), given=["image", "age"], want="t2w", batch=1, **common)
     assert again["psnr_db"] == pytest.approx(made["psnr_db"], rel=1e-4)
     about = json.loads((tmp_path / "t2w" / "dataset_description.json").read_text())

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mvhpc.cli import main
-from mvhpc.config import CONFIGS, SCHEMAS, ConfigError, JointConfig, fingerprint, load_config, to_yaml
+from mvhpc.config import CONFIGS, SCHEMAS, ConfigError, GenerateConfig, JointConfig, fingerprint, load_config, to_yaml
 from mvhpc.stages import STAGES
 
 MANDATORY = {"out", "data", "source", "vae", "latents", "model", "image", "mask", "given", "want"}
@@ -51,12 +51,27 @@ def test_fingerprint_sees_every_value() -> None:
         ("demo", [*JOINT, "training.epochs=many"], "training.epochs=many"),
         ("demo", [*JOINT, "epochs"], "key=value"),
         ("demo", ["out=o", "vae=v"], "latents"),
+        ("demo", [*JOINT, "training.log_every=0"], "training.log_every=0: at least 1"),
         ("nowhere/x.yaml", JOINT, "nowhere/x.yaml"),
     ],
 )
 def test_what_is_wrong_is_named(preset: str, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(JointConfig, "joint", preset, overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch=-1", "batch=-1: at least 1"),
+        ("count=0", "count=0: at least 1"),
+        ("sampling.resample=0", "sampling.resample=0: at least 1"),
+        ("compute.workers=4", "compute.workers=4: this stage runs in one process"),
+    ],
+)
+def test_counts_that_make_no_sense_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(GenerateConfig, "generate", "default", ["out=o", "model=m", override])
 
 
 def test_yaml_cannot_make_objects(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Laws of the joint forward process and its loss."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -199,6 +200,19 @@ def test_the_exact_denoiser_has_the_least_loss() -> None:
             off = scale * torch.randn(best[name].shape[1:], generator=g)
             worse = process.losses({**best, name: best[name] + off}, noised)
             assert worse[name].mean() > least[name]
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+def test_a_density_leaves_what_is_said_of_the_number_itself_alone(kind: str) -> None:
+    """Where it is right: with an offset of zero and an SD of the law's own the least loss is at the exact answer."""
+    process = JointDiffusion(VARIABLES, replace(diffusion().config, targets={"age": kind}))
+    people = {name: torch.zeros(N, *x.shape[1:], dtype=x.dtype) for name, x in MixedLaw(process).draw(1, 0).items()}
+    noised = process.noise(people, {}, levels(N, image=1000, age=1000, sex=1000), generators())
+    outputs = {name: value.detach() for name, value in ideal(noised).items()}
+    said = torch.cat([noised.target["age"], torch.zeros(N, 3)], 1).requires_grad_()  # one component
+    process.losses(outputs | {"age": said}, noised)["age"].mean().backward()
+    assert said.grad is not None
+    assert N * said.grad[:, 0].square().mean().sqrt() < 0.05
 
 
 def test_what_is_misspelt_is_named() -> None:

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from mvhpc import config
 from mvhpc.diffusion.gaussian import Gaussian
-from mvhpc.diffusion.sampling import sample, time_grid
+from mvhpc.diffusion.joint import JointDiffusion
+from mvhpc.diffusion.sampling import levels, sample, time_grid
 from mvhpc.diffusion.schedules import scaled_linear
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.randomness import generator
+from mvhpc.variables import Categorical, Variables
 from tests.mixed_law import VARIABLES, MixedLaw, diffusion, flat, mixture, one_hot_share, stderr
 
 N = 1500
@@ -45,6 +47,12 @@ def test_time_grid_is_even_whole_and_shared() -> None:
     assert time_grid(gaussian, 3, None) == [1000, 667, 333, 0]
     assert time_grid(gaussian, 2, 400) == [1000, 600, 500, 200, 0]
     assert time_grid(small, 10, 3) == list(range(10, -1, -1))
+
+
+def test_without_categories_a_chain_needs_no_stride_of_theirs() -> None:
+    numbers = Variables([v for v in VARIABLES if not isinstance(v, Categorical)])
+    only = JointDiffusion(numbers, diffusion().config)
+    assert len(levels(only, 10, 20, "dpm")) == 11 and len(levels(diffusion(), 10, 20, "dpm")) > 50
 
 
 @pytest.mark.parametrize("sd", [0.35, 0.5, 0.7, 1.0])

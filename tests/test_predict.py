@@ -172,7 +172,6 @@ def test_two_workers_write_what_one_writes(tiny_model, tiny_dataset, tmp_path, m
         ({"given": ["sex"], "want": ["image"]}, "mvhpc generate"),
         ({"given": [], "want": ["age"], "split": "tets"}, "Did you mean 'test'"),
         ({"given": [], "want": ["age"], "split_name": "fold-1"}, "unknown split"),
-        ({"given": [], "want": ["age"], "samples": 0}, "at least one chain"),
         ({"given": [], "want": ["age"], "sampling.conditioning": "repant"}, "Did you mean 'repaint'"),
         ({"given": [], "want": ["age"], "draws": 3}, "draws come from a posterior"),
         ({"given": [], "want": ["age"], "sampling.conditioning": "posterior", "sampling.guidance": 2}, "no guidance"),
@@ -199,6 +198,20 @@ def test_data_on_another_grid_are_refused(tiny_model, tiny_bids, tmp_path) -> No
     pack(tiny_bids, tmp_path / "coarse", spacing=10.0, shape=(16, 16, 16), **options)
     with pytest.raises(ConfigError, match=r"spacing.*pack again with spacing 8"):
         Predictor(tiny_model, tmp_path / "coarse", ["image"], ["age"], 1, 0, configuration_sampling(), 0, "cpu")
+
+
+def test_a_category_that_the_model_does_not_know_hinders_no_other_question(tiny_model, tiny_bids, tmp_path) -> None:
+    from shards.pack import pack
+
+    schema = json.loads((tiny_model / "model" / "model.json").read_text())["schema"]
+    schema["sex"] |= {"classes": ["woman", "man"], "aliases": {"F": "woman", "M": "man"}}
+    options = {"storage": "zarr", "schema": Schema.from_dict(schema), "max_rejects": "0", "fractions": (0.4, 0.1, 0.5)}
+    pack(tiny_bids, tmp_path / "packed", spacing=8.0, shape=(16, 16, 16), **options)
+    config = configuration(tiny_model, tmp_path / "packed", tmp_path / "a.tsv", given=["image"], want=["age"])
+    assert answer(config, tmp_path / "run")[0]["subjects"] == 12
+    config = configuration(tiny_model, tmp_path / "packed", tmp_path / "b.tsv", given=["image", "sex"], want=["age"])
+    with pytest.raises(ConfigError, match=r"packed: sub-.*: sex: unknown category '(wo)?man' \(known: "):
+        answer(config, tmp_path / "run")
 
 
 def configuration_sampling() -> Any:

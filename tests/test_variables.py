@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mvhpc.variables import Categorical, Continuous, Variables, Volume
+from mvhpc.variables import Categorical, Continuous, Variables, Volume, standard_intervals
 from shards.schema import Schema, Value
 
 SCHEMA = Schema.from_dict(
@@ -24,6 +24,15 @@ def test_ordinal_values_are_brought_to_whole_numbers_alone_where_drawn() -> None
     z = score.encode([0.0, 7.0, 30.0])
     assert score.decode(z).tolist() == pytest.approx([0, 7, 30])
     assert score.snap(score.decode(z + 0.02)).tolist() == [0, 7, 30]
+    assert score.snap(score.decode(3 * z)).tolist() == [0, 0, 30]  # no level beyond the ends
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1.2, -3.3])
+def test_a_number_that_does_not_vary_keeps_its_schemas_range(constant: float) -> None:
+    rows: list[dict[str, Value]] = [{"age": constant}] * 77 + [{"age": None}, {}]
+    assert standard_intervals(SCHEMA, rows) == {}
+    low, high = standard_intervals(SCHEMA, [*rows, {"age": constant + 1}])["age"]
+    assert low < constant < high < constant + 1
 
 
 def test_schema_keeps_order_and_kinds() -> None:

@@ -7,7 +7,6 @@ q(x_t | x_s) = a onehot(x_s) + (1 - a) / K.
 Every level ``t``, ``s`` is an int or an int64 tensor (B,) of one level per row.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -70,4 +69,5 @@ def draw(p: Tensor, uniform: Tensor) -> Tensor:
 def chances(output: Tensor, spread: Tensor | float = 1.0) -> Tensor:
     """p(class) (B, K) in float64 from logits (B, K), or (B, R, K) of R readers, of whom the mean is taken; divided by
     ``spread``, a number or (B, 1)."""
-    return (by_reader(output).double() / torch.as_tensor(spread).reshape(-1, 1, 1)).softmax(-1).mean(1)
+    spread = spread[..., None] if isinstance(spread, Tensor) else spread  # (B, 1, 1)
+    return (by_reader(output).double() / spread).softmax(-1).mean(1)

@@ -52,7 +52,8 @@ class JointDiffusion(nn.Module):
         diffusion: T, schedule, law of the levels, parameterisations and loss weights.
 
     Raises:
-        config.ConfigError: for an unknown law or parameterisation, or a target or weight of no variable.
+        config.ConfigError: for an unknown law or parameterisation, chances above 1, or a target or weight of no
+            variable.
     """
 
     def __init__(self, variables: Variables, diffusion: config.Diffusion) -> None:
@@ -60,6 +61,11 @@ class JointDiffusion(nn.Module):
         config.choose(diffusion.time, ("shared", "independent"), "law of the times")
         for kind in (diffusion.volume, diffusion.continuous, *diffusion.targets.values()):
             config.choose(kind, TARGETS, "parameterisation")
+        if not 0 <= diffusion.clean_fraction + diffusion.noise_fraction <= 1:
+            raise config.ConfigError(
+                f"diffusion.clean_fraction={diffusion.clean_fraction:g} and diffusion.noise_fraction="
+                f"{diffusion.noise_fraction:g} are chances of one draw: together at most 1"
+            )
         for name in (*diffusion.targets, *diffusion.weights):
             config.choose(name, variables.names, "variable among the targets or loss weights")
         self.variables = variables
@@ -180,7 +186,8 @@ class JointDiffusion(nn.Module):
     def losses(self, outputs: Mapping[str, Tensor], noised: Noised, judged: Tensor | None = None) -> Batch:
         """Loss of each row and variable (paper, eq. 5): mean over elements of the squared error, or cross-entropy.
 
-        Where a number is at t = T and the network gives a density for it, its negative logarithm is added. Of a scalar
+        Where a number is at t = T and the network gives a density for it, its negative logarithm is added (not where
+        it says eps: what it says there tells nothing of the number). Of a scalar
         each reader has a loss of its own.
 
         Args:
@@ -208,8 +215,9 @@ class JointDiffusion(nn.Module):
                 loss = F.cross_entropy(said, target, reduction="none")
             else:
                 loss = (said[:, :1] - target).square()[:, 0]
-                if said.shape[1] > 1:
-                    surprise = -density(said, self.parameterization(v)).log_prob(clean[:, 0].double()).float()
+                kind = self.parameterization(v)
+                if said.shape[1] > 1 and kind != "eps":  # of noise there is nothing to say at t = T
+                    surprise = -density(said, kind).log_prob(clean[:, 0].double()).float()
                     loss = loss + torch.where(level == self.steps, surprise, 0.0)
             loss = torch.where(counts, loss, 0.0).reshape(rows, -1, readers).mean(1)  # (B, R)
             losses[v.name] = loss.mean(1) if judged is None else (loss * judged).sum(1) / judged.sum(1)

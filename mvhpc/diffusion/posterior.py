@@ -1,4 +1,4 @@
-"""Exact answers about scalars without a chain: what is unknown rests at t = T, what is given at t = 0, and one pass of
+"""Answers about scalars without a chain: what is unknown rests at t = T, what is given at t = 0, and one pass of
 the network's reader serves every question about these people."""
 
 from collections.abc import Collection, Mapping
@@ -93,6 +93,8 @@ class Posterior:
     def draw(self, want: Collection[str], uniform: Tensor) -> Batch:
         """Joint draws by the chain rule: the first wanted given what is known, the next given that too, and so on.
 
+        Each of these laws is learnt by itself, so that another order of ``want`` gives slightly other draws.
+
         Args:
             want: scalars.
             uniform: (B, draws, len(want)) draws from (0, 1).
@@ -102,7 +104,7 @@ class Posterior:
         """
         n = uniform.shape[1]
         seen = self.seen.repeat_interleave(n, 0)
-        z = {name: x.repeat_interleave(n, 0) for name, x in self.z.items()}
+        z = {v.name: self.z[v.name].repeat_interleave(n, 0) for v in self.diffusion.variables.scalars}
         t = {name: x.repeat_interleave(n, 0) for name, x in self.t.items()}
         for i, name in enumerate(want):
             law, u = self._laws(seen, z, t, [name])[name], uniform[..., i].reshape(-1)

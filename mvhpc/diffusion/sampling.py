@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mvhpc.config import choose
+from mvhpc.config import ConfigError, choose
 from mvhpc.diffusion.gaussian import Gaussian
 from mvhpc.diffusion.joint import Batch, JointDiffusion
 from mvhpc.variables import Categorical, Variable, Volume
@@ -24,6 +24,12 @@ class Denoiser(Protocol):
         ``want`` names the variables whose output is used; those given in full are not among them.
         """
         ...
+
+
+def levels(diffusion: JointDiffusion, steps: int, stride: int, solver: str) -> list[int]:
+    """The levels at which a chain of all variables asks the network, and 0; see :func:`time_grid`."""
+    categories = any(isinstance(v, Categorical) for v in diffusion.variables)
+    return time_grid(diffusion.gaussian, steps, stride if categories else None, solver)
 
 
 def time_grid(gaussian: Gaussian, steps: int, stride: int | None, solver: str = "ddim") -> list[int]:
@@ -44,22 +50,22 @@ def time_grid(gaussian: Gaussian, steps: int, stride: int | None, solver: str = 
         solver: ddim | dpm.
 
     Raises:
-        ValueError: for a number out of its range, or an unknown solver.
+        ConfigError: for a number out of its range, or an unknown solver.
     """
-    levels = len(gaussian.abar) - 1
-    if not 1 <= steps <= levels:
-        raise ValueError(f"sampling steps must be from 1 to {levels}, not {steps}")
-    if stride is not None and not 1 <= stride <= levels:
-        raise ValueError(f"the stride of categories must be from 1 to {levels}, not {stride}")
+    most = len(gaussian.abar) - 1
+    if not 1 <= steps <= most:
+        raise ConfigError(f"sampling steps must be from 1 to {most}, not {steps}")
+    if stride is not None and not 1 <= stride <= most:
+        raise ConfigError(f"the stride of categories must be from 1 to {most}, not {stride}")
     if choose(solver, ("ddim", "dpm"), "solver") == "ddim":
-        even = torch.linspace(levels, 0, steps + 1, dtype=torch.float64).round().long().tolist()
+        even = torch.linspace(most, 0, steps + 1, dtype=torch.float64).round().long().tolist()
     else:
-        snr = torch.tensor([gaussian.log_snr(t) for t in range(1, levels + 1)])  # falls with t
+        snr = torch.tensor([gaussian.log_snr(t) for t in range(1, most + 1)])  # falls with t
         targets = torch.linspace(float(snr[-1]), float(snr[0]), steps)
         by_snr = 1 + (snr[:, None] - targets).abs().argmin(0)
-        by_power = levels * (1 - torch.arange(steps) / steps) ** POWER
+        by_power = most * (1 - torch.arange(steps) / steps) ** POWER
         even = [0, *((by_snr + by_power) / 2).round().long().tolist()]
-    return sorted({*even, *(range(levels, 0, -stride) if stride else ())}, reverse=True)
+    return sorted({*even, *(range(most, 0, -stride) if stride else ())}, reverse=True)
 
 
 @torch.no_grad()
@@ -114,7 +120,8 @@ def sample(
         masked voxels included, come out bit-identical.
 
     Raises:
-        ValueError: ``clean`` or guidance with a denoiser of shared time, or a mask of what is no given volume.
+        ConfigError: ``clean`` or guidance with a denoiser of shared time, or steps or a stride out of range.
+        ValueError: a mask of what is no given volume.
         KeyError: given values of no variable, or such a one wanted.
     """
     choose(conditioning, ("repaint", "clean"), "conditioning")
@@ -127,7 +134,7 @@ def sample(
 
     guided = guidance != 1 and bool(given)
     if (conditioning == "clean" or guided) and not diffusion.independent:
-        raise ValueError(
+        raise ConfigError(
             "conditioning 'clean' and guidance need a model trained with independent times (diffusion.time: "
             "independent); this one shares one time: use conditioning 'repaint' and guidance 1"
         )
@@ -135,8 +142,7 @@ def sample(
     fixed = whole if conditioning == "clean" else {}  # rows that rest at t = 0
     idle = set(variables.names) - {*want, *(mask or {})} if conditioning == "clean" else set()  # at t = T where unknown
 
-    strides = stride if any(isinstance(v, Categorical) for v in variables) else None
-    grid = time_grid(diffusion.gaussian, steps, strides, solver)
+    grid = levels(diffusion, steps, stride, solver)
     unknown = [n for n in variables.names if n not in idle and (n not in known or not known[n].all())]
     evolve, renoise = _streams(variables.names, generators)
     z = {v.name: diffusion.prior(v, evolve[v.name]) for v in variables}

@@ -22,18 +22,20 @@ def write_predictions(path: Path, rows: Sequence[Row], description: dict[str, An
     Joint draws go to ``NAME.draws.tsv``: a line each, with the subject's key and the number of the draw.
     """
 
-    def write(file: Path, header: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
-        with whole_file(file) as part, part.open("w") as stream:
-            for line in [header, *lines]:
-                stream.write("\t".join(_cell(value) for value in line) + "\n")
-
     write_text(sidecar(path), json.dumps(description, indent=1))
     if "draws" in rows[0]:
         names = list(rows[0]["draws"])
         draws = ((row["key"], i, *values) for row in rows for i, values in enumerate(zip(*row["draws"].values())))
-        write(path.with_suffix(".draws.tsv"), ["key", "draw", *names], draws)
+        write_rows(path.with_suffix(".draws.tsv"), ["key", "draw", *names], draws)
     columns = [name for name in rows[0] if name != "draws"]
-    write(path, columns, ([row[name] for name in columns] for row in rows))
+    write_rows(path, columns, ([row[name] for name in columns] for row in rows))
+
+
+def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a TSV, whole or not at all; None as n/a."""
+    with whole_file(path) as part, part.open("w") as stream:
+        for row in [header, *rows]:
+            stream.write("\t".join(_cell(value) for value in row) + "\n")
 
 
 def _cell(value: float | str | None) -> str:

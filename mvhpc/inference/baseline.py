@@ -100,7 +100,7 @@ class BaselinePredictor:
             answer = chances(name, dict(zip(wanted.classes, said)))
         else:
             answer = {name: None, **{f"{name}_p_{c}": None for c in wanted.classes}}
-        true = scalar_values(self.dataset, key, self.schema)
+        true = scalar_values(self.dataset, key, self.schema, [*self.given, name])
         lacking = [n for n in self.given if not self.dataset.has(key, n) and true.get(n) is None]
         row = {"key": key, "subject": subject_of(key)} | answer | {f"{name}_true": true[name]}
         return row | {"not_given": ",".join(lacking) or None}

@@ -11,7 +11,7 @@ from torch import Tensor
 from mvhpc.config import Compute, ConfigError, Sampling, choose, to_dict
 from mvhpc.devices import resolve_device, resolve_precision
 from mvhpc.diffusion.posterior import Posterior, hindrance
-from mvhpc.diffusion.sampling import sample, time_grid
+from mvhpc.diffusion.sampling import levels, sample
 from mvhpc.models.bundle import JointModel, load_joint
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.models.frozen import freeze, pack
@@ -25,7 +25,7 @@ class Sampler:
         model: run folder of a joint model, or its ``model`` folder.
         sampling: how a conditional is sampled.
         device: auto | cpu | cuda.
-        precision: float32 | bfloat16, of the networks.
+        precision: auto | float32 | bfloat16, of the networks.
         scalars: whether scalars are all that is wanted, which a posterior can answer.
         compiled: the denoiser through torch.compile: minutes at first, then faster chains.
 
@@ -33,9 +33,11 @@ class Sampler:
         model: the loaded :class:`~mvhpc.models.bundle.JointModel`, its denoiser frozen in ``precision``.
         device: where it is.
         sampling: as given, ``auto`` resolved: the cheapest way that is exact for this model.
+        calls: network calls of one chain; of a posterior 1, the readers'.
 
     Raises:
-        ConfigError: an unknown way of conditioning or precision, or one that this model or question does not allow.
+        ConfigError: an unknown way of conditioning or precision, one that this model or question does not allow, or
+            steps out of range.
         ModelError: no model there, or a damaged one.
     """
 
@@ -53,30 +55,35 @@ class Sampler:
         self.precision = resolve_precision(precision, self.device)
         self.model: JointModel = load_joint(model, self.device)
         freeze(self.model.denoiser, self.precision, JointDenoiser.TELLING)
-        if compiled:
+        self.sampling = replace(sampling, conditioning=self._way(sampling, scalars))
+        self.calls = self._calls()
+        if compiled and self.sampling.conditioning != "posterior":
             self.model.denoiser.compile()
         else:
             pack(self.model.denoiser)
-        self.sampling = replace(sampling, conditioning=self._way(sampling, scalars))
 
     def _way(self, sampling: Sampling, scalars: bool) -> str:
         diffusion = self.model.diffusion
         reason = hindrance(self.model.denoiser, diffusion) if scalars else "it answers for scalars, not for volumes"
         if not reason and sampling.guidance != 1:
             reason = f"it knows no guidance (sampling.guidance={sampling.guidance:g})"
-        if sampling.conditioning == "auto":
-            return "posterior" if not reason else "clean" if diffusion.independent else "repaint"
-        if sampling.conditioning == "posterior" and reason:
+        way = sampling.conditioning
+        if way == "auto":
+            way = "posterior" if not reason else "clean" if diffusion.independent else "repaint"
+        elif way == "posterior" and reason:
             raise ConfigError(f"sampling.conditioning=posterior: {reason}; leave it at auto")
-        return sampling.conditioning
+        if not diffusion.independent and (way == "clean" or sampling.guidance != 1):
+            raise ConfigError(
+                f"sampling.conditioning={way}, sampling.guidance={sampling.guidance:g}: a model trained with one time "
+                "for all variables can be asked by repaint alone, with guidance 1"
+            )
+        return way
 
-    @property
-    def calls(self) -> int:
-        """Network calls of one chain; of a posterior 1, the reader's."""
+    def _calls(self) -> int:
         c = self.sampling
         if c.conditioning == "posterior":
             return 1
-        steps = len(time_grid(self.model.diffusion.gaussian, c.steps, c.stride, c.solver)) - 1
+        steps = len(levels(self.model.diffusion, c.steps, c.stride, c.solver)) - 1
         return (steps - 1) * c.resample + 1
 
     @torch.inference_mode()

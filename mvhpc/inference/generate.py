@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from mvhpc.config import ConfigError, GenerateConfig, to_dict
+from mvhpc.config import GenerateConfig, to_dict
 from mvhpc.evaluation.figures import people
 from mvhpc.inference.chains import Sampler, parse_given, set_threads, versions
 from mvhpc.randomness import generator
@@ -164,8 +164,6 @@ def run(config: GenerateConfig, run: Run) -> dict[str, Any]:
         ConfigError: given values that the model cannot take.
         FileExistsError: where ``config.out`` holds something already.
     """
-    if config.count < 1:
-        raise ConfigError(f"count={config.count}: at least one person is needed")
     set_threads(config.compute)
     compute = config.compute
     sampler = Sampler(config.model, config.sampling, compute.device, compute.precision, compiled=compute.compile)

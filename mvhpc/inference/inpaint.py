@@ -173,8 +173,6 @@ def run(config: InpaintConfig, run: Run) -> dict[str, Any]:
     stem = next((out.name.removesuffix(end) for end in (".nii.gz", ".nii") if out.name.endswith(end)), None)
     if stem is None:
         raise ConfigError(f"out={config.out}: the result is a volume, name it with .nii.gz or .nii")
-    if config.samples < 1:
-        raise ConfigError(f"samples={config.samples}: at least one is needed")
     set_threads(config.compute)
     compute = config.compute
     sampler = Sampler(config.model, config.sampling, compute.device, compute.precision, compiled=compute.compile)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import MixtureSameFamily
 
-from mvhpc.config import ConfigError, PredictConfig, Sampling, choose, to_dict
+from mvhpc.config import ConfigError, PredictConfig, Sampling, at_least, to_dict
 from mvhpc.diffusion.density import crps, quantile
 from mvhpc.diffusion.joint import Batch
 from mvhpc.evaluation import ensembles
@@ -29,7 +29,7 @@ from mvhpc.evaluation.tables import coverage, label, read_predictions, score, su
 from mvhpc.inference.answers import Row, chances, write_predictions
 from mvhpc.inference.baseline import BaselinePredictor
 from mvhpc.inference.chains import Sampler, set_threads, versions
-from mvhpc.inference.subjects import check_data, read_given, subjects
+from mvhpc.inference.subjects import check_data, check_names, read_given, subjects
 from mvhpc.models.bundle import model_kind
 from mvhpc.people import true_value
 from mvhpc.randomness import generator, rand
@@ -47,17 +47,11 @@ def check_question(schema: Schema, given: Sequence[str], want: Sequence[str]) ->
     """Refuse a question that the model cannot be asked.
 
     Raises:
-        ConfigError: an unknown variable (naming the nearest), one both given and wanted or named twice, nothing
-            wanted, or a wanted volume.
+        ConfigError: as :func:`~mvhpc.inference.subjects.check_names`; nothing wanted, or a wanted volume.
     """
-    names = [variable.name for variable in schema]
-    for name in [*given, *want]:
-        choose(name, names, "variable")
-        if [*given, *want].count(name) > 1:
-            where = "both given and wanted" if name in given and name in want else "named twice"
-            raise ConfigError(f"{name} is {where}; name each variable once")
+    check_names(schema, given, want)
     if not want:
-        raise ConfigError(f"nothing is wanted; set want to one or more of {', '.join(names)}")
+        raise ConfigError(f"nothing is wanted; set want to one or more of {', '.join(v.name for v in schema)}")
     for name in want:
         if schema[name].kind == "volume":
             raise ConfigError(
@@ -79,7 +73,8 @@ class Predictor:
         sampling: how a conditional is sampled.
         seed: of the noise.
         device: auto | cpu | cuda.
-        precision: float32 | bfloat16, of the denoiser.
+        precision: auto | float32 | bfloat16, of the denoiser.
+        compiled: the denoiser through torch.compile, where it is asked by chains.
 
     Attributes:
         dataset, schema: of the data; of the model.
@@ -104,10 +99,10 @@ class Predictor:
         seed: int,
         device: str = "auto",
         precision: str = "float32",
+        compiled: bool = False,
     ) -> None:
-        if samples < 1:
-            raise ConfigError(f"samples={samples}: at least one chain is needed")
-        self.sampler = Sampler(model, sampling, device, precision, scalars=True)
+        at_least(1, samples=samples)
+        self.sampler = Sampler(model, sampling, device, precision, scalars=True, compiled=compiled)
         self.exact = self.sampler.sampling.conditioning == "posterior"
         if draws and not self.exact:
             raise ConfigError(f"draws={draws}: joint draws come from a posterior, which this model or sampling has not")
@@ -262,6 +257,7 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
         "seed": config.seed,
         "device": config.compute.device,
         "precision": config.compute.precision,
+        "compiled": config.compute.compile,
     }
     predictor = open_predictor(**question)
     dataset, schema = predictor.dataset, predictor.schema

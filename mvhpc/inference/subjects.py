@@ -13,6 +13,20 @@ from mvhpc.inference.chains import Sampler
 from mvhpc.people import scalar_values
 from mvhpc.variables import Volume
 from shards.loader import Dataset
+from shards.schema import Schema
+
+
+def check_names(schema: Schema, given: Sequence[str], want: Sequence[str]) -> None:
+    """Refuse a question about variables that the model does not have, or that names one twice.
+
+    Raises:
+        ConfigError: an unknown variable (naming the nearest), one both given and wanted, or named twice.
+    """
+    for name in [*given, *want]:
+        choose(name, [variable.name for variable in schema], "variable")
+        if [*given, *want].count(name) > 1:
+            where = "both given and wanted" if name in given and name in want else "named twice"
+            raise ConfigError(f"{name} is {where}; name each variable once")
 
 
 def check_data(grid: Mapping[str, Any], dataset: Dataset, given: Sequence[str]) -> None:
@@ -68,10 +82,11 @@ def read_given(sampler: Sampler, dataset: Dataset, keys: Sequence[str], names: S
         By variable (B, C, h, w, d), (B, 1) or (B,); and (B,) bool.
 
     Raises:
+        ConfigError: a category that the model does not know, and whose.
         IntegrityError: a damaged volume, named.
     """
     schema, variables = sampler.model.schema, sampler.model.variables
-    rows = [scalar_values(dataset, key, schema) for key in keys]
+    rows = [scalar_values(dataset, key, schema, names) for key in keys]
     given, present = variables.encode_scalars(rows)
     for volume in variables.volumes:
         if volume.name in names:

@@ -11,13 +11,14 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from mvhpc.config import ConfigError, TranslateConfig, choose, to_dict
+from mvhpc.config import TranslateConfig, choose, to_dict
 from mvhpc.evaluation.figures import gallery, slices
 from mvhpc.evaluation.similarity import psnr, ssim
 from mvhpc.evaluation.tables import label
+from mvhpc.inference.answers import write_rows
 from mvhpc.inference.chains import Sampler, set_threads, versions
 from mvhpc.inference.generate import nifti
-from mvhpc.inference.subjects import check_data, read_given, subjects
+from mvhpc.inference.subjects import check_data, check_names, read_given, subjects
 from mvhpc.randomness import generator
 from mvhpc.run import Run, identity
 from shards.files import whole_folder, write_text
@@ -30,8 +31,11 @@ SHOWN = 4  # subjects in the figure
 def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
     """Stage ``translate``: write ``config.want`` of every subject to ``config.out``, a BIDS derivative.
 
+    ``scores.tsv`` says of each subject what of the given it lacks, which then had to be drawn as well, and, where it
+    has the wanted volume, PSNR (dB) and SSIM of what was drawn.
+
     Returns:
-        How many, and over those that have the volume the mean PSNR (dB) and SSIM of what was drawn.
+        How many, how many of them have all that is given, and over these the mean PSNR (dB) and SSIM.
 
     Raises:
         ConfigError: a question the model cannot be asked, data on another grid, or nobody to ask about.
@@ -42,14 +46,11 @@ def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
     sampler = Sampler(config.model, config.sampling, compute.device, compute.precision, compiled=compute.compile)
     dataset, schema = open_dataset(config.data), sampler.model.schema
     choose(config.want, [v.name for v in schema.volumes], "volume")
-    for name in config.given:
-        choose(name, [v.name for v in schema], "variable")
-    if config.want in config.given:
-        raise ConfigError(f"{config.want} is both given and wanted; name each variable once")
+    check_names(schema, config.given, [config.want])
     check_data(sampler.model.grid, dataset, config.given)
     keys = subjects(dataset, config.split, config.split_name)
     wanted = schema[config.want]
-    scores: list[tuple[float, float]] = []
+    scores: list[list[Any]] = []  # key, what was not given, PSNR, SSIM
     shown: list[list[Any]] = []
     with whole_folder(Path(config.out)) as tree:
         batches = range(0, len(keys), config.batch)
@@ -60,17 +61,17 @@ def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
             drawn = sampler(given, noise, present, want=[config.want])
             with torch.inference_mode():
                 voxels = sampler.model.decode(config.want, drawn[config.want]).float().cpu()  # (B, 1, H, W, D)
-            for key, made in zip(part, voxels):
+            for i, (key, made) in enumerate(zip(part, voxels)):
                 folder = tree.joinpath(*key.split("_"), "anat")
                 folder.mkdir(parents=True)
                 file = folder / f"{key}_desc-synthetic_{wanted.suffix}.nii.gz"
                 nib.save(nifti(made[0].numpy(), sampler.model.grid["affine"]), file)
+                lacking = ",".join(name for name in config.given if not present[name][i]) or None
+                scores.append([key, lacking, None, None])
                 if dataset.has(key, config.want):
                     true = torch.from_numpy(dataset.read(key, config.want).astype(np.float32))
-                    scores.append(
-                        (psnr(made[None], true[None, None]).item(), ssim(made[None], true[None, None]).item())
-                    )
-                    if len(shown) < SHOWN:
+                    scores[-1][2:] = (f(made[None], true[None, None]).item() for f in (psnr, ssim))
+                    if len(shown) < SHOWN and not lacking:
                         shown.append([key, true.numpy(), made[0].numpy()])
         about = {
             "Name": f"{config.want} drawn from a generative model given {label(config.given)}",
@@ -91,9 +92,11 @@ def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
             ],
         }
         write_text(tree / "dataset_description.json", json.dumps(about, indent=1))
-    summary: dict[str, Any] = {"subjects": len(keys)}
-    if scores:
-        summary |= dict(zip(("psnr_db", "ssim"), np.mean(scores, 0).tolist()))
+        write_rows(tree / "scores.tsv", ["key", "not_given", "psnr_db", "ssim"], scores)
+    whole = [row for row in scores if row[1] is None]
+    summary: dict[str, Any] = {"subjects": len(keys), "with_all_given": len(whole)}
+    if measured := [row[2:] for row in whole if row[2] is not None]:
+        summary |= dict(zip(("psnr_db", "ssim"), np.mean(measured, 0).tolist()))
         with run.figure("translation.png") as path:
             pairs = [[slices(true), slices(made)] for _, true, made in shown]
             gallery(pairs, path, [[key, key] for key, *_ in shown], columns=["measured", "drawn"])

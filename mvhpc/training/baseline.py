@@ -70,9 +70,10 @@ class BaselineTask:
                 f"data={config.data}: nobody in the training part of split {config.split!r} has "
                 f"{' and '.join([config.want, *self.volumes])}; take another split, want or given"
             )
-        rows = [scalar_values(self.dataset, key, self.schema) for key in self.train]
+        names = [*config.given, config.want]
+        rows = [scalar_values(self.dataset, key, self.schema, names) for key in self.train]
         self.intervals = standard_intervals(self.schema, rows)
-        self.scalars = scalars_of(self.schema, [*config.given, config.want], self.intervals)
+        self.scalars = scalars_of(self.schema, names, self.intervals)
         self.wanted = next(v for v in self.scalars.scalars if v.name == config.want)
         self.samples, self.validation = len(self.train), len(self.others)
         torch.manual_seed(config.training.seed)  # the layers' initial weights

@@ -19,6 +19,7 @@ from mvhpc.devices import repeatable, resolve_device
 from mvhpc.diffusion.joint import Batch, JointDiffusion
 from mvhpc.models.bundle import read_denoiser, save_joint
 from mvhpc.models.denoiser import JointDenoiser
+from mvhpc.people import scalar_values
 from mvhpc.randomness import generator, rand
 from mvhpc.training.calibration import calibrate
 from mvhpc.training.engine import Engine
@@ -32,7 +33,7 @@ from shards.loader import Dataset, open_dataset
 from shards.schema import Schema
 
 SD_FLOOR = 0.1  # of an element, in typical SDs: latents of empty background hardly vary
-ADAPTED = 256  # training people whom the readers' first features are scaled by
+ADAPTED = 256  # people whom the readers' first features are scaled by
 JUDGES = 500  # people at most whom scalars are judged and calibrated by
 VALIDATION_DRAWS = 16  # noisings of each validation sample, the same at every validation
 
@@ -58,11 +59,13 @@ def read_records(dataset: Dataset, keys: list[str], schema: Schema) -> Records:
     """Everything that ``schema`` asks for of the people ``keys``.
 
     Raises:
-        ConfigError: a scalar that the dataset does not have.
+        ConfigError: a variable that the dataset does not have, or a category that the schema does not, and whose.
     """
-    rows: list[Mapping[str, Value]] = [
-        {v.name: _value(dataset.values(key), v.name, schema) for v in schema.scalars} for key in keys
-    ]
+    names, recorded = [v.name for v in schema], [v.name for v in dataset.index.schema]
+    for name in names:
+        if name not in recorded:
+            raise ConfigError(f"schema: {nearest(name, recorded, 'variable of the data')}")
+    rows: list[Mapping[str, Value]] = [scalar_values(dataset, key, schema, names) for key in keys]
     latents, there = {}, {}
     for volume in schema.volumes:
         has = [dataset.has(key, volume.name) for key in keys]
@@ -103,14 +106,6 @@ class People:
             return {name: torch.from_numpy(x.numpy()[indices]) for name, x in of_all.items()}
 
         return pick(self.values), pick(self.present)
-
-
-def _value(values: Mapping[str, Value], name: str, schema: Schema) -> Value:
-    """A scalar as the schema reads it: a recorded category may be a number of the model."""
-    if name not in values:
-        raise ConfigError(f"schema: {nearest(name, values, 'variable of the data')}")
-    value = values[name]
-    return schema[name].parse(value) if isinstance(value, str) else value
 
 
 class JointTask:
