@@ -143,6 +143,18 @@ def test_completions_keep_what_is_known(sampler, tiny_dataset, tmp_path) -> None
     assert (tmp_path / "half.png").stat().st_size > 1000
 
 
+def test_the_second_time_the_autoencoder_sees_what_was_filled_in(sampler, tiny_dataset, monkeypatch) -> None:
+    dataset, seen = open_dataset(tiny_dataset), []
+    voxels = dataset.read(dataset.keys()[0], "image").astype(np.float32)
+    known, encode = left_half(voxels.shape), type(sampler.model).encode
+    spy = lambda model, name, x: encode(model, name, seen.append(x) or x)  # noqa: E731
+    monkeypatch.setattr(type(sampler.model), "encode", spy)
+    done = complete(sampler, "image", voxels, known, samples=1)[0]["image"]
+    first, second = (x[0, 0].numpy() for x in seen)
+    assert (first[known] == voxels[known]).all() and (second[known] == voxels[known]).all()
+    assert (first[~known] == 0).all() and np.corrcoef(second[~known], done[~known])[0, 1] > 0.5
+
+
 def reoriented(folder: Path, tiny_bids: Path) -> tuple[Path, Path]:
     """A brain whose file runs to the back, the left and upwards, far from the origin; and a mask of its right half."""
     source = nib.load(tiny_bids / "sub-00" / "anat" / "sub-00_T1w.nii.gz").get_fdata(dtype=np.float32)

@@ -2,6 +2,9 @@
 
 The known part is given to the sampler in the latent space, where one cell stands for a block of voxels: a cell is
 known only if all its voxels are. After decoding, the known voxels are put back as they were.
+
+The autoencoder sees the whole volume: what stands for the unknown part gets into the latents of the known one, by its
+normalisation everywhere. So all is done twice, first with zero there, then with what was filled in.
 """
 
 import gzip
@@ -28,6 +31,8 @@ from shards import volumes
 from shards.files import whole_file
 from shards.loader import Dataset
 from shards.progress import progress
+
+PASSES = 2  # of each completion; a third changes little
 
 
 def latent_mask(known: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -77,14 +82,17 @@ def complete(
     model, device, given = sampler.model, sampler.device, given or {}
     volume = model.variables[name]
     assert isinstance(volume, Volume)
-    seen = torch.from_numpy(np.where(known, voxels, 0).astype(np.float32))[None, None].to(device)
     mask = {name: latent_mask(torch.from_numpy(known), volume.shape[1:]).to(device)}
     scalars, _ = model.variables.encode_scalars([given])
-    fixed = {name: model.encode(name, seen)} | {n: scalars[n] for n in given}  # (1, C, h, w, d), (1, 1), (1,)
+    fixed = {n: scalars[n] for n in given}  # (1, 1), (1,)
     people: list[Person] = []
     for i in progress(range(samples), "completions", unit="sample"):
-        drawn = sampler(fixed, [generator(seed, "inpaint", i)], mask=mask)
-        person = {n: given.get(n, decode(sampler, n, value)) for n, value in drawn.items()}
+        person: Person = {name: np.zeros_like(voxels)}
+        for _ in range(PASSES):
+            seen = torch.from_numpy(np.where(known, voxels, person[name]).astype(np.float32))[None, None].to(device)
+            fixed[name] = model.encode(name, seen)  # (1, C, h, w, d)
+            drawn = sampler(fixed, [generator(seed, "inpaint", i)], mask=mask)
+            person = {n: given.get(n, decode(sampler, n, value)) for n, value in drawn.items()}
         person[name] = np.where(known, voxels, person[name]).astype(np.float32)
         people.append(person)
     return people
@@ -135,8 +143,9 @@ def place(image: Path, mask: Path, grid: Mapping[str, Any]) -> tuple[NDArray, ND
         grid: ``spacing`` (mm) and ``shape`` (voxels) of the model's volumes.
 
     Returns:
-        Voxels (H, W, D) in [0, 1]; bool (H, W, D), where at least 99 % of a voxel's value come from what is known; and
-        the affine (4, 4) that puts the grid into the image's space, in mm.
+        Voxels (H, W, D) in [0, 1], placed and scaled by the whole image, so that what was measured in the unknown
+        part is better left there than blanked; bool (H, W, D), where at least 99 % of a voxel's value come from what is
+        known; and the affine (4, 4) that puts the grid into the image's space, in mm.
 
     Raises:
         ConfigError: a file that cannot be used, and why.
