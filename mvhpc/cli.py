@@ -161,7 +161,8 @@ def _stage(command: str, arguments: Sequence[str]) -> int:
     summary = execute(stage, config)
     for name, value in summary.items():
         print(f"{name:32s} {value:.4g}" if isinstance(value, float) else f"{name:32s} {value}")
-    print(f"{'written to':32s} {config.out}")
+    out = Path(config.out)
+    print(f"{'written to':32s} {out if out.exists() else out.parent}")
     return 0
 
 
@@ -268,6 +269,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         print(f"mvhpc: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"mvhpc: {error}", file=sys.stderr)
+        return 1
     except Exception as error:
         print(f"mvhpc {command}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

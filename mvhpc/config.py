@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from omegaconf import OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from shards.errors import nearest
@@ -94,6 +94,9 @@ class Compute:
     # Of training alone, so that other stages need not name them.
     offload: str = "none"  # none | cpu: where the optimiser's state lives, from ZeRO-1 on
     hang_minutes: float = 30.0  # without a step, after which a worker writes all stacks to its log and ends; 0: never
+
+    def __post_init__(self) -> None:
+        at_least(1, compute__workers=self.workers)
 
 
 @dataclass
@@ -494,6 +497,8 @@ def load_config(
     for source, layer in layers:
         try:
             node = OmegaConf.merge(node, layer)
+            for key in OmegaConf.missing_keys(layer) if isinstance(layer, DictConfig) else ():
+                OmegaConf.update(node, key, MISSING)  # which merging leaves as it was
         except ConfigKeyError as error:
             key = str(getattr(error, "full_key", None) or getattr(error, "key", ""))
             raise ConfigError(f"{source}: {nearest(key, _keys(kind), 'key')}") from error

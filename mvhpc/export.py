@@ -11,7 +11,9 @@ from mvhpc.devices import resolve_device, resolve_precision
 from mvhpc.journal import read
 from mvhpc.run import record
 from mvhpc.stages import STAGES
-from mvhpc.training.checkpoint import MANIFEST, Checkpoint, Checkpoints, read_checkpoint
+from mvhpc.training.agreement import agree
+from mvhpc.training.checkpoint import Checkpoints
+from mvhpc.training.manifest import MANIFEST, Checkpoint, read_checkpoint
 from mvhpc.training.ranks import Ranks
 from mvhpc.training.task import Task
 from mvhpc.training.whole import read_whole
@@ -36,7 +38,7 @@ def export(source: Path, out: Path) -> int:
         the step of the checkpoint.
 
     Raises:
-        ConfigError: there is no checkpoint of a stage that trains a model.
+        ConfigError: there is no checkpoint of a stage that trains a model, or it is not of the run's configuration.
         CheckpointError: a damaged one.
         FileExistsError: ``out`` is there already.
     """
@@ -45,6 +47,7 @@ def export(source: Path, out: Path) -> int:
     if stage not in TASKS:
         raise ConfigError(f"{run} is a run folder of {stage}; a model comes from one of {' or '.join(TASKS)}")
     config: Any = load_config(STAGES[stage].config, stage, str(run / "config.yaml"), ["compute.device=auto"])
+    agree(checkpoint, config)
     module, name = TASKS[stage].split(":")
     task: Task = getattr(importlib.import_module(module), name)(config)
     whole = read_whole(checkpoint.folder / task.best)

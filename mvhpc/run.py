@@ -16,7 +16,8 @@ from typing import Any
 
 from mvhpc.config import ConfigError, fingerprint, to_dict, to_yaml
 from mvhpc.journal import Journal
-from shards.files import write_text
+from mvhpc.training.agreement import agree_with_newest
+from shards.files import write_text, write_whole
 from shards.index import Index
 
 FOLDERS = {"vae", "joint", "baseline"}  # stages whose output is the run folder itself
@@ -52,7 +53,7 @@ class Run:
 def run_folder(stage: str, out: str) -> Path:
     """Where a stage keeps its configuration, journal and log: its output folder, or ``OUT.run`` beside the output."""
     path = Path(out)
-    return path if stage in FOLDERS else path.with_name(path.stem + ".run" if path.suffix else path.name + ".run")
+    return path if stage in FOLDERS else path.with_name(path.name + ".run")
 
 
 def identity(path: str | Path) -> str:
@@ -171,6 +172,10 @@ def execute(stage: str, config: Any) -> dict[str, Any]:
     run = Run(folder)
     start = time.time()
     with alone(folder), library_noise(folder / "log.txt"):
+        if stage in FOLDERS:
+            agree_with_newest(folder, config)
+        recorded = [path for path in (folder / "stage.json", folder / "config.yaml") if path.is_file()]
+        before = {path: path.read_bytes() for path in recorded}
         write_text(folder / "stage.json", json.dumps({**mark, "status": "running"}, indent=1))
         write_text(folder / "config.yaml", to_yaml(config))
         tracker = Tracker(
@@ -186,9 +191,12 @@ def execute(stage: str, config: Any) -> dict[str, Any]:
             with tracker:
                 summary = definition.function()(config, run)
                 run.journal.write("summary", metrics=summary)
-        except BaseException:
+        except BaseException as error:
             with (folder / "log.txt").open("a") as log:
                 log.write(traceback.format_exc())
+            if isinstance(error, ConfigError | FileExistsError):  # refused: what is here is as it was recorded
+                for path, content in before.items():
+                    write_whole(path, content)
             raise
         mark |= {"status": "finished", "summary": summary, "seconds": round(time.time() - start, 1)}
         write_text(folder / "stage.json", json.dumps(mark, indent=1))

@@ -1,6 +1,7 @@
 """Variables are configuration: two contrasts, sites, a score, sex as a number, and nothing but the volume."""
 
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -15,6 +16,7 @@ from mvhpc.pipeline import run_pipeline
 from mvhpc.run import execute
 from mvhpc.stages import STAGES
 from mvhpc.variables import Continuous
+from shards.loader import open_dataset
 from tests.test_pipeline import SMALL, configuration
 
 FEW = {"sampling.steps": 2, "sampling.stride": 500}
@@ -23,6 +25,29 @@ FEW = {"sampling.steps": 2, "sampling.stride": 500}
 def do(stage: str, preset: str = "default", **values: object) -> dict:
     config = load_config(STAGES[stage].config, stage, preset, (), {k.replace("__", "."): v for k, v in values.items()})
     return execute(stage, config)
+
+
+def test_a_translated_tree_is_one_whatever_subjects_are_called(
+    tiny_model: Path, tiny_bids: Path, tmp_path: Path
+) -> None:
+    from shards.pack import pack
+
+    names = {f"sub-{i:02d}": f"sub-ADNI_S_{i}" for i in range(12)}
+    tree = shutil.copytree(tiny_bids, tmp_path / "bids")
+    for path in sorted(tree.rglob("sub-*"), reverse=True):  # what is in a folder before the folder
+        path.rename(path.with_name(path.name.replace(path.name[:6], names[path.name[:6]])))
+    table = tree / "participants.tsv"
+    for old, new in names.items():
+        table.write_text(table.read_text().replace(f"{old}\t", f"{new}\t"))
+    schema = load_joint(tiny_model).schema
+    options = {"storage": "zarr", "schema": schema, "max_rejects": "0", "fractions": (0.4, 0.1, 0.5)}
+    pack(tree, tmp_path / "packed", spacing=8.0, shape=(16, 16, 16), **options)
+    places = {"model": str(tiny_model), "data": str(tmp_path / "packed"), "out": str(tmp_path / "t1w")}
+    made = do("translate", given=["age"], want="image", **places, **FEW)
+    keys = open_dataset(tmp_path / "packed").keys("test")
+    written = sorted(str(p.relative_to(tmp_path / "t1w")) for p in (tmp_path / "t1w").rglob("*.nii.gz"))
+    assert written == sorted(f"{key}/anat/{key}_desc-synthetic_T1w.nii.gz" for key in keys)
+    assert made["subjects"] == len(keys) > 0
 
 
 @pytest.mark.slow

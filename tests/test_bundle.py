@@ -159,7 +159,7 @@ def test_damage_to_any_file_of_a_joint_model_is_named(folder: Path, tmp_path: Pa
 
 def test_one_kind_of_model_is_not_taken_for_the_other(folder: Path, tmp_path: Path) -> None:
     save_example(tmp_path / "joint" / "model", folder)
-    with pytest.raises(ModelError, match="holds 'autoencoder'"):
+    with pytest.raises(ModelError, match="of the kind autoencoder;"):
         load_joint(folder)
-    with pytest.raises(ModelError, match="holds 'joint'"):
+    with pytest.raises(ModelError, match="of the kind joint;"):
         load_autoencoder(tmp_path / "joint")

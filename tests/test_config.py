@@ -6,6 +6,7 @@ import pytest
 
 from mvhpc.cli import main
 from mvhpc.config import CONFIGS, SCHEMAS, ConfigError, GenerateConfig, JointConfig, fingerprint, load_config, to_yaml
+from mvhpc.pipeline import PipelineConfig
 from mvhpc.stages import STAGES
 
 MANDATORY = {"out", "data", "source", "vae", "latents", "model", "image", "mask", "given", "want"}
@@ -72,6 +73,12 @@ def test_what_is_wrong_is_named(preset: str, overrides: list[str], message: str)
 def test_counts_that_make_no_sense_are_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(GenerateConfig, "generate", "default", ["out=o", "model=m", override])
+
+
+def test_a_preset_may_ask_for_what_the_default_leaves_empty() -> None:
+    with pytest.raises(ConfigError, match="give a value for source"):
+        load_config(PipelineConfig, "pipeline", "ixi")
+    assert load_config(PipelineConfig, "pipeline", "ixi", ["source=/data"]).source == "/data"
 
 
 def test_yaml_cannot_make_objects(tmp_path: Path) -> None:

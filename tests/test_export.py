@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from mvhpc.cli import main
-from mvhpc.config import JointConfig, VAEConfig, load_config
-from mvhpc.run import execute
+from mvhpc.config import ConfigError, JointConfig, VAEConfig, load_config, to_yaml
+from mvhpc.run import execute, record
 from tests.conftest import SMALL_JOINT
 from tests.ellipsoids import pack_ellipsoids
 
@@ -54,5 +54,17 @@ def test_the_model_of_a_checkpoint_is_what_training_exported(
         assert main(["export", str(run), "--out", str(tmp_path / f"{stage}-last")]) == 0
         assert main(["export", str(run), "--out", str(tmp_path / f"{stage}-last")]) == 1
         assert "is there already" in capsys.readouterr().err
+    spelt = {**places, "latents": f"{tiny_latents.parent}/../{tiny_latents.parent.name}/{tiny_latents.name}"}
+    again = load_config(JointConfig, "joint", "default", [*SHORT, *two], {**SMALL_JOINT, **spelt})
+    assert execute("joint", again)["best_step"] == runs["joint"]["best_step"]
+    config = tmp_path / "joint" / "config.yaml"
+    trained = config.read_text()
+    other = load_config(JointConfig, "joint", "default", [*SHORT, *two, "scaling=range"], {**SMALL_JOINT, **places})
+    with pytest.raises(ConfigError, match="trained with scaling=sd, not range"):
+        execute("joint", other)
+    assert config.read_text() == trained and record(tmp_path / "joint")["status"] == "finished"
+    config.write_text(to_yaml(other))
+    assert main(["export", str(tmp_path / "joint"), "--out", str(tmp_path / "other")]) == 2
+    assert "trained with scaling=sd, not range" in capsys.readouterr().err
     assert main(["export", str(tiny_latents), "--out", str(tmp_path / "nothing")]) == 2
     assert "neither a checkpoint" in capsys.readouterr().err

@@ -229,6 +229,8 @@ def test_inpainting_writes_volumes_that_lie_on_the_image(tiny_model, tiny_bids, 
         ("image", str(tiny_bids / "participants.tsv"), "not a NIfTI file"),
         ("variable", "imgae", "Did you mean 'image'"),
         ("out", "filled.png", "name it with .nii"),
+        ("out", str(image.with_name("half.nii.gz")), "half.nii.gz, which is read"),
     ]:
+        alone = values | {"samples": 1, key: text}
         with pytest.raises(ConfigError, match=words):
-            inpaint.run(load_config(InpaintConfig, "inpaint", "default", (), values | {key: text}), Run(tmp_path))
+            inpaint.run(load_config(InpaintConfig, "inpaint", "default", (), alone), Run(tmp_path))

@@ -214,6 +214,40 @@ def test_a_category_that_the_model_does_not_know_hinders_no_other_question(tiny_
         answer(config, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("age", {"range": [0, 1440], "unit": "months"}, "age has the unit months there, years to the model"),
+        ("sex", {"kind": "continuous", "range": [0, 1], "values": {"F": 0, "M": 1}}, "sex is continuous there"),
+        ("image", {"suffix": "FLAIR"}, "image has the contrast FLAIR there, T1w to the model"),
+    ],
+)
+def test_data_of_another_unit_kind_or_contrast_are_refused(tiny_model, tiny_bids, tmp_path, name, change, words):
+    from shards.pack import pack
+
+    shutil.copytree(tiny_bids, tmp_path / "bids")
+    for path in [*(tmp_path / "bids").rglob("*_T1w.nii.gz")] if name == "image" else ():
+        path.rename(path.with_name(path.name.replace("T1w", "FLAIR")))
+    schema = json.loads((tiny_model / "model" / "model.json").read_text())["schema"]
+    schema[name] = change if "kind" in change else {**schema[name], **change}
+    options = {"storage": "zarr", "schema": Schema.from_dict(schema), "max_rejects": "0", "fractions": (0.4, 0.1, 0.5)}
+    pack(tmp_path / "bids", tmp_path / "packed", spacing=8.0, shape=(16, 16, 16), **options)
+    for given, want in ((["image", "age"], ["sex"]), (["image", "sex"], ["age"])):
+        config = configuration(tiny_model, tmp_path / "packed", tmp_path / "a.tsv", given=given, want=want)
+        with pytest.raises(ConfigError, match=words):
+            answer(config, tmp_path / "run")
+
+
+def test_draws_go_with_the_table_they_belong_to(tiny_model, tiny_dataset, tmp_path) -> None:
+    draws = tmp_path / "a.draws.tsv"
+    for n in (2, 0):
+        config = configuration(
+            tiny_model, tiny_dataset, tmp_path / "a.tsv", given=["image"], want=["age"], draws=n, **EXACT
+        )
+        answer(config, tmp_path / "run")
+        assert draws.exists() == (n > 0)
+
+
 def configuration_sampling() -> Any:
     return load_config(
         PredictConfig, "predict", "default", (), {"model": "", "data": "", "out": "", "want": []}

@@ -37,6 +37,16 @@ def test_a_folder_is_held_until_its_process_is_gone(tmp_path: Path) -> None:
         pass
 
 
+def test_what_is_refused_leaves_the_record_of_what_is_there(tmp_path: Path) -> None:
+    out = str(tmp_path / "people.v1")
+    execute("phantom", load_config(PhantomConfig, "phantom", "demo", ["subjects=2"], {"out": out}))
+    folder = tmp_path / "people.v1.run"
+    before = [(folder / name).read_bytes() for name in ("stage.json", "config.yaml")]
+    with pytest.raises(FileExistsError, match=r"people\.v1 is there already"):
+        execute("phantom", load_config(PhantomConfig, "phantom", "demo", ["subjects=3"], {"out": out}))
+    assert before == [(folder / name).read_bytes() for name in ("stage.json", "config.yaml")]
+
+
 def test_a_lock_of_a_dead_node_is_waited_for(tmp_path: Path) -> None:
     """Its server frees it some time later; this host's own processes are believed at once."""
     with alone(tmp_path):

@@ -15,7 +15,7 @@ import torch
 from mvhpc.journal import read
 from mvhpc.run import Interrupted
 from mvhpc.training import guard, loop
-from mvhpc.training.checkpoint import CheckpointError
+from mvhpc.training.manifest import CheckpointError
 from tests.test_training_loop import checkpoints, final_state
 from tests.toy_task import Interrupted as Broken
 from tests.toy_task import curves, exported, run_toy, toy_config

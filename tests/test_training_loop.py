@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from mvhpc.config import Compute, ConfigError, Optimizer
 from mvhpc.models.blocks import lay_out
 from mvhpc.models.norm import GroupNorm
-from mvhpc.training.checkpoint import CheckpointError
 from mvhpc.training.engine import Average, LocalEngine, learning_rate
 from mvhpc.training.loop import micro_batch, train
+from mvhpc.training.manifest import CheckpointError
 from mvhpc.training.task import Part
 from mvhpc.training.whole import read_whole
 from tests.toy_task import Interrupted, ToyConfig, ToyTask, curves, digest, exported, run_toy, toy_config

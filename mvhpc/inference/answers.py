@@ -19,8 +19,10 @@ def chances(name: str, p: Mapping[str, float]) -> Row:
 def write_predictions(path: Path, rows: Sequence[Row], description: dict[str, Any]) -> None:
     """Write rows as TSV (missing values as n/a) and, beside it, ``description`` as JSON; each whole, the TSV last.
 
-    Joint draws go to ``NAME.draws.tsv``: a line each, with the subject's key and the number of the draw.
+    Joint draws go to ``NAME.draws.tsv``: a line each, with the subject's key and the number of the draw. Draws of what
+    was asked there before go.
     """
+    path.with_suffix(".draws.tsv").unlink(missing_ok=True)
 
     write_text(sidecar(path), json.dumps(description, indent=1))
     if "draws" in rows[0]:

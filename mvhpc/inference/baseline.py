@@ -60,7 +60,7 @@ class BaselinePredictor:
                 f"{model} is a baseline, which answers one question: {self.want} given {label(self.given)}, not "
                 f"{', '.join(want) or 'nothing'} given {label(given)}; ask that, or a joint model, which answers any"
             )
-        check_data(self.model.grid, self.dataset, self.given)
+        check_data(self.model.grid, self.schema, self.dataset, self.given, [self.want])
         self.volumes = [name for name in self.given if self.schema[name].kind == "volume"]
         self.facts = {"samples": None, "sampling": None}
 

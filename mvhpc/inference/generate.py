@@ -4,7 +4,7 @@ A person's noise comes from (seed, number), so person 7 is the same in any batch
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def write_bids(
             if len(shown) < SHOWN:
                 shown.append(person)
         write_text(tree / "participants.tsv", "".join("\t".join(line) + "\n" for line in lines))
-        write_text(tree / "participants.json", json.dumps(_columns(schema), indent=1))
+        write_text(tree / "participants.json", json.dumps(_columns(schema, source.get("Given", ())), indent=1))
         description = {
             "Name": "Synthetic people drawn from a generative model",
             "BIDSVersion": "1.10.0",
@@ -142,11 +142,12 @@ def write_bids(
     return shown
 
 
-def _columns(schema: Schema) -> dict[str, dict[str, Any]]:
+def _columns(schema: Schema, given: Container[str]) -> dict[str, dict[str, Any]]:
     """What the columns of participants.tsv mean."""
     columns: dict[str, dict[str, Any]] = {}
     for variable in schema.scalars:
-        columns[variable.column] = {"Description": f"{variable.name}, drawn from the model"}
+        how = "given to the model" if variable.name in given else "drawn from the model"
+        columns[variable.column] = {"Description": f"{variable.name}, {how}"}
         if variable.kind == "categorical":
             columns[variable.column]["Levels"] = {c: c for c in variable.classes}
         elif variable.unit:
@@ -173,7 +174,7 @@ def run(config: GenerateConfig, run: Run) -> dict[str, Any]:
         "Description": "Nobody in this data set exists.",
         "Model": identity(config.model),
         "Given": given,
-        "Sampling": to_dict(config.sampling),
+        "Sampling": to_dict(sampler.sampling),
         "Seed": config.seed,
         "Packages": versions(),
     }

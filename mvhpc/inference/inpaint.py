@@ -124,8 +124,8 @@ def inpaint_half(sampler: Sampler, dataset: Dataset, key: str, path: Path, sampl
         samples: completions.
         seed: of the noise.
     """
-    check_data(sampler.model.grid, dataset, [])
     name = sampler.model.schema.volumes[0].name
+    check_data(sampler.model.grid, sampler.model.schema, dataset, [name])
     voxels = dataset.read(key, name).astype(np.float32)
     known = left_half(voxels.shape)
     show_completions(
@@ -188,11 +188,14 @@ def run(config: InpaintConfig, run: Run) -> dict[str, Any]:
     schema, grid = sampler.model.schema, sampler.model.grid
     name = choose(config.variable or schema.volumes[0].name, [v.name for v in schema.volumes], "volume")
     given = parse_given(schema, config.given)
+    ending = out.name.removeprefix(stem)
+    names = [out.name] if config.samples == 1 else [f"{stem}_{i}{ending}" for i in range(1, config.samples + 1)]
+    for source in (Path(config.image), Path(config.mask)):
+        if source.resolve() in [out.with_name(file).resolve() for file in names]:
+            raise ConfigError(f"out={config.out} would take the place of {source}, which is read; name another file")
     voxels, known, affine = place(Path(config.image), Path(config.mask), grid)
     people = complete(sampler, name, voxels, known, given, config.samples, config.seed)
 
-    ending = out.name.removeprefix(stem)
-    names = [out.name] if len(people) == 1 else [f"{stem}_{i}{ending}" for i in range(1, len(people) + 1)]
     out.parent.mkdir(parents=True, exist_ok=True)
     for file, person in zip(names, people):
         with whole_file(out.with_name(file)) as part:

@@ -109,7 +109,7 @@ class Predictor:
         self.model, self.dataset = self.sampler.model, open_dataset(data)
         self.schema, self.way = self.model.schema, self.sampler.sampling.conditioning
         check_question(self.schema, given, want)
-        check_data(self.model.grid, self.dataset, given)
+        check_data(self.model.grid, self.schema, self.dataset, given, want)
         self.given, self.want = list(given), list(want)
         self.samples, self.draws, self.seed = samples, draws, seed
         self.calls = self.sampler.calls * (1 if self.exact else samples)
@@ -245,6 +245,8 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
     out = Path(config.out)
     if out.suffix != ".tsv":
         raise ConfigError(f"out={config.out}: the answers are a table, name it with .tsv")
+    if out.is_dir():
+        raise ConfigError(f"out={config.out} is a folder; name the table that is to be written")
     set_threads(config.compute)
     question: dict[str, Any] = {
         "model": str(Path(config.model).resolve()),

@@ -13,7 +13,7 @@ from mvhpc.inference.chains import Sampler
 from mvhpc.people import scalar_values
 from mvhpc.variables import Volume
 from shards.loader import Dataset
-from shards.schema import Schema
+from shards.schema import Schema, Variable
 
 
 def check_names(schema: Schema, given: Sequence[str], want: Sequence[str]) -> None:
@@ -29,22 +29,31 @@ def check_names(schema: Schema, given: Sequence[str], want: Sequence[str]) -> No
             raise ConfigError(f"{name} is {where}; name each variable once")
 
 
-def check_data(grid: Mapping[str, Any], dataset: Dataset, given: Sequence[str]) -> None:
+def check_data(
+    grid: Mapping[str, Any], schema: Schema, dataset: Dataset, given: Sequence[str], want: Sequence[str] = ()
+) -> None:
     """Refuse data that are not as the model saw them.
 
     Args:
         grid: ``spacing``, ``shape`` and ``affine`` of the model's volumes.
+        schema: of the model.
         dataset: packed data.
         given: names of the variables that are known.
+        want: and of those that are asked for, which the data need not have.
 
     Raises:
-        ConfigError: latents instead of volumes, a given variable the data lack, or another grid.
+        ConfigError: latents instead of volumes, a given variable the data lack, one of another kind, unit or contrast,
+            or another grid.
     """
     index = dataset.index
     if index.kind != "volumes":
         raise ConfigError(f"{dataset.folder} holds {index.kind}; give the packed volumes they were made from")
+    recorded = [variable.name for variable in index.schema]
     for name in given:
-        choose(name, [variable.name for variable in index.schema], f"variable of {dataset.folder}")
+        choose(name, recorded, f"variable of {dataset.folder}")
+    for name in (*given, *want):
+        if name in recorded and (differs := _difference(schema[name], index.schema[name])):
+            raise ConfigError(f"{dataset.folder}: {name} {differs}; pack as the data that it was trained on")
     for fact in ("spacing", "shape", "affine"):
         ours, theirs = grid[fact], index.grid[fact]
         if np.shape(ours) != np.shape(theirs) or not np.allclose(ours, theirs, atol=1e-4):
@@ -52,6 +61,17 @@ def check_data(grid: Mapping[str, Any], dataset: Dataset, given: Sequence[str]) 
                 f"{dataset.folder} has {fact} {theirs}, the model was trained on {ours}; "
                 f"pack again with spacing {grid['spacing']} and shape {grid['shape']}"
             )
+
+
+def _difference(ours: Variable, theirs: Variable) -> str:
+    """In what a recorded variable is another than the model's; empty where in nothing."""
+    words = theirs.kind == "categorical"
+    if words != (ours.kind == "categorical") and not (words and ours.values):  # numbers may stand for words
+        return f"is {theirs.kind} there, {ours.kind} to the model"
+    for what, mine, other in (("unit", ours.unit, theirs.unit), ("contrast", ours.suffix, theirs.suffix)):
+        if mine and other and mine != other:
+            return f"has the {what} {other} there, {mine} to the model"
+    return ""
 
 
 def subjects(dataset: Dataset, part: str, split: str) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from mvhpc.config import TranslateConfig, choose, to_dict
 from mvhpc.evaluation.figures import gallery, slices
 from mvhpc.evaluation.similarity import psnr, ssim
-from mvhpc.evaluation.tables import label
+from mvhpc.evaluation.tables import label, subject_of
 from mvhpc.inference.answers import write_rows
 from mvhpc.inference.chains import Sampler, set_threads, versions
 from mvhpc.inference.generate import nifti
@@ -47,7 +47,7 @@ def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
     dataset, schema = open_dataset(config.data), sampler.model.schema
     choose(config.want, [v.name for v in schema.volumes], "volume")
     check_names(schema, config.given, [config.want])
-    check_data(sampler.model.grid, dataset, config.given)
+    check_data(sampler.model.grid, schema, dataset, config.given, [config.want])
     keys = subjects(dataset, config.split, config.split_name)
     wanted = schema[config.want]
     scores: list[list[Any]] = []  # key, what was not given, PSNR, SSIM
@@ -62,7 +62,8 @@ def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
             with torch.inference_mode():
                 voxels = sampler.model.decode(config.want, drawn[config.want]).float().cpu()  # (B, 1, H, W, D)
             for i, (key, made) in enumerate(zip(part, voxels)):
-                folder = tree.joinpath(*key.split("_"), "anat")
+                subject = subject_of(key)
+                folder = tree.joinpath(subject, key.removeprefix(subject).lstrip("_"), "anat")
                 folder.mkdir(parents=True)
                 file = folder / f"{key}_desc-synthetic_{wanted.suffix}.nii.gz"
                 nib.save(nifti(made[0].numpy(), sampler.model.grid["affine"]), file)

@@ -32,7 +32,7 @@ FORMATS = {"autoencoder": 3, "joint": 5, "baseline": 1}  # each counts what chan
 MANIFEST = "model.json"
 
 
-class ModelError(ValueError):
+class ModelError(config.ConfigError):
     """A model folder that cannot be used; the message names the file."""
 
 
@@ -69,10 +69,13 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _manifest(folder: Path, kind: str) -> dict[str, Any]:
     path, meta = folder / MANIFEST, _read(folder)
-    found = meta["format"], meta["kind"]
-    if found != (FORMATS[kind], kind):
-        needed = f"{kind!r} in format {FORMATS[kind]}"
-        raise ModelError(f"{path}: holds {found[1]!r} in format {found[0]}; needed is {needed}")
+    if meta["kind"] != kind:
+        raise ModelError(f"{path}: this model is of the kind {meta['kind']}; one of the kind {kind} is needed here")
+    if meta["format"] != FORMATS[kind]:
+        raise ModelError(
+            f"{path}: in format {meta['format']}, this version reads {FORMATS[kind]}; train the model again, or take "
+            "the version that wrote it"
+        )
     return meta
 
 

@@ -1,11 +1,12 @@
 """Whether a checkpoint is of the run that wants to go on from it."""
 
+import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from mvhpc.config import ConfigError, to_dict
-from mvhpc.training.checkpoint import Checkpoint
-from mvhpc.training.task import Config
+from mvhpc.training.manifest import Checkpoint, CheckpointError, complete, read_checkpoint
 
 # What a configuration may change between a checkpoint and its resumption, because it does not decide the weights.
 # (With a cosine schedule `training.epochs` decides them too: the rate of every step depends on it.)
@@ -26,15 +27,29 @@ FREE = (
     "compute.compile",
     "compute.hang_minutes",
 )
+PLACES = ("data", "latents", "vae")  # may be spelt another way
 
 
-def agree(checkpoint: Checkpoint, config: Config, total: int) -> None:
+def agree_with_newest(folder: Path, config: Any) -> None:
+    """Refuse the newest checkpoint of a run folder where another configuration wrote it; a damaged one is not judged.
+
+    Raises:
+        ConfigError: naming the key that differs and what to do.
+    """
+    for checkpoint in complete(folder / "checkpoints")[-1:]:
+        try:
+            agree(read_checkpoint(checkpoint), config)
+        except CheckpointError:
+            return
+
+
+def agree(checkpoint: Checkpoint, config: Any, total: float = math.inf) -> None:
     """Refuse a checkpoint that another configuration wrote.
 
     Args:
         checkpoint: of whatever number of workers.
-        config: of this run.
-        total: its steps.
+        config: of this run, of a stage that trains.
+        total: its steps, where they are known.
 
     Raises:
         ConfigError: naming the key that differs and what to do.
@@ -42,7 +57,8 @@ def agree(checkpoint: Checkpoint, config: Config, total: int) -> None:
     before, now = checkpoint.state["configuration"], flat(config)
     free = [k for k in FREE if k != "training.epochs" or config.optimizer.schedule == "constant"]
     for key in sorted({*before, *now}):
-        if before.get(key) != now.get(key) and not any(key == k or key.startswith(k) for k in free):
+        same = before.get(key) == now.get(key) or (key in PLACES and _one_place(before.get(key), now.get(key)))
+        if not same and not any(key == k or key.startswith(k) for k in free):
             raise ConfigError(
                 f"{checkpoint.folder} was trained with {key}={before.get(key)}, not {now.get(key)}; "
                 f"set it back, or train in another folder (out=...)"
@@ -52,6 +68,10 @@ def agree(checkpoint: Checkpoint, config: Config, total: int) -> None:
             f"{checkpoint.folder} is beyond the {total} steps of training.epochs={config.training.epochs}; "
             f"raise it, or train in another folder (out=...)"
         )
+
+
+def _one_place(path: Any, other: Any) -> bool:
+    return isinstance(path, str) and isinstance(other, str) and Path(path).resolve() == Path(other).resolve()
 
 
 def flat(config: Any) -> dict[str, Any]:

@@ -18,32 +18,9 @@ from typing import Any
 import torch
 
 from mvhpc.training.direct import BLOCK, Direct
+from mvhpc.training.manifest import MANIFEST, Checkpoint, CheckpointError, Digests, complete, read_checkpoint
 from mvhpc.training.ranks import Ranks
 from shards.files import sha256, sync, write_text
-
-MANIFEST = "manifest.json"
-Digests = dict[str, dict[str, Any]]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or resumed from; the message names it, what is wrong and what to do."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One complete checkpoint.
-
-    Attributes:
-        folder: where its files are.
-        step: steps done when it was written.
-        state: what the training loop wrote into it (JSON).
-        files: relative path -> {"size": bytes, "sha256": hex digits}.
-    """
-
-    folder: Path
-    step: int
-    state: dict[str, Any]
-    files: Digests
 
 
 @dataclass(frozen=True)
@@ -168,22 +145,19 @@ class Checkpoints:
         _discard(final)
         part.replace(final)
         sync(self.folder)
-        for old in self._all()[: -self.keep]:
+        for old in complete(self.folder)[: -self.keep]:
             if old.name != f"step-{pending.best:08d}":
                 _discard(old)
         return True
 
     # --- reading ---
 
-    def _all(self) -> list[Path]:
-        return sorted(path.parent for path in self.folder.glob(f"step-*/{MANIFEST}"))
-
     def sweep(self) -> None:
         """Remove what an interrupted run left unfinished."""
         if self.ranks.rank == 0 and self.folder.is_dir():
-            complete = set(self._all())
+            whole = set(complete(self.folder))
             for path in [*self.folder.glob("step-*"), *self.folder.glob(".step-*.part")]:
-                if path not in complete:
+                if path not in whole:
                     shutil.rmtree(path)
         self.ranks.barrier()
 
@@ -193,9 +167,9 @@ class Checkpoints:
         Raises:
             CheckpointError: naming the manifest that cannot be read.
         """
-        complete = self._all()
+        whole = complete(self.folder)
         # Rank 0's view is everybody's: shared file systems show a new folder to some nodes later than to others.
-        name = self.ranks.gather(complete[-1].name if complete else None)[0]
+        name = self.ranks.gather(whole[-1].name if whole else None)[0]
         if name is None:
             return None
         try:
@@ -221,23 +195,9 @@ class Checkpoints:
             raise CheckpointError(f"{found[0]}; {self._advice()}")
 
     def _advice(self) -> str:
-        complete = self._all()
-        before = f"to resume from {complete[-2].name}" if len(complete) > 1 else "to begin anew"
-        return f"remove the folder {complete[-1]} {before}"
-
-
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in ``folder``, by its manifest.
-
-    Raises:
-        CheckpointError: naming the manifest that cannot be read.
-    """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-        return Checkpoint(folder, manifest["step"], manifest["state"], manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a manifest ({error})") from error
+        whole = complete(self.folder)
+        before = f"to resume from {whole[-2].name}" if len(whole) > 1 else "to begin anew"
+        return f"remove the folder {whole[-1]} {before}"
 
 
 def _save(content: Any, path: Path, buffer: mmap.mmap) -> dict[str, Any]:

@@ -27,9 +27,10 @@ from mvhpc.randomness import generator
 from mvhpc.run import Interrupted
 from mvhpc.training.agreement import agree, flat
 from mvhpc.training.best import Best
-from mvhpc.training.checkpoint import Checkpoint, CheckpointError, Checkpoints
+from mvhpc.training.checkpoint import Checkpoints
 from mvhpc.training.engine import Engine, learning_rate, make_engine
 from mvhpc.training.guard import Pace, Watch, stop_requested
+from mvhpc.training.manifest import Checkpoint, CheckpointError
 from mvhpc.training.meters import Clock, Diverged, Meter, Skips, peak
 from mvhpc.training.ranks import Ranks
 from mvhpc.training.task import Config, Task, micro_batch

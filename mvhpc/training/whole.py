@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from mvhpc.temporary import own_folder
-from mvhpc.training.checkpoint import CheckpointError
+from mvhpc.training.manifest import CheckpointError
 
 LOCAL = "state.pt"  # a checkpoint of one worker
 MODEL = "mp_rank_00_model_states.pt"
