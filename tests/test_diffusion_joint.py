@@ -215,6 +215,20 @@ def test_a_density_leaves_what_is_said_of_the_number_itself_alone(kind: str) -> 
     assert N * said.grad[:, 0].square().mean().sqrt() < 0.05
 
 
+@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+def test_a_step_is_made_where_the_values_are(kind: str) -> None:
+    """Without a GPU: tensors of the device "meta" do not mix with those of the host either."""
+    process, rows = diffusion(kind=kind).to("meta"), generators(3)
+    for v in VARIABLES:
+        z = process.prior(v, rows)
+        output = torch.zeros(3, 3) if v.name == "sex" else torch.zeros(z.shape)
+        x0 = process.predict(v, output.to("meta"), z, torch.full((3,), 500, device="meta"))
+        assert x0.device.type == "meta"
+        if v.name == "sex":  # a step of numbers looks its signal-to-noise ratio up, which a meta tensor has not
+            assert process.step(v, x0, z, 500, 400, rows).device.type == "meta"
+        assert process.renoise(v, z, 500, rows, 400).device.type == "meta"
+
+
 def test_what_is_misspelt_is_named() -> None:
     def build(**change: Any) -> JointDiffusion:
         fields: dict[str, Any] = {
