@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mvhpc.devices import ONEDNN
 from mvhpc.models.denoiser import JointDenoiser
@@ -36,3 +37,15 @@ def test_a_frozen_network_gives_the_same_answers_to_the_bit(design: str, precisi
         with torch.no_grad(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
             seen, again = network.read(z, t), frozen.read(z, t)
         assert torch.equal(network.answer(seen, z, t, ["age"])["age"], frozen.answer(again, z, t, ["age"])["age"])
+
+
+def test_products_are_counted_of_packed_convolutions_too() -> None:
+    v = variables((3, 4, 2))
+    frozen, counts = model(v, blind=1000).eval(), []
+    freeze(frozen, torch.bfloat16, JointDenoiser.TELLING)
+    for prepare in (lambda network: None, pack):
+        prepare(frozen)
+        with FlopCounterMode(display=False) as counter, torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            frozen(*inputs(v, 4))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0

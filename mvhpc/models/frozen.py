@@ -1,7 +1,10 @@
 """A network that is asked and no longer trained."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from mvhpc.devices import ONEDNN
 from mvhpc.models.upsample import DoublingConv
@@ -58,3 +61,10 @@ class PackedConv(nn.Module):
         x = x.to(torch.bfloat16)
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.how, "none", [], "")
         return y.contiguous()
+
+
+@register_flop_formula(torch.ops.mkldnn._convolution_pointwise)
+def _products(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    """What PyTorch's counter does not know of that operator, from shapes."""
+    count: int = conv_flop_count(x, weight, out_shape)
+    return count
