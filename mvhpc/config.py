@@ -25,15 +25,15 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key, file or preset and what to do."""
 
 
-def at_least(least: int, **counts: int) -> None:
-    """Refuse counts below the least that make sense; ``__`` in a name stands for a dot.
+def at_least(least: int, counts: Mapping[str, int]) -> None:
+    """Refuse counts, by key, below the least that make sense.
 
     Raises:
         ConfigError: naming the key.
     """
-    for name, count in counts.items():
+    for key, count in counts.items():
         if count < least:
-            raise ConfigError(f"{name.replace('__', '.')}={count}: at least {least} is needed")
+            raise ConfigError(f"{key}={count}: at least {least} is needed")
 
 
 def in_one_process(compute: "Compute") -> None:
@@ -75,9 +75,8 @@ class Training:
     seed: int
 
     def __post_init__(self) -> None:
-        at_least(1, training__epochs=self.epochs, training__batch=self.batch, training__accumulate=self.accumulate)
-        at_least(1, training__validate_every=self.validate_every, training__checkpoint_every=self.checkpoint_every)
-        at_least(1, training__log_every=self.log_every)
+        counts = ("epochs", "batch", "accumulate", "validate_every", "checkpoint_every", "log_every")
+        at_least(1, {f"training.{name}": getattr(self, name) for name in counts})
 
 
 @dataclass
@@ -96,7 +95,7 @@ class Compute:
     hang_minutes: float = 30.0  # without a step, after which a worker writes all stacks to its log and ends; 0: never
 
     def __post_init__(self) -> None:
-        at_least(1, compute__workers=self.workers)
+        at_least(1, {"compute.workers": self.workers})
 
 
 @dataclass
@@ -218,7 +217,7 @@ class EncodeConfig:
     tracking: Tracking
 
     def __post_init__(self) -> None:
-        at_least(1, batch=self.batch)
+        at_least(1, {"batch": self.batch})
         in_one_process(self.compute)
 
 
@@ -314,7 +313,7 @@ class Sampling:
     resample: int  # times that each step is taken, with noise put back in between (RePaint); 1: once
 
     def __post_init__(self) -> None:
-        at_least(1, sampling__steps=self.steps, sampling__stride=self.stride, sampling__resample=self.resample)
+        at_least(1, {f"sampling.{name}": getattr(self, name) for name in ("steps", "stride", "resample")})
 
 
 @dataclass
@@ -337,8 +336,8 @@ class PredictConfig:
     tracking: Tracking
 
     def __post_init__(self) -> None:
-        at_least(1, samples=self.samples, batch=self.batch)
-        at_least(0, draws=self.draws)
+        at_least(1, {"samples": self.samples, "batch": self.batch})
+        at_least(0, {"draws": self.draws})
 
 
 @dataclass
@@ -356,7 +355,7 @@ class GenerateConfig:
     tracking: Tracking
 
     def __post_init__(self) -> None:
-        at_least(1, count=self.count, batch=self.batch)
+        at_least(1, {"count": self.count, "batch": self.batch})
         in_one_process(self.compute)
 
 
@@ -378,7 +377,7 @@ class TranslateConfig:
     tracking: Tracking
 
     def __post_init__(self) -> None:
-        at_least(1, batch=self.batch)
+        at_least(1, {"batch": self.batch})
         in_one_process(self.compute)
 
 
@@ -399,7 +398,7 @@ class InpaintConfig:
     tracking: Tracking
 
     def __post_init__(self) -> None:
-        at_least(1, samples=self.samples)
+        at_least(1, {"samples": self.samples})
         in_one_process(self.compute)
 
 

@@ -186,9 +186,8 @@ class JointDiffusion(nn.Module):
     def losses(self, outputs: Mapping[str, Tensor], noised: Noised, judged: Tensor | None = None) -> Batch:
         """Loss of each row and variable (paper, eq. 5): mean over elements of the squared error, or cross-entropy.
 
-        Where a number is at t = T and the network gives a density for it, its negative logarithm is added (not where
-        it says eps: what it says there tells nothing of the number). Of a scalar
-        each reader has a loss of its own.
+        Where a number is at t = T and the network gives a density for it, its negative logarithm is added, but where
+        it says eps, which there tells nothing of the number. Of a scalar each reader has a loss of its own.
 
         Args:
             outputs: of the network, by variable.

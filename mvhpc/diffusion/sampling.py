@@ -26,6 +26,19 @@ class Denoiser(Protocol):
         ...
 
 
+def check_way(diffusion: JointDiffusion, conditioning: str, guidance: float) -> None:
+    """Refuse what needs a level for each variable of a model that was trained with one for all.
+
+    Raises:
+        ConfigError: ``clean`` or guidance with such a model.
+    """
+    if not diffusion.independent and (conditioning == "clean" or guidance != 1):
+        raise ConfigError(
+            "conditioning 'clean' and guidance need a model trained with independent times (diffusion.time: "
+            "independent); this one shares one time: use conditioning 'repaint' and guidance 1"
+        )
+
+
 def levels(diffusion: JointDiffusion, steps: int, stride: int, solver: str) -> list[int]:
     """The levels at which a chain of all variables asks the network, and 0; see :func:`time_grid`."""
     categories = any(isinstance(v, Categorical) for v in diffusion.variables)
@@ -133,11 +146,7 @@ def sample(
         raise ValueError(f"a mask of {', '.join(unused)}, which is not given")
 
     guided = guidance != 1 and bool(given)
-    if (conditioning == "clean" or guided) and not diffusion.independent:
-        raise ConfigError(
-            "conditioning 'clean' and guidance need a model trained with independent times (diffusion.time: "
-            "independent); this one shares one time: use conditioning 'repaint' and guidance 1"
-        )
+    check_way(diffusion, conditioning, guidance if given else 1.0)
     whole = {n: known[n].reshape(len(generators), -1).all(1) for n in given if n not in (mask or {})}  # rows, (B,)
     fixed = whole if conditioning == "clean" else {}  # rows that rest at t = 0
     idle = set(variables.names) - {*want, *(mask or {})} if conditioning == "clean" else set()  # at t = T where unknown

@@ -11,7 +11,7 @@ from torch import Tensor
 from mvhpc.config import Compute, ConfigError, Sampling, choose, to_dict
 from mvhpc.devices import resolve_device, resolve_precision
 from mvhpc.diffusion.posterior import Posterior, hindrance
-from mvhpc.diffusion.sampling import levels, sample
+from mvhpc.diffusion.sampling import check_way, levels, sample
 from mvhpc.models.bundle import JointModel, load_joint
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.models.frozen import freeze, pack
@@ -72,11 +72,7 @@ class Sampler:
             way = "posterior" if not reason else "clean" if diffusion.independent else "repaint"
         elif way == "posterior" and reason:
             raise ConfigError(f"sampling.conditioning=posterior: {reason}; leave it at auto")
-        if not diffusion.independent and (way == "clean" or sampling.guidance != 1):
-            raise ConfigError(
-                f"sampling.conditioning={way}, sampling.guidance={sampling.guidance:g}: a model trained with one time "
-                "for all variables can be asked by repaint alone, with guidance 1"
-            )
+        check_way(diffusion, way, sampling.guidance)
         return way
 
     def _calls(self) -> int:

@@ -101,7 +101,7 @@ class Predictor:
         precision: str = "float32",
         compiled: bool = False,
     ) -> None:
-        at_least(1, samples=samples)
+        at_least(1, {"samples": samples})
         self.sampler = Sampler(model, sampling, device, precision, scalars=True, compiled=compiled)
         self.exact = self.sampler.sampling.conditioning == "posterior"
         if draws and not self.exact:
