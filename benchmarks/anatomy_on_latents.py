@@ -2,9 +2,10 @@
 
     python benchmarks/anatomy_on_latents.py runs/scoreboard
 
-Ridge regression of each quantity of the law (shards.anatomy.LAW; ventricles in logarithms) on standardised voxels or
-latents of the training people, tested on the test people, each at the best of five strengths. Beside R squared stands
-the error's SD in units of the law's own residual SD: at 1, what an image tells of age through this quantity is halved.
+Ridge regression of each quantity of the law (shards.phantom.anatomy.LAW; ventricles in logarithms) on standardised
+voxels or latents of the training people, tested on the test people, each at the best of five strengths. Beside R
+squared stands the error's SD in units of the law's own residual SD: at 1, what an image tells of age through this
+quantity is halved.
 """
 
 import argparse
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.anatomy import LAW, read_tables
-from shards.loader import open_dataset
+from shards.dataset import open_dataset
+from shards.phantom.anatomy import LAW, read_tables
 
 STRENGTHS = (100, 300, 1000, 3000, 10000)
 

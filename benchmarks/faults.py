@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from trials import RECOVERY_S, Fault, audit, keys, settle, suffer
 
-from mvhpc.config import JointConfig, load_config
-from mvhpc.journal import read
-from mvhpc.training.cluster import launch
-from mvhpc.training.joint import JointTask
+from mvhpc.config import load_config
+from mvhpc.runs.journal import read
+from mvhpc.runtime.ray_cluster import launch
+from mvhpc.training.joint import JointConfig, JointTask
 from mvhpc.training.loop import train
-from mvhpc.training.meters import PATIENCE
+from mvhpc.training.metrics import PATIENCE
 from shards.files import write_text
 from tests.slurm_cluster import wait_for
 
@@ -322,4 +322,4 @@ def main(told: list[str], environment: dict[str, str]) -> None:
     for stream in (1, 2):
         os.dup2(log, stream)
     config = load_config(JointConfig, "joint", "default", told)
-    launch("faults:worker", config, Path(config.out), 1)
+    launch("faults:worker", config, Path(config.out), config.compute)

@@ -17,10 +17,10 @@ from pathlib import Path
 from faults import Victim, killed
 from trials import Fault, audit, keys, settle, suffer
 
-from mvhpc.journal import read, unseen
-from mvhpc.store import as_metrics, store_client
-from mvhpc.tracking import _state
-from tests.test_tracking import serve
+from mvhpc.runs.journal import read, unseen
+from mvhpc.runs.mlflow_store import as_metrics, store_client
+from mvhpc.runs.mlflow_sync import _state
+from tests.test_mlflow import serve
 
 STEPS = 1998  # whole epochs
 KINDS = ["server killed", "stage killed", "server killed"]

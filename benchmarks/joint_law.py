@@ -31,7 +31,7 @@ from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.diffusion.posterior import Posterior
 from mvhpc.diffusion.sampling import sample
 from mvhpc.models.denoiser import JointDenoiser
-from mvhpc.randomness import generator, rand
+from mvhpc.runtime.randomness import generator, rand
 from mvhpc.variables import Categorical, Continuous, Variables, Volume
 from shards.progress import progress
 
@@ -45,8 +45,8 @@ VARIABLES = Variables(
         Categorical("site", ("x", "y", "z")),
     ]
 )
-NETWORK = config.Denoiser("late", 8, 1, [32, 64], [False, True], 1, 32, 8, 64, 0.0, False)
-DIFFUSION = config.Diffusion(1000, 0.0015, 0.0195, "independent", 0.1, 0.4, 0.3, "v", "v", {}, {})
+NETWORK = config.DenoiserConfig("late", 8, 1, [32, 64], [False, True], 1, 32, 8, 64, 0.0, False)
+DIFFUSION = config.DiffusionConfig(1000, 0.0015, 0.0195, "independent", 0.1, 0.4, 0.3, "v", "v", {}, {})
 SCALARS = (*NUMBERS, "site")
 QUESTIONS, REVEAL = 8, 0.7  # of configs/joint/default.yaml
 METHODS: dict[str, dict[str, object]] = {

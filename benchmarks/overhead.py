@@ -19,7 +19,7 @@ from scipy import stats
 from starts import start
 from ways import CHECKPOINTS, ONE, TURN, TWO, WARM, Plan, prepare, settings
 
-from mvhpc.training.cluster import launch
+from mvhpc.runtime.ray_cluster import launch
 from shards.files import write_text
 
 
@@ -27,7 +27,7 @@ def steps(root: Path, workers: int, ways: tuple[str, ...], turns: int, rounds: i
     """A table of what a step takes each way: the mean over all turns; what it is over another way, and what checkpoints
     add, with a 95 % interval over rounds (Student's t)."""
     plan = Plan(settings(root, workers, WARM + turns * TURN + 1), ways, rounds)
-    found = launch("ways:worker", plan, root / f"workers-{workers}", workers)
+    found = launch("ways:worker", plan, root / f"workers-{workers}", plan.compute)
     taken: dict[str, list[list[float]]] = {way: [[] for _ in range(rounds)] for way in ways}
     for key, seconds in found.items():
         way, number, _ = key.split("|")

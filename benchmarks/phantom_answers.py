@@ -18,13 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from mvhpc.config import Sampling
 from mvhpc.diffusion.density import crps, quantile
 from mvhpc.evaluation import ensembles
-from mvhpc.inference.baseline import BaselinePredictor
-from mvhpc.inference.chains import Sampler
-from mvhpc.randomness import generator
+from mvhpc.inference.baseline_predictor import BaselinePredictor
+from mvhpc.inference.sampler import Sampler
+from mvhpc.runtime.randomness import generator
 from mvhpc.variables import Continuous
-from shards.anatomy import AGES, best_possible, posterior, read_tables
-from shards.anatomy import Posterior as Exact
-from shards.loader import Dataset, open_dataset
+from shards.dataset import Dataset, open_dataset
+from shards.phantom.anatomy import AGES, best_possible, posterior, read_tables
+from shards.phantom.anatomy import Posterior as Exact
 
 Floats = NDArray[np.float64]
 

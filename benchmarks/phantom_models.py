@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mvhpc.config import load_config
-from mvhpc.pipeline import state
-from mvhpc.run import execute
+from mvhpc.execute import execute, plan
 from mvhpc.stages import STAGES
 
 QUESTIONS = [  # wanted, given
@@ -99,11 +98,12 @@ def complete(root: Path, stage: str, preset: str, values: dict[str, Any]) -> Non
     """Run a stage, where its result is not complete."""
     values = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
     values["tracking.uri"] = f"sqlite:///{root / 'mlflow.db'}"
-    config: Any = load_config(STAGES[stage].config, stage, preset, (), values)
-    if state(stage, config) != "finished":
+    config: Any = load_config(STAGES[stage].config_class(), stage, preset, (), values)
+    planned = plan(stage, config)
+    if planned.state() != "finished":
         start = time.time()
         print(f"{stage} -> {config.out}", flush=True)
-        execute(stage, config)
+        execute(planned)
         print(f"{stage} -> {config.out}: {time.time() - start:.0f} s", flush=True)
 
 

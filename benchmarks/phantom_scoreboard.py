@@ -21,9 +21,9 @@ from scipy.stats import bootstrap
 from mvhpc.config import Sampling
 from mvhpc.evaluation.metrics import mean_over_subjects
 from mvhpc.evaluation.tables import Table
-from mvhpc.run import record
+from mvhpc.runs.folder import read_record
+from shards.dataset import open_dataset
 from shards.files import write_text
-from shards.loader import open_dataset
 
 PAPER = Sampling(conditioning="repaint", steps=50, stride=20, solver="ddim", guidance=1.0, resample=1)
 CLEAN = Sampling(conditioning="clean", steps=10, stride=1000, solver="dpm", guidance=1.0, resample=1)
@@ -78,7 +78,7 @@ def main() -> None:
 def minutes(root: Path, making: float, asking: float) -> str:
     """What every stage took, the models two at a time, asking everybody everything, and this invocation in all."""
     marks = sorted(root.glob("*/stage.json"), key=lambda path: path.stat().st_mtime)
-    took = {path.parent.name.removesuffix(".run"): record(path.parent)["seconds"] for path in marks}
+    took = {path.parent.name.removesuffix(".run"): read_record(path.parent)["seconds"] for path in marks}
     parts = ", ".join(f"{name} {s / 60:.1f}" for name, s in {**took, "asking": asking}.items())
     return f"\nMinutes: {parts}; this invocation {(making + asking) / 60:.0f}.\n"
 

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from workload import VOXELS, joint_parts
 
-from mvhpc.randomness import generator
+from mvhpc.runtime.randomness import generator
+from shards.dataset import open_dataset
 from shards.files import sha256
-from shards.loader import open_dataset
 from shards.pack import pack
-from shards.phantom import make_phantoms
+from shards.phantom.make import make_phantoms
 
 MEASURED = "measured in this run, on {cores} CPU cores"
 BLOCK = 2**28  # bytes written, hashed and copied by a measurement

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mvhpc.config import Denoiser
+from mvhpc.config import DenoiserConfig
 from mvhpc.models.heads import Reader
 from mvhpc.variables import Volume
-from shards.loader import Dataset, open_dataset
+from shards.dataset import Dataset, open_dataset
 from shards.progress import progress
 
-MODEL = Denoiser("late", 8, 1, [32, 64], [False, True], 1, 32, 8, 128, 0.0, False)
+MODEL = DenoiserConfig("late", 8, 1, [32, 64], [False, True], 1, 32, 8, 128, 0.0, False)
 BATCH, RATE = 32, 1e-3
 
 

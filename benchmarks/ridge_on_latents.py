@@ -15,7 +15,7 @@ from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from shards.loader import open_dataset
+from shards.dataset import open_dataset
 
 STRENGTHS = np.logspace(-1, 5, 13)
 

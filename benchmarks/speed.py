@@ -25,17 +25,20 @@ from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mvhpc.config import JointConfig, VAEConfig, load_config
-from mvhpc.devices import mend_convolutions, repeatable, resolve_device, resolve_precision
+from mvhpc.config import load_config
 from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.diffusion.posterior import Posterior
 from mvhpc.models.autoencoder import Autoencoder
-from mvhpc.models.blocks import lay_out
 from mvhpc.models.denoiser import JointDenoiser
-from mvhpc.models.frozen import freeze, pack
-from mvhpc.randomness import generator
-from mvhpc.training.engine import adamw
-from mvhpc.training.meters import peak
+from mvhpc.models.kernels.channels_last import lay_out
+from mvhpc.models.kernels.cpu_conv3d import mend_convolutions
+from mvhpc.models.kernels.packed_weights import freeze, pack
+from mvhpc.runtime.devices import repeatable, resolve_device, resolve_precision
+from mvhpc.runtime.randomness import generator
+from mvhpc.training.engines.base import adamw
+from mvhpc.training.joint import JointConfig
+from mvhpc.training.metrics import peak
+from mvhpc.training.vae import VAEConfig
 from mvhpc.variables import Categorical, Continuous, Variables, Volume
 
 CALLS = 8

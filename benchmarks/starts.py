@@ -6,15 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from ways import settings
 
-from mvhpc.config import JointConfig
-from mvhpc.training.cluster import launch
-from mvhpc.training.joint import JointTask
+from mvhpc.runtime.ray_cluster import launch
+from mvhpc.training.joint import JointConfig, JointTask
 from mvhpc.training.loop import train
 
 KILLED = 14  # the step (from 0) in which a worker is killed; a checkpoint every 4
@@ -71,7 +71,7 @@ def child(root: Path) -> None:
     config.training.checkpoint_every = 4
     config.compute.retries = 2
     config.out = str(folder)
-    launch("starts:started", config, folder, 2)
+    launch("starts:started", config, folder, replace(config.compute, workers=2))
 
 
 def start(root: Path) -> str:

@@ -17,7 +17,7 @@ from functools import cache
 from rates import Rates
 from workload import VOXELS, Device, Work, count, settings
 
-from mvhpc.training.deepspeed_engine import BUCKET
+from mvhpc.training.engines.deepspeed import BUCKET
 
 NODE = 8  # GPUs
 WORD = 4  # bytes: weights, gradients, moments and the average are float32, and travel so

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from mvhpc.config import Autoencoder as AutoencoderConfig
-from mvhpc.config import EncodeConfig, load_config
+from mvhpc.checkpoints.consolidate import read_weights, read_whole
+from mvhpc.config import AutoencoderConfig as AutoencoderConfig
+from mvhpc.config import load_config
+from mvhpc.inference.encode import EncodeConfig
 from mvhpc.inference.encode import run as encode
-from mvhpc.journal import read
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import load_joint, save_autoencoder
-from mvhpc.run import Run
-from mvhpc.training.whole import read_weights, read_whole
+from mvhpc.runs.folder import Run
+from mvhpc.runs.journal import read
 from shards.pack import pack
 from shards.schema import Schema
 from tests.conftest import SCHEMA, write_bids

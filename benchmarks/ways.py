@@ -21,16 +21,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from mvhpc.config import Compute, JointConfig, VAEConfig, load_config
-from mvhpc.devices import resolve_device, resolve_precision, send
+from mvhpc.config import Compute, Tracking, load_config
+from mvhpc.execute import execute, plan
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import save_autoencoder
-from mvhpc.run import execute
+from mvhpc.runs.mlflow_sync import STATE, Tracker
+from mvhpc.runtime.devices import resolve_device, resolve_precision, send
 from mvhpc.stages import STAGES
-from mvhpc.tracking import STATE, Tracker
-from mvhpc.training.joint import JointTask
+from mvhpc.training.joint import JointConfig, JointTask
 from mvhpc.training.loop import train
-from shards.loader import Order
+from mvhpc.training.vae import VAEConfig
+from shards.order import Order
 
 PEOPLE = 64
 WARM = 5  # steps at the beginning that do not count
@@ -53,7 +54,7 @@ def prepare(root: Path) -> None:
     }
     for stage, values in stages.items():
         paths = {key: str(root / name) if isinstance(name, str) else name for key, name in values.items()}
-        execute(stage, load_config(STAGES[stage].config, stage, "demo", values=paths))
+        execute(plan(stage, load_config(STAGES[stage].config_class(), stage, "demo", values=paths)))
 
 
 def settings(root: Path, workers: int, steps: int) -> JointConfig:
@@ -200,8 +201,9 @@ def run(way: str, task: Timed, config: JointConfig, folder: Path, rank: int, wor
 def _tracked(config: JointConfig, folder: Path) -> Iterator[None]:
     """MLflow beside, once it has come up: its start costs a run seconds, not every step."""
     folder.mkdir(parents=True)
-    store = f"sqlite:///{folder.parent / 'mlflow.db'}"
-    with Tracker("joint", config, folder, uri=store, experiment="overhead", inputs={}):
+    tracking = Tracking(f"sqlite:///{folder.parent / 'mlflow.db'}", "overhead")
+    config = replace(config, tracking=tracking)
+    with Tracker("joint", config, folder, fingerprint="", inputs={}):
         while not json.loads((folder / STATE).read_text())["described"]:
             time.sleep(0.1)
         yield

@@ -20,13 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mvhpc.config import JointConfig, VAEConfig, load_config
+from mvhpc.config import load_config
 from mvhpc.diffusion.joint import JointDiffusion, Noised
 from mvhpc.models.autoencoder import Autoencoder, kl_divergence
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.models.perceptual import SqueezeLPIPS, slice_distance
-from mvhpc.training.deepspeed_engine import KEPT
-from mvhpc.training.vae import Discriminator, discriminator_loss, generator_loss
+from mvhpc.training.engines.deepspeed import KEPT
+from mvhpc.training.joint import JointConfig
+from mvhpc.training.vae import Discriminator, VAEConfig, discriminator_loss, generator_loss
 from mvhpc.variables import Categorical, Continuous, Variables, Volume
 
 VOXELS = (160, 192, 160)  # of the presets: 1 mm

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from mvhpc.config import CONFIGS, ConfigError
-from mvhpc.journal import Journal, read
-from mvhpc.run import record
+from mvhpc.runs.folder import read_record
+from mvhpc.runs.journal import Journal, read
 from shards.files import write_text
 
 SILENT = "ended without a word"
@@ -209,7 +209,7 @@ def find(word: str) -> Job:
 
 def progress(job: Job) -> str:
     """How far its run is, in words; empty where nothing says so."""
-    mark = record(Path(job.run))
+    mark = read_record(Path(job.run))
     if mark.get("status") == "finished":
         return "stage finished"
     total, step = 0, 0

@@ -11,8 +11,8 @@ import psutil
 import submitit
 
 from launchers.allocation import Assignment
+from launchers.driver import run
 from launchers.jobs import Job, release, submitted
-from launchers.work import run
 from mvhpc.config import ConfigError
 
 MINUTES = 7 * 24 * 60  # submitit ends a job after a few minutes where no limit is set

@@ -8,11 +8,10 @@ from typing import Any
 from launchers.allocation import Assignment
 from launchers.site import Site
 from mvhpc.config import ConfigError, load_config, to_dict
-from mvhpc.run import run_folder
+from mvhpc.execute import plan
+from mvhpc.pipeline.plan import Pipeline, PipelineConfig
 from mvhpc.stages import STAGES
 
-TRAINING = {"vae", "joint", "baseline"}  # stages that write checkpoints on request
-SPREADING = TRAINING | {"predict"}  # stages that use several nodes
 ALL = "all"
 
 
@@ -39,7 +38,7 @@ class Step:
     @property
     def run(self) -> Path:
         """Its run folder."""
-        return run_folder(self.stage, self.config.out)
+        return STAGES[self.stage].run_folder(self.config.out)
 
     def assignment(self, site: Site) -> Assignment:
         """What its job does."""
@@ -54,7 +53,7 @@ class Step:
                 if getattr(self.config, name)
             },
             chained=self.chained,
-            trains=self.stage in TRAINING,
+            trains=STAGES[self.stage].trains,
             nodes=self.nodes,
             place=str(Path.cwd()),
             scratch=site.scratch,
@@ -69,8 +68,8 @@ def single(stage: str, preset: str, overrides: Sequence[str], nodes: int, gpus: 
     Raises:
         ConfigError: a configuration, or a number of nodes, that cannot be used.
     """
-    config: Any = load_config(STAGES[stage].config, stage, preset, overrides)
-    if nodes > 1 and stage not in SPREADING:
+    config: Any = load_config(STAGES[stage].config_class(), stage, preset, overrides)
+    if nodes > 1 and not STAGES[stage].uses_nodes:
         raise ConfigError(f"--nodes {nodes}: {stage} runs on one node; take --nodes 1")
     named = any(word.partition("=")[0] == "compute.workers" for word in overrides)
     return _step(stage, config, nodes, gpus, chained=False, workers_named=named, slurm=slurm)
@@ -78,16 +77,15 @@ def single(stage: str, preset: str, overrides: Sequence[str], nodes: int, gpus: 
 
 def chain(preset: str, overrides: Sequence[str], nodes: int, gpus: int, slurm: bool) -> list[Step]:
     """All stages of a pipeline preset, in order."""
-    from mvhpc.pipeline import Pipeline, PipelineConfig, state  # (imports torch)
 
     pipeline = Pipeline(load_config(PipelineConfig, "pipeline", preset, overrides))
     steps: list[Step] = []
-    for stage, config in pipeline.steps:
+    for stage, config in pipeline.steps():
         named = getattr(pipeline.config, stage, {}).get("compute", {}).get("workers", 0)
         most = -(-named // max(1, gpus)) if named else nodes  # no more nodes than workers have a place for
-        step = _step(stage, config, min(nodes, most) if stage in SPREADING else 1, gpus, True, bool(named), slurm)
+        step = _step(stage, config, min(nodes, most) if STAGES[stage].uses_nodes else 1, gpus, True, bool(named), slurm)
         # Behind one that has yet to run, what is there may be outdated by then: its job looks again.
-        step.finished = all(s.finished for s in steps) and state(stage, step.config) == "finished"
+        step.finished = all(s.finished for s in steps) and plan(stage, step.config).state() == "finished"
         steps.append(step)
     return steps
 
@@ -95,9 +93,9 @@ def chain(preset: str, overrides: Sequence[str], nodes: int, gpus: int, slurm: b
 def _step(stage: str, config: Any, nodes: int, gpus: int, chained: bool, workers_named: bool, slurm: bool) -> Step:
     compute = getattr(config, "compute", None)
     gpus = gpus if compute is not None and compute.device != "cpu" else 0
-    if slurm and stage in SPREADING and not workers_named:
+    if slurm and STAGES[stage].uses_nodes and not workers_named:
         config.compute.workers = nodes * max(1, gpus)
-    if stage in TRAINING:
+    if STAGES[stage].trains:
         parts = config.compute.workers * config.training.accumulate
         if config.training.batch % parts:
             raise ConfigError(

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from launchers import jobs, local, manage, plan, slurm
+from launchers import jobs, jobs_cli, local, plan, slurm
 from launchers.jobs import Job
-from launchers.nodes import supervise
 from launchers.plan import Step
 from launchers.site import Site, load_site
+from launchers.supervisor import supervise
 from mvhpc.config import ConfigError, choose, to_yaml
-from mvhpc.run import record
+from mvhpc.runs.folder import read_record
 from mvhpc.stages import STAGES
 
 TAIL = 8  # lines of the log that a failure shows
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words and words[0] in {"status", "logs", "cancel"}:
-            return manage.main(words)
+            return jobs_cli.main(words)
         return _submit(_parser().parse_intermixed_args(words))
     except ConfigError as error:
         print(f"submit.py: {error}", file=sys.stderr)
@@ -128,7 +128,7 @@ def _hold(step: Step, after: str | None, start: Callable[[Step, str | None], Job
     step.run.mkdir(parents=True, exist_ok=True, mode=0o700)
     with jobs.locked(step.run) as lock:
         holder = lock.holder
-        if holder is not None and (now := manage.state(holder)):
+        if holder is not None and (now := jobs_cli.state(holder)):
             if chained:
                 print(f"{step.stage}: job {holder.id} is {now} already", file=sys.stderr)
                 return holder
@@ -182,22 +182,22 @@ def _watch(job: Job, out: str) -> int:
         signal.signal(number, signal.default_int_handler)
     print(f"job {job.id}: {job.stage}, log in {job.log}", file=sys.stderr)
     try:
-        for line in manage.lines(job):
+        for line in jobs_cli.lines(job):
             print(line, file=sys.stderr, flush=True)
-        while manage.state(job):
-            time.sleep(manage.POLL_S)
+        while jobs_cli.state(job):
+            time.sleep(jobs_cli.POLL_S)
     except KeyboardInterrupt:
         if job.cluster == "slurm":
             print(f"job {job.id} goes on; end it with `submit.py cancel {job.id}`", file=sys.stderr)
             return 130
-        manage.cancel(job)
+        jobs_cli.cancel(job)
         print(f"job {job.id} cancelled; submit it again to go on from its last checkpoint", file=sys.stderr)
         return 130
     if not jobs.ending(job).startswith("finished"):
         tail = deque(job.log.open(errors="replace"), TAIL) if job.log.is_file() else [jobs.ending(job)]
         print(f"job {job.id} failed; the end of {job.log}:\n" + "".join(tail), file=sys.stderr)
         return 1
-    for name, value in record(Path(job.run)).get("summary", {}).items():
+    for name, value in read_record(Path(job.run)).get("summary", {}).items():
         print(f"{name:32s} {value:.4g}" if isinstance(value, float) else f"{name:32s} {value}")
     print(f"{'written to':32s} {out}")
     return 0

@@ -1,29 +1,23 @@
 """Any checkpoint of a trained network as a model folder, on one machine and without GPUs."""
 
-import importlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mvhpc.checkpoints.compatibility import check
+from mvhpc.checkpoints.consolidate import read_whole
+from mvhpc.checkpoints.manifest import MANIFEST, Checkpoint, read_checkpoint
+from mvhpc.checkpoints.writer import Checkpoints
 from mvhpc.config import ConfigError, load_config
-from mvhpc.devices import resolve_device, resolve_precision
-from mvhpc.journal import read
-from mvhpc.run import record
-from mvhpc.stages import STAGES
-from mvhpc.training.agreement import agree
-from mvhpc.training.checkpoint import Checkpoints
-from mvhpc.training.manifest import MANIFEST, Checkpoint, read_checkpoint
-from mvhpc.training.ranks import Ranks
+from mvhpc.runs.folder import read_record
+from mvhpc.runs.journal import read
+from mvhpc.runtime.collectives import Ranks
+from mvhpc.runtime.devices import resolve_device, resolve_precision
+from mvhpc.runtime.importing import resolve
+from mvhpc.stages import STAGES, TRAINED
 from mvhpc.training.task import Task
-from mvhpc.training.whole import read_whole
 from shards.files import whole_folder
-
-TASKS = {
-    "vae": "mvhpc.training.vae:VAETask",
-    "joint": "mvhpc.training.joint:JointTask",
-    "baseline": "mvhpc.training.baseline:BaselineTask",
-}
 
 
 def export(source: Path, out: Path) -> int:
@@ -43,13 +37,13 @@ def export(source: Path, out: Path) -> int:
         FileExistsError: ``out`` is there already.
     """
     checkpoint, run = _find(source)
-    stage = record(run).get("stage", "nothing")
-    if stage not in TASKS:
-        raise ConfigError(f"{run} is a run folder of {stage}; a model comes from one of {' or '.join(TASKS)}")
-    config: Any = load_config(STAGES[stage].config, stage, str(run / "config.yaml"), ["compute.device=auto"])
-    agree(checkpoint, config)
-    module, name = TASKS[stage].split(":")
-    task: Task = getattr(importlib.import_module(module), name)(config)
+    name = read_record(run).get("stage", "nothing")
+    stage = STAGES.get(name)
+    if stage is None or not stage.trains:
+        raise ConfigError(f"{run} is a run folder of {name}; a model comes from one of {' or '.join(TRAINED)}")
+    config: Any = load_config(stage.config_class(), name, str(run / "config.yaml"), ["compute.device=auto"])
+    check(checkpoint, config)
+    task: Task = resolve(stage.task)(config)
     whole = read_whole(checkpoint.folder / task.best)
     states = {task.best: {name: value.clone() for name, value in (whole.network | whole.average).items()}}
     device = resolve_device(config.compute.device)

@@ -1,101 +1,220 @@
-"""The stages of the pipeline by name: configuration, inputs, function."""
+"""The table of stages. Whoever must know something of all stages reads it here: the command line, ``submit.py``, the
+pipeline, export, fingerprints and run folders."""
 
-import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from mvhpc.config import SCHEMAS, JointConfig, PackConfig, PhantomConfig
-
-if TYPE_CHECKING:
-    from mvhpc.run import Run
+from mvhpc.runtime.importing import resolve
 
 
 @dataclass(frozen=True)
 class Stage:
     """One stage.
 
+    Its preset files are ``configs/NAME/*.yaml``.
+
     Attributes:
-        config: its configuration's dataclass.
-        target: ``module:function`` of ``run(config, run) -> summary``; imported when needed, since some are slow.
-        inputs: configuration keys that name inputs, in the order of the pipeline.
+        name: of the stage.
+        config: ``module:class`` of its configuration. Modules are imported when they are needed, since some are slow.
+        run: ``module:function`` of ``run(config, run) -> summary``; empty for a stage that trains ``task``.
+        inputs: configuration key -> the stage whose result it names; empty where no stage makes it.
+        out: where its result lies below a project's root. ``{split}`` is the folder of one cross-validation fold.
         help: one line.
+        command: words that start it after ``mvhpc``; empty for what the ``shards`` command does.
+        examples: complete commands.
+        flags: flag -> help; a flag sets the configuration key of its name.
+        task: ``module:class`` of what it trains, a :class:`mvhpc.training.task.Task`; empty for other stages. Its
+            output folder is its run folder, and it goes on from checkpoints.
+        uses_nodes: whether it can be divided among several nodes.
     """
 
-    config: type
-    target: str
-    inputs: tuple[str, ...]
+    name: str
+    config: str
+    run: str
+    inputs: Mapping[str, str]
+    out: str
     help: str
+    command: str = ""
+    examples: tuple[str, ...] = ()
+    flags: Mapping[str, str] = field(default_factory=dict)
+    task: str = ""
+    uses_nodes: bool = False
 
-    def function(self) -> "Callable[[Any, Run], dict[str, Any]]":
-        module, name = self.target.split(":")
-        return getattr(importlib.import_module(module), name)
+    @property
+    def trains(self) -> bool:
+        """Whether it trains networks."""
+        return bool(self.task)
+
+    def config_class(self) -> type:
+        """The dataclass of its configuration."""
+        found: type = resolve(self.config)
+        return found
+
+    def run_folder(self, out: str | Path) -> Path:
+        """Where configuration, journal and log are kept: the output of a stage that trains, else ``OUT.run`` beside."""
+        path = Path(out)
+        return path if self.trains else path.with_name(path.name + ".run")
 
 
-def _stage(name: str, target: str, inputs: tuple[str, ...], text: str) -> tuple[str, Stage]:
-    return name, Stage(SCHEMAS[name], target, inputs, text)
+DATA = "packed data set"
+JOINT_MODEL = "run folder of the joint model"
+SPLIT = "train, validation, test or all"
 
-
-STAGES: dict[str, Stage] = dict(
-    [
-        _stage("phantom", "mvhpc.stages:phantom", (), "make procedural brains with a known joint law"),
-        _stage("pack", "mvhpc.stages:pack", ("source",), "pack a BIDS tree or CSV into shards"),
-        _stage("vae", "mvhpc.training.vae:run", ("data",), "train the autoencoder"),
-        _stage("encode", "mvhpc.inference.encode:run", ("data", "vae"), "encode all volumes to latents"),
-        _stage("joint", "mvhpc.stages:joint", ("latents", "vae"), "train the joint diffusion"),
-        _stage("baseline", "mvhpc.training.baseline:run", ("data",), "train a DenseNet121 for one question"),
-        _stage("predict", "mvhpc.inference.predict:run", ("model", "data"), "answer questions about subjects"),
-        _stage("generate", "mvhpc.inference.generate:run", ("model",), "generate synthetic people"),
-        _stage(
-            "translate",
-            "mvhpc.inference.translate:run",
-            ("model", "data"),
-            "draw one volume of each subject from others",
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "phantom",
+            config="mvhpc.data_stages:PhantomConfig",
+            run="mvhpc.data_stages:run_phantom",
+            inputs={},
+            out="source",
+            help="make procedural brains with a known joint law",
         ),
-        _stage("inpaint", "mvhpc.inference.inpaint:run", ("model", "image", "mask"), "fill in part of a volume"),
-    ]
-)
-
-
-def phantom(config: PhantomConfig, run: "Run") -> dict[str, Any]:
-    """Stage ``phantom``: see :func:`shards.phantom.make_phantoms`."""
-    from shards.phantom import make_phantoms
-
-    height, width, depth = config.shape
-    make_phantoms(Path(config.out), config.subjects, (height, width, depth), config.seed, rich=config.rich)
-    return {"subjects": config.subjects}
-
-
-def pack(config: PackConfig, run: "Run") -> dict[str, Any]:
-    """Stage ``pack``: see :func:`shards.pack.pack`."""
-    from shards.pack import pack as pack_shards
-    from shards.schema import Schema
-
-    height, width, depth = config.shape
-    summary = pack_shards(
-        Path(config.source),
-        Path(config.out),
-        storage=config.format,
-        schema=Schema.load(config.schema),
-        spacing=config.spacing,
-        shape=(height, width, depth),
-        max_rejects=config.max_rejects,
-        fractions=tuple(config.split),
-        group=config.group or None,
-        folds=config.folds,
-        seed=config.seed,
-        workers=config.workers,
+        Stage(
+            "pack",
+            config="mvhpc.data_stages:PackConfig",
+            run="mvhpc.data_stages:run_pack",
+            inputs={"source": "phantom"},
+            out="packed",
+            help="pack a BIDS tree or CSV into shards",
+        ),
+        Stage(
+            "vae",
+            config="mvhpc.training.vae:VAEConfig",
+            run="",
+            task="mvhpc.training.vae:VAETask",
+            inputs={"data": "pack"},
+            out="{split}vae",
+            help="train the autoencoder of the volumes",
+            command="train vae",
+            examples=(
+                "mvhpc train vae --config demo",
+                "mvhpc train vae data=runs/packed out=runs/vae training.epochs=100",
+            ),
+            uses_nodes=True,
+        ),
+        Stage(
+            "encode",
+            config="mvhpc.inference.encode:EncodeConfig",
+            run="mvhpc.inference.encode:run",
+            inputs={"data": "pack", "vae": "vae"},
+            out="{split}latents",
+            help="encode all volumes to latents",
+            command="encode",
+            examples=("mvhpc encode data=runs/packed vae=runs/vae out=runs/latents",),
+        ),
+        Stage(
+            "joint",
+            config="mvhpc.training.joint:JointConfig",
+            run="",
+            task="mvhpc.training.joint:JointTask",
+            inputs={"latents": "encode", "vae": "vae"},
+            out="{split}joint",
+            help="train the joint diffusion of latents, numbers and categories",
+            command="train joint",
+            examples=(
+                "mvhpc train joint --config paper latents=runs/latents vae=runs/vae out=runs/joint compute.workers=4",
+            ),
+            uses_nodes=True,
+        ),
+        Stage(
+            "baseline",
+            config="mvhpc.training.baseline:BaselineConfig",
+            run="",
+            task="mvhpc.training.baseline:BaselineTask",
+            inputs={"data": "pack"},
+            out="{split}baseline",
+            help="train a DenseNet121 for one question alone, to compare with",
+            command="train baseline",
+            examples=("mvhpc train baseline data=runs/packed want=age given=[image,sex] out=runs/densenet-age",),
+            uses_nodes=True,
+        ),
+        Stage(
+            "predict",
+            config="mvhpc.inference.predictor:PredictConfig",
+            run="mvhpc.inference.predict:run",
+            inputs={"model": "joint", "data": "pack"},
+            out="{split}predictions/{query}.tsv",
+            help="answer a question about every subject of a packed data set",
+            command="predict",
+            examples=(
+                "mvhpc predict --model runs/joint --data runs/packed --split test --given image,sex --want age "
+                "--out age.tsv",
+                "mvhpc predict --model runs/joint --data runs/packed --given image --want age,sex --draws 100 "
+                "--out both.tsv",
+            ),
+            flags={
+                "model": "run folder of a joint model or a baseline",
+                "data": DATA,
+                "split": SPLIT,
+                "given": "variables that are known, by comma; empty for none",
+                "want": "variables to predict, by comma",
+                "samples": "chains per subject, for models that are asked by chains",
+                "draws": "joint draws per subject of all that is wanted, into a second table",
+                "out": "TSV file to write, one row a subject",
+            },
+            uses_nodes=True,
+        ),
+        Stage(
+            "generate",
+            config="mvhpc.inference.generate:GenerateConfig",
+            run="mvhpc.inference.generate:run",
+            inputs={"model": "joint"},
+            out="synthetic",
+            help="make synthetic people, as a BIDS tree",
+            command="generate",
+            examples=(
+                "mvhpc generate --model runs/joint --count 100 --out synthetic",
+                "mvhpc generate --model runs/joint --count 8 --given age=70,sex=F --out women70",
+            ),
+            flags={
+                "model": JOINT_MODEL,
+                "count": "number of people",
+                "given": "what is fixed, as name=value,name=value",
+                "out": "BIDS tree to write",
+            },
+        ),
+        Stage(
+            "translate",
+            config="mvhpc.inference.translate:TranslateConfig",
+            run="mvhpc.inference.translate:run",
+            inputs={"model": "joint", "data": "pack"},
+            out="{split}translated",
+            help="draw one volume of every subject from the others: a contrast that was not taken",
+            command="translate",
+            examples=(
+                "mvhpc translate --model runs/joint --data runs/packed --given image,age --want t2w "
+                "--out synthetic-t2w",
+            ),
+            flags={
+                "model": JOINT_MODEL,
+                "data": DATA,
+                "split": SPLIT,
+                "given": "variables that are known, by comma",
+                "want": "the volume to draw",
+                "out": "BIDS derivative to write",
+            },
+        ),
+        Stage(
+            "inpaint",
+            config="mvhpc.inference.inpaint:InpaintConfig",
+            run="mvhpc.inference.inpaint:run",
+            inputs={"model": "joint", "image": "", "mask": ""},
+            out="inpainted.nii.gz",
+            help="fill in the part of a volume that a mask does not call known",
+            command="inpaint",
+            examples=("mvhpc inpaint --model runs/joint --image scan.nii.gz --mask known.nii.gz --out filled.nii.gz",),
+            flags={
+                "model": JOINT_MODEL,
+                "image": "NIfTI volume",
+                "mask": "NIfTI volume, non-zero where the image is known",
+                "given": "what is known besides, as name=value,name=value",
+                "samples": "completions to draw",
+                "out": "NIfTI file to write",
+            },
+        ),
     )
-    return dict(summary)
-
-
-def joint(config: JointConfig, run: "Run") -> dict[str, float]:
-    """Stage ``joint``: see :func:`mvhpc.training.joint.worker`; networks are for the workers alone to import.
-
-    Returns:
-        the best validation's metrics, steps and samples per second.
-    """
-    from mvhpc.training.cluster import launch
-
-    return launch("mvhpc.training.joint:worker", config, run.folder, config.compute.workers)
+}
+TRAINED = [stage.name for stage in STAGES.values() if stage.trains]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mvhpc.devices import send
+from mvhpc.runtime.devices import send
 from shards.errors import nearest
 from shards.schema import Schema, Value
 

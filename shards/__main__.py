@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _phantom(args: argparse.Namespace) -> None:
-    from shards.phantom import make_phantoms
+    from shards.phantom.make import make_phantoms
 
     try:
         make_phantoms(

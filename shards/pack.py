@@ -16,10 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
-from shards.dataset import Reject, Row, Table, read_table
 from shards.errors import DataError, TooManyRejects
 from shards.files import write_whole
 from shards.index import Index
+from shards.participants import Reject, Row, Table, read_table
 from shards.progress import Progress
 from shards.schema import Schema
 from shards.split import draw_folds, draw_fractions, merge_groups
@@ -77,7 +77,7 @@ def pack(
     after one, it goes on behind the last complete shard.
 
     Args:
-        source: see :func:`shards.dataset.read_table`.
+        source: see :func:`shards.participants.read_table`.
         out: folder, without a dataset in it.
         storage: ``zarr`` or ``webdataset``.
         schema: a schema, or the name or file of one.

@@ -11,7 +11,7 @@ import yaml
 
 from shards.errors import DataError, nearest
 
-SCHEMAS = Path(__file__).resolve().parent.parent / "configs" / "schema"
+SCHEMAS = Path(__file__).resolve().parent / "schemas"
 MISSING = {"", "n/a", "na", "nan", "none", "null"}  # BIDS writes n/a; the others are what tables in use hold
 KINDS = {  # kind: keys it may have
     "volume": {"kind", "column", "suffix"},

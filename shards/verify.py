@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from shards.dataset import Dataset, open_dataset
 from shards.errors import DataError, IntegrityError
 from shards.files import sha256
 from shards.index import NAME
-from shards.loader import Dataset, open_dataset
 from shards.progress import progress
 
 

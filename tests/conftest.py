@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from mvhpc.inference.encode import EncodeConfig
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of networks so small more took twice as long
 
 import nibabel as nib
@@ -16,9 +18,9 @@ from mvhpc.inference.encode import run as encode
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import save_autoencoder, save_joint
 from mvhpc.models.denoiser import JointDenoiser
-from mvhpc.run import Run
+from mvhpc.runs.folder import Run
 from mvhpc.variables import Variables
-from shards.loader import open_dataset
+from shards.dataset import open_dataset
 from shards.pack import pack
 from shards.schema import Schema
 
@@ -27,7 +29,7 @@ SCHEMA = {
     "age": {"kind": "continuous", "range": [0, 120], "unit": "years"},
     "sex": {"kind": "categorical", "classes": ["F", "M"], "aliases": {"female": "F", "male": "M"}},
 }
-DIFFUSION = config.Diffusion(
+DIFFUSION = config.DiffusionConfig(
     steps=1000,
     beta_start=0.0015,
     beta_end=0.0195,
@@ -107,8 +109,8 @@ def tiny_dataset(tiny_bids: Path) -> Path:
 def tiny_model(tiny_dataset: Path) -> Path:
     """A run folder that holds an untrained joint model on the grid of ``tiny_dataset``."""
     schema, folder = Schema.from_dict(SCHEMA), tiny_dataset.parent
-    small = config.Autoencoder([8, 8, 8, 16], latent_channels=4, res_blocks=1, norm_groups=4, checkpointing=False)
-    unet = config.Denoiser(
+    small = config.AutoencoderConfig([8, 8, 8, 16], latent_channels=4, res_blocks=1, norm_groups=4, checkpointing=False)
+    unet = config.DenoiserConfig(
         scalars="late",
         components=4,
         readers=2,
@@ -147,5 +149,5 @@ def tiny_latents(tiny_dataset: Path, tiny_model: Path) -> Path:
     """The latents of ``tiny_dataset``, mirrored ones too."""
     out = tiny_dataset.parent / "latents"
     places = {"data": str(tiny_dataset), "vae": str(tiny_model.parent / "vae"), "out": str(out)}
-    encode(config.load_config(config.EncodeConfig, "encode", "default", (), places), Run(out.with_name("encode")))
+    encode(config.load_config(EncodeConfig, "encode", "default", (), places), Run(out.with_name("encode")))
     return out

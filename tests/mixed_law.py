@@ -19,7 +19,7 @@ VARIABLES = Variables([Volume("image", (1, 2, 1, 1)), Continuous("age", 0, 100),
 def diffusion(time: str = "independent", kind: str = "v", weights: dict[str, float] | None = None) -> JointDiffusion:
     """A joint diffusion of the law's variables."""
     return JointDiffusion(
-        VARIABLES, config.Diffusion(1000, 0.0015, 0.0195, time, 0.3, 0.2, 0.1, kind, kind, {}, weights or {})
+        VARIABLES, config.DiffusionConfig(1000, 0.0015, 0.0195, time, 0.3, 0.2, 0.1, kind, kind, {}, weights or {})
     )
 
 

@@ -11,20 +11,22 @@ import pytest
 
 from mvhpc.config import ConfigError, load_config
 from mvhpc.evaluation.tables import read_predictions
+from mvhpc.execute import execute, plan
 from mvhpc.models.bundle import load_joint
-from mvhpc.pipeline import run_pipeline
-from mvhpc.run import execute
+from mvhpc.pipeline.run import run_pipeline
 from mvhpc.stages import STAGES
 from mvhpc.variables import Continuous
-from shards.loader import open_dataset
+from shards.dataset import open_dataset
 from tests.test_pipeline import SMALL, configuration
 
 FEW = {"sampling.steps": 2, "sampling.stride": 500}
 
 
 def do(stage: str, preset: str = "default", **values: object) -> dict:
-    config = load_config(STAGES[stage].config, stage, preset, (), {k.replace("__", "."): v for k, v in values.items()})
-    return execute(stage, config)
+    config = load_config(
+        STAGES[stage].config_class(), stage, preset, (), {k.replace("__", "."): v for k, v in values.items()}
+    )
+    return execute(plan(stage, config))
 
 
 def test_a_translated_tree_is_one_whatever_subjects_are_called(

@@ -12,7 +12,7 @@ from mvhpc.models.autoencoder import kl_divergence as kl
 def tiny(levels: int = 4, latent: int = 3) -> Autoencoder:
     torch.manual_seed(0)
     return Autoencoder(
-        config.Autoencoder(
+        config.AutoencoderConfig(
             channels=[8] * levels, latent_channels=latent, res_blocks=1, norm_groups=4, checkpointing=False
         )
     ).eval()
@@ -38,7 +38,7 @@ def test_a_shape_that_does_not_divide_is_refused_with_the_next_multiples() -> No
 
 def test_widths_must_divide_by_the_groups() -> None:
     with pytest.raises(ValueError, match="norm_groups"):
-        Autoencoder(config.Autoencoder([8, 12], 3, 1, 8, False))
+        Autoencoder(config.AutoencoderConfig([8, 12], 3, 1, 8, False))
 
 
 def test_encoding_and_decoding_are_deterministic_and_independent_of_the_batch() -> None:
@@ -72,7 +72,7 @@ def test_checkpointing_changes_no_gradient() -> None:
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        network = Autoencoder(config.Autoencoder([8] * 4, 3, 1, 4, checkpointing))
+        network = Autoencoder(config.AutoencoderConfig([8] * 4, 3, 1, 4, checkpointing))
         network(x, noise)[0].sum().backward()
         gradients.append([p.grad for p in network.parameters() if p.grad is not None])
     for plain, saved in zip(*gradients, strict=True):

@@ -14,18 +14,20 @@ from monai.networks.nets import DenseNet121
 from torch import nn
 
 from mvhpc.cli import main
-from mvhpc.config import BaselineConfig, ConfigError, PredictConfig, load_config, to_yaml
+from mvhpc.config import ConfigError, load_config, to_yaml
 from mvhpc.evaluation.tables import read_predictions
 from mvhpc.inference import predict
-from mvhpc.inference.baseline import BaselinePredictor
-from mvhpc.models import norm
+from mvhpc.inference.baseline_predictor import BaselinePredictor
+from mvhpc.inference.predictor import PredictConfig
 from mvhpc.models.baseline import Baseline
 from mvhpc.models.bundle import ModelError, load_baseline, load_joint, model_kind
-from mvhpc.models.norm import WholeBatchNorm
-from mvhpc.run import Run
-from mvhpc.training.baseline import BaselineTask, worker
+from mvhpc.models.kernels import normalization
+from mvhpc.models.kernels.normalization import WholeBatchNorm
+from mvhpc.runs.folder import Run
+from mvhpc.training.baseline import BaselineConfig, BaselineTask
+from mvhpc.training.loop import train
+from shards.dataset import open_dataset
 from shards.index import Split
-from shards.loader import open_dataset
 from shards.schema import Schema
 from shards.writer import DatasetWriter
 
@@ -103,7 +105,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     settings = config(data, folder)
     (folder / "config.yaml").write_text(to_yaml(settings))
     (folder / "stage.json").write_text(json.dumps({"stage": "baseline"}))
-    return folder, worker(settings, folder, 0, 1)
+    return folder, train(BaselineTask(settings), settings, folder)
 
 
 def answers(model: Path, data: Path, folder: Path, **values: Any) -> tuple[dict[str, Any], Any, dict[str, Any]]:
@@ -160,7 +162,7 @@ def test_a_checkpoint_exports_to_what_training_wrote(trained: tuple[Path, dict[s
     files = {path.name: path.read_bytes() for path in (folder / "model").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == files
     settings = load_config(BaselineConfig, "baseline", str(folder / "config.yaml"))
-    assert worker(settings, folder, 0, 1) == summary
+    assert train(BaselineTask(settings), settings, folder) == summary
     assert model_kind(folder) == "baseline"
     with pytest.raises(ModelError, match="of the kind baseline;"):
         load_joint(folder)
@@ -216,7 +218,7 @@ def test_mirroring_is_left_to_right_and_the_samples_own(data: Path, tmp_path: Pa
 def test_a_resumed_run_is_an_undisturbed_one(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, the running statistics of the normalisation too."""
     few = ["training.epochs=3", "training.validate_every=3", "training.checkpoint_every=2"]
-    worker(config(data, tmp_path, *few), tmp_path / "whole", 0, 1)
+    train(BaselineTask(config(data, tmp_path, *few)), config(data, tmp_path, *few), tmp_path / "whole")
     step = BaselineTask.step
 
     def fail(self: BaselineTask, batch: Any, engines: Any, number: int, indices: list[int]) -> Any:
@@ -226,9 +228,9 @@ def test_a_resumed_run_is_an_undisturbed_one(data: Path, tmp_path: Path, monkeyp
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         patch.setattr(BaselineTask, "step", fail)
-        worker(config(data, tmp_path, *few), tmp_path / "pieces", 0, 1)
+        train(BaselineTask(config(data, tmp_path, *few)), config(data, tmp_path, *few), tmp_path / "pieces")
     assert not (tmp_path / "pieces" / "model").exists()
-    worker(config(data, tmp_path, *few), tmp_path / "pieces", 0, 1)
+    train(BaselineTask(config(data, tmp_path, *few)), config(data, tmp_path, *few), tmp_path / "pieces")
     whole, pieces = (
         {path.name: path.read_bytes() for path in (tmp_path / name / "model").iterdir()} for name in ("whole", "pieces")
     )
@@ -325,15 +327,15 @@ def test_batch_norm_sees_the_batch_of_all_workers(monkeypatch: pytest.MonkeyPatc
         barrier.wait()
         return summed
 
-    monkeypatch.setattr(norm, "total", total)
+    monkeypatch.setattr(normalization, "total", total)
     torch.manual_seed(0)
     x = (3 + 2 * torch.randn(6, 4, 3, 3, 3)).requires_grad_()
     whole, *halves = (kind(4, momentum=momentum) for kind in (nn.BatchNorm3d, WholeBatchNorm, WholeBatchNorm))
     for part in (whole, *halves):
         nn.init.constant_(part.weight, 1.5)
     expected = whole(x)
-    monkeypatch.setattr(norm.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(norm.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(normalization.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(normalization.dist, "get_world_size", lambda: 2)
     said: list[torch.Tensor] = [torch.empty(0)] * 2
 
     def work(rank: int) -> None:

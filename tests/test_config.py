@@ -1,30 +1,34 @@
 """Every preset resolves; what is misspelt is refused with the nearest right name."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from mvhpc.cli import main
-from mvhpc.config import CONFIGS, SCHEMAS, ConfigError, GenerateConfig, JointConfig, fingerprint, load_config, to_yaml
-from mvhpc.pipeline import PipelineConfig
+from mvhpc.config import CONFIGS, ConfigError, fingerprint, load_config, to_yaml
+from mvhpc.inference.generate import GenerateConfig
+from mvhpc.pipeline.plan import PipelineConfig
 from mvhpc.stages import STAGES
+from mvhpc.training.joint import JointConfig
 
 MANDATORY = {"out", "data", "source", "vae", "latents", "model", "image", "mask", "given", "want"}
-PRESETS = [(p.parent.name, p.stem) for p in sorted(CONFIGS.glob("*/*.yaml")) if p.parent.name in SCHEMAS]
+PRESETS = [(p.parent.name, p.stem) for p in sorted(CONFIGS.glob("*/*.yaml")) if p.parent.name in STAGES]
 JOINT = ["out=o", "latents=l", "vae=v"]
 
 
 @pytest.mark.parametrize(("stage", "preset"), PRESETS)
 def test_preset_fills_every_key_but_places(stage: str, preset: str) -> None:
     """A preset leaves open at most where things are and what is asked."""
-    fields = SCHEMAS[stage].__dataclass_fields__
+    kind = STAGES[stage].config_class()
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     places = {
         name: [] if "list" in str(fields[name].type) else {} if "dict" in str(fields[name].type) else "x"
         for name in MANDATORY & set(fields)
         if fields[name].type in (str, list[str], dict[str, str])
     }
-    config = load_config(SCHEMAS[stage], stage, preset, (), places)
-    assert type(config) is SCHEMAS[stage]
+    config = load_config(kind, stage, preset, (), places)
+    assert type(config) is kind
 
 
 def test_later_layers_win_and_round_trip(tmp_path: Path) -> None:

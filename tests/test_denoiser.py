@@ -29,7 +29,9 @@ def model(
     """A small network with nothing at its initial zeros."""
     torch.manual_seed(0)
     components = 2 if design == "late" else 0
-    settings = config.Denoiser(design, components, readers, [8, 16], [False, True], 1, 8, 4, 16, 0.0, checkpointing)
+    settings = config.DenoiserConfig(
+        design, components, readers, [8, 16], [False, True], 1, 8, 4, 16, 0.0, checkpointing
+    )
     net = JointDenoiser(v, settings, blind)
     for parameter in net.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -257,7 +259,7 @@ def test_checkpointing_changes_no_gradient(design: str) -> None:
 def test_a_fresh_network_says_that_nothing_is_known() -> None:
     v = variables()
     z, t = inputs(v)
-    fresh = JointDenoiser(v, config.Denoiser("late", 4, 1, [8, 16], [False, False], 1, 8, 4, 16, 0.0, False))
+    fresh = JointDenoiser(v, config.DenoiserConfig("late", 4, 1, [8, 16], [False, False], 1, 8, 4, 16, 0.0, False))
     said = fresh(z, t)
     assert all((x == 0).all() for x in (said["v0"], said["site"], said["age"][..., 0]))
     broad = density(said["age"])
@@ -272,21 +274,23 @@ def test_levels_are_told_apart() -> None:
 
 def test_schemas_without_scalars_and_without_volumes() -> None:
     alone = Variables([Volume("v0", (2, 4, 4, 4))])
-    net = JointDenoiser(alone, config.Denoiser("late", 4, 1, [8, 16], [False, True], 1, 8, 4, 16, 0.0, False))
+    net = JointDenoiser(alone, config.DenoiserConfig("late", 4, 1, [8, 16], [False, True], 1, 8, 4, 16, 0.0, False))
     z = torch.randn(2, 2, 4, 4, 4)
     assert net({"v0": z}, {"v0": torch.tensor([3, 900])})["v0"].shape == z.shape
     with pytest.raises(ValueError, match="at least one volume"):
-        JointDenoiser(Variables([AGE, SITE]), config.Denoiser("late", 4, 1, [8], [False], 1, 8, 4, 16, 0.0, False))
+        JointDenoiser(
+            Variables([AGE, SITE]), config.DenoiserConfig("late", 4, 1, [8], [False], 1, 8, 4, 16, 0.0, False)
+        )
     sizes = Variables([Volume("a", (2, 4, 4, 4)), Volume("b", (2, 4, 4, 2))])
     with pytest.raises(ValueError, match="of one size"):
-        JointDenoiser(sizes, config.Denoiser("late", 4, 1, [8], [False], 1, 8, 4, 16, 0.0, False))
+        JointDenoiser(sizes, config.DenoiserConfig("late", 4, 1, [8], [False], 1, 8, 4, 16, 0.0, False))
 
 
 @pytest.mark.slow
 def test_it_learns_a_joint_law() -> None:
     """Age and class written into a noisy image: one call at t = T finds them almost as well as Bayes' rule does."""
     v = Variables([Volume("image", (1, 2, 2, 2)), AGE, Categorical("sex", ("F", "M"))])
-    settings = config.Diffusion(1000, 0.0015, 0.0195, "independent", 0.2, 0.3, 0.3, "v", "v", {}, {})
+    settings = config.DiffusionConfig(1000, 0.0015, 0.0195, "independent", 0.2, 0.3, 0.3, "v", "v", {}, {})
     process = JointDiffusion(v, settings)
     g = torch.Generator().manual_seed(0)
     pattern = torch.randn(2, 1, 2, 2, 2, generator=g)
@@ -304,7 +308,7 @@ def test_it_learns_a_joint_law() -> None:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     torch.manual_seed(0)
-    small = config.Denoiser("late", 4, 1, [16, 16], [False, False], 1, 16, 1, 32, 0.0, False)
+    small = config.DenoiserConfig("late", 4, 1, [16, 16], [False, False], 1, 16, 1, 32, 0.0, False)
     net = JointDenoiser(v, small, process.blind)
     net.adapt({"image": people(256)["image"]})
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.profiler import profile
 
-from mvhpc.devices import ONEDNN, mend_convolutions, resolve_precision
+from mvhpc.models.kernels.cpu_conv3d import ONEDNN, mend_convolutions
+from mvhpc.runtime.devices import resolve_precision
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mvhpc import config
 from mvhpc.diffusion.joint import JointDiffusion, Noised
-from mvhpc.randomness import generator
+from mvhpc.runtime.randomness import generator
 from tests.mixed_law import VARIABLES, MixedLaw, diffusion, stderr
 
 N = 4000
@@ -241,7 +241,9 @@ def test_what_is_misspelt_is_named() -> None:
         }
         return JointDiffusion(
             VARIABLES,
-            config.Diffusion(1000, 0.0015, 0.0195, shared_fraction=0, clean_fraction=0, noise_fraction=0, **fields),
+            config.DiffusionConfig(
+                1000, 0.0015, 0.0195, shared_fraction=0, clean_fraction=0, noise_fraction=0, **fields
+            ),
         )
 
     cases: list[tuple[dict[str, Any], str]] = [

@@ -13,7 +13,7 @@ from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.diffusion.sampling import levels, sample, time_grid
 from mvhpc.diffusion.schedules import scaled_linear
 from mvhpc.models.denoiser import JointDenoiser
-from mvhpc.randomness import generator
+from mvhpc.runtime.randomness import generator
 from mvhpc.variables import Categorical, Variables
 from tests.mixed_law import VARIABLES, MixedLaw, diffusion, flat, mixture, one_hot_share, stderr
 
@@ -35,7 +35,7 @@ def repeated(person: dict[str, Tensor], n: int) -> dict[str, Tensor]:
 def network() -> JointDenoiser:
     """A small network with nothing at its initial zeros."""
     torch.manual_seed(0)
-    net = JointDenoiser(VARIABLES, config.Denoiser("late", 4, 2, [8, 8], [False, True], 1, 4, 4, 8, 0.0, False))
+    net = JointDenoiser(VARIABLES, config.DenoiserConfig("late", 4, 2, [8, 8], [False, True], 1, 4, 4, 8, 0.0, False))
     for parameter in net.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return net.eval()

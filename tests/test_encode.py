@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from mvhpc.config import Autoencoder as AutoencoderConfig
-from mvhpc.config import ConfigError, EncodeConfig, load_config
-from mvhpc.inference.encode import Moments, run, to_float16
+from mvhpc.config import AutoencoderConfig as AutoencoderConfig
+from mvhpc.config import ConfigError, load_config
+from mvhpc.inference.encode import EncodeConfig, Moments, run, to_float16
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import load_autoencoder, save_autoencoder
-from mvhpc.run import Run
-from shards.loader import Dataset, open_dataset
+from mvhpc.runs.folder import Run
+from shards.dataset import Dataset, open_dataset
 from tests.ellipsoids import SCHEMA, pack_ellipsoids
 
 MODEL = AutoencoderConfig([4, 4, 4], 2, 1, 2, False)

@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 
 from mvhpc.cli import main
-from mvhpc.config import ConfigError, JointConfig, VAEConfig, load_config, to_yaml
-from mvhpc.run import execute, record
+from mvhpc.config import ConfigError, load_config, to_yaml
+from mvhpc.execute import execute, plan
+from mvhpc.runs.folder import read_record
+from mvhpc.training.joint import JointConfig
+from mvhpc.training.vae import VAEConfig
 from tests.conftest import SMALL_JOINT
 from tests.ellipsoids import pack_ellipsoids
 
@@ -38,12 +41,12 @@ def test_the_model_of_a_checkpoint_is_what_training_exported(
 ) -> None:
     data = pack_ellipsoids(tmp_path / "data", train=4, validation=2)
     values = {"out": str(tmp_path / "vae"), "data": str(data)}
-    runs = {"vae": execute("vae", load_config(VAEConfig, "vae", "default", [*VAE, *SHORT], values))}
+    runs = {"vae": execute(plan("vae", load_config(VAEConfig, "vae", "default", [*VAE, *SHORT], values)))}
 
     places = {"latents": str(tiny_latents), "vae": str(tiny_model.parent / "vae"), "out": str(tmp_path / "joint")}
     two = ["compute.workers=2", "compute.zero_stage=3", "ema=0.9"]
     joint = load_config(JointConfig, "joint", "default", [*SHORT, *two], {**SMALL_JOINT, **places})
-    runs["joint"] = execute("joint", joint)
+    runs["joint"] = execute(plan("joint", joint))
 
     for stage, summary in runs.items():
         run, step = tmp_path / stage, int(summary["best_step"])
@@ -56,13 +59,13 @@ def test_the_model_of_a_checkpoint_is_what_training_exported(
         assert "is there already" in capsys.readouterr().err
     spelt = {**places, "latents": f"{tiny_latents.parent}/../{tiny_latents.parent.name}/{tiny_latents.name}"}
     again = load_config(JointConfig, "joint", "default", [*SHORT, *two], {**SMALL_JOINT, **spelt})
-    assert execute("joint", again)["best_step"] == runs["joint"]["best_step"]
+    assert execute(plan("joint", again))["best_step"] == runs["joint"]["best_step"]
     config = tmp_path / "joint" / "config.yaml"
     trained = config.read_text()
     other = load_config(JointConfig, "joint", "default", [*SHORT, *two, "scaling=range"], {**SMALL_JOINT, **places})
     with pytest.raises(ConfigError, match="trained with scaling=sd, not range"):
-        execute("joint", other)
-    assert config.read_text() == trained and record(tmp_path / "joint")["status"] == "finished"
+        execute(plan("joint", other))
+    assert config.read_text() == trained and read_record(tmp_path / "joint")["status"] == "finished"
     config.write_text(to_yaml(other))
     assert main(["export", str(tmp_path / "joint"), "--out", str(tmp_path / "other")]) == 2
     assert "trained with scaling=sd, not range" in capsys.readouterr().err

@@ -12,14 +12,16 @@ import torch
 from nibabel.processing import resample_from_to
 from nibabel.spaces import vox2out_vox
 
-from mvhpc.config import ConfigError, GenerateConfig, InpaintConfig, Sampling, load_config
+from mvhpc.config import ConfigError, Sampling, load_config
+from mvhpc.execute import execute, plan
 from mvhpc.inference import generate, inpaint
-from mvhpc.inference.chains import Sampler
-from mvhpc.inference.generate import draw_people, nifti
-from mvhpc.inference.inpaint import complete, inpaint_half, latent_mask, left_half, place
-from mvhpc.run import Run, execute, record, run_folder
+from mvhpc.inference.generate import GenerateConfig, draw_people, nifti
+from mvhpc.inference.inpaint import InpaintConfig, complete, inpaint_half, latent_mask, left_half, place
+from mvhpc.inference.sampler import Sampler
+from mvhpc.runs.folder import Run, read_record
+from mvhpc.stages import STAGES
 from shards import volumes
-from shards.loader import open_dataset
+from shards.dataset import open_dataset
 from shards.pack import pack
 
 FEW = Sampling(conditioning="repaint", steps=5, stride=200, solver="ddim", guidance=1.0, resample=1)
@@ -199,8 +201,8 @@ def test_several_completions_end_as_a_finished_stage(tiny_model, tiny_bids, tmp_
     out = tmp_path / "filled.nii.gz"
     values = {"model": str(tiny_model), "image": str(image), "mask": str(half), "out": str(out), "samples": 2}
     values |= {"sampling.steps": 2, "sampling.stride": 500, "tracking.uri": f"sqlite:///{tmp_path / 'mlflow.db'}"}
-    execute("inpaint", load_config(InpaintConfig, "inpaint", "default", (), values))
-    assert record(run_folder("inpaint", str(out)))["status"] == "finished"
+    execute(plan("inpaint", load_config(InpaintConfig, "inpaint", "default", (), values)))
+    assert read_record(STAGES["inpaint"].run_folder(out))["status"] == "finished"
     assert sorted(path.name for path in tmp_path.glob("filled_*")) == ["filled_1.nii.gz", "filled_2.nii.gz"]
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvhpc.config import ConfigError, JointConfig, load_config
+from mvhpc.config import ConfigError, load_config
 from mvhpc.models.bundle import load_joint
 from mvhpc.models.denoiser import JointDenoiser
-from mvhpc.training.engine import LocalEngine
-from mvhpc.training.joint import JointTask
-from mvhpc.training.shares import shares
+from mvhpc.training.cross_fitting import shares
+from mvhpc.training.engines.local import LocalEngine
+from mvhpc.training.joint import JointConfig, JointTask
 from tests.conftest import SMALL_JOINT
 
 

@@ -2,7 +2,7 @@ import threading
 import time
 from pathlib import Path
 
-from mvhpc.journal import FILE, Journal, follow, read, unseen
+from mvhpc.runs.journal import FILE, Journal, follow, read, unseen
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:

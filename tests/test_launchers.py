@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from launchers.submit import main
-from mvhpc.config import CONFIGS, PackConfig, load_config, to_dict
+from mvhpc.config import CONFIGS, load_config, to_dict
+from mvhpc.data_stages import PackConfig
 from shards.index import Index
-from shards.phantom import make_phantoms
+from shards.phantom.make import make_phantoms
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from mvhpc.models.perceptual import (
     load_lpips,
     slice_distance,
 )
-from mvhpc.randomness import generator
+from mvhpc.runtime.randomness import generator
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from scipy.stats import kstest
 
-from shards import phantom
-from shards.anatomy import AGES, LAW, best_possible, draw_anatomy, draw_person, posterior, read_tables
-from shards.brain import render_tissues, spacing
-from shards.phantom import MEMORY, SITES, draw_rich, draw_subject, make_phantoms, render_image
+from shards.phantom import make as phantom
+from shards.phantom.anatomy import AGES, LAW, best_possible, draw_anatomy, draw_person, posterior, read_tables
+from shards.phantom.brain import render_tissues, spacing
+from shards.phantom.make import MEMORY, SITES, draw_rich, draw_subject, make_phantoms, render_image
 
 SHAPE = (32, 32, 32)
 

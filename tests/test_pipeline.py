@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from mvhpc.config import load_config
-from mvhpc.pipeline import PipelineConfig, run_pipeline
+from mvhpc.pipeline.plan import PipelineConfig
+from mvhpc.pipeline.run import run_pipeline
 
 SMALL = {
-    "questions": [{"want": ["age"], "given": ["image", "sex"]}, {"want": ["sex"], "given": []}],
+    "queries": [{"want": ["age"], "given": ["image", "sex"]}, {"want": ["sex"], "given": []}],
     "phantom": {"subjects": 16, "shape": [16, 16, 16]},
     "pack": {"spacing": 12.0, "shape": [16, 16, 16], "workers": 1},
     "vae": {
@@ -40,7 +41,7 @@ def test_pipeline_from_nothing_and_again(tmp_path: Path, capsys: pytest.CaptureF
     for row in ("image, sex", "nothing", "predicting the mean", "best possible, given image, sex"):
         assert row in printed.out
     assert {"reconstruction.png", "people.png", "inpainted-half.png"} == {p.name for p in (root / "figures").iterdir()}
-    stages = [stage for stage, _ in pipeline.steps]
+    stages = [stage for stage, _ in pipeline.steps()]
     assert stages == ["phantom", "pack", "vae", "encode", "joint", "predict", "predict", "generate"]
     weights = (root / "joint" / "model" / "model.json").read_bytes()
 

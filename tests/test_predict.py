@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from mvhpc.config import ConfigError, PredictConfig, load_config
+from mvhpc.config import ConfigError, load_config
 from mvhpc.evaluation.tables import constant_predictions, read_predictions, scoreboard
 from mvhpc.inference import predict
-from mvhpc.inference.predict import Predictor
-from mvhpc.run import Run
-from shards.loader import open_dataset
+from mvhpc.inference.predictor import PredictConfig, Predictor
+from mvhpc.runs.folder import Run
+from shards.dataset import open_dataset
 from shards.schema import Schema
 
 

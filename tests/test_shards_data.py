@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import webdataset as wds
 
+from shards.dataset import open_dataset
 from shards.errors import DataError, IntegrityError
 from shards.index import Index
-from shards.loader import Order, open_dataset, prefetch
+from shards.order import Order, prefetch
 from shards.schema import Schema, Variable
 from shards.verify import verify
 from shards.writer import DatasetWriter

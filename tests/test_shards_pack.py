@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from shards.__main__ import main
+from shards.dataset import open_dataset
 from shards.errors import DataError, TooManyRejects
 from shards.index import Index, Record
-from shards.loader import open_dataset
 from shards.pack import pack
 from shards.split import draw_folds, draw_fractions, merge_groups
 from shards.verify import verify

@@ -16,10 +16,11 @@ import yaml
 
 from launchers import jobs
 from launchers.allocation import Allocation, Assignment
+from launchers.process import Ward
 from launchers.site import load_site, minutes
-from launchers.ward import Ward
-from mvhpc.config import CONFIGS, ConfigError, PackConfig, load_config, to_dict
-from mvhpc.run import record
+from mvhpc.config import CONFIGS, ConfigError, load_config, to_dict
+from mvhpc.data_stages import PackConfig
+from mvhpc.runs.folder import read_record
 from shards.index import Index
 from tests.slurm_cluster import SlurmCluster, wait_for
 
@@ -114,13 +115,13 @@ def test_cancel_leaves_nothing_and_a_dead_jobs_lock_is_taken_over(slurm: SlurmCl
     run = tmp_path / "scans.run"
     stage = ["--stage", "phantom", "--time", "10", f"out={tmp_path}/scans", "subjects=9999"]
     job = submit(*stage).stdout.strip()
-    wait_for(lambda: record(run).get("status") == "running")
+    wait_for(lambda: read_record(run).get("status") == "running")
     submit("cancel", job)
     nothing_is_left(slurm, job, run)
     assert "cancelled" in submit("status").stdout
 
     second = submit(*stage, "shape=[16,16,16]").stdout.strip()
-    wait_for(lambda: record(run).get("status") == "running" and bool(slurm.job_processes(second)))
+    wait_for(lambda: read_record(run).get("status") == "running" and bool(slurm.job_processes(second)))
     processes = [p for p in slurm.job_processes(second) if "slurmstepd" not in p.name()]
     # A power cut, after which the lock is still there: none sees another go. Who dies takes its children with it.
     for cut in (psutil.Process.suspend, psutil.Process.kill):
@@ -178,7 +179,7 @@ def test_a_ward_ends_its_whole_offspring_however_its_parent_ends(tmp_path: Path)
     starter = (
         "import sys, time, os\n"
         "from pathlib import Path\n"
-        "from launchers.ward import Ward\n"
+        "from launchers.process import Ward\n"
         "ward = Ward([sys.executable, '-c', sys.argv[1], sys.argv[2]], dict(os.environ), None, Path(sys.argv[3]))\n"
         "if sys.argv[4] == 'end':\n"
         "    while not Path(sys.argv[2]).exists(): time.sleep(0.1)\n"

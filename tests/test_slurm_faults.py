@@ -15,11 +15,13 @@ import torch.distributed as dist
 from filelock import FileLock
 
 from launchers import jobs
-from launchers.link import own_address
-from mvhpc.config import JointConfig, load_config
-from mvhpc.journal import read
+from launchers.rendezvous import own_address
+from mvhpc.config import load_config
 from mvhpc.models.bundle import load_joint
-from mvhpc.training.joint import worker
+from mvhpc.runs.journal import read
+from mvhpc.stages import STAGES
+from mvhpc.training.joint import JointConfig
+from mvhpc.training.run import train_worker
 from tests.conftest import SMALL_JOINT, listening
 from tests.slurm_cluster import NODES, SlurmCluster, wait_for
 from tests.test_slurm import nothing_is_left, state_of_its_own, submit  # noqa: F401 (a fixture)
@@ -87,7 +89,7 @@ class Training:
 
     def driver(self) -> psutil.Process:
         """What runs the stage, and trains itself where it has one worker."""
-        ward = self.process("launchers.work")  # the smallest number: the one that watches over it
+        ward = self.process("launchers.driver")  # the smallest number: the one that watches over it
         return ward.children()[0]
 
 
@@ -126,7 +128,8 @@ def _train_undisturbed(rank: int, latents: Path, vae: Path, folder: Path) -> Non
     join(rank, 2, folder / "rendezvous")
     for zero in STEPS:
         run = folder / f"zero{zero}"
-        worker(load_config(JointConfig, "joint", "default", keys(latents, vae, run, zero)), run, rank, 2)
+        config = load_config(JointConfig, "joint", "default", keys(latents, vae, run, zero))
+        train_worker((STAGES["joint"].task, config), run, rank, 2)
     dist.destroy_process_group()
 
 

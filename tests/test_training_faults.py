@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvhpc.journal import read
-from mvhpc.run import Interrupted
-from mvhpc.training import guard, loop
-from mvhpc.training.manifest import CheckpointError
+from mvhpc.checkpoints.manifest import CheckpointError
+from mvhpc.runs.journal import read
+from mvhpc.runtime import watchdog
+from mvhpc.runtime.watchdog import Interrupted
+from mvhpc.training import loop
 from tests.test_training_loop import checkpoints, final_state
 from tests.toy_task import Interrupted as Broken
 from tests.toy_task import curves, exported, run_toy, toy_config
@@ -26,7 +27,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One thread, a poll after every step, no patience, and discs that are empty again afterwards."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(guard, "PERIOD_S", 0.0)
+    monkeypatch.setattr(watchdog, "PERIOD_S", 0.0)
     monkeypatch.setattr(loop, "INSIST_S", 0.0)
     monkeypatch.setattr(loop, "RETRY_S", 0.0)
     yield

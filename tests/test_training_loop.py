@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mvhpc.checkpoints.consolidate import read_whole
+from mvhpc.checkpoints.manifest import CheckpointError
 from mvhpc.config import Compute, ConfigError, Optimizer
-from mvhpc.models.blocks import lay_out
-from mvhpc.models.norm import GroupNorm
-from mvhpc.training.engine import Average, LocalEngine, learning_rate
+from mvhpc.models.kernels.channels_last import lay_out
+from mvhpc.models.kernels.normalization import GroupNorm
+from mvhpc.training.engines.base import Average, learning_rate
+from mvhpc.training.engines.local import LocalEngine
 from mvhpc.training.loop import micro_batch, train
-from mvhpc.training.manifest import CheckpointError
 from mvhpc.training.task import Part
-from mvhpc.training.whole import read_whole
 from tests.toy_task import Interrupted, ToyConfig, ToyTask, curves, digest, exported, run_toy, toy_config
 
 

@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import profile
 
+from mvhpc.checkpoints.consolidate import MOMENTS, read_weights, read_whole
 from mvhpc.config import ConfigError
-from mvhpc.journal import read
-from mvhpc.run import Interrupted as StoppedOnRequest
-from mvhpc.training.cluster import WorkerError, launch, ray_session
-from mvhpc.training.whole import MOMENTS, read_weights, read_whole
+from mvhpc.runs.journal import read
+from mvhpc.runtime.ray_cluster import WorkerError, launch, ray_session
+from mvhpc.runtime.watchdog import Interrupted as StoppedOnRequest
 from tests.conftest import listening
 from tests.toy_task import Interrupted, curves, digest, exported, join, run_toy, toy_config
 
@@ -299,9 +299,9 @@ def test_a_stop_and_a_killed_worker_under_ray_change_not_one_bit(
     monkeypatch.setenv("MVHPC_STOP_FILE", str(tmp_path / "stop"))
     (tmp_path / "stop").touch()
     with pytest.raises(StoppedOnRequest, match=r"^stopped on request after step 1 of 15"):
-        launch("tests.toy_task:run_toy", config, tmp_path / "run", 2)
+        launch("tests.toy_task:run_toy", config, tmp_path / "run", config.compute)
     (tmp_path / "stop").unlink()
-    summary = launch("tests.toy_task:run_toy", config, tmp_path / "run", 2)
+    summary = launch("tests.toy_task:run_toy", config, tmp_path / "run", config.compute)
     assert (tmp_path / "killed").is_file()
     assert digests(tmp_path / "run") == digests(runs / "zero1")
     assert curves(tmp_path / "run") == curves(runs / "zero1")
@@ -330,6 +330,6 @@ def test_an_error_of_a_worker_comes_back_as_one_sentence(tmp_path: Path, nothing
     """And workers of one machine listen to nobody outside of it."""
     config = toy_config(compute__workers=2, training__batch=7)
     with pytest.raises(WorkerError, match=r"worker [01]: .*ConfigError: training\.batch=7 does not.*worker-[01]\.log"):
-        launch("tests.test_training_workers:heard", config, tmp_path, 2)
+        launch("tests.test_training_workers:heard", config, tmp_path, config.compute)
     assert {(tmp_path / f"ears-{rank}").read_text() for rank in range(2)} == {"127.0.0.1"}
     assert "ConfigError" in (tmp_path / "logs" / "worker-0.log").read_text()

@@ -9,21 +9,20 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from mvhpc.config import CONFIGS, ConfigError, VAEConfig, load_config
+from mvhpc.config import CONFIGS, ConfigError, load_config
 from mvhpc.evaluation.similarity import psnr, ssim
 from mvhpc.models.bundle import load_autoencoder
 from mvhpc.models.perceptual import SqueezeLPIPS, WeightsError
-from mvhpc.run import Run
 from mvhpc.training.loop import train
 from mvhpc.training.vae import (
     Discriminator,
+    VAEConfig,
     VAETask,
     discriminator_loss,
     generator_loss,
     least_squares,
-    run,
 )
-from shards.loader import open_dataset
+from shards.dataset import open_dataset
 from tests.ellipsoids import pack_ellipsoids
 
 SMALL = [
@@ -181,7 +180,8 @@ def test_the_perceptual_term_reaches_the_loss(tmp_path: Path) -> None:
     lpips = SqueezeLPIPS().requires_grad_(False)
     for head in lpips.heads:
         head.fill_(0.1)
-    task = VAETask(settings, lpips)
+    task = VAETask(settings)
+    task.lpips = lpips
     losses = task.step(task.load([0]), {"autoencoder": Recorder(task.networks["autoencoder"])}, 0, [0])  # type: ignore[dict-item]
     assert losses["perceptual"] > 0
     parts = losses["reconstruction"] + 1e-7 * losses["kl"] + 0.3 * losses["perceptual"]
@@ -190,7 +190,7 @@ def test_the_perceptual_term_reaches_the_loss(tmp_path: Path) -> None:
 
 def test_without_weights_it_stops_before_it_starts(data: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"loss\.perceptual=0"):
-        run(config(data, tmp_path / "vae", "loss.perceptual=0.3"), Run(tmp_path / "vae"))
+        VAETask.check(config(data, tmp_path / "vae", "loss.perceptual=0.3"))
     assert not (tmp_path / "vae" / "checkpoints").exists()
 
 
@@ -198,7 +198,7 @@ def test_volumes_that_do_not_divide_are_refused_before_it_starts(tmp_path: Path)
     data = pack_ellipsoids(tmp_path / "data", shape=(16, 18, 16))
     settings = config(data, tmp_path / "vae", "model.channels=[8,8,8]")
     with pytest.raises(ConfigError, match=r"\(16, 20, 16\)"):
-        run(settings, Run(tmp_path / "vae"))
+        VAETask.check(settings)
 
 
 @pytest.mark.parametrize("preset", [p.stem for p in (CONFIGS / "vae").glob("*.yaml")])

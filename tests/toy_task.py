@@ -22,13 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mvhpc.config import Compute, Optimizer, Training
-from mvhpc.journal import read, unseen
-from mvhpc.randomness import generator, randn
-from mvhpc.training import deepspeed_engine, guard
-from mvhpc.training.engine import Engine
+from mvhpc.runs.journal import read, unseen
+from mvhpc.runtime import watchdog
+from mvhpc.runtime.randomness import generator, randn
+from mvhpc.training.engines import deepspeed
+from mvhpc.training.engines.base import Engine
 from mvhpc.training.loop import train
-from mvhpc.training.task import Part
-from shards.loader import Order
+from mvhpc.training.task import Part, Task
+from shards.order import Order
 
 
 @dataclass
@@ -91,7 +92,7 @@ class Network(nn.Sequential):
         return super().forward(x)
 
 
-class ToyTask:
+class ToyTask(Task):
     """Denoise points of a curve, with an adversary that tells denoised points from real ones."""
 
     averaged = "denoiser"
@@ -195,7 +196,7 @@ def exported(folder: Path) -> dict[str, Tensor]:
 
 def run_toy(config: ToyConfig, folder: Path, rank: int, world: int) -> dict[str, float]:
     """Train the toy task; importable by workers."""
-    deepspeed_engine.KEPT = 100  # under ZeRO-3 some of its few weights are fetched then
+    deepspeed.KEPT = 100  # under ZeRO-3 some of its few weights are fetched then
     return train(ToyTask(config), config, folder, rank, world)
 
 
@@ -205,7 +206,7 @@ def join(rank: int, world: int, rendezvous: Path) -> None:
     stop = rendezvous.with_name("stop")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MVHPC_STOP_FILE=str(stop))
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
-    guard.PERIOD_S = 0.0  # a poll after every step
+    watchdog.PERIOD_S = 0.0  # a poll after every step
 
 
 def digest(value: object) -> str:

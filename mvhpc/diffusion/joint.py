@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvhpc import config
-from mvhpc.devices import send
 from mvhpc.diffusion import schedules
 from mvhpc.diffusion.categorical import Uniform, chances, draw
 from mvhpc.diffusion.density import by_reader, density
 from mvhpc.diffusion.gaussian import TARGETS, Gaussian
-from mvhpc.randomness import rand, randn
+from mvhpc.runtime.devices import send
+from mvhpc.runtime.randomness import rand, randn
 from mvhpc.variables import Categorical, Variable, Variables, Volume
 
 Batch = dict[str, Tensor]
@@ -56,7 +56,7 @@ class JointDiffusion(nn.Module):
             variable.
     """
 
-    def __init__(self, variables: Variables, diffusion: config.Diffusion) -> None:
+    def __init__(self, variables: Variables, diffusion: config.DiffusionConfig) -> None:
         super().__init__()
         config.choose(diffusion.time, ("shared", "independent"), "law of the times")
         for kind in (diffusion.volume, diffusion.continuous, *diffusion.targets.values()):

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from mvhpc.evaluation.metrics import Estimate, absolute_errors, hits, mean_over_subjects
-from mvhpc.people import true_value
-from shards.loader import Dataset
+from mvhpc.records import true_value
+from shards.dataset import Dataset
 from shards.schema import Schema, Variable
 
 NOTHING = "nothing"

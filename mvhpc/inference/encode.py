@@ -3,6 +3,7 @@
 import math
 import platform
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,21 +13,40 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mvhpc.config import Compute, ConfigError, EncodeConfig
-from mvhpc.devices import resolve_device, resolve_precision
-from mvhpc.inference.chains import set_threads
+from mvhpc.config import Compute, ConfigError, Tracking, at_least, in_one_process
+from mvhpc.inference.sampler import set_threads
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import load_autoencoder
-from mvhpc.people import volume_shape
-from shards.loader import Dataset, open_dataset, prefetch
+from mvhpc.records import volume_shape
+from mvhpc.runtime.devices import resolve_device, resolve_precision
+from shards.dataset import Dataset, open_dataset
+from shards.order import prefetch
 from shards.progress import progress
 from shards.writer import DatasetWriter
 
 if TYPE_CHECKING:
-    from mvhpc.run import Run
+    from mvhpc.runs.folder import Run
 
 LARGEST = float(np.finfo(np.float16).max)
 PACKAGES = ("torch", "monai", "numpy", "zarr", "mvhpc")
+
+
+@dataclass
+class EncodeConfig:
+    """`mvhpc encode`: posterior means of all volumes -> a store of latents."""
+
+    out: str
+    data: str
+    vae: str
+    split: str  # which split's training side the latent scale is measured on
+    flip: bool  # also store the latents of mirrored volumes of the training and validation parts
+    batch: int
+    compute: Compute
+    tracking: Tracking
+
+    def __post_init__(self) -> None:
+        at_least(1, {"batch": self.batch})
+        in_one_process(self.compute)
 
 
 class Item(NamedTuple):

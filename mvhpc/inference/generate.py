@@ -5,6 +5,7 @@ A person's noise comes from (seed, number), so person 7 is the same in any batch
 
 import json
 from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from mvhpc.config import GenerateConfig, to_dict
+from mvhpc.config import Compute, Sampling, Tracking, at_least, in_one_process, to_dict
 from mvhpc.evaluation.figures import people
-from mvhpc.inference.chains import Sampler, parse_given, set_threads, versions
-from mvhpc.randomness import generator
-from mvhpc.run import Run, identity
+from mvhpc.inference.sampler import Sampler, parse_given, set_threads, versions
+from mvhpc.runs.folder import Run, identity
+from mvhpc.runtime.randomness import generator
 from mvhpc.variables import Continuous, Volume
 from shards.files import whole_folder, write_text
 from shards.progress import progress
@@ -32,6 +33,25 @@ README = """Synthetic people
 Nobody in this folder exists. Images and table were drawn from a generative model (dataset_description.json says
 which). They may look like people of its training data; they are not fit for any decision about a person.
 """
+
+
+@dataclass
+class GenerateConfig:
+    """`mvhpc generate`: synthetic people as a BIDS tree."""
+
+    out: str
+    model: str
+    count: int
+    given: dict[str, str]
+    batch: int
+    seed: int
+    sampling: Sampling
+    compute: Compute
+    tracking: Tracking
+
+    def __post_init__(self) -> None:
+        at_least(1, {"count": self.count, "batch": self.batch})
+        in_one_process(self.compute)
 
 
 def draw_people(

@@ -9,6 +9,7 @@ normalisation everywhere. So all is done twice, first with zero there, then with
 
 import gzip
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,41 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mvhpc.config import ConfigError, InpaintConfig, choose
+from mvhpc.config import Compute, ConfigError, Sampling, Tracking, at_least, choose, in_one_process
 from mvhpc.evaluation.figures import inpainting
-from mvhpc.inference.chains import Sampler, parse_given, set_threads
 from mvhpc.inference.generate import Person, caption, decode, nifti
-from mvhpc.inference.subjects import check_data
-from mvhpc.randomness import generator
-from mvhpc.run import Run
+from mvhpc.inference.sampler import Sampler, parse_given, set_threads
+from mvhpc.records import check_data
+from mvhpc.runs.folder import Run
+from mvhpc.runtime.randomness import generator
 from mvhpc.variables import Volume
 from shards import volumes
+from shards.dataset import Dataset
 from shards.files import whole_file
-from shards.loader import Dataset
 from shards.progress import progress
 
 PASSES = 2  # of each completion; a third changes little
+
+
+@dataclass
+class InpaintConfig:
+    """`mvhpc inpaint`: fill in the part of a volume that a mask does not call known."""
+
+    out: str  # a NIfTI file
+    model: str
+    image: str  # NIfTI
+    mask: str  # NIfTI, non-zero where the image is known
+    variable: str  # which volume variable; "" where there is one
+    given: dict[str, str]
+    samples: int
+    seed: int
+    sampling: Sampling
+    compute: Compute
+    tracking: Tracking
+
+    def __post_init__(self) -> None:
+        at_least(1, {"samples": self.samples})
+        in_one_process(self.compute)
 
 
 def latent_mask(known: Tensor, shape: tuple[int, ...]) -> Tensor:

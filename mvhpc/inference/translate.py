@@ -4,6 +4,7 @@ Where a subject has the wanted volume, the drawn one is compared with it.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,43 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from mvhpc.config import TranslateConfig, choose, to_dict
+from mvhpc.config import Compute, Sampling, Tracking, at_least, choose, in_one_process, to_dict
 from mvhpc.evaluation.figures import gallery, slices
 from mvhpc.evaluation.similarity import psnr, ssim
 from mvhpc.evaluation.tables import label, subject_of
-from mvhpc.inference.answers import write_rows
-from mvhpc.inference.chains import Sampler, set_threads, versions
 from mvhpc.inference.generate import nifti
-from mvhpc.inference.subjects import check_data, check_names, read_given, subjects
-from mvhpc.randomness import generator
-from mvhpc.run import Run, identity
+from mvhpc.inference.predictions import write_rows
+from mvhpc.inference.sampler import Sampler, read_given, set_threads, versions
+from mvhpc.records import check_data, check_names, subjects
+from mvhpc.runs.folder import Run, identity
+from mvhpc.runtime.randomness import generator
+from shards.dataset import open_dataset
 from shards.files import whole_folder, write_text
-from shards.loader import open_dataset
 from shards.progress import progress
 
 SHOWN = 4  # subjects in the figure
+
+
+@dataclass
+class TranslateConfig:
+    """`mvhpc translate`: one volume of every subject given others."""
+
+    out: str
+    model: str
+    data: str
+    split: str  # train | validation | test | all
+    split_name: str
+    given: list[str]
+    want: str
+    batch: int
+    seed: int
+    sampling: Sampling
+    compute: Compute
+    tracking: Tracking
+
+    def __post_init__(self) -> None:
+        at_least(1, {"batch": self.batch})
+        in_one_process(self.compute)
 
 
 def run(config: TranslateConfig, run: Run) -> dict[str, Any]:

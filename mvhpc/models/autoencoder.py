@@ -7,8 +7,8 @@ from monai.networks.nets import AutoencoderKL
 from torch import Tensor, nn
 
 from mvhpc import config
-from mvhpc.models.blocks import adopt
-from mvhpc.models.upsample import merge_upsampling
+from mvhpc.models.kernels.channels_last import adopt
+from mvhpc.models.kernels.merged_upsampling import merge_upsampling
 
 FIRST_LOG_VARIANCE = -6.0
 
@@ -24,7 +24,7 @@ class Autoencoder(nn.Module):
         ConfigError: a width that ``norm_groups`` does not divide.
     """
 
-    def __init__(self, cfg: config.Autoencoder) -> None:
+    def __init__(self, cfg: config.AutoencoderConfig) -> None:
         super().__init__()
         odd = [width for width in cfg.channels if width % cfg.norm_groups]
         if odd or not cfg.channels:

@@ -8,7 +8,7 @@ from monai.networks.layers.factories import Norm
 from monai.networks.nets import DenseNet121
 from torch import Tensor, nn
 
-from mvhpc.models.norm import WholeBatchNorm
+from mvhpc.models.kernels.normalization import WholeBatchNorm
 from mvhpc.variables import Categorical, Scalar, Variables
 from shards.schema import Schema
 

@@ -18,12 +18,12 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from mvhpc import config
-from mvhpc.devices import mend_convolutions
 from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.baseline import Baseline, scalars_of
-from mvhpc.models.blocks import lay_out
 from mvhpc.models.denoiser import JointDenoiser
+from mvhpc.models.kernels.channels_last import lay_out
+from mvhpc.models.kernels.cpu_conv3d import mend_convolutions
 from mvhpc.variables import Variables, Volume
 from shards.files import write_whole
 from shards.schema import Schema
@@ -122,7 +122,7 @@ def _build(network: nn.Module, data: bytes, device: torch.device | str) -> None:
 
 
 def save_autoencoder(
-    folder: Path, network: Autoencoder, model: config.Autoencoder, extra: Mapping[str, Any] | None = None
+    folder: Path, network: Autoencoder, model: config.AutoencoderConfig, extra: Mapping[str, Any] | None = None
 ) -> None:
     """Write an autoencoder whole, in place of any older one.
 
@@ -152,7 +152,7 @@ def load_autoencoder(folder: str | Path, device: torch.device | str = "cpu") -> 
     """
     folder = model_folder(folder)
     meta = _manifest(folder, "autoencoder")
-    network = Autoencoder(config.Autoencoder(**meta["autoencoder"]))
+    network = Autoencoder(config.AutoencoderConfig(**meta["autoencoder"]))
     _build(network, _weights(folder, meta, "autoencoder"), device)
     return network, {**meta, "sha256": meta["networks"]["autoencoder"]["sha256"]}
 
@@ -202,8 +202,8 @@ def save_joint(
     denoiser: Mapping[str, Tensor],
     vae: str | Path,
     *,
-    model: config.Denoiser,
-    diffusion: config.Diffusion,
+    model: config.DenoiserConfig,
+    diffusion: config.DiffusionConfig,
     schema: Schema,
     latent: Mapping[str, Any],
     intervals: Mapping[str, Sequence[float]] | None = None,
@@ -264,17 +264,17 @@ def load_joint(folder: str | Path, device: torch.device | str = "cpu") -> JointM
     folder = model_folder(folder)
     meta = _manifest(folder, "joint")
     schema = Schema.from_dict(meta["schema"])
-    settings = config.Diffusion(**meta["diffusion"])
+    settings = config.DiffusionConfig(**meta["diffusion"])
     moments = load(_weights(folder, meta, "latents"))
     latent = {
         name: facts | {"mean": moments[f"{name}.mean"], "sd": moments[f"{name}.sd"]}
         for name, facts in meta["latent"].items()
     }
     variables = Variables.from_schema(schema, latent, meta["intervals"])
-    autoencoder = Autoencoder(config.Autoencoder(**meta["autoencoder"]))
+    autoencoder = Autoencoder(config.AutoencoderConfig(**meta["autoencoder"]))
     _build(autoencoder, _weights(folder, meta, "autoencoder"), device)
     diffusion = JointDiffusion(variables, settings).to(device)
-    denoiser = JointDenoiser(variables, config.Denoiser(**meta["denoiser"]), diffusion.blind)
+    denoiser = JointDenoiser(variables, config.DenoiserConfig(**meta["denoiser"]), diffusion.blind)
     _build(denoiser, _weights(folder, meta, "denoiser"), device)
     return JointModel(variables, schema, diffusion, denoiser, autoencoder, meta["grid"], meta["spread"], meta)
 

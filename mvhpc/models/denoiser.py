@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mvhpc import config
-from mvhpc.devices import send
-from mvhpc.models.blocks import adopt, down, middle, up
 from mvhpc.models.heads import PaperHead, Reader, Token, Trunk
-from mvhpc.models.upsample import merge_upsampling
+from mvhpc.models.kernels.channels_last import adopt, down, middle, up
+from mvhpc.models.kernels.merged_upsampling import merge_upsampling
+from mvhpc.runtime.devices import send
 from mvhpc.variables import Categorical, Scalar, Variables
 
 Values = Mapping[str, Tensor]
@@ -63,7 +63,7 @@ class JointDenoiser(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, variables: Variables, model: config.Denoiser, blind: int | None = None) -> None:
+    def __init__(self, variables: Variables, model: config.DenoiserConfig, blind: int | None = None) -> None:
         super().__init__()
         config.choose(model.scalars, ("early", "late"), "way for scalars into the network")
         volumes, scalars = variables.volumes, variables.scalars

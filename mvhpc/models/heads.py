@@ -27,7 +27,7 @@ class Token(nn.Module):
 class PaperHead(nn.Module):
     """Section 3.1 of the paper: two GroupNorm-SiLU-Conv blocks with a skip, global average pooling, a linear layer."""
 
-    def __init__(self, variable: Scalar, model: config.Denoiser) -> None:
+    def __init__(self, variable: Scalar, model: config.DenoiserConfig) -> None:
         super().__init__()
         width = model.channels[-1]
         self.blocks = nn.Sequential(
@@ -56,7 +56,7 @@ class Reader(nn.Module):
         model: widths.
     """
 
-    def __init__(self, channels: int, model: config.Denoiser) -> None:
+    def __init__(self, channels: int, model: config.DenoiserConfig) -> None:
         super().__init__()
         widths = [channels, *model.channels, model.channels[-1]]
         strides = [1, *[2] * (len(model.channels) - 1), 1]
@@ -104,7 +104,7 @@ class Trunk(nn.Module):
         model: widths.
     """
 
-    def __init__(self, scalars: list[Scalar], variables: int, model: config.Denoiser) -> None:
+    def __init__(self, scalars: list[Scalar], variables: int, model: config.DenoiserConfig) -> None:
         super().__init__()
         width, told = model.channels[-1], 2 * model.embedding
         self.told = nn.Sequential(

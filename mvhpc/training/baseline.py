@@ -1,8 +1,9 @@
 """Training the comparison: a DenseNet121 for one question alone (paper, section 4.2)."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,30 +11,42 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils._pytree import tree_map_only
 
-from mvhpc.config import BaselineConfig, ConfigError
+from mvhpc.config import Compute, ConfigError, Optimizer, Tracking, Training
 from mvhpc.diffusion.joint import Batch
 from mvhpc.models.baseline import SMALLEST, Baseline, scalars_of
 from mvhpc.models.bundle import save_baseline
-from mvhpc.people import read_people, scalar_values, true_value, volume_shape
-from mvhpc.randomness import generator, rand
-from mvhpc.training.cluster import launch
-from mvhpc.training.engine import Engine
-from mvhpc.training.loop import train
-from mvhpc.training.task import Part
+from mvhpc.records import read_people, scalar_values, true_value, volume_shape
+from mvhpc.runtime.randomness import generator, rand
+from mvhpc.training.engines.base import Engine
+from mvhpc.training.task import Part, Task
 from mvhpc.variables import Categorical, Continuous, Scalar, standard_intervals
+from shards.dataset import open_dataset
 from shards.errors import nearest
-from shards.loader import Order, open_dataset
+from shards.order import Order
 from shards.schema import Schema
-
-if TYPE_CHECKING:
-    from mvhpc.run import Run
 
 LARGER = 4  # the batches of `refresh`, in training batches; without gradients they take less memory all the same
 BATCHES = 8  # of them
 
 
-class BaselineTask:
-    """One step of a baseline; see :class:`mvhpc.training.loop.Task`.
+@dataclass
+class BaselineConfig:
+    """`mvhpc train baseline`."""
+
+    out: str
+    data: str
+    split: str
+    want: str  # the one scalar it answers
+    given: list[str]  # volumes, and scalars as further input channels
+    flip: float  # probability of mirroring left and right in training
+    optimizer: Optimizer
+    training: Training
+    compute: Compute
+    tracking: Tracking
+
+
+class BaselineTask(Task):
+    """One step of a baseline; see :class:`mvhpc.training.task.Task`.
 
     A sample is one person who has the wanted scalar and every given volume. The batch normalisation sees one
     micro-batch of all workers together; see :meth:`refresh`.
@@ -79,6 +92,11 @@ class BaselineTask:
         torch.manual_seed(config.training.seed)  # the layers' initial weights
         self.networks: dict[str, nn.Module] = {"baseline": Baseline(self.scalars, config.given, config.want)}
         self.learning_rates = {"baseline": config.optimizer.lr}
+
+    @classmethod
+    def check(cls, config: BaselineConfig) -> None:
+        """Raises ConfigError as the constructor does."""
+        cls(config)
 
     def _keys(self, part: str) -> list[str]:
         wanted = self.schema[self.config.want]
@@ -194,21 +212,3 @@ def losses(wanted: Scalar, said: Tensor, truth: Tensor) -> Tensor:
     if isinstance(wanted, Categorical):
         return F.cross_entropy(said, truth, reduction="none")
     return (said - truth).square()[:, 0]
-
-
-def worker(config: BaselineConfig, folder: Path, rank: int, world: int) -> dict[str, float]:
-    """Train as worker ``rank`` of ``world``."""
-    return train(BaselineTask(config), config, folder, rank, world)
-
-
-def run(config: BaselineConfig, run: "Run") -> dict[str, float]:
-    """Stage ``baseline``: train a DenseNet121 on the training people for the question ``want`` given ``given``.
-
-    Returns:
-        the best validation's metrics, steps and samples per second.
-
-    Raises:
-        ConfigError: as :class:`BaselineTask`, before anything starts.
-    """
-    BaselineTask(config)
-    return launch("mvhpc.training.baseline:worker", config, run.folder, config.compute.workers)

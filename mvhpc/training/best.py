@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mvhpc.training.engine import Engine
-from mvhpc.training.ranks import Ranks
+from mvhpc.runtime.collectives import Ranks
+from mvhpc.training.engines.base import Engine
 from mvhpc.training.task import Task
 
 
@@ -108,7 +108,7 @@ class Best:
         """``weights``, those of the scores that are ``kept`` as they were exported; of rank 0."""
         if not kept or self._ranks.rank != 0:
             return weights
-        before = self._owed[0] if self._owed else self._task.exported(self._folder / "model")  # type: ignore[attr-defined]
+        before = self._owed[0] if self._owed else self._task.exported(self._folder / "model")
 
         def judge(name: str) -> str:
             return next(score for score, part in self._task.scores.items() if name.startswith(part.weights))

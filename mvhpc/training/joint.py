@@ -2,7 +2,7 @@
 
 The U-Net learns from the training part and is judged by the validation part. Of several readers, which answer for
 scalars, each learns from the people of both parts but for a share of its own, and is judged by that share
-(:mod:`mvhpc.training.shares`).
+(:mod:`mvhpc.training.cross_fitting`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,28 +14,48 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mvhpc.config import ConfigError, JointConfig, choose
-from mvhpc.devices import repeatable, resolve_device
+from mvhpc.config import Compute, ConfigError, DenoiserConfig, DiffusionConfig, Optimizer, Tracking, Training, choose
 from mvhpc.diffusion.joint import Batch, JointDiffusion
 from mvhpc.models.bundle import read_denoiser, save_joint
 from mvhpc.models.denoiser import JointDenoiser
-from mvhpc.people import scalar_values
-from mvhpc.randomness import generator, rand
+from mvhpc.records import scalar_values
+from mvhpc.runtime.devices import repeatable, resolve_device
+from mvhpc.runtime.randomness import generator, rand
 from mvhpc.training.calibration import calibrate
-from mvhpc.training.engine import Engine
-from mvhpc.training.loop import train
-from mvhpc.training.shares import shares
-from mvhpc.training.task import Part
+from mvhpc.training.cross_fitting import shares
+from mvhpc.training.engines.base import Engine
+from mvhpc.training.task import Part, Task
 from mvhpc.variables import Value, Variables, standard_intervals
+from shards.dataset import Dataset, open_dataset
 from shards.errors import nearest
 from shards.index import Index
-from shards.loader import Dataset, open_dataset
 from shards.schema import Schema
 
 SD_FLOOR = 0.1  # of an element, in typical SDs: latents of empty background hardly vary
 ADAPTED = 256  # people whom the readers' first features are scaled by
 JUDGES = 500  # people at most whom scalars are judged and calibrated by
 VALIDATION_DRAWS = 16  # noisings of each validation sample, the same at every validation
+
+
+@dataclass
+class JointConfig:
+    """`mvhpc train joint`."""
+
+    out: str
+    latents: str
+    vae: str
+    split: str
+    schema: str  # name under configs/schema, a YAML file, or "" for the schema the data were packed with
+    questions: int  # sets of the scalars' levels that each row is trained on, for one look at its volumes
+    reveal: float  # chance that the reader is shown clean a volume that the U-Net must denoise
+    scaling: str  # sd: one SD each way of the training mean becomes [-1, 1]; range: the schema's range does
+    model: DenoiserConfig
+    diffusion: DiffusionConfig
+    ema: float  # decay per step
+    optimizer: Optimizer
+    training: Training
+    compute: Compute
+    tracking: Tracking
 
 
 @dataclass(frozen=True)
@@ -100,7 +120,7 @@ class People:
         self.values, self.present = values | records.latents, present | records.there
 
     def take(self, indices: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Values and presence of the people at ``indices``; by NumPy, see :func:`shards.loader.prefetch`."""
+        """Values and presence of the people at ``indices``; by NumPy, see :func:`shards.order.prefetch`."""
 
         def pick(of_all: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: torch.from_numpy(x.numpy()[indices]) for name, x in of_all.items()}
@@ -108,8 +128,8 @@ class People:
         return pick(self.values), pick(self.present)
 
 
-class JointTask:
-    """One step of the joint diffusion; see :class:`mvhpc.training.loop.Task`.
+class JointTask(Task):
+    """One step of the joint diffusion; see :class:`mvhpc.training.task.Task`.
 
     Raises:
         ConfigError: a variable that the data do not have, data that are no latents, or questions or readers that the
@@ -316,8 +336,3 @@ class JointTask:
     def exported(self, folder: Path) -> dict[str, Tensor]:
         """The denoiser's weights that :meth:`export` wrote."""
         return read_denoiser(folder)
-
-
-def worker(config: JointConfig, folder: Path, rank: int, world: int) -> dict[str, float]:
-    """Train as worker ``rank`` of ``world``."""
-    return train(JointTask(config), config, folder, rank, world)

@@ -1,7 +1,7 @@
 """The training loop: what every stage that trains networks shares.
 
 Every quantity that decides the weights is a pure function of the configuration and the step: the samples of a batch
-(:class:`shards.loader.Order`), their noise (drawn from seed, step and sample by the task), the learning rate. Hence a
+(:class:`shards.order.Order`), their noise (drawn from seed, step and sample by the task), the learning rate. Hence a
 run that was stopped and resumed ends with the same bits as one that was not, and the number of workers changes
 nothing but the order of floating-point sums.
 """
@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from mvhpc.config import Compute
-from mvhpc.devices import resolve_device, send
-from mvhpc.journal import Journal
-from mvhpc.randomness import generator
-from mvhpc.run import Interrupted
-from mvhpc.training.agreement import agree, flat
+from mvhpc.checkpoints.compatibility import check
+from mvhpc.checkpoints.manifest import Checkpoint, CheckpointError
+from mvhpc.checkpoints.writer import Checkpoints
+from mvhpc.config import Compute, flatten
+from mvhpc.runs.journal import Journal
+from mvhpc.runtime.collectives import Ranks
+from mvhpc.runtime.devices import resolve_device, send
+from mvhpc.runtime.randomness import generator
+from mvhpc.runtime.watchdog import Interrupted, Pace, Watch, stop_requested
 from mvhpc.training.best import Best
-from mvhpc.training.checkpoint import Checkpoints
-from mvhpc.training.engine import Engine, learning_rate, make_engine
-from mvhpc.training.guard import Pace, Watch, stop_requested
-from mvhpc.training.manifest import Checkpoint, CheckpointError
-from mvhpc.training.meters import Clock, Diverged, Meter, Skips, peak
-from mvhpc.training.ranks import Ranks
+from mvhpc.training.engines.base import Engine, learning_rate
+from mvhpc.training.engines.make import make_engine
+from mvhpc.training.metrics import Clock, Diverged, Meter, Skips, peak
 from mvhpc.training.task import Config, Task, micro_batch
 from mvhpc.training.validation import validate
-from shards.loader import Order, prefetch
+from shards.order import Order, prefetch
 
 INSIST_S = 300.0  # how long the last checkpoint is tried again where it cannot be written
 RETRY_S = 5.0  # between two attempts
@@ -96,7 +96,7 @@ class _Run:
             self.checkpoints.sweep()
             checkpoint = self.checkpoints.latest()
             if checkpoint is not None:
-                agree(checkpoint, self.config, self.total)
+                check(checkpoint, self.config, self.total)
                 if checkpoint.step == self.total:
                     return dict(checkpoint.state["summary"])
             self._build()
@@ -243,9 +243,7 @@ class _Run:
             for engine in self.engines.values():
                 stack.enter_context(engine.evaluating())
             networks = {name: engine.module for name, engine in self.engines.items()}
-            refresh = getattr(self.task, "refresh", None)
-            if refresh is not None:
-                refresh(networks, self.ranks.rank, self.ranks.world)
+            self.task.refresh(networks, self.ranks.rank, self.ranks.world)
             metrics = {}
             if self.task.validation:
                 metrics = validate(self.task, networks, self.micro_batch, self.ranks)
@@ -257,11 +255,8 @@ class _Run:
             return improved
 
     def _draw(self, networks: dict[str, nn.Module], step: int) -> None:
-        draw = getattr(self.task, "figures", None)
-        if draw is None:
-            return
-        figures: dict[str, Callable[[Path], None]] = draw(networks, step)
-        if self.ranks.rank == 0:
+        figures = self.task.figures(networks, step)
+        if figures and self.ranks.rank == 0:
             try:
                 (self.folder / "figures").mkdir(exist_ok=True)
                 for name, write in figures.items():
@@ -303,7 +298,7 @@ class _Run:
 
     def _state(self, step: int) -> dict[str, Any]:
         return {
-            "configuration": flat(self.config),
+            "configuration": flatten(self.config),
             "layouts": {name: engine.layout for name, engine in self.engines.items()},
             "best": self.best.metrics,
             "seconds": self.clock.seconds,

@@ -1,6 +1,7 @@
 """What the training loop asks of a stage that trains networks."""
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from mvhpc.config import Compute, ConfigError, Optimizer, Training
-from mvhpc.training.engine import Engine
+from mvhpc.training.engines.base import Engine
 
 
 class Config(Protocol):
@@ -32,7 +33,7 @@ class Part:
     metrics: tuple[str, ...] | None = None
 
 
-class Task(Protocol):
+class Task(ABC):
     """What is trained, and what one step of it is.
 
     Attributes:
@@ -43,26 +44,29 @@ class Task(Protocol):
         samples: how many training samples there are.
         validation: how many validation samples; 0 exports the last weights.
         scores: metrics of :meth:`validate` to minimise, each with what it judges.
-
-    With several scores, ``exported(folder)`` is the state dict in a folder that :meth:`export` wrote.
-
-    A task may also have ``figures(networks, step) -> {file name: function that writes a path}``, called by every worker
-    with the averaged weights in place after each export; rank 0 alone calls the functions. And it may have
-    ``refresh(networks, rank, world)``, called by every worker before each validation: what a network knows beside its
-    weights is made anew from them and the training samples.
     """
 
     networks: dict[str, nn.Module]
     learning_rates: dict[str, float]
-    averaged: str | None
+    averaged: str | None = None
     best: str
     samples: int
     validation: int
     scores: Mapping[str, Part]
 
+    @classmethod  # noqa: B027 a hook
+    def check(cls, config: Any) -> None:
+        """Refuse a configuration or data before anything is started; called once, where the stage is started.
+
+        Raises:
+            ConfigError: what cannot be used.
+        """
+
+    @abstractmethod
     def load(self, indices: list[int]) -> dict[str, Any]:
         """The training samples ``indices`` as a batch in host memory; runs in prefetching threads."""
 
+    @abstractmethod
     def step(
         self, batch: dict[str, Any], engines: dict[str, Engine], step: int, indices: list[int]
     ) -> dict[str, Tensor]:
@@ -72,11 +76,27 @@ class Task(Protocol):
             scalars to log, means over the micro-batch.
         """
 
+    @abstractmethod
     def validate(self, indices: list[int], networks: dict[str, nn.Module]) -> dict[str, Tensor]:
         """Metrics (B,) of the validation samples ``indices``; NaN where a metric has no value for a sample."""
 
+    @abstractmethod
     def export(self, folder: Path, states: dict[str, dict[str, Tensor]], metrics: dict[str, float]) -> None:
         """Write the model into the empty ``folder``; ``states`` holds the (averaged) state dict of ``best``."""
+
+    def exported(self, folder: Path) -> dict[str, Tensor]:
+        """The state dict in a folder that :meth:`export` wrote; needed where there are several scores."""
+        raise NotImplementedError(f"{type(self).__name__} has several scores and must read what it exported")
+
+    def refresh(self, networks: dict[str, nn.Module], rank: int, world: int) -> None:  # noqa: B027 a hook
+        """Before each validation, at every worker: make anew what a network knows beside its weights."""
+
+    def figures(self, networks: dict[str, nn.Module], step: int) -> dict[str, Callable[[Path], None]]:
+        """Pictures after each export: file name -> a function that writes it.
+
+        Called by every worker, with the averaged weights in place; rank 0 alone calls the functions.
+        """
+        return {}
 
 
 def micro_batch(training: Training, world: int) -> int:

@@ -1,9 +1,10 @@
 """Training the autoencoder with MAISI's loss (arXiv:2409.11169): L1 + KL + perceptual + adversarial."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,25 +12,52 @@ from monai.losses import PatchAdversarialLoss
 from monai.networks.nets import PatchDiscriminator
 from torch import Tensor, nn
 
-from mvhpc.config import ConfigError, VAEConfig
+from mvhpc.config import AutoencoderConfig, Compute, ConfigError, Optimizer, Tracking, Training
 from mvhpc.evaluation.figures import gallery, slices
 from mvhpc.evaluation.similarity import psnr, ssim
 from mvhpc.models.autoencoder import Autoencoder, kl_divergence
 from mvhpc.models.bundle import save_autoencoder
 from mvhpc.models.perceptual import SqueezeLPIPS, load_lpips, slice_distance
-from mvhpc.people import volume_shape
-from mvhpc.randomness import generator, rand, randn
-from mvhpc.training.cluster import launch
-from mvhpc.training.engine import Engine
-from mvhpc.training.loop import train
-from mvhpc.training.task import Part
-from shards.loader import open_dataset
-
-if TYPE_CHECKING:
-    from mvhpc.run import Run
+from mvhpc.records import volume_shape
+from mvhpc.runtime.randomness import generator, rand, randn
+from mvhpc.training.engines.base import Engine
+from mvhpc.training.task import Part, Task
+from shards.dataset import open_dataset
 
 SHOWN = 4  # validation subjects in the figure of reconstructions
 least_squares = PatchAdversarialLoss(criterion="least_squares")  # Mao et al. 2017, with MONAI's leaky output
+
+
+@dataclass
+class VAELoss:
+    """MAISI's loss: weights of its terms, and the perceptual network's local weight files."""
+
+    l1: float
+    kl: float
+    perceptual: float
+    adversarial: float
+    slices: float  # share of the slices per axis that the perceptual term sees
+    backbone: str  # SqueezeNet 1.1 weights (torchvision's file)
+    heads: str  # LPIPS linear heads for it
+    discriminator_channels: int
+    discriminator_layers: int
+
+
+@dataclass
+class VAEConfig:
+    """`mvhpc train vae`."""
+
+    out: str
+    data: str
+    split: str
+    model: AutoencoderConfig
+    loss: VAELoss
+    flip: float  # probability of mirroring left and right in training
+    optimizer: Optimizer
+    discriminator_lr: float
+    training: Training
+    compute: Compute
+    tracking: Tracking
 
 
 class Discriminator(nn.Module):
@@ -73,12 +101,11 @@ def generator_loss(fake: Tensor) -> Tensor:
     return least_squares(fake, target_is_real=True, for_discriminator=False)
 
 
-class VAETask:
-    """One step of the autoencoder; see :class:`mvhpc.training.loop.Task`. A sample is one volume of one record.
+class VAETask(Task):
+    """One step of the autoencoder; see :class:`mvhpc.training.task.Task`. A sample is one volume of one record.
 
     Args:
         config: of the stage.
-        lpips: the perceptual network; None where ``loss.perceptual`` is 0.
 
     Raises:
         ConfigError: data that are no volumes, or whose shape the networks do not take.
@@ -88,8 +115,8 @@ class VAETask:
     best = "autoencoder"
     scores: Mapping[str, Part] = {"reconstruction": Part()}
 
-    def __init__(self, config: VAEConfig, lpips: SqueezeLPIPS | None = None) -> None:
-        self.config, self.lpips = config, lpips
+    def __init__(self, config: VAEConfig) -> None:
+        self.config = config
         self.dataset = open_dataset(config.data)
         shape = volume_shape(self.dataset)
         self.train, self.others = (
@@ -112,6 +139,24 @@ class VAETask:
                 config.loss.discriminator_channels, config.loss.discriminator_layers, shape
             )
             self.learning_rates["discriminator"] = config.discriminator_lr
+
+    @classmethod
+    def check(cls, config: VAEConfig) -> None:
+        """Refuse what the networks do not take, and missing weights of the perceptual term.
+
+        Raises:
+            WeightsError: the perceptual term is on and its weights are not there.
+            ConfigError: data whose shape the networks do not take.
+        """
+        if config.loss.perceptual:
+            load_lpips(config.loss.backbone, config.loss.heads)
+        cls(config)
+
+    @cached_property
+    def lpips(self) -> SqueezeLPIPS | None:
+        """The perceptual network; None where ``loss.perceptual`` is 0. Needed by steps alone."""
+        loss = self.config.loss
+        return load_lpips(loss.backbone, loss.heads) if loss.perceptual else None
 
     def _read(self, samples: list[tuple[str, str]]) -> Tensor:
         """Volumes (B, 1, H, W, D) as stored, float16."""
@@ -181,25 +226,3 @@ class VAETask:
         network = Autoencoder(self.config.model)
         network.load_state_dict(states["autoencoder"])
         save_autoencoder(folder, network, self.config.model, {"validation": metrics})
-
-
-def worker(config: VAEConfig, folder: Path, rank: int, world: int) -> dict[str, float]:
-    """Train as worker ``rank`` of ``world``."""
-    lpips = load_lpips(config.loss.backbone, config.loss.heads) if config.loss.perceptual else None
-    return train(VAETask(config, lpips), config, folder, rank, world)
-
-
-def run(config: VAEConfig, run: "Run") -> dict[str, float]:
-    """Stage ``vae``: train the autoencoder on every volume of the training part.
-
-    Returns:
-        the best validation's metrics, steps and samples per second.
-
-    Raises:
-        WeightsError: the perceptual term is on and its weights are not there; before anything starts.
-        ConfigError: data whose shape the networks do not take; likewise.
-    """
-    if config.loss.perceptual:
-        load_lpips(config.loss.backbone, config.loss.heads)
-    VAETask(config)
-    return launch("mvhpc.training.vae:worker", config, run.folder, config.compute.workers)

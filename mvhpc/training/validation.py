@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mvhpc.training.meters import ADVICE
-from mvhpc.training.ranks import Ranks
+from mvhpc.runtime.collectives import Ranks
+from mvhpc.training.metrics import ADVICE
 from mvhpc.training.task import Task
 
 

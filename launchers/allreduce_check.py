@@ -1,0 +1,49 @@
+"""One rank of an all-reduce that must come out right.
+
+`python -m launchers.allreduce_check ADDRESS RANK WORLD OUT.json`
+
+A process of its own: where a network or a GPU hangs, it alone is killed.
+"""
+
+import json
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+MEBIBYTES = {"cuda": 256, "cpu": 8}
+ROUNDS = 3
+PATIENCE_S = 60
+
+
+def main(address: str, rank: int, world: int, out: Path) -> None:
+    """Add up rank + 1 over all ranks, write whether the sum was right, and the rate (Gbit/s on a ring)."""
+    import torch
+    import torch.distributed as dist
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=f"tcp://{address}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=PATIENCE_S),
+    )
+    size = MEBIBYTES[device.type] * 2**20
+    right, seconds = True, float("inf")
+    for _ in range(ROUNDS):
+        numbers = torch.full((size // 4,), float(rank + 1), device=device)
+        dist.barrier()
+        start = time.monotonic()
+        dist.all_reduce(numbers)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = min(seconds, time.monotonic() - start)
+        right = right and bool((numbers == world * (world + 1) / 2).all())
+    dist.destroy_process_group()
+    rate = 2 * (world - 1) / world * size * 8 / seconds / 1e9
+    out.write_text(json.dumps({"right": right, "gbit_per_second": round(rate, 2)}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

@@ -1,0 +1,1 @@
+"""Checkpoints on disk; nothing here knows what is trained."""

@@ -1,0 +1,43 @@
+"""Typed configuration: dataclasses, loader (YAML and dotted overrides), errors."""
+
+from mvhpc.config.effects import Effect, decisive, effect
+from mvhpc.config.errors import ConfigError, at_least, choose
+from mvhpc.config.loader import CONFIGS, config_file, fingerprint, flatten, load_config, to_dict, to_yaml
+from mvhpc.config.sections import (
+    AutoencoderConfig,
+    Compute,
+    DenoiserConfig,
+    DiffusionConfig,
+    Optimizer,
+    Sampling,
+    Tracking,
+    Training,
+    in_one_process,
+    refuse_password,
+)
+
+__all__ = [
+    "CONFIGS",
+    "AutoencoderConfig",
+    "Compute",
+    "ConfigError",
+    "DenoiserConfig",
+    "DiffusionConfig",
+    "Effect",
+    "Optimizer",
+    "Sampling",
+    "Tracking",
+    "Training",
+    "at_least",
+    "choose",
+    "config_file",
+    "decisive",
+    "effect",
+    "fingerprint",
+    "flatten",
+    "in_one_process",
+    "load_config",
+    "refuse_password",
+    "to_dict",
+    "to_yaml",
+]

@@ -1,0 +1,31 @@
+"""What is wrong with a configuration, and the checks that several parts share."""
+
+from collections.abc import Mapping, Sequence
+
+from shards.errors import nearest
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, file or preset and what to do."""
+
+
+def choose(word: str, known: Sequence[str], what: str) -> str:
+    """``word`` where it is one of ``known``.
+
+    Raises:
+        ConfigError: naming the nearest known word.
+    """
+    if word not in known:
+        raise ConfigError(nearest(word, known, what))
+    return word
+
+
+def at_least(least: int, counts: Mapping[str, int]) -> None:
+    """Refuse counts, by key, below the least that make sense.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for key, count in counts.items():
+        if count < least:
+            raise ConfigError(f"{key}={count}: at least {least} is needed")

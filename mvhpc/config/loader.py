@@ -1,0 +1,160 @@
+"""Typed configuration: a dataclass tree per stage, filled from YAML and dotted overrides.
+
+Values come, later over earlier, from ``configs/STAGE/default.yaml``, the named preset or file, and ``key=value``
+overrides. The dataclasses give names and types alone; numbers and their sources stand in the YAML files.
+"""
+
+import dataclasses
+import hashlib
+import json
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from mvhpc.config.errors import ConfigError
+from shards.errors import nearest
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+C = TypeVar("C")
+
+
+def config_file(folder: str, name: str) -> Path:
+    """The YAML file of a preset name under ``configs/folder``, or of a path.
+
+    Raises:
+        ConfigError: where neither exists.
+    """
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
+        if not path.is_file():
+            raise ConfigError(f"no configuration file {name}")
+        return path
+    presets = {p.stem: p for p in (CONFIGS / folder).glob("*.yaml")}
+    if name not in presets:
+        raise ConfigError(nearest(name, presets, f"{folder} preset"))
+    return presets[name]
+
+
+def _keys(kind: type, prefix: str = "") -> Iterable[str]:
+    for field in dataclasses.fields(kind):
+        yield prefix + field.name
+        if dataclasses.is_dataclass(field.type) and isinstance(field.type, type):
+            yield from _keys(field.type, f"{prefix}{field.name}.")
+
+
+def _parsed(kind: Any, layer: Any) -> Any:
+    """``layer`` with what stands as plain words for a list (``a,b``) or a mapping (``a=1,b=2``) made into one."""
+    if not isinstance(layer, Mapping | DictConfig) or not dataclasses.is_dataclass(kind):
+        return layer
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    values = {}
+    for key in layer:
+        missing = OmegaConf.is_config(layer) and OmegaConf.is_missing(layer, key)
+        value, target = MISSING if missing else layer[key], fields.get(key)
+        if isinstance(value, str) and value != MISSING and typing.get_origin(target) in (list, dict):
+            values[key] = _listed(value) if typing.get_origin(target) is list else _mapped(key, value)
+        else:
+            values[key] = _parsed(target, value)
+    return OmegaConf.create(values)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _mapped(key: str, text: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for part in _listed(text):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError(f"{key} {text!r}: {part!r} is not of the form name=value")
+        if name in found:
+            raise ConfigError(f"{key} {text!r}: {name} is named twice")
+        found[name] = value
+    return found
+
+
+def load_config(
+    kind: type[C],
+    folder: str,
+    name: str = "default",
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> C:
+    """Build a configuration of type ``kind``.
+
+    Args:
+        kind: the dataclass.
+        folder: the stage's folder under ``configs/``.
+        name: a preset of that folder or a YAML file; laid over the folder's ``default.yaml``.
+        overrides: ``dotted.key=value``, values in YAML's syntax.
+        values: dotted key -> value as it is, laid over everything.
+
+    Raises:
+        ConfigError: an unknown preset, a misspelt key (naming the nearest right one), a value of the wrong type, or a
+            key left without value; each names its file or override.
+    """
+    node = OmegaConf.structured(kind)
+    layers: list[tuple[str, Any]] = []
+    for path in dict.fromkeys([config_file(folder, "default"), config_file(folder, name)]):
+        try:
+            layers.append((str(path), OmegaConf.load(path)))
+        except Exception as error:
+            raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"{override!r}: an override has the form key=value")
+        try:
+            layers.append((override, OmegaConf.from_dotlist([override])))
+        except Exception as error:
+            raise ConfigError(f"{override!r}: {error}") from error
+    for key, value in (values or {}).items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        layers.append((key, value))
+    layers = [(source, _parsed(kind, layer)) for source, layer in layers]
+    for source, layer in layers:
+        try:
+            node = OmegaConf.merge(node, layer)
+            for key in OmegaConf.missing_keys(layer) if isinstance(layer, DictConfig) else ():
+                OmegaConf.update(node, key, MISSING)  # which merging leaves as it was
+        except ConfigKeyError as error:
+            key = str(getattr(error, "full_key", None) or getattr(error, "key", ""))
+            raise ConfigError(f"{source}: {nearest(key, _keys(kind), 'key')}") from error
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
+    try:
+        OmegaConf.to_container(node, throw_on_missing=True)
+        return OmegaConf.to_object(node)  # type: ignore[return-value]
+    except MissingMandatoryValue as error:
+        key = getattr(error, "full_key", None) or str(error)
+        raise ConfigError(f"{folder}: give a value for {key}, as {key}=VALUE") from error
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain nested dictionaries."""
+    return dataclasses.asdict(config)
+
+
+def flatten(values: Any) -> dict[str, Any]:
+    """Nested mappings, or a configuration, as dotted key -> value."""
+    node = to_dict(values) if dataclasses.is_dataclass(values) else values
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= {f"{key}.{k}": v for k, v in flatten(value).items()} if isinstance(value, Mapping) else {key: value}
+    return flat
+
+
+def to_yaml(config: Any) -> str:
+    """A configuration as YAML, readable again by :func:`load_config`."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def fingerprint(*parts: Any) -> str:
+    """SHA-256 (16 hex digits) of configurations and other JSON-able parts."""
+    plain = [to_dict(p) if dataclasses.is_dataclass(p) and not isinstance(p, type) else p for p in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]

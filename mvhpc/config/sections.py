@@ -1,0 +1,150 @@
+"""The parts of configurations that several stages share; each stage's own stands in its module."""
+
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from mvhpc.config.errors import ConfigError, at_least
+
+
+def in_one_process(compute: "Compute") -> None:
+    """Refuse more workers where a stage has but one.
+
+    Raises:
+        ConfigError: with what to do.
+    """
+    if compute.workers != 1:
+        raise ConfigError(f"compute.workers={compute.workers}: this stage runs in one process; take 1")
+
+
+@dataclass
+class Optimizer:
+    """AdamW and its schedule. ``lr`` rises over ``warmup`` steps, then stays or falls as a cosine to zero."""
+
+    lr: float
+    betas: list[float]
+    weight_decay: float
+    warmup: int
+    schedule: str  # constant | cosine
+    clip: float  # largest gradient norm; 0 switches clipping off
+
+
+@dataclass
+class Training:
+    """How long, in what batches, and what is kept."""
+
+    epochs: int
+    batch: int  # samples per step over all workers together, whatever their number
+    accumulate: int  # micro-batches per step and worker
+    validate_every: int  # epochs
+    checkpoint_every: int  # steps
+    keep: int  # checkpoints
+    log_every: int  # steps
+    seed: int
+
+    def __post_init__(self) -> None:
+        counts = ("epochs", "batch", "accumulate", "validate_every", "checkpoint_every", "log_every")
+        at_least(1, {f"training.{name}": getattr(self, name) for name in counts})
+
+
+@dataclass
+class Compute:
+    """Where it runs. One worker runs in the process itself, more run through Ray Train and DeepSpeed."""
+
+    workers: int
+    zero_stage: int  # 0-3, DeepSpeed ZeRO
+    precision: str  # float32 | bfloat16 | auto: bfloat16 where the device is made for it
+    device: str  # auto | cpu | cuda
+    threads: int  # per worker; 0 divides the cores among the workers
+    retries: int  # restarts from the last checkpoint by Ray; in a job also of Ray itself, in a row without a new one
+    compile: bool = False  # denoiser and what is trained through torch.compile
+    # Of training alone, so that other stages need not name them.
+    offload: str = "none"  # none | cpu: where the optimiser's state lives, from ZeRO-1 on
+    hang_minutes: float = 30.0  # without a step, after which a worker writes all stacks to its log and ends; 0: never
+
+    def __post_init__(self) -> None:
+        at_least(1, {"compute.workers": self.workers})
+
+
+@dataclass
+class Tracking:
+    """The MLflow store; an empty ``uri`` means ``mlflow.db`` (sqlite) beside the run folder."""
+
+    uri: str
+    experiment: str
+
+    def __post_init__(self) -> None:
+        refuse_password(self.uri)
+
+
+def refuse_password(uri: str) -> None:
+    """Keep passwords out of tracking URIs, which are written to run folders and logs.
+
+    Raises:
+        ConfigError: for a URI that holds one; it is not repeated.
+    """
+    parts = urlsplit(uri)
+    if parts.password is not None:
+        raise ConfigError(
+            f"tracking.uri: take the password for {parts.hostname} out of it, and set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD (for a database its own variable, as PGPASSWORD) in the environment"
+        )
+
+
+@dataclass
+class AutoencoderConfig:
+    """MONAI AutoencoderKL; as many levels as ``channels`` has entries, each after the first halving every axis."""
+
+    channels: list[int]
+    latent_channels: int
+    res_blocks: int
+    norm_groups: int
+    checkpointing: bool
+
+
+@dataclass
+class DenoiserConfig:
+    """3D U-Net of latent diffusion, and how scalars enter and leave it."""
+
+    scalars: str  # late: beside the U-Net, from what a small reader sees of the volumes; early: the paper's way
+    components: int  # of the density said of a number (late); 0: no density
+    readers: int  # that answer for scalars together (late), each without a share of the people; 1: none left out
+    channels: list[int]
+    attention: list[bool]
+    res_blocks: int
+    head_channels: int
+    norm_groups: int
+    embedding: int  # width of time and scalar embeddings
+    dropout: float
+    checkpointing: bool
+
+
+@dataclass
+class DiffusionConfig:
+    """The forward processes and what the network is asked to predict."""
+
+    steps: int  # T
+    beta_start: float
+    beta_end: float
+    time: str  # shared | independent
+    shared_fraction: float  # of steps, in independent time, that draw one common t
+    clean_fraction: float  # probability, per variable, of resting at t = 0
+    noise_fraction: float  # probability, per variable, of resting at t = T
+    volume: str  # eps | v | x0
+    continuous: str  # eps | v | x0
+    targets: dict[str, str]  # eps | v | x0 of single variables, by name
+    weights: dict[str, float]  # loss weight per variable, 1 where not named
+
+
+@dataclass
+class Sampling:
+    """How a conditional is sampled."""
+
+    conditioning: str  # auto | posterior (scalars alone) | clean | repaint
+    steps: int  # of volumes and continuous variables
+    stride: int  # of categorical variables, in units of t
+    solver: str  # of volumes and continuous variables: ddim | dpm (DPM-Solver++ 2M)
+    guidance: float  # 1 is none; above 1 the given values count for more
+    resample: int  # times that each step is taken, with noise put back in between (RePaint); 1: once
+
+    def __post_init__(self) -> None:
+        at_least(1, {f"sampling.{name}": getattr(self, name) for name in ("steps", "stride", "resample")})

@@ -1,0 +1,209 @@
+"""One stage, done whole: run folder, lock, journal, tracking, and the record that says it is finished."""
+
+import contextlib
+import json
+import logging
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mvhpc.checkpoints.compatibility import check_newest
+from mvhpc.config import ConfigError, decisive, fingerprint, to_yaml
+from mvhpc.runs.folder import Run, exclusive, identity, read_record
+from mvhpc.runs.journal import read
+from mvhpc.runs.mlflow_sync import Tracker
+from mvhpc.runtime.importing import resolve
+from mvhpc.stages import STAGES, Stage
+from shards.files import write_text, write_whole
+
+KEPT = ("jobs", ".lock")  # what stays where an outdated result is set aside: the launcher's files, and the lock held
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage with its configuration, and what identifies its result.
+
+    Attributes:
+        stage: its entry in the table.
+        config: its configuration.
+        inputs: key -> identity of the content that it names; of an input that is not there, what the record says.
+        missing: key -> path of inputs that are not there.
+        fingerprint: of everything that decides the result.
+    """
+
+    stage: Stage
+    config: Any
+    inputs: Mapping[str, str]
+    missing: Mapping[str, str]
+    fingerprint: str
+
+    @property
+    def out(self) -> Path:
+        """Where its result goes."""
+        return Path(self.config.out)
+
+    @property
+    def folder(self) -> Path:
+        """Its run folder."""
+        return self.stage.run_folder(self.out)
+
+    def state(self) -> str:
+        """``finished``, ``running`` (begun with this configuration and these inputs), ``changed`` or ``new``."""
+        record = read_record(self.folder)
+        if not record:
+            return "changed" if self.out.exists() else "new"
+        if record["fingerprint"] != self.fingerprint:
+            return "changed"
+        status: str = record["status"]
+        return status if self.out.exists() else "new"
+
+    def check_inputs(self) -> None:
+        """Refuse to begin without an input.
+
+        Raises:
+            ConfigError: naming the first key and path.
+        """
+        for key, path in self.missing.items():
+            maker = self.stage.inputs[key]
+            how = f"; stage {maker} makes it" if maker else ""
+            raise ConfigError(f"{key}={path}: no such file or folder (is its file system mounted?){how}")
+
+
+def plan(name: str, config: Any) -> PlannedStage:
+    """Find out what identifies the result of a stage; its inputs are looked at once, here.
+
+    Args:
+        name: of the stage.
+        config: its configuration.
+    """
+    stage = STAGES[name]
+    recorded = read_record(stage.run_folder(config.out)).get("inputs", {})
+    split = getattr(config, "split_name", getattr(config, "split", "default"))
+    inputs, missing = {}, {}
+    for key in stage.inputs:
+        path = getattr(config, key)
+        if not path:
+            continue
+        try:
+            inputs[key] = identity(path, split)
+        except FileNotFoundError:
+            missing[key] = path
+            inputs[key] = recorded.get(key, "")
+    keys = {key: value for key, value in decisive(config).items() if key not in stage.inputs}
+    return PlannedStage(stage, config, inputs, missing, fingerprint(stage.name, keys, inputs))
+
+
+def execute(planned: PlannedStage) -> dict[str, Any]:
+    """Do one stage: prepare its folder, do it, track it, and record that it is finished.
+
+    Returns:
+        The stage's summary: metric name -> number.
+
+    Raises:
+        ConfigError: an input that is not there, or another process at work in this folder.
+        Exception: whatever the stage raises; its traceback is in the run folder's ``log.txt``. What was recorded of an
+            earlier result stays, unless training went on from it.
+    """
+    stage, config, folder = planned.stage, planned.config, planned.folder
+    planned.check_inputs()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    record = {"stage": stage.name, "fingerprint": planned.fingerprint, "inputs": dict(planned.inputs)}
+    run = Run(folder)
+    start = time.time()
+    with exclusive(folder), library_logs(folder / "log.txt"):
+        if stage.trains:
+            check_newest(folder, config)
+        files = (folder / "stage.json", folder / "config.yaml")
+        before = {path: path.read_bytes() for path in files if path.is_file()}
+        begun = _starts(folder)
+        write_text(files[0], json.dumps({**record, "status": "running"}, indent=1))
+        write_text(files[1], to_yaml(config))
+        tracker = Tracker(
+            stage.name,
+            config,
+            folder,
+            fingerprint=planned.fingerprint,
+            inputs=dict(planned.inputs),
+            data=getattr(config, "latents", None) or getattr(config, "data", None),
+        )
+        try:
+            with tracker:
+                summary = run_stage(stage, config, run)
+                run.journal.write("summary", metrics=summary)
+                # At once, before MLflow takes its time: killed later on, the stage is finished all the same.
+                finished = {"status": "finished", "summary": summary, "seconds": round(time.time() - start, 1)}
+                write_text(files[0], json.dumps({**record, **finished}, indent=1))
+        except BaseException:
+            with (folder / "log.txt").open("a") as log:
+                log.write(traceback.format_exc())
+            if _starts(folder) == begun and read_record(folder)["status"] == "running":
+                for path, content in before.items():
+                    write_whole(path, content)
+            raise
+    return summary
+
+
+def run_stage(stage: Stage, config: Any, run: Run) -> dict[str, Any]:
+    """The stage's own function; of a stage that trains, the training of its task."""
+    if stage.trains:
+        from mvhpc.training.run import run_training  # imports torch
+
+        return dict(run_training(stage.task, config, run))
+    summary: dict[str, Any] = resolve(stage.run)(config, run)
+    return summary
+
+
+def _starts(folder: Path) -> int:
+    """How often training was begun or resumed there."""
+    return sum(event["event"] == "start" for event in read(folder))
+
+
+def set_aside(planned: PlannedStage) -> None:
+    """Rename an outdated result, and its run folder, to ``NAME.old-N``, so that nothing is lost.
+
+    Raises:
+        ConfigError: another process is at work there.
+    """
+    for path in dict.fromkeys((planned.out, planned.folder)):
+        if not path.exists():
+            continue
+        if path != planned.folder:
+            path.rename(_free_name(path))
+            continue
+        with exclusive(path):
+            outdated = [child for child in path.iterdir() if child.name not in KEPT]
+            if outdated:
+                old = _free_name(path)
+                old.mkdir(mode=0o700)
+                for child in outdated:
+                    child.rename(old / child.name)
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (old := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    return old
+
+
+@contextlib.contextmanager
+def library_logs(log: Path) -> Iterator[None]:
+    """Send warnings and log records of libraries to ``log`` instead of the screen."""
+    handler = logging.FileHandler(log)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    before = root.handlers[:]
+    root.handlers[:] = [handler]
+    logging.captureWarnings(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            yield
+    finally:
+        logging.captureWarnings(False)
+        root.handlers[:] = before
+        handler.close()

@@ -1,0 +1,1 @@
+"""What makes the networks fast; results change by rounding at most."""

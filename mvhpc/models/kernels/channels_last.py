@@ -1,0 +1,103 @@
+"""MONAI's blocks, computed in the order that suits the device: on GPUs channels stay beside one another in memory.
+
+Weights, their names and, on CPUs, every bit are MONAI's. On GPUs its blocks would leave that order after each
+attention, and read and write a volume three times where GroupNorm, SiLU and the shift before them need it once.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from monai.networks.nets.autoencoderkl import AEKLResBlock
+from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock, SpatialTransformer
+from torch import Tensor, nn
+
+from mvhpc.models.kernels.normalization import GroupNorm, LayerNorm
+
+
+class ResidualOfUNet(DiffusionUNetResnetBlock):
+    """Residual block told a level; of one size, as the U-Net has them."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x (B, C, H, W, D) and the level's embedding (B, E) to (B, C', H, W, D)."""
+        told = self.time_emb_proj(self.nonlinearity(emb))  # (B, C')
+        h = self.conv1(self.norm1(x, silu=True))
+        return self.skip_connection(x) + self.conv2(self.norm2(h, told, silu=True))
+
+
+class ResidualOfAutoencoder(AEKLResBlock):
+    """Residual block of the autoencoder."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W, D) to (B, C', H, W, D)."""
+        h = self.conv2(self.norm2(self.conv1(self.norm1(x, silu=True)), silu=True))
+        return self.nin_shortcut(x) + h
+
+
+class Transformer(SpatialTransformer):
+    """Attention between voxels and to the scalars' tokens."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W, D), context (B, tokens, E) or None, to (B, C, H, W, D)."""
+        if not x.is_cuda:
+            return super().forward(x, context)
+        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B, H W D, C)
+        for block in self.transformer_blocks:
+            h = block(h, context=context)
+        return self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:])) + x
+
+
+OURS = {
+    nn.GroupNorm: GroupNorm,
+    nn.LayerNorm: LayerNorm,
+    DiffusionUNetResnetBlock: ResidualOfUNet,
+    AEKLResBlock: ResidualOfAutoencoder,
+    SpatialTransformer: Transformer,
+}
+
+
+def adopt(module: nn.Module) -> None:
+    """Make what a network has of MONAI's blocks, and every norm, the one of this project."""
+    for part in module.modules():
+        part.__class__ = OURS.get(type(part), type(part))
+
+
+def lay_out(module: nn.Module) -> None:
+    """Put the weights of an adopted network's convolutions in the order that GPUs convolve in."""
+    if any(isinstance(part, GroupNorm) for part in module.modules()):
+        for parameter in module.parameters():
+            if parameter.ndim == 5:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+
+
+def down(block: Any, h: Tensor, time: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """A level of the down path: what it makes of h, and what the up path is passed."""
+    passed = []
+    for i, residual in enumerate(block.resnets):
+        h = residual(h, time)
+        if hasattr(block, "attentions"):
+            h = _attend(block.attentions[i], h, context)
+        passed.append(h)
+    if block.downsampler is not None:
+        h = block.downsampler(h, time)
+        passed.append(h)
+    return h, passed
+
+
+def middle(block: Any, h: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
+    """The bottleneck."""
+    return block.resnet_2(_attend(block.attention, block.resnet_1(h, time), context), time)
+
+
+def up(block: Any, h: Tensor, passed: Sequence[Tensor], time: Tensor, context: Tensor | None) -> Tensor:
+    """A level of the up path, with the last of what the down path ``passed`` first."""
+    for i, residual in enumerate(block.resnets):
+        h = residual(torch.cat([h, passed[-1 - i]], 1), time)
+        if hasattr(block, "attentions"):
+            h = _attend(block.attentions[i], h, context)
+    return h if block.upsampler is None else block.upsampler(h, time)
+
+
+def _attend(attention: nn.Module, h: Tensor, context: Tensor | None) -> Tensor:
+    h = attention(h, context) if isinstance(attention, SpatialTransformer) else attention(h)
+    return h if h.is_cuda else h.contiguous()

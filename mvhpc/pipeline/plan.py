@@ -1,0 +1,124 @@
+"""Which stages a project has, with which configuration, and where each result lies."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mvhpc.config import CONFIGS, flatten, load_config
+from mvhpc.stages import STAGES
+
+
+@dataclass
+class Query:
+    """What is wanted, given what."""
+
+    want: list[str]
+    given: list[str]
+
+    @property
+    def name(self) -> str:
+        """A file name that says it: ``age-given-image-sex``."""
+        return query_name(self.want, self.given)
+
+
+def query_name(want: Sequence[str], given: Sequence[str]) -> str:
+    """The file name of a query's predictions: ``age-given-image-sex``."""
+    return f"{'-'.join(want)}-given-{'-'.join(given) or 'nothing'}"
+
+
+@dataclass
+class PipelineConfig:
+    """`mvhpc run`: presets, places and queries; one free mapping of overrides per stage."""
+
+    preset: str
+    root: str
+    source: str
+    folds: int
+    queries: list[Query]
+    phantom: dict[str, Any]
+    pack: dict[str, Any]
+    vae: dict[str, Any]
+    encode: dict[str, Any]
+    joint: dict[str, Any]
+    predict: dict[str, Any]
+    generate: dict[str, Any]
+
+
+class Pipeline:
+    """A project: its splits, the places of its results, and the configuration of each stage.
+
+    Args:
+        config: of the pipeline.
+
+    Attributes:
+        root: the project's folder.
+        source: BIDS tree or CSV that is packed.
+        splits: name of each split -> the folder of what is trained on it.
+    """
+
+    def __init__(self, config: PipelineConfig) -> None:
+        self.config = config
+        self.root = Path(config.root)
+        self.source = Path(config.source) if config.source else self.root / STAGES["phantom"].out
+        self.splits = (
+            {f"fold-{k}-of-{config.folds}": self.root / f"fold-{k}" for k in range(1, config.folds + 1)}
+            if config.folds
+            else {"default": self.root}
+        )
+
+    def place(self, stage: str, split: str, query: str = "") -> Path:
+        """Where the result of a stage lies, for one split and, of predictions, one query."""
+        if stage == "phantom":
+            return self.source
+        folder = "" if self.splits[split] == self.root else f"{self.splits[split].name}/"
+        return self.root / STAGES[stage].out.format(split=folder, query=query)
+
+    def predictions(self, split: str, query: Query) -> Path:
+        """The TSV file of the answers to one query."""
+        return self.place("predict", split, query.name)
+
+    def values(self, stage: str, split: str, query: str = "") -> dict[str, Any]:
+        """What the project says of a stage's configuration: its paths, its split, its tracking store and its own keys.
+
+        Keys that the configuration of the stage does not have are left out.
+        """
+        entry = STAGES[stage]
+        fields = {field.name for field in dataclasses.fields(entry.config_class())}
+        values: dict[str, Any] = {"tracking.uri": f"sqlite:///{self.root / 'mlflow.db'}"}
+        values |= flatten(getattr(self.config, stage, {}))
+        values["out"] = str(self.place(stage, split, query))
+        values |= {key: str(self.place(made_by, split)) for key, made_by in entry.inputs.items() if made_by}
+        if stage == "pack":
+            values["folds"] = self.config.folds
+        elif "split_name" in fields:
+            values["split_name"] = split
+        elif "split" in fields:
+            values["split"] = split
+        return values
+
+    def preset(self, stage: str) -> str:
+        """The preset of a stage: the project's, or ``default`` where the stage has none of that name."""
+        preset = self.config.preset
+        return preset if (CONFIGS / stage / f"{preset}.yaml").is_file() else "default"
+
+    def configure(self, stage: str, split: str, query: Query | None = None) -> Any:
+        """The configuration of one stage."""
+        values = self.values(stage, split, query.name if query else "")
+        if query:
+            values |= {"want": query.want, "given": query.given}
+        return load_config(STAGES[stage].config_class(), stage, self.preset(stage), (), values)
+
+    def steps(self) -> Iterator[tuple[str, Any]]:
+        """(stage, configuration) in the order in which they are done."""
+        splits = list(self.splits)
+        if not self.config.source:
+            yield "phantom", self.configure("phantom", splits[0])
+        yield "pack", self.configure("pack", splits[0])
+        for split in splits:
+            for stage in ("vae", "encode", "joint"):
+                yield stage, self.configure(stage, split)
+            for query in self.config.queries:
+                yield "predict", self.configure("predict", split, query)
+        yield "generate", self.configure("generate", splits[-1])

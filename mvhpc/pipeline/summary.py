@@ -1,0 +1,117 @@
+"""What a finished pipeline has to say: the table of answers, and where to look next."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from mvhpc.config import load_config
+from mvhpc.evaluation.tables import Table, constant_predictions, label, read_predictions, scoreboard
+from mvhpc.inference.inpaint import InpaintConfig, inpaint_half
+from mvhpc.inference.sampler import Sampler
+from mvhpc.pipeline.plan import Pipeline
+from mvhpc.stages import STAGES
+from shards.dataset import open_dataset
+from shards.files import write_text
+from shards.phantom.anatomy import best_possible
+from shards.schema import Schema
+
+
+def ideal_predictions(frame: pd.DataFrame, source: Path, given: Sequence[str], schema: Schema) -> pd.DataFrame:
+    """What the phantom's own law answers about the people of ``frame``: posterior median, most probable class.
+
+    Args:
+        frame: predictions, for their keys and true values.
+        source: a folder of phantoms.
+        given: the variables that are known.
+        schema: of the predicted variables.
+    """
+    ideal = best_possible(source, given).reindex(frame["subject"])
+    answer = frame[["key", "subject"]].copy()
+    for variable in schema.scalars:
+        if variable.name not in frame:
+            continue
+        if variable.kind == "categorical":
+            chances = ideal[list(variable.classes)].to_numpy()
+            answer[variable.name] = [variable.classes[i] for i in chances.argmax(1)]
+        else:
+            answer[variable.name] = ideal[f"{variable.name}_median"].to_numpy()
+        answer[f"{variable.name}_true"] = frame[f"{variable.name}_true"].to_numpy()
+    return answer
+
+
+def table_of_answers(pipeline: Pipeline) -> Table:
+    """Errors and accuracies of every query over all splits, beside the mean and, for phantoms, the best possible."""
+    dataset = open_dataset(pipeline.place("pack", list(pipeline.splits)[-1]))
+    schema = dataset.index.schema
+    phantom = (pipeline.source / "derivatives" / "phantom" / "anatomy.tsv").is_file()
+    wanted = [v.name for v in schema.scalars if any(v.name in q.want for q in pipeline.config.queries)]
+    ours: list[tuple[str, pd.DataFrame]] = []
+    best: list[tuple[str, pd.DataFrame]] = []
+    means: list[tuple[str, pd.DataFrame]] = []
+    for split in pipeline.splits:
+        for query in pipeline.config.queries:
+            frame, _ = read_predictions(pipeline.predictions(split, query))
+            ours.append((label(query.given), frame))
+            if phantom and {*query.want, *query.given} <= {"image", "age", "sex"}:  # whose law is known
+                ideal = ideal_predictions(frame, pipeline.source, query.given, schema)
+                best.append((f"best possible, given {label(query.given)}", ideal))
+        means.append(("predicting the mean", constant_predictions(dataset, schema, wanted, split=split)))
+    return scoreboard([*ours, *means, *best], schema, wanted)
+
+
+def collect_figures(pipeline: Pipeline) -> Path:
+    """Reconstructions, synthetic people and an inpainted half of a test volume, side by side in ``figures``.
+
+    Without a validation part there are no reconstructions, without a volume in the test part nothing to inpaint.
+    """
+    folder = pipeline.root / "figures"
+    folder.mkdir(exist_ok=True)
+    split = list(pipeline.splits)[-1]
+    synthetic = STAGES["generate"].run_folder(pipeline.place("generate", split))
+    for picture in (
+        pipeline.place("vae", split) / "figures" / "reconstruction.png",
+        synthetic / "figures" / "people.png",
+    ):
+        if picture.is_file():
+            shutil.copy(picture, folder)
+    dataset = open_dataset(pipeline.place("pack", split))
+    volume = dataset.index.schema.volumes[0].name
+    key = next((key for key in dataset.keys("test", split) if dataset.has(key, volume)), None)
+    if key is not None:
+        places = dict.fromkeys(("out", "model", "image", "mask"), "")
+        sampling = load_config(InpaintConfig, "inpaint", values=places).sampling
+        sampler = Sampler(pipeline.place("joint", split), sampling)
+        inpaint_half(sampler, dataset, key, folder / "inpainted-half.png")
+    return folder
+
+
+def summarize(pipeline: Pipeline) -> str:
+    """Write ``results.md`` and ``figures`` into the pipeline's folder.
+
+    Returns:
+        what to print: the table, and three lines that say what to open next.
+    """
+    table, folder = table_of_answers(pipeline), collect_figures(pipeline)
+    write_text(pipeline.root / "results.md", table.markdown() + "\n")
+    return "\n".join(
+        [
+            "",
+            table.text(),
+            "95 % intervals in brackets, by bootstrap over subjects",
+            "",
+            f"figures    {folder}/ : {', '.join(sorted(path.name for path in folder.glob('*.png')))}",
+            f"dashboard  mvhpc dashboard {pipeline.root}",
+            f"ask more   {_next_query(pipeline)}",
+        ]
+    )
+
+
+def _next_query(pipeline: Pipeline) -> str:
+    """A command that asks the last model for all scalars given the volumes."""
+    schema = open_dataset(pipeline.place("pack", list(pipeline.splits)[-1])).index.schema
+    given, want = (",".join(v.name for v in group) for group in (schema.volumes, schema.scalars))
+    split = list(pipeline.splits)[-1]
+    model, data = pipeline.place("joint", split), pipeline.place("pack", split)
+    return f"mvhpc predict --model {model} --data {data} --given {given} --want {want} --out answers.tsv"

@@ -1,0 +1,153 @@
+"""What a packed data set says of people, as models take it."""
+
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mvhpc.config import ConfigError, choose
+from mvhpc.diffusion.joint import Batch
+from mvhpc.variables import Variables
+from shards.dataset import Dataset
+from shards.schema import Schema, Variable
+
+
+def volume_shape(dataset: Dataset, names: Sequence[str] = ()) -> tuple[int, ...]:
+    """(H, W, D) of the volumes ``names`` of a dataset, of all of them where none is named.
+
+    Raises:
+        ConfigError: latents, no volume variable, or volumes of several shapes.
+    """
+    index = dataset.index
+    if index.kind != "volumes":
+        raise ConfigError(f"data={dataset.folder} holds {index.kind}, not volumes; pack a BIDS tree: shards pack")
+    shapes = {name: tuple(index.arrays[name]["shape"]) for name in names or [v.name for v in index.schema.volumes]}
+    if len(set(shapes.values())) != 1:
+        raise ConfigError(f"data={dataset.folder}: one network needs volumes of one shape, found {shapes}")
+    return next(iter(shapes.values()))
+
+
+def true_value(dataset: Dataset, key: str, variable: Variable) -> float | str | None:
+    """The recorded value of a scalar, as ``variable`` reads it; None where it is missing.
+
+    A model may read a recorded category as a number (``values`` in its schema).
+
+    Raises:
+        ConfigError: a category that the model does not know, and whose.
+    """
+    value = dataset.values(key).get(variable.name)
+    if not isinstance(value, str):
+        return value
+    try:
+        return variable.parse(value)
+    except ValueError as error:
+        raise ConfigError(f"{dataset.folder}: {key}: {error}") from error
+
+
+def scalar_values(dataset: Dataset, key: str, schema: Schema, names: Container[str]) -> dict[str, float | str | None]:
+    """The recorded scalars of one person among ``names``, None where missing.
+
+    Others are not looked at: a site that the model does not know keeps nobody from asking for the age.
+
+    Raises:
+        ConfigError: a category that the model does not know, and whose.
+    """
+    return {v.name: true_value(dataset, key, v) for v in schema.scalars if v.name in names}
+
+
+def read_people(
+    dataset: Dataset, keys: Sequence[str], schema: Schema, volumes: Sequence[str], scalars: Variables
+) -> tuple[Tensor, Batch, Batch]:
+    """What a baseline takes of people who have all its volumes.
+
+    Args:
+        dataset: packed volumes.
+        keys: B people.
+        schema: of the model.
+        volumes: names of V given volumes.
+        scalars: encodings of the question's scalars.
+
+    Returns:
+        voxels (B, V, H, W, D) float16, and by scalar its encoded values and who has it.
+
+    Raises:
+        ConfigError: a category that the model does not know, and whose.
+        IntegrityError: a damaged volume, named.
+    """
+    voxels = np.stack([np.stack([dataset.read(key, name) for name in volumes]) for key in keys])
+    values, present = scalars.encode_scalars([scalar_values(dataset, key, schema, scalars.names) for key in keys])
+    return torch.from_numpy(voxels), values, present
+
+
+def check_names(schema: Schema, given: Sequence[str], want: Sequence[str]) -> None:
+    """Refuse a question about variables that the model does not have, or that names one twice.
+
+    Raises:
+        ConfigError: an unknown variable (naming the nearest), one both given and wanted, or named twice.
+    """
+    for name in [*given, *want]:
+        choose(name, [variable.name for variable in schema], "variable")
+        if [*given, *want].count(name) > 1:
+            where = "both given and wanted" if name in given and name in want else "named twice"
+            raise ConfigError(f"{name} is {where}; name each variable once")
+
+
+def check_data(
+    grid: Mapping[str, Any], schema: Schema, dataset: Dataset, given: Sequence[str], want: Sequence[str] = ()
+) -> None:
+    """Refuse data that are not as the model saw them.
+
+    Args:
+        grid: ``spacing``, ``shape`` and ``affine`` of the model's volumes.
+        schema: of the model.
+        dataset: packed data.
+        given: names of the variables that are known.
+        want: and of those that are asked for, which the data need not have.
+
+    Raises:
+        ConfigError: latents instead of volumes, a given variable the data lack, one of another kind, unit or contrast,
+            or another grid.
+    """
+    index = dataset.index
+    if index.kind != "volumes":
+        raise ConfigError(f"{dataset.folder} holds {index.kind}; give the packed volumes they were made from")
+    recorded = [variable.name for variable in index.schema]
+    for name in given:
+        choose(name, recorded, f"variable of {dataset.folder}")
+    for name in (*given, *want):
+        if name in recorded and (differs := _difference(schema[name], index.schema[name])):
+            raise ConfigError(f"{dataset.folder}: {name} {differs}; pack as the data that it was trained on")
+    for fact in ("spacing", "shape", "affine"):
+        ours, theirs = grid[fact], index.grid[fact]
+        if np.shape(ours) != np.shape(theirs) or not np.allclose(ours, theirs, atol=1e-4):
+            raise ConfigError(
+                f"{dataset.folder} has {fact} {theirs}, the model was trained on {ours}; "
+                f"pack again with spacing {grid['spacing']} and shape {grid['shape']}"
+            )
+
+
+def _difference(ours: Variable, theirs: Variable) -> str:
+    """In what a recorded variable is another than the model's; empty where in nothing."""
+    words = theirs.kind == "categorical"
+    if words != (ours.kind == "categorical") and not (words and ours.values):  # numbers may stand for words
+        return f"is {theirs.kind} there, {ours.kind} to the model"
+    for what, mine, other in (("unit", ours.unit, theirs.unit), ("contrast", ours.suffix, theirs.suffix)):
+        if mine and other and mine != other:
+            return f"has the {what} {other} there, {mine} to the model"
+    return ""
+
+
+def subjects(dataset: Dataset, part: str, split: str) -> list[str]:
+    """Keys of one part of a recorded split: train | validation | test | all.
+
+    Raises:
+        ConfigError: an unknown part or split (naming the nearest), or nobody in it.
+    """
+    choose(part, ["train", "validation", "test", "all"], "part")
+    choose(split, list(dataset.index.splits), "split")
+    keys = dataset.keys(None if part == "all" else part, split)
+    if not keys:
+        raise ConfigError(f"{dataset.folder}: the {part} part of split {split!r} is empty")
+    return keys

@@ -1,0 +1,149 @@
+"""MLflow's web pages over a store of runs: on this machine only, behind a password."""
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from mvhpc.config import ConfigError
+from mvhpc.runs.mlflow_store import ENVIRONMENT, SQLITE, store_client
+from mvhpc.runs.mlflow_sync import catch_up
+from shards.files import write_text
+
+HOST = "127.0.0.1"
+USER = "admin"
+PORTS = 100  # tried, from the one asked for
+START_S = 120.0
+
+
+def dashboard(store: str, port: int = 5000) -> None:
+    """Serve a store until interrupted; the password is made at the first start and printed then.
+
+    Args:
+        store: a folder with ``mlflow.db``, an sqlite URI, or the address of a server, which is only said.
+        port: where it listens, or the next free one.
+
+    Raises:
+        ConfigError: there is no store, or no free port.
+        RuntimeError: MLflow does not start; with the end of its log.
+    """
+    if store.startswith(("http://", "https://")):
+        print(f"The runs are on a server of their own: open {store}")
+        return
+    database = Path(store.removeprefix(SQLITE)) if store.startswith(SQLITE) else Path(store) / "mlflow.db"
+    if not database.is_file():
+        raise ConfigError(f"no MLflow store {database}; name the folder of your runs, or run a stage first")
+    try:
+        catch_up(database.parent)
+    except Exception as error:
+        print(f"Some runs could not be brought up to date: {error}", file=sys.stderr)
+    for number in (signal.SIGINT, signal.SIGTERM):  # both unwind, so that the server is ended too
+        signal.signal(number, signal.default_int_handler)
+    new = not (_private(database) / "password").exists()
+    with contextlib.suppress(KeyboardInterrupt), serve(database, port) as (address, password):
+        page = f"{address}/#/experiments/{_newest(database)}?workflowType=machine_learning"
+        shown = password if new else f"the one in {_private(database) / 'password'}"
+        print(f"{page}   user: {USER}   password: {shown}\nCtrl-C ends it.", flush=True)
+        while True:
+            time.sleep(3600)
+
+
+@contextlib.contextmanager
+def serve(database: Path, port: int) -> Iterator[tuple[str, str]]:
+    """Serve an sqlite store on loopback while the block lasts; yield address and password.
+
+    Raises:
+        ConfigError: no port from ``port`` on is free.
+        RuntimeError: MLflow does not start.
+    """
+    private = _private(database)
+    private.mkdir(mode=0o700, exist_ok=True)
+    if not (private / "password").exists():
+        (private / "users.db").unlink(missing_ok=True)  # knows the lost password
+    password, key = _secret(private / "password"), _secret(private / "session-key")
+    write_text(
+        private / "auth.ini",
+        "[mlflow]\n"
+        "default_permission = NO_PERMISSIONS\n"
+        f"database_uri = {SQLITE}{(private / 'users.db').resolve()}\n"
+        f"admin_username = {USER}\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n",
+    )
+    port = _free(port)
+    address = f"http://{HOST}:{port}"
+    command = [sys.executable, "-W", "ignore", "-m", "mlflow", "server", "--app-name", "basic-auth"]
+    command += ["--backend-store-uri", f"{SQLITE}{database.resolve()}", "--host", HOST, "--port", str(port)]
+    command += ["--artifacts-destination", (database.resolve().parent / "mlartifacts").as_uri(), "--workers", "1"]
+    environment = os.environ | ENVIRONMENT
+    environment |= {
+        "MLFLOW_AUTH_CONFIG_PATH": str((private / "auth.ini").resolve()),
+        "MLFLOW_AUTH_ADMIN_PASSWORD": password,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": key,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # of its own background jobs, which nothing here needs
+    }
+    log = private / "log.txt"
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+    try:
+        _wait(server, address, log)
+        yield address, password
+    finally:
+        _end(server)
+
+
+def _newest(database: Path) -> str:
+    """The experiment that was last written to."""
+    client = store_client(f"{SQLITE}{database.resolve()}")
+    return client.search_experiments(max_results=1, order_by=["last_update_time DESC"])[0].experiment_id
+
+
+def _private(database: Path) -> Path:
+    return database.parent / ".dashboard"
+
+
+def _secret(path: Path) -> str:
+    """A random word, made once and readable by its owner alone."""
+    if not path.exists():
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_urlsafe(18))
+    return path.read_text()
+
+
+def _free(port: int) -> int:
+    for candidate in range(port, port + PORTS):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((HOST, candidate))
+            return candidate
+    raise ConfigError(f"no free port from {port} to {port + PORTS - 1}; name another with --port")
+
+
+def _wait(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    end = time.monotonic() + START_S
+    while server.poll() is None and time.monotonic() < end:
+        with contextlib.suppress(urllib.error.URLError, OSError):
+            urllib.request.urlopen(f"{address}/health", timeout=5).close()
+            return
+        time.sleep(0.3)
+    tail = "\n".join(log.read_text().splitlines()[-15:])
+    raise RuntimeError(f"MLflow's server did not start; the end of {log}:\n{tail}")
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    """End the server and its workers, which are a process group of their own."""
+    for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(patience)
+            return

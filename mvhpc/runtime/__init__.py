@@ -1,0 +1,1 @@
+"""Where code runs: devices, random numbers, processes, workers."""

@@ -1,0 +1,262 @@
+"""A network with its optimiser and the running average of its weights, in one process or spread over workers.
+
+Both engines keep the weights in float32; ``precision: bfloat16`` computes in bfloat16 under autocast and returns
+float32, the same way with one worker or many.
+"""
+
+import contextlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from mvhpc.config import Compute, Optimizer, choose
+from mvhpc.models.kernels.cpu_conv3d import mend_convolutions
+from mvhpc.runtime.devices import resolve_precision
+
+SCHEDULES = ("constant", "cosine")
+SPIKE = 1000.0  # times the largest gradient norm of late: a gradient that would undo what was learnt
+SETTLED = 100  # updates before a norm can be called a spike
+MEMORY = 0.99  # per update, of the largest norm of late
+
+
+def learning_rate(step: int, total: int, base: float, optimizer: Optimizer) -> float:
+    """The learning rate of a step, a pure function of it.
+
+    Rises linearly to ``base`` over ``optimizer.warmup`` steps, then stays (``constant``) or falls to zero at ``total``
+    as half a cosine (``cosine``; Loshchilov and Hutter 2017, without restarts).
+
+    Args:
+        step: 0 to total - 1.
+        total: steps of the whole run.
+        base: the network's largest rate.
+        optimizer: its ``warmup`` and ``schedule``.
+    """
+    if step < optimizer.warmup:
+        return base * (step + 1) / optimizer.warmup
+    if choose(optimizer.schedule, SCHEDULES, "schedule") == "constant":
+        return base
+    progress = (step - optimizer.warmup) / max(1, total - optimizer.warmup)
+    return base * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Average:
+    """Exponential moving average of weights: a <- d a + (1 - d) w with d = min(decay, (1 + s) / (10 + s)) at update s.
+
+    The growing decay (as in TensorFlow's ExponentialMovingAverage) forgets the initial weights quickly.
+
+    Args:
+        weights: the live float32 tensors that are averaged; on ZeRO-3 this worker's partitions of them.
+        decay: in [0, 1).
+    """
+
+    def __init__(self, weights: Sequence[Tensor], decay: float) -> None:
+        self.weights = list(weights)
+        self.decay = decay
+        self.values = [w.detach().clone() for w in self.weights]
+
+    @torch.no_grad()
+    def update(self, s: int) -> None:
+        """Take in the present weights, as update number ``s`` (from 0)."""
+        d = min(self.decay, (1 + s) / (10 + s))
+        torch._foreach_lerp_(self.values, [w.detach() for w in self.weights], 1 - d)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Swap the average and the live weights, bit for bit; a second call swaps them back."""
+        for weight, value in zip(self.weights, self.values, strict=True):
+            live = weight.detach().clone()
+            weight.detach().copy_(value)
+            value.copy_(live)
+
+    def flat(self) -> Tensor:
+        """A copy in host memory, one value after another: a file of one tensor is written sooner than of hundreds."""
+        whole = torch.empty(sum(value.numel() for value in self.values))
+        for piece, value in zip(self._pieces(whole), self.values, strict=True):
+            piece.copy_(value)
+        return whole
+
+    def restore(self, whole: Tensor) -> None:
+        """Take up what :meth:`flat` gave."""
+        for piece, value in zip(self._pieces(whole), self.values, strict=True):
+            value.copy_(piece)
+
+    def _pieces(self, whole: Tensor) -> list[Tensor]:
+        pieces = whole.split([value.numel() for value in self.values])
+        return [piece.view(value.shape) for piece, value in zip(pieces, self.values, strict=True)]
+
+
+class Engine(ABC):
+    """One network being trained. Calling it is the network's forward pass.
+
+    Attributes:
+        module: the network.
+        device: where it is and its inputs must be.
+        grad_norm: gradient norm before clipping, over all workers, of the last step; a 0-dimensional tensor, not finite
+            or negative where there is none.
+        skipped: 1 where the last update was left out because its gradient was not finite or exploded, else 0; a
+            0-dimensional tensor, the same at all workers.
+        updates: optimiser updates done, those left out too.
+        flops: of one forward pass of one micro-batch at this worker; 0 before the first.
+        layout: how a checkpoint of this engine is divided; :meth:`load` reads that of any other too.
+    """
+
+    layout: str
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        compute: Compute,
+        accumulate: int,
+        device: torch.device,
+    ) -> None:
+        self.module = module
+        self.device = device
+        self.grad_norm = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), device=device)
+        self.usual = torch.zeros((), device=device)  # the largest gradient norm of late
+        self.updates = 0
+        self.flops = 0
+        self._clip = optimizer.clip
+        self._accumulate = accumulate
+        self._micro = 0
+        self._parameters = list(module.parameters())  # walking through all layers for them takes milliseconds
+        self._dtype = resolve_precision(compute.precision, device)
+        if device.type == "cpu":
+            mend_convolutions(module)
+        self.average: Average | None = None  # set by subclasses once the weights are in place
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the network computes."""
+        return torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32)
+
+    @abstractmethod
+    def _forward(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The network's output; floating tensors in it are float32."""
+        if not self.flops:
+            self._count(*args, **kwargs)
+        with self.autocast():
+            return _float32(self._forward(*args, **kwargs))
+
+    def _count(self, *args: Any, **kwargs: Any) -> None:
+        """Count the operations of a forward pass by taking one more, which leaves no trace."""
+        self.module.eval()
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), self.autocast(), torch.compiler.set_stance("force_eager"), counter:
+            self.module(*args, **kwargs)
+        self.module.train()
+        self.flops = counter.get_total_flops()
+
+    def frozen(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward with the weights held constant: gradients reach the inputs but not the weights.
+
+        For the adversarial term of a generator. Needs whole weights, so not under ZeRO-3.
+        """
+        constants = {name: p.detach() for name, p in self.module.named_parameters()}
+        with self.autocast():
+            return _float32(functional_call(self.module, constants, args, kwargs))
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add this micro-batch's share of the gradient of ``loss``, a mean over the micro-batch."""
+
+    def step(self) -> None:
+        """End a micro-batch; after the last one of a step, clip, update the weights and their average."""
+        self._micro += 1
+        last = self._micro == self._accumulate
+        self._update(last)
+        if last:
+            self._micro = 0
+            if self.average is not None:
+                self.average.update(self.updates)
+            self.updates += 1
+
+    @abstractmethod
+    def _update(self, last: bool) -> None: ...
+
+    def _clip_and_judge(self, optimizer: torch.optim.AdamW) -> None:
+        """Clip whole gradients, and tell a fused optimiser whether to leave this update out."""
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._clip if self._clip > 0 else math.inf)
+        optimizer.found_inf = self._judge(norm)  # type: ignore[attr-defined]
+
+    def _judge(self, norm: Tensor) -> Tensor:
+        """Whether an update with this gradient norm is to be left out, as 1 or 0, decided on the norm's device."""
+        norm = norm.detach().float()
+        bad = ~torch.isfinite(norm) | (norm < 0)
+        if self.updates >= SETTLED:
+            bad = bad | ((norm > SPIKE * self.usual) & (self.usual > 0))
+        self.usual = torch.where(bad, self.usual, torch.maximum(MEMORY * self.usual, norm))
+        self.grad_norm = norm
+        self.skipped = bad.float()
+        return self.skipped
+
+    @abstractmethod
+    def set_learning_rate(self, rate: float) -> None:
+        """Use ``rate`` from the next update on."""
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """In evaluation mode, without gradients, and with the averaged weights in place where there are some."""
+        self.module.eval()
+        self._exchange()
+        try:
+            with torch.no_grad(), self.autocast():
+                yield
+        finally:
+            self._exchange()
+            self.module.train()
+
+    def _exchange(self) -> None:
+        if self.average is not None:
+            self.average.exchange()
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """The whole state dict on the CPU, of what is in place now. Collective; only rank 0's result is whole."""
+
+    @abstractmethod
+    def snapshot(self) -> dict[str, Any]:
+        """Copies in host memory of this worker's part of all that decides the future: file name -> content. Collective.
+
+        Each content is for ``torch.save``.
+        """
+
+    @abstractmethod
+    def load(self, folder: Path, layout: str) -> None:
+        """Take up what :meth:`snapshot` gave. Collective.
+
+        Args:
+            folder: holds the files of all workers.
+            layout: of the engines that wrote them.
+        """
+
+
+def to_host(tree: Any) -> Any:
+    """A copy in host memory of all tensors of a nested structure."""
+    return tree_map_only(
+        Tensor,
+        lambda x: x.detach().to("cpu", copy=True),
+        tree,
+        is_leaf=lambda node: isinstance(node, torch.Size),  # not to become a plain tuple
+    )
+
+
+def _float32(output: Any) -> Any:
+    return tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, output)
+
+
+def adamw(module: nn.Module, rate: float, optimizer: Optimizer) -> torch.optim.AdamW:
+    """AdamW over what is trained of a network; fused, so that ``found_inf`` leaves a step out without waiting."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    first, second = optimizer.betas
+    return torch.optim.AdamW(trained, lr=rate, betas=(first, second), weight_decay=optimizer.weight_decay, fused=True)

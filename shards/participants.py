@@ -1,0 +1,249 @@
+"""A table of people -> rows ready to pack: a BIDS tree, or a CSV with a column of paths."""
+
+import csv
+import hashlib
+import io
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from shards.errors import DataError, nearest
+from shards.schema import MISSING, Schema, Value, Variable
+
+ID, SESSION, PATH = "participant_id", "session_id", "path"  # participant_id and session_id are BIDS' own names
+LABEL = re.compile(r"[A-Za-z0-9_+-]{1,40}")  # safe in file names, tar members and webdataset keys (which end at a dot)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One visit: who, the scalar values, the volume files that there are, and the group ('' for none)."""
+
+    line: int
+    key: str
+    subject: str
+    group: str
+    values: dict[str, Value]
+    files: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A row that cannot be packed, and why."""
+
+    line: int
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a source holds: ``kind`` is ``bids`` or ``csv``, ``notes`` are for the user, ``sha256`` is of its tables."""
+
+    kind: str
+    rows: list[Row | Reject]
+    notes: list[str]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    """A CSV or TSV file: its columns, and (line number, {column: cell}) of each row."""
+
+    columns: list[str]
+    rows: list[tuple[int, dict[str, str]]]
+    text: str
+
+
+def read_table(source: str | Path, schema: Schema, group: str = "") -> Table:
+    """Read the rows of a BIDS folder or a CSV (or TSV) file.
+
+    Args:
+        source: a folder with ``participants.tsv``, or a table with the columns ``participant_id`` and ``path`` (or one
+            column for each volume variable; ``session_id`` optional), paths relative to the table.
+        schema: the variables.
+        group: column whose equal values keep subjects together; empty for none.
+
+    Returns:
+        Rows in the order of the table, each to be packed or rejected with its reason.
+
+    Raises:
+        DataError: the source cannot be read at all, or lacks a column.
+    """
+    source = Path(source)
+    if source.is_dir():
+        return _read_bids(source, schema, group)
+    if source.is_file():
+        return _read_csv(source, schema, group)
+    raise DataError(f"{source}: no such folder or file; give a BIDS folder or a CSV")
+
+
+def _read_sheet(path: Path) -> _Sheet:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter="," if path.suffix == ".csv" else "\t")
+    rows = []
+    try:
+        columns = [c.strip() for c in next(reader, [])]
+        for cells in reader:
+            if any(cells[len(columns) :]):
+                raise DataError(f"{path}: line {reader.line_num} has more cells than there are columns")
+            if any(cells):
+                padded = [*cells, *[""] * len(columns)]
+                rows.append((reader.line_num, {c: cell.strip() for c, cell in zip(columns, padded)}))
+    except csv.Error as error:
+        raise DataError(f"{path}: line {reader.line_num}: {error}") from error
+    for column, count in Counter(filter(None, columns)).items():
+        if count > 1:
+            raise DataError(f"{path}: two columns named {column!r}")
+    return _Sheet(columns, rows, text)
+
+
+def _need(columns: list[str], wanted: str, path: Path, remedy: str = "") -> None:
+    if wanted not in columns:
+        raise DataError(f"{path}: {nearest(wanted, columns, 'column')}{remedy}")
+
+
+def _missing(cell: str) -> bool:
+    return cell.casefold() in MISSING
+
+
+def _prefixed(prefix: str, label: str) -> str:
+    return label if label.startswith(prefix) else prefix + label
+
+
+class _Reader:
+    """Turns cells and files into rows, remembering the keys seen."""
+
+    def __init__(self, schema: Schema, group: str) -> None:
+        self.schema, self.group = schema, group
+        self.rows: list[Row | Reject] = []
+        self.seen: dict[str, int] = {}
+
+    def add(self, line: int, cells: Mapping[str, str], find: Callable[[Variable], Path | None]) -> None:
+        """Judge one visit; ``find`` gives a volume's file, None where there is none, or raises ValueError."""
+        subject, session = cells[ID], cells.get(SESSION, "")
+        if _missing(subject):
+            self.rows.append(Reject(line, "", f"no {ID}"))
+            return
+        subject = _prefixed("sub-", subject)
+        parts = [subject] if _missing(session) else [subject, _prefixed("ses-", session)]
+        key = "_".join(parts)
+        try:
+            if not all(map(LABEL.fullmatch, parts)):
+                raise ValueError("an id may hold letters, digits, -, _ and + only, 40 at most")
+            if key in self.seen:
+                raise ValueError(f"duplicate id: {key} stands in line {self.seen[key]} already")
+            self.seen[key] = line
+            values = {v.name: v.parse(cells.get(v.column, "")) for v in self.schema.scalars}
+            found = {v.name: find(v) for v in self.schema.volumes}
+            files = {name: path for name, path in found.items() if path is not None}
+            if not files:
+                raise ValueError(f"no file: {', '.join(found)}")
+        except ValueError as error:
+            self.rows.append(Reject(line, key, str(error)))
+            return
+        group = cells.get(self.group, "")
+        self.rows.append(Row(line, key, subject, "" if _missing(group) else group, values, files))
+
+
+def _read_csv(path: Path, schema: Schema, group: str) -> Table:
+    sheet = _read_sheet(path)
+    volumes = schema.volumes
+    columns = {v.name: v.column for v in volumes}
+    if len(volumes) == 1 and volumes[0].column not in sheet.columns:
+        columns = {volumes[0].name: PATH}
+    for needed in (ID, *columns.values(), *(v.column for v in schema.scalars), *([group] if group else [])):
+        _need(sheet.columns, needed, path, " (the schema's `column` can name another)" if needed in schema else "")
+    reader = _Reader(schema, group)
+    for line, cells in sheet.rows:
+
+        def find(variable: Variable, cells: Mapping[str, str] = cells) -> Path | None:
+            cell = cells[columns[variable.name]]
+            if _missing(cell):
+                return None
+            file = path.parent / cell
+            if not file.is_file():
+                raise ValueError(f"{variable.name}: no file where column {columns[variable.name]} points")
+            return file
+
+        reader.add(line, cells, find)
+    return Table("csv", reader.rows, [], hashlib.sha256(sheet.text.encode()).hexdigest())
+
+
+def _read_bids(folder: Path, schema: Schema, group: str) -> Table:
+    path = folder / "participants.tsv"
+    sheet = _read_sheet(path)
+    _need(sheet.columns, ID, path)
+    if group:
+        _need(sheet.columns, group, path)
+    sessions_known: set[str] = set()
+    reader = _Reader(schema, group)
+    digest = hashlib.sha256(sheet.text.encode())
+    empty_sessions = 0
+    for line, cells in sheet.rows:
+        subject = _prefixed("sub-", cells[ID])
+        if _missing(cells[ID]) or not LABEL.fullmatch(subject):  # not a name to look for on the disk
+            reader.add(line, cells, lambda variable: None)
+            continue
+        table = folder / subject / f"{subject}_sessions.tsv"
+        by_session: dict[str, dict[str, str]] = {}
+        if table.is_file():
+            sessions = _read_sheet(table)
+            _need(sessions.columns, SESSION, table)
+            sessions_known.update(sessions.columns)
+            digest.update(sessions.text.encode())
+            by_session = {_prefixed("ses-", row[SESSION]): row for _, row in sessions.rows}
+        visits = list(_visits(folder / subject, cells, schema))
+        full = [visit for visit in visits if visit[1]]
+        empty_sessions += len(visits) - len(full) if full else 0
+        for session, files in full or visits[:1]:
+
+            def find(variable: Variable, files: Mapping[str, list[Path]] = files) -> Path | None:
+                matches = files.get(variable.name, [])
+                if len(matches) > 1:
+                    raise ValueError(
+                        f"{variable.name}: {len(matches)} files *_{variable.suffix}.nii[.gz] in one anat folder; "
+                        "leave one there, or name it in a CSV"
+                    )
+                return matches[0] if matches else None
+
+            own = {k: v for k, v in by_session.get(session, {}).items() if k != SESSION and not _missing(v)}
+            reader.add(line, {**cells, **own, SESSION: session}, find)
+    for variable in schema.scalars:
+        if variable.column not in sessions_known:
+            _need(sheet.columns, variable.column, path, " The schema's `column` can name another.")
+    notes = []
+    listed = {_prefixed("sub-", cells[ID]) for _, cells in sheet.rows}
+    unlisted = sum(p.is_dir() and p.name not in listed for p in folder.glob("sub-*"))
+    if unlisted:
+        notes.append(f"{unlisted} subject folders have no row in participants.tsv and were left out")
+    if empty_sessions:
+        notes.append(f"{empty_sessions} sessions hold none of the volumes and were left out")
+    return Table("bids", reader.rows, notes, digest.hexdigest())
+
+
+def _visits(folder: Path, cells: Mapping[str, str], schema: Schema) -> Iterator[tuple[str, dict[str, list[Path]]]]:
+    """The sessions of a subject ('' where there are none) and, by variable, the files that match."""
+    named = cells.get(SESSION, "")
+    if not _missing(named):
+        sessions = [_prefixed("ses-", named)]
+    else:
+        found = sorted(p.name for p in folder.glob("ses-*") if p.is_dir())
+        sessions = [*([""] if (folder / "anat").is_dir() or not found else []), *found]
+    for session in sessions:
+        stem = "_".join(filter(None, (folder.name, session)))
+        files = {}
+        for variable in schema.volumes:
+            name = re.compile(rf"{re.escape(stem)}(_.+)?_{re.escape(variable.suffix)}\.nii(\.gz)?")
+            anat = folder / session / "anat"
+            matches = sorted(p for p in anat.glob("*.nii*") if name.fullmatch(p.name) and p.is_file())
+            plain = [p for p in matches if p.name.startswith(f"{stem}_{variable.suffix}.")]
+            if matches:
+                files[variable.name] = plain or matches
+        yield session, files

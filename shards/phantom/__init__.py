@@ -1,0 +1,1 @@
+"""Procedural brains with a known joint law of anatomy, age and sex."""
