@@ -276,7 +276,7 @@ PLAIN: dict[str, Callable[[Victim, random.Random], float]] = {
 
 def excuses(notes: Path, run: Path) -> list[tuple[float, float]]:
     """The times between five lost gradients and the return to before them."""
-    back = [e["time"] for e in read(run) if e["event"] == "trouble" and "goes back" in e["text"]]
+    back = [e["time"] for e in read(run) if e["event"] == "warning" and "goes back" in e["text"]]
     bursts = [order["time"] for order in taken(notes) if order["kind"] == "five poisoned"]
     return [(burst, min((t for t in back if t >= burst), default=burst)) for burst in bursts]
 

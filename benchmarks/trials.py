@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mvhpc.checkpoints.consolidate import read_weights, read_whole
+from mvhpc.checkpoints.consolidate import consolidate, read_weights
 from mvhpc.config import AutoencoderConfig as AutoencoderConfig
 from mvhpc.config import load_config
 from mvhpc.inference.encode import EncodeConfig
@@ -145,7 +145,7 @@ def audit(run: Path, whole: Path, excused: list[tuple[float, float]] = []) -> tu
     newest = max((run / "checkpoints").glob("step-*"))
     total = int(newest.name[5:])
     (skipped,) = {float(value) for value in ours[total, "train/skipped_steps"]}
-    updates = {float(moments["step"]) for moments in read_whole(newest / "denoiser").moments.values()}
+    updates = {float(moments["step"]) for moments in consolidate(newest / "denoiser").moments.values()}
     if updates != {total - skipped}:
         said.append(f"{updates} updates, not {total - skipped:.0f}")
     return BATCH * len({step for step, name in wrong if name == "train/loss"}), "; ".join(said)

@@ -18,7 +18,7 @@ from mvhpc.runs.journal import read
 from mvhpc.runs.mlflow_sync import Tracker
 from mvhpc.runtime.importing import resolve
 from mvhpc.stages import STAGES, Stage
-from shards.files import write_text, write_whole
+from shards.files import write_bytes, write_text
 
 KEPT = ("jobs", ".lock")  # what stays where an outdated result is set aside: the launcher's files, and the lock held
 
@@ -142,7 +142,7 @@ def execute(planned: PlannedStage) -> dict[str, Any]:
                 log.write(traceback.format_exc())
             if _starts(folder) == begun and read_record(folder)["status"] == "running":
                 for path, content in before.items():
-                    write_whole(path, content)
+                    write_bytes(path, content)
             raise
     return summary
 

@@ -6,18 +6,18 @@ from typing import Any
 import torch
 
 from mvhpc.checkpoints.compatibility import check
-from mvhpc.checkpoints.consolidate import read_whole
+from mvhpc.checkpoints.consolidate import consolidate
 from mvhpc.checkpoints.manifest import MANIFEST, Checkpoint, read_checkpoint
 from mvhpc.checkpoints.writer import Checkpoints
 from mvhpc.config import ConfigError, load_config
 from mvhpc.runs.folder import read_record
 from mvhpc.runs.journal import read
-from mvhpc.runtime.collectives import Ranks
+from mvhpc.runtime.collectives import Collectives
 from mvhpc.runtime.devices import resolve_device, resolve_precision
 from mvhpc.runtime.importing import resolve
 from mvhpc.stages import STAGES, TRAINED
 from mvhpc.training.task import Task
-from shards.files import whole_folder
+from shards.files import atomic_folder
 
 
 def export(source: Path, out: Path) -> int:
@@ -44,12 +44,12 @@ def export(source: Path, out: Path) -> int:
     config: Any = load_config(stage.config_class(), name, str(run / "config.yaml"), ["compute.device=auto"])
     check(checkpoint, config)
     task: Task = resolve(stage.task)(config)
-    whole = read_whole(checkpoint.folder / task.best)
+    whole = consolidate(checkpoint.folder / task.best)
     states = {task.best: {name: value.clone() for name, value in (whole.network | whole.average).items()}}
     device = resolve_device(config.compute.device)
     dtype = resolve_precision(config.compute.precision, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    with whole_folder(out) as part, torch.no_grad(), autocast:  # as during training
+    with atomic_folder(out) as part, torch.no_grad(), autocast:  # as during training
         task.export(part, states, _metrics(run, checkpoint.step))
     return checkpoint.step
 
@@ -57,7 +57,9 @@ def export(source: Path, out: Path) -> int:
 def _find(source: Path) -> tuple[Checkpoint, Path]:
     """A checkpoint, found whole, and its run folder."""
     folder = source.resolve()
-    checkpoints = Checkpoints(folder.parent if (folder / MANIFEST).is_file() else folder / "checkpoints", 1, Ranks())
+    checkpoints = Checkpoints(
+        folder.parent if (folder / MANIFEST).is_file() else folder / "checkpoints", 1, Collectives()
+    )
     checkpoint = read_checkpoint(folder) if (folder / MANIFEST).is_file() else checkpoints.latest()
     if checkpoint is None:
         raise ConfigError(f"{source}: neither a checkpoint (a folder with {MANIFEST}) nor a run folder that has one")

@@ -18,7 +18,7 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; it becomes ``path`` when the block ends well and is removed otherwise."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -31,7 +31,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder to fill; it becomes ``path`` when the block ends well and is removed otherwise.
 
     Raises:
@@ -52,15 +52,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` whole."""
-    with whole_file(path) as part:
+    with atomic_file(path) as part:
         part.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` whole, as UTF-8."""
-    write_whole(path, text.encode())
+    write_bytes(path, text.encode())
 
 
 def sha256(path: Path) -> str:

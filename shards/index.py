@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError, IntegrityError, nearest
-from shards.files import write_whole
+from shards.files import write_bytes
 from shards.schema import Schema, Value
 
 NAME = "index.json"
@@ -121,7 +121,7 @@ class Index:
 
     def save(self, folder: Path) -> None:
         """Write ``index.json`` whole, with its own checksum in it."""
-        write_whole(folder / NAME, _render(self.to_dict()))
+        write_bytes(folder / NAME, _render(self.to_dict()))
 
     @classmethod
     def load(cls, folder: str | Path) -> "Index":

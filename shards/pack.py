@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from shards.errors import DataError, TooManyRejects
-from shards.files import write_whole
+from shards.files import write_bytes
 from shards.index import Index
 from shards.participants import Reject, Row, Table, read_table
 from shards.progress import Progress
@@ -127,7 +127,7 @@ def pack(
         listing = _listing(rejects)
         if len(rejects) > allowed or not packed:
             listed = writer.folder / REJECTED
-            write_whole(listed, listing)
+            write_bytes(listed, listing)
             raise TooManyRejects(
                 f"{len(rejects)} of {len(table.rows)} rows are faulty ({max_rejects} allowed), first "
                 f"{_plain(rejects[0]['key'])}: {_plain(rejects[0]['reason'])}; all are listed in {listed}. "

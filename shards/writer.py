@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError, nearest
-from shards.files import sha256, sync, write_whole
+from shards.files import sha256, sync, write_bytes
 from shards.index import NAME, Index, Record, Split, array_checksum
 from shards.schema import Schema, Value
 from shards.tar_shards import TarWriter
@@ -114,7 +114,7 @@ class DatasetWriter:
         self._saved_records, self._saved_notes = len(self.records), len(self.notes)
         for path in self._written():
             path.unlink()
-        write_whole(self._journal, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_bytes(self._journal, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def _open_store(self) -> Any:
         if self.storage == "webdataset":
@@ -214,7 +214,7 @@ class DatasetWriter:
             sync(path)
             self.files[path.relative_to(self._partial).as_posix()] = _describe(path)
         for name, content in (files or {}).items():
-            write_whole(self.folder / name, content)
+            write_bytes(self.folder / name, content)
             self.files[name] = _describe(self.folder / name)
         for source in sorted(p for p in self._partial.iterdir() if p.is_dir()):
             target = self.folder / source.name

@@ -12,7 +12,7 @@ from mvhpc.models.bundle import ModelError, load_autoencoder, load_joint, save_a
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.models.kernels.cpu_conv3d import mend_convolutions
 from mvhpc.variables import Variables
-from shards.files import write_whole
+from shards.files import write_bytes
 from shards.schema import Schema
 
 MODEL = config.AutoencoderConfig(channels=[4, 4], latent_channels=2, res_blocks=1, norm_groups=2, checkpointing=False)
@@ -76,9 +76,9 @@ def test_an_interrupted_save_leaves_the_older_model(folder: Path, monkeypatch: p
     def full_at_last(path: Path, content: bytes) -> None:
         if path.name == "model.json":
             raise OSError("disk full")
-        write_whole(path, content)
+        write_bytes(path, content)
 
-    monkeypatch.setattr("mvhpc.models.bundle.write_whole", full_at_last)
+    monkeypatch.setattr("mvhpc.models.bundle.write_bytes", full_at_last)
     with pytest.raises(OSError, match="disk full"):
         save_autoencoder(folder / "model", autoencoder(1), MODEL)
     assert load_autoencoder(folder)[1] == before

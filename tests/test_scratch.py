@@ -4,9 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mvhpc.runtime.scratch import own_folder, sweep
+from mvhpc.runtime.scratch import scratch_folder, sweep
 
-CODE = "import sys, mvhpc.runtime.scratch as t; print(t.own_folder(sys.argv[1]), flush=True); sys.stdin.read()"
+CODE = "import sys, mvhpc.runtime.scratch as t; print(t.scratch_folder(sys.argv[1]), flush=True); sys.stdin.read()"
 
 
 def start(parent: Path) -> tuple[subprocess.Popen[str], Path]:
@@ -32,4 +32,4 @@ def test_a_killed_processs_folder_is_swept_and_no_others(tmp_path: Path) -> None
 
 
 def test_one_folder_a_process() -> None:
-    assert own_folder() == own_folder()
+    assert scratch_folder() == scratch_folder()

@@ -36,7 +36,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def troubles(folder: Path) -> list[str]:
-    return [event["text"] for event in read(folder) if event["event"] == "trouble"]
+    return [event["text"] for event in read(folder) if event["event"] == "warning"]
 
 
 def test_stopped_on_request_and_resumed_equals_undisturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

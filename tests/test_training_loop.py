@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mvhpc.checkpoints.consolidate import read_whole
+from mvhpc.checkpoints.consolidate import consolidate
 from mvhpc.checkpoints.manifest import CheckpointError
 from mvhpc.config import Compute, ConfigError, Optimizer
 from mvhpc.models.kernels.channels_last import lay_out
@@ -279,7 +279,7 @@ def test_weights_in_the_order_of_gpus_learn_the_same_and_resume_to_the_same_bits
     assert not ours.module[2].weight.is_contiguous()
     for name, content in ours.snapshot().items():
         torch.save(content, tmp_path / name)
-    whole = read_whole(tmp_path)
+    whole = consolidate(tmp_path)
     assert all(x.is_contiguous() for part in (whole.network, *whole.moments.values()) for x in part.values())
     again.load(tmp_path, ours.layout)
     step(plain, ours, again)

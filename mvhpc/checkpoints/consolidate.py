@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from mvhpc.checkpoints.manifest import CheckpointError
-from mvhpc.runtime.scratch import own_folder
+from mvhpc.runtime.scratch import scratch_folder
 
 LOCAL = "state.pt"  # a checkpoint of one worker
 MODEL = "mp_rank_00_model_states.pt"
@@ -29,7 +29,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
-class Whole:
+class NetworkState:
     """All that decides the future of one network, by parameter name.
 
     Attributes:
@@ -74,7 +74,7 @@ def safe_globals() -> Any:
     return torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address])
 
 
-def read_whole(folder: Path) -> Whole:
+def consolidate(folder: Path) -> NetworkState:
     """One network's part of a checkpoint, whoever wrote it.
 
     Args:
@@ -86,12 +86,12 @@ def read_whole(folder: Path) -> Whole:
     """
     if (folder / LOCAL).is_file():
         parts = torch.load(folder / LOCAL, map_location="cpu", weights_only=True, mmap=True)
-        return Whole(**tree_map_only(Tensor, Tensor.contiguous, parts))  # a GPU had them in an order of its own
+        return NetworkState(**tree_map_only(Tensor, Tensor.contiguous, parts))  # a GPU had them in an order of its own
     name = MODEL if (folder / MODEL).is_file() else MODEL_3
     if not (folder / name).is_file():
         raise FileNotFoundError(f"{folder}: no checkpoint of a network in it")
     model = read_weights(folder / name)
-    whole = Whole(dict(model["module"]), updates=model["global_steps"], usual=model["usual"])
+    whole = NetworkState(dict(model["module"]), updates=model["global_steps"], usual=model["usual"])
     if model["optimizer"] is not None:  # ZeRO-0
         whole.moments = {model["trained"][i]: moments for i, moments in model["optimizer"]["state"].items()}
     else:
@@ -106,7 +106,7 @@ def read_whole(folder: Path) -> Whole:
     return whole
 
 
-def _add_divided(whole: Whole, folder: Path, shapes: dict[str, torch.Size]) -> None:
+def _add_divided(whole: NetworkState, folder: Path, shapes: dict[str, torch.Size]) -> None:
     """Add weights and moments that ZeRO has divided, from a universal checkpoint on this machine's own disc."""
     shard = read_weights(folder / OPTIMIZER)["optimizer_state_dict"]
     state = shard["base_optimizer_state" if "base_optimizer_state" in shard else "optimizer_state_dict"]["state"]
@@ -115,7 +115,7 @@ def _add_divided(whole: Whole, folder: Path, shapes: dict[str, torch.Size]) -> N
             f"{folder.parent}: every update had been left out by then, and of that DeepSpeed writes no universal "
             "checkpoint; go on with as many workers as before, or remove the folder to begin anew"
         )
-    with tempfile.TemporaryDirectory(dir=own_folder(tempfile.gettempdir())) as scratch:
+    with tempfile.TemporaryDirectory(dir=scratch_folder(tempfile.gettempdir())) as scratch:
         _write_universal(folder, Path(scratch))
         for name, shape in shapes.items():
             place = Path(scratch) / "zero" / name

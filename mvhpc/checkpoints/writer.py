@@ -19,7 +19,7 @@ import torch
 
 from mvhpc.checkpoints.direct_io import BLOCK, Direct
 from mvhpc.checkpoints.manifest import MANIFEST, Checkpoint, CheckpointError, Digests, complete, read_checkpoint
-from mvhpc.runtime.collectives import Ranks
+from mvhpc.runtime.collectives import Collectives
 from shards.files import sha256, sync, write_text
 
 
@@ -41,11 +41,11 @@ class Checkpoints:
     Args:
         folder: holds ``step-XXXXXXXX`` folders.
         keep: how many of the newest are kept.
-        ranks: the workers.
+        collectives: the workers.
     """
 
-    def __init__(self, folder: Path, keep: int, ranks: Ranks) -> None:
-        self.folder, self.keep, self.ranks = folder, max(1, keep), ranks
+    def __init__(self, folder: Path, keep: int, collectives: Collectives) -> None:
+        self.folder, self.keep, self.collectives = folder, max(1, keep), collectives
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._buffer = mmap.mmap(-1, 1024 * BLOCK)
         torch.serialization.set_crc32_options(False)  # the manifest has SHA-256
@@ -69,12 +69,12 @@ class Checkpoints:
         Returns:
             what went wrong with the one before; None where nothing did.
         """
-        trouble = self.finish()
+        warning = self.finish()
         self._begun += 1  # each part has a name of its own: what is left of a failed one is removed meanwhile
         part = self.folder / f".step-{step:08d}.{self._begun}.part"
         self._pending, self._completing = _Pending(step, state, best, part), False
         self._work = self._writer.submit(self._write, part, files)
-        return trouble
+        return warning
 
     def report(self, wait: bool = False) -> Any:
         """How far this worker has come with its part, for :meth:`settle`: None while it is busy.
@@ -87,7 +87,7 @@ class Checkpoints:
         try:
             return self._work.result()
         except OSError as error:
-            return f"{error.strerror or error}: {error.filename or self.folder} (worker {self.ranks.rank})"
+            return f"{error.strerror or error}: {error.filename or self.folder} (worker {self.collectives.rank})"
 
     def settle(self, reports: Sequence[Any]) -> str | None:
         """Go on with the pending checkpoint as far as all workers' :meth:`report` allow; waits for nothing.
@@ -102,12 +102,12 @@ class Checkpoints:
         if words or self._completing:
             self._pending = self._work = None
         if words:
-            if self.ranks.rank == 0:
+            if self.collectives.rank == 0:
                 self._writer.submit(shutil.rmtree, pending.part, ignore_errors=True)
             return f"the checkpoint of step {pending.step} could not be written: {words[0]}"
         if not self._completing:
             self._completing, self._work = True, None
-            if self.ranks.rank == 0:
+            if self.collectives.rank == 0:
                 self._work = self._writer.submit(self._complete, pending, list(reports))
         return None
 
@@ -117,14 +117,14 @@ class Checkpoints:
         Returns:
             as :meth:`settle`.
         """
-        trouble = None
+        warning = None
         while self._pending is not None:
-            trouble = self.settle(self.ranks.gather(self.report(wait=True)))
-        return trouble
+            warning = self.settle(self.collectives.gather(self.report(wait=True)))
+        return warning
 
     def close(self) -> None:
         """Let the writer end: with one worker the pending checkpoint is completed, with more it is left to be swept."""
-        if self.ranks.world == 1:
+        if self.collectives.world == 1:
             self.finish()
         self._writer.shutdown(wait=True)
 
@@ -154,12 +154,12 @@ class Checkpoints:
 
     def sweep(self) -> None:
         """Remove what an interrupted run left unfinished."""
-        if self.ranks.rank == 0 and self.folder.is_dir():
+        if self.collectives.rank == 0 and self.folder.is_dir():
             whole = set(complete(self.folder))
             for path in [*self.folder.glob("step-*"), *self.folder.glob(".step-*.part")]:
                 if path not in whole:
                     shutil.rmtree(path)
-        self.ranks.barrier()
+        self.collectives.barrier()
 
     def latest(self) -> Checkpoint | None:
         """The newest complete checkpoint; None where there is none.
@@ -169,7 +169,7 @@ class Checkpoints:
         """
         whole = complete(self.folder)
         # Rank 0's view is everybody's: shared file systems show a new folder to some nodes later than to others.
-        name = self.ranks.gather(whole[-1].name if whole else None)[0]
+        name = self.collectives.gather(whole[-1].name if whole else None)[0]
         if name is None:
             return None
         try:
@@ -184,13 +184,13 @@ class Checkpoints:
             CheckpointError: at every worker, naming the first damaged or missing file and what to do.
         """
         damaged = []
-        for name in sorted(checkpoint.files)[self.ranks.rank :: self.ranks.world]:
+        for name in sorted(checkpoint.files)[self.collectives.rank :: self.collectives.world]:
             path, entry = checkpoint.folder / name, checkpoint.files[name]
             if not path.is_file():
                 damaged.append(f"{path}: missing")
             elif path.stat().st_size != entry["size"] or sha256(path) != entry["sha256"]:
                 damaged.append(f"{path}: damaged (its SHA-256 is not the manifest's)")
-        found = [line for lines in self.ranks.gather(damaged) for line in lines]
+        found = [line for lines in self.collectives.gather(damaged) for line in lines]
         if found:
             raise CheckpointError(f"{found[0]}; {self._advice()}")
 

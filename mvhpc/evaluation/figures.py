@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
-from shards.files import whole_file
+from shards.files import atomic_file
 
 PAPER, INK, FAINT = "#000000", "#e8e6e3", "#8a8f98"
 PANEL_INCHES = 1.35  # height of one brain
@@ -58,7 +58,7 @@ def slices(volume: NDArray) -> NDArray:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
-    with whole_file(path) as part:
+    with atomic_file(path) as part:
         figure.savefig(part, format="png", dpi=160, facecolor=figure.get_facecolor())
 
 

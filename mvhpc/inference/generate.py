@@ -20,7 +20,7 @@ from mvhpc.inference.sampler import Sampler, parse_given, set_threads, versions
 from mvhpc.runs.folder import Run, identity
 from mvhpc.runtime.randomness import generator
 from mvhpc.variables import Continuous, Volume
-from shards.files import whole_folder, write_text
+from shards.files import atomic_folder, write_text
 from shards.progress import progress
 from shards.schema import Schema
 
@@ -137,7 +137,7 @@ def write_bids(
     """
     shown: list[Person] = []
     width = max(4, len(str(count)))
-    with whole_folder(folder) as tree:
+    with atomic_folder(folder) as tree:
         lines = [["participant_id", *(variable.column for variable in schema.scalars)]]
         for number, person in enumerate(drawn, 1):
             name = f"sub-{number:0{width}d}"

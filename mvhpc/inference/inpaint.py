@@ -30,7 +30,7 @@ from mvhpc.runtime.randomness import generator
 from mvhpc.variables import Volume
 from shards import volumes
 from shards.dataset import Dataset
-from shards.files import whole_file
+from shards.files import atomic_file
 from shards.progress import progress
 
 PASSES = 2  # of each completion; a third changes little
@@ -220,7 +220,7 @@ def run(config: InpaintConfig, run: Run) -> dict[str, Any]:
 
     out.parent.mkdir(parents=True, exist_ok=True)
     for file, person in zip(names, people):
-        with whole_file(out.with_name(file)) as part:
+        with atomic_file(out.with_name(file)) as part:
             part.write_bytes(_compressed(nifti(person[name], affine), ending))
     with run.figure("inpainting.png") as path:
         show_completions(sampler, voxels, known, people, name, path)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mvhpc.evaluation.tables import MISSING, sidecar
-from shards.files import whole_file, write_text
+from shards.files import atomic_file, write_text
 
 Row = dict[str, Any]
 
@@ -35,7 +35,7 @@ def write_predictions(path: Path, rows: Sequence[Row], description: dict[str, An
 
 def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write a TSV, whole or not at all; None as n/a."""
-    with whole_file(path) as part, part.open("w") as stream:
+    with atomic_file(path) as part, part.open("w") as stream:
         for row in [header, *rows]:
             stream.write("\t".join(_cell(value) for value in row) + "\n")
 

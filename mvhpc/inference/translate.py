@@ -23,7 +23,7 @@ from mvhpc.records import check_data, check_names, subjects
 from mvhpc.runs.folder import Run, identity
 from mvhpc.runtime.randomness import generator
 from shards.dataset import open_dataset
-from shards.files import whole_folder, write_text
+from shards.files import atomic_folder, write_text
 from shards.progress import progress
 
 SHOWN = 4  # subjects in the figure
@@ -75,7 +75,7 @@ def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
     wanted = schema[config.want]
     scores: list[list[Any]] = []  # key, what was not given, PSNR, SSIM
     shown: list[list[Any]] = []
-    with whole_folder(Path(config.out)) as tree:
+    with atomic_folder(Path(config.out)) as tree:
         batches = range(0, len(keys), config.batch)
         for start in progress(batches, f"{config.want} given {label(config.given)}", unit="batch"):
             part = keys[start : start + config.batch]

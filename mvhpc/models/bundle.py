@@ -25,7 +25,7 @@ from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.models.kernels.channels_last import lay_out
 from mvhpc.models.kernels.cpu_conv3d import mend_convolutions
 from mvhpc.variables import Variables, Volume
-from shards.files import write_whole
+from shards.files import write_bytes
 from shards.schema import Schema
 
 FORMATS = {"autoencoder": 3, "joint": 5, "baseline": 1}  # each counts what changed in its own files
@@ -86,9 +86,9 @@ def _save(folder: Path, meta: dict[str, Any], networks: Mapping[str, bytes]) -> 
     for name, data in networks.items():
         digest = hashlib.sha256(data).hexdigest()
         files[name] = {"file": f"{name}-{digest[:12]}.safetensors", "sha256": digest}
-        write_whole(folder / files[name]["file"], data)
+        write_bytes(folder / files[name]["file"], data)
     manifest = json.dumps({"format": FORMATS[meta["kind"]], **meta, "networks": files}, indent=1)
-    write_whole(folder / MANIFEST, manifest.encode())
+    write_bytes(folder / MANIFEST, manifest.encode())
     named = {entry["file"] for entry in files.values()}
     for path in folder.glob("*.safetensors"):
         if path.name not in named:

@@ -142,7 +142,7 @@ class Tracker:
                 continue
             if event["event"] == "start":
                 bar = Progress(self.stage, event["total"], "step", initial=event["step"])
-            elif event["event"] == "trouble":
+            elif event["event"] == "warning":
                 print(f"step {event['step']}: {event['text']}", file=sys.stderr)
             elif bar is not None and event["event"] in {"metrics", "end"}:
                 bar.update(max(0, event["step"] - bar.done), _note(event.get("metrics", {})))

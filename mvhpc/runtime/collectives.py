@@ -9,7 +9,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Ranks:
+class Collectives:
     """Collectives over all workers, on the CPU; with one worker each of them is the identity.
 
     Args:

@@ -25,7 +25,7 @@ import torch
 from mvhpc.config import Compute, ConfigError
 from mvhpc.runtime.bind_address import only_at
 from mvhpc.runtime.importing import resolve
-from mvhpc.runtime.scratch import own_folder
+from mvhpc.runtime.scratch import scratch_folder
 from mvhpc.runtime.watchdog import STOP_FILE, Interrupted
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
@@ -205,7 +205,7 @@ def ray_session(workers: int, logs: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         local: dict[str, Any] = {}
         if address is None:
-            temporary = tempfile.TemporaryDirectory(prefix="", dir=own_folder(), ignore_cleanup_errors=True)
+            temporary = tempfile.TemporaryDirectory(prefix="", dir=scratch_folder(), ignore_cleanup_errors=True)
             local = {
                 "num_cpus": max(workers, os.cpu_count() or 1),
                 "object_store_memory": 100 * 2**20,
@@ -233,7 +233,7 @@ def _token() -> Path:
 
     Without it any user of the machine could run code through Ray's ports.
     """
-    path = own_folder() / "token"
+    path = scratch_folder() / "token"
     path.touch(mode=0o600)
     path.write_text(secrets.token_hex(32))
     return path

@@ -14,7 +14,7 @@ _held: list[int] = []  # open for the life of the process
 
 
 @functools.cache
-def own_folder(parent: str = "/tmp") -> Path:
+def scratch_folder(parent: str = "/tmp") -> Path:
     """This process's folder, mode 0700, removed when it ends.
 
     Its path is short, for those of Ray's sockets in it may not exceed 107 bytes. A process that is killed cannot remove

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mvhpc.runtime.collectives import Ranks
+from mvhpc.runtime.collectives import Collectives
 from mvhpc.training.engines.base import Engine
 from mvhpc.training.task import Task
 
@@ -23,14 +23,14 @@ class Best:
         task: what is trained.
         engine: of the network that is exported.
         folder: the run folder.
-        ranks: the workers; rank 0 writes.
+        collectives: the workers; rank 0 writes.
 
     Attributes:
         metrics: ``validation/NAME`` of the model and ``best_step``, where some part was last the best; empty before.
     """
 
-    def __init__(self, task: Task, engine: Engine, folder: Path, ranks: Ranks) -> None:
-        self._task, self._engine, self._folder, self._ranks = task, engine, folder, ranks
+    def __init__(self, task: Task, engine: Engine, folder: Path, collectives: Collectives) -> None:
+        self._task, self._engine, self._folder, self._collectives = task, engine, folder, collectives
         self._owed: tuple[dict[str, Tensor], dict[str, float]] | None = None  # weights, of rank 0, and their metrics
         self.metrics: dict[str, float] = {}
 
@@ -68,16 +68,16 @@ class Best:
         """
         if self._owed is None:
             return None
-        trouble = None
-        if self._ranks.rank == 0:
+        warning = None
+        if self._collectives.rank == 0:
             try:
                 self._write(*self._owed)
             except (OSError, SafetensorError) as error:
-                trouble = f"the model of step {self.step} could not be written: {error}"
-        trouble = self._ranks.share(trouble)
-        if trouble is None:
+                warning = f"the model of step {self.step} could not be written: {error}"
+        warning = self._collectives.share(warning)
+        if warning is None:
             self._owed = None
-        return trouble
+        return warning
 
     def _write(self, weights: dict[str, Tensor], metrics: dict[str, float]) -> None:
         part, final, old = (self._folder / name for name in (".model.part", "model", ".model.old"))
@@ -106,7 +106,7 @@ class Best:
 
     def _parts(self, weights: dict[str, Tensor], kept: Collection[str]) -> dict[str, Tensor]:
         """``weights``, those of the scores that are ``kept`` as they were exported; of rank 0."""
-        if not kept or self._ranks.rank != 0:
+        if not kept or self._collectives.rank != 0:
             return weights
         before = self._owed[0] if self._owed else self._task.exported(self._folder / "model")
 

@@ -25,7 +25,7 @@ from mvhpc.checkpoints.manifest import Checkpoint, CheckpointError
 from mvhpc.checkpoints.writer import Checkpoints
 from mvhpc.config import Compute, flatten
 from mvhpc.runs.journal import Journal
-from mvhpc.runtime.collectives import Ranks
+from mvhpc.runtime.collectives import Collectives
 from mvhpc.runtime.devices import resolve_device, send
 from mvhpc.runtime.randomness import generator
 from mvhpc.runtime.watchdog import Interrupted, Pace, Watch, stop_requested
@@ -69,24 +69,24 @@ def train(task: Task, config: Config, folder: Path, rank: int = 0, world: int = 
         FloatingPointError: gradients that are not finite or explode, step after step, also after going back.
         Interrupted: stopped on request, a checkpoint written.
     """
-    return _Run(task, config, folder, Ranks(rank, world)).train()
+    return _Run(task, config, folder, Collectives(rank, world)).train()
 
 
 class _Run:
     """The state of one call of :func:`train`."""
 
-    def __init__(self, task: Task, config: Config, folder: Path, ranks: Ranks) -> None:
-        self.task, self.config, self.folder, self.ranks = task, config, folder, ranks
+    def __init__(self, task: Task, config: Config, folder: Path, collectives: Collectives) -> None:
+        self.task, self.config, self.folder, self.collectives = task, config, folder, collectives
         training = self.training = config.training
-        self.micro_batch = micro_batch(training, ranks.world)
+        self.micro_batch = micro_batch(training, collectives.world)
         if task.samples < 1:
             raise ValueError("there is not a single training sample; look at the split of the data")
         self.order = Order(task.samples, training.batch, training.seed)
         self.total = training.epochs * self.order.steps_per_epoch
         self.device = resolve_device(config.compute.device)
-        self.journal = Journal(folder) if ranks.rank == 0 else None
-        self.checkpoints = Checkpoints(folder / "checkpoints", training.keep, ranks)
-        self.meter, self.skips = Meter(ranks), Skips()
+        self.journal = Journal(folder) if collectives.rank == 0 else None
+        self.checkpoints = Checkpoints(folder / "checkpoints", training.keep, collectives)
+        self.meter, self.skips = Meter(collectives), Skips()
         self.watch = Watch(config.compute.hang_minutes)
         self.clock = Clock()
         self.engines: dict[str, Engine] = {}
@@ -116,9 +116,9 @@ class _Run:
                 getattr(self.config, "ema", None) if name == self.task.averaged else None,
                 self.training.accumulate,
                 self.micro_batch,
-                self.ranks,
+                self.collectives,
             )
-        self.best = Best(self.task, self.engines[self.task.best], self.folder, self.ranks)
+        self.best = Best(self.task, self.engines[self.task.best], self.folder, self.collectives)
 
     def _beside(self) -> Compute:
         """Networks beside the exported one, critics, stay whole: `Engine.frozen` needs all their weights."""
@@ -133,14 +133,14 @@ class _Run:
             try:
                 return self._steps(start)
             except Diverged as error:
-                self._trouble(start, self.checkpoints.finish())
+                self._warn(start, self.checkpoints.finish())
                 checkpoint = self.checkpoints.latest()
                 if error.first in lost or checkpoint is None:
                     raise
                 lost.add(error.first)
                 with self.watch.paused():
                     start = self._resume(checkpoint)
-                self._trouble(start, f"{error.what}; training goes back to step {start}")
+                self._warn(start, f"{error.what}; training goes back to step {start}")
 
     # --- steps ---
 
@@ -172,7 +172,7 @@ class _Run:
             base = self.task.learning_rates[name]
             engine.set_learning_rate(learning_rate(step, self.total, base, self.config.optimizer))
         # Layers such as dropout draw from the global state: seeded anew, they too depend on the step alone.
-        torch.manual_seed(generator(self.training.seed, "step", step, self.ranks.rank).initial_seed())
+        torch.manual_seed(generator(self.training.seed, "step", step, self.collectives.rank).initial_seed())
         scalars = []
         for _ in range(self.training.accumulate):
             with self.clock.waiting():
@@ -194,15 +194,15 @@ class _Run:
     def _poll(self, done: int) -> bool:
         """What the workers agree on about once a second; whether to stop after ``done`` steps."""
         self.watch.arm()
-        said = self.ranks.gather((stop_requested(), self.checkpoints.report(), self.pace.suggest(done)))
-        self._trouble(done, self.checkpoints.settle([report for _, report, _ in said]))
+        said = self.collectives.gather((stop_requested(), self.checkpoints.report(), self.pace.suggest(done)))
+        self._warn(done, self.checkpoints.settle([report for _, report, _ in said]))
         self.pace.next = done + said[0][2]
         self.skips.collect()
         return any(stop for stop, _, _ in said)
 
     def _batches(self, start: int) -> Generator[tuple[list[int], dict[str, Any]]]:
         accumulate = self.training.accumulate
-        rank, world = self.ranks.rank * accumulate, self.ranks.world * accumulate
+        rank, world = self.collectives.rank * accumulate, self.collectives.world * accumulate
 
         def load(unit: int) -> tuple[list[int], dict[str, Any]]:
             step, part = divmod(unit, accumulate)
@@ -227,7 +227,7 @@ class _Run:
         metrics["system/model_tflops"] = flops * metrics["system/samples_per_second"] / 1e12
         most = peak(self.device) if self.config.compute.precision != "float32" else None
         if most is not None:
-            share = metrics["system/model_tflops"] / (most * self.ranks.world)
+            share = metrics["system/model_tflops"] / (most * self.collectives.world)
             metrics["system/utilisation_percent"] = 100 * share
         metrics["system/memory_gib"] = psutil.Process().memory_info().rss / 2**30
         if self.device.type == "cuda":
@@ -243,27 +243,27 @@ class _Run:
             for engine in self.engines.values():
                 stack.enter_context(engine.evaluating())
             networks = {name: engine.module for name, engine in self.engines.items()}
-            self.task.refresh(networks, self.ranks.rank, self.ranks.world)
+            self.task.refresh(networks, self.collectives.rank, self.collectives.world)
             metrics = {}
             if self.task.validation:
-                metrics = validate(self.task, networks, self.micro_batch, self.ranks)
+                metrics = validate(self.task, networks, self.micro_batch, self.collectives)
                 self._write("metrics", step=step, metrics={f"validation/{name}": x for name, x in metrics.items()})
             improved = self.best.take(step, metrics)
             if improved:
-                self._trouble(step, self.best.write())
+                self._warn(step, self.best.write())
                 self._draw(networks, step)
             return improved
 
     def _draw(self, networks: dict[str, nn.Module], step: int) -> None:
         figures = self.task.figures(networks, step)
-        if figures and self.ranks.rank == 0:
+        if figures and self.collectives.rank == 0:
             try:
                 (self.folder / "figures").mkdir(exist_ok=True)
                 for name, write in figures.items():
                     write(self.folder / "figures" / name)
                     self._write("artifact", step=step, path=f"figures/{name}")
             except OSError as error:
-                self._trouble(step, f"a figure could not be written: {error}")
+                self._warn(step, f"a figure could not be written: {error}")
 
     # --- checkpoints ---
 
@@ -284,16 +284,16 @@ class _Run:
         }
         state, end = self._state(step), time.monotonic() + INSIST_S
         while True:
-            trouble = self.best.write()
-            if trouble is None:
+            warning = self.best.write()
+            if warning is None:
                 before = self.checkpoints.begin(step, files, state, self.best.step)
-                self._trouble(step, before)
-                trouble = self.checkpoints.finish() if insist else None
-            self._trouble(step, trouble)
-            if trouble is None or not insist:
+                self._warn(step, before)
+                warning = self.checkpoints.finish() if insist else None
+            self._warn(step, warning)
+            if warning is None or not insist:
                 return
-            if self.ranks.share(time.monotonic() > end):
-                raise CheckpointError(f"{trouble}; free or mend the storage and run it again, from the last checkpoint")
+            if self.collectives.share(time.monotonic() > end):
+                raise CheckpointError(f"{warning}; free or mend the storage and run it again, from the last checkpoint")
             time.sleep(RETRY_S)
 
     def _state(self, step: int) -> dict[str, Any]:
@@ -330,8 +330,8 @@ class _Run:
         if self.journal is not None:
             self.journal.write(event, **fields)
 
-    def _trouble(self, step: int, text: str | None) -> None:
+    def _warn(self, step: int, text: str | None) -> None:
         """Say what went wrong and was survived."""
-        if text is not None and self.ranks.rank == 0:
-            self._write("trouble", step=step, text=text)
+        if text is not None and self.collectives.rank == 0:
+            self._write("warning", step=step, text=text)
             logging.getLogger(__name__).warning("step %d: %s", step, text)

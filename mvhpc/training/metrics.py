@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvhpc.runtime.collectives import Ranks
+from mvhpc.runtime.collectives import Collectives
 
 PATIENCE = 5  # updates left out in a row
 # Dense bfloat16 TFLOP/s by name of the GPU (NVIDIA's data sheets), the longer names first.
@@ -102,8 +102,8 @@ class Meter:
     Scalars stay on their device until :meth:`collect`, so that a step never waits for them.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
+    def __init__(self, collectives: Collectives) -> None:
+        self._collectives = collectives
         self._pending: list[tuple[list[str], Tensor]] = []
         self._sums: dict[str, list[float]] = {}  # name -> [sum, count]
 
@@ -118,7 +118,7 @@ class Meter:
         """Bring in what is still on the devices. Collective."""
         if not self._pending:
             return
-        values = self._ranks.sum(torch.cat([v for _, v in self._pending])) / self._ranks.world
+        values = self._collectives.sum(torch.cat([v for _, v in self._pending])) / self._collectives.world
         keys = [name for names, _ in self._pending for name in names]
         self._pending.clear()
         for name, value in zip(keys, values.tolist(), strict=True):

@@ -5,12 +5,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mvhpc.runtime.collectives import Ranks
+from mvhpc.runtime.collectives import Collectives
 from mvhpc.training.metrics import ADVICE
 from mvhpc.training.task import Task
 
 
-def validate(task: Task, networks: dict[str, nn.Module], size: int, ranks: Ranks) -> dict[str, float]:
+def validate(task: Task, networks: dict[str, nn.Module], size: int, collectives: Collectives) -> dict[str, float]:
     """Means of a task's metrics over its validation samples. Collective.
 
     Each worker takes the same number of batches, padded with samples that do not count: layers may be collective too.
@@ -19,15 +19,15 @@ def validate(task: Task, networks: dict[str, nn.Module], size: int, ranks: Ranks
         task: with at least one validation sample.
         networks: in evaluation mode.
         size: samples of a batch at each worker.
-        ranks: the workers.
+        collectives: the workers.
 
     Raises:
         KeyError: a score that the task does not measure.
         FloatingPointError: a score that is not finite.
     """
     sums: dict[str, Tensor] = {}  # name -> (sum, count)
-    for first in range(0, task.validation, size * ranks.world):
-        begin = first + ranks.rank * size
+    for first in range(0, task.validation, size * collectives.world):
+        begin = first + collectives.rank * size
         places = list(range(begin, begin + size))
         real = torch.tensor([p < task.validation for p in places])  # (B,)
         indices = [min(p, task.validation - 1) for p in places]
@@ -39,7 +39,7 @@ def validate(task: Task, networks: dict[str, nn.Module], size: int, ranks: Ranks
     if missing := set(task.scores) - set(sums):
         raise KeyError(f"the task validates {', '.join(sums)}, not its score {', '.join(sorted(missing))}")
     names = sorted(sums)
-    totals = ranks.sum(torch.stack([sums[name] for name in names]))  # (metrics, 2)
+    totals = collectives.sum(torch.stack([sums[name] for name in names]))  # (metrics, 2)
     means = {name: float(total / count) for name, (total, count) in zip(names, totals) if count > 0}
     for score in task.scores:
         if not math.isfinite(means.get(score, math.nan)):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvhpc.checkpoints.consolidate import MOMENTS, Whole, partition, read_whole, safe_globals, trained
+from mvhpc.checkpoints.consolidate import MOMENTS, NetworkState, consolidate, partition, safe_globals, trained
 from mvhpc.config import Compute, ConfigError, Optimizer, choose
-from mvhpc.runtime.collectives import Ranks
+from mvhpc.runtime.collectives import Collectives
 from mvhpc.runtime.devices import resolve_device
 from mvhpc.training.engines.base import Average, Engine, adamw, to_host
 
@@ -34,12 +34,12 @@ class DeepSpeedEngine(Engine):
         decay: float | None,
         accumulate: int,
         micro_batch: int,
-        ranks: Ranks,
+        collectives: Collectives,
     ) -> None:
         device = resolve_device(compute.device)
         super().__init__(module.to(device).train(), optimizer, compute, accumulate, device)
         self._deepspeed = import_deepspeed(device)
-        self._ranks = ranks
+        self._collectives = collectives
         if compute.zero_stage not in range(4):
             raise ConfigError(f"compute.zero_stage={compute.zero_stage}: DeepSpeed ZeRO has stages 0 to 3")
         if choose(compute.offload, ("none", "cpu"), "compute.offload") == "cpu" and compute.zero_stage == 0:
@@ -47,7 +47,7 @@ class DeepSpeedEngine(Engine):
                 "compute.offload=cpu needs an optimiser that is divided; set compute.zero_stage to 1 or more"
             )
         self.stage = compute.zero_stage
-        self.layout = f"{ranks.world} workers, ZeRO-{self.stage}"
+        self.layout = f"{collectives.world} workers, ZeRO-{self.stage}"
         if compute.compile:
             module.compile()
         # Gradients are exchanged from a buffer, of 2 GB by default, however small the network.
@@ -99,7 +99,7 @@ class DeepSpeedEngine(Engine):
         for p in self.module.parameters():
             share: Tensor = p.ds_tensor  # type: ignore[attr-defined]
             size = share.numel()
-            mine = min(size, max(0, p.ds_numel - self._ranks.rank * size))  # type: ignore[attr-defined]
+            mine = min(size, max(0, p.ds_numel - self._collectives.rank * size))  # type: ignore[attr-defined]
             share[mine:] = 0
             if p.requires_grad:
                 group, offset, _ = zero.grad_position[zero.get_param_id(p)]
@@ -153,14 +153,14 @@ class DeepSpeedEngine(Engine):
             parameter = parameters.get(name)
             divided = self.stage == 3 and parameter is not None
             with self._deepspeed.zero.GatheredParameters([parameter] if divided else [], enabled=divided):
-                if self._ranks.rank == 0:
+                if self._collectives.rank == 0:
                     whole[name] = (value if parameter is None else parameter).detach().cpu().clone()
         return whole
 
     # --- checkpoints ---
 
     def _average_file(self) -> str:
-        return f"average-{self._ranks.rank:05d}.pt" if self.stage == 3 else "average.pt"
+        return f"average-{self._collectives.rank:05d}.pt" if self.stage == 3 else "average.pt"
 
     def snapshot(self) -> dict[str, Any]:
         # DeepSpeed's own layout, which its converters (universal checkpoint, zero_to_fp32) read.
@@ -173,7 +173,7 @@ class DeepSpeedEngine(Engine):
         files = dict(self._files)
         self._files.clear()
         # (below stage 3 all have the whole of it, and rank 0 writes the weights already)
-        if self.average is not None and (self.stage == 3 or self._ranks.rank == self._ranks.world - 1):
+        if self.average is not None and (self.stage == 3 or self._collectives.rank == self._collectives.world - 1):
             files[self._average_file()] = self.average.flat()
         return files
 
@@ -194,9 +194,9 @@ class DeepSpeedEngine(Engine):
     @torch.no_grad()
     def _load_whole(self, folder: Path) -> None:
         """Take up a checkpoint of another number of workers or another stage, read by rank 0 for all."""
-        rank, world = self._ranks.rank, self._ranks.world
-        whole = read_whole(folder) if rank == 0 else Whole({})
-        share = self._ranks.share
+        rank, world = self._collectives.rank, self._collectives.world
+        whole = consolidate(folder) if rank == 0 else NetworkState({})
+        share = self._collectives.share
         self.updates = self._engine.global_steps = share(whole.updates)
         self.usual.copy_(share(whole.usual))
         for name, buffer in self.module.named_buffers():
@@ -236,7 +236,7 @@ class DeepSpeedEngine(Engine):
 
         def mine(tensor: Tensor) -> Tensor:
             if self.stage == 3:
-                return partition(tensor, self._ranks.rank, self._ranks.world)
+                return partition(tensor, self._collectives.rank, self._collectives.world)
             return tensor.flatten()[whole.start : whole.start + whole.numel]
 
         flat.data[cut].copy_(mine(value))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvhpc.checkpoints.consolidate import LOCAL, Whole, read_whole, trained
+from mvhpc.checkpoints.consolidate import LOCAL, NetworkState, consolidate, trained
 from mvhpc.config import Compute, Optimizer
 from mvhpc.models.kernels.channels_last import lay_out
 from mvhpc.runtime.devices import resolve_device
@@ -58,7 +58,7 @@ class LocalEngine(Engine):
 
     def snapshot(self) -> dict[str, Any]:
         average = () if self.average is None else self.average.values
-        whole = Whole(
+        whole = NetworkState(
             network=dict(self.module.state_dict()),
             moments={name: self.optimizer.state[p] for name, p in trained(self.module) if p in self.optimizer.state},
             average={name: value for (name, _), value in zip(self.module.named_parameters(), average)},
@@ -68,7 +68,7 @@ class LocalEngine(Engine):
         return {LOCAL: to_host(vars(whole))}
 
     def load(self, folder: Path, layout: str) -> None:
-        whole = read_whole(folder)
+        whole = consolidate(folder)
         self.module.load_state_dict(whole.network)
         state = {
             i: {key: _laid_out(value, p) for key, value in whole.moments[name].items()}

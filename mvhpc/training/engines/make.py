@@ -3,7 +3,7 @@
 from torch import nn
 
 from mvhpc.config import Compute, Optimizer
-from mvhpc.runtime.collectives import Ranks
+from mvhpc.runtime.collectives import Collectives
 from mvhpc.training.engines.base import Engine
 from mvhpc.training.engines.local import LocalEngine
 
@@ -16,7 +16,7 @@ def make_engine(
     decay: float | None,
     accumulate: int,
     micro_batch: int,
-    ranks: Ranks,
+    collectives: Collectives,
 ) -> Engine:
     """The engine of one network.
 
@@ -28,10 +28,10 @@ def make_engine(
         decay: of the running average of its weights; None for none.
         accumulate: micro-batches per step.
         micro_batch: samples in each.
-        ranks: the workers; one gives a :class:`LocalEngine`, more a :class:`DeepSpeedEngine`.
+        collectives: the workers; one gives a :class:`LocalEngine`, more a :class:`DeepSpeedEngine`.
     """
-    if ranks.world == 1:
+    if collectives.world == 1:
         return LocalEngine(module, rate, optimizer, compute, decay, accumulate)
     from mvhpc.training.engines.deepspeed import DeepSpeedEngine  # slow to import
 
-    return DeepSpeedEngine(module, rate, optimizer, compute, decay, accumulate, micro_batch, ranks)
+    return DeepSpeedEngine(module, rate, optimizer, compute, decay, accumulate, micro_batch, collectives)
