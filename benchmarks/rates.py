@@ -16,6 +16,7 @@ import torch.distributed as dist
 from workload import VOXELS, joint_parts
 
 from mvhpc.runtime.randomness import generator
+from shards.cpus import available_cores
 from shards.dataset import open_dataset
 from shards.files import sha256
 from shards.pack import pack
@@ -81,7 +82,7 @@ def measure(folder: Path | None = None) -> tuple[Rates, dict[str, str], dict[str
     bandwidth, latency = _all_reduce()
     local["bytes/s of an all-reduce over loopback (gloo, 2 workers)"] = bandwidth
     local["s of the smallest all-reduce over loopback (gloo, 2 workers)"] = latency
-    source = MEASURED.format(cores=os.cpu_count())
+    source = MEASURED.format(cores=available_cores())
     return replace(Rates(), **found), dict.fromkeys(found, source), local
 
 

@@ -115,9 +115,7 @@ def _phantom(args: argparse.Namespace) -> None:
     from shards.phantom.make import make_phantoms
 
     try:
-        make_phantoms(
-            args.out, args.subjects, tuple(args.shape), args.seed, args.workers or os.cpu_count() or 1, args.rich
-        )
+        make_phantoms(args.out, args.subjects, tuple(args.shape), args.seed, args.workers, args.rich)
     except ValueError as error:
         raise DataError(str(error)) from error
     print(

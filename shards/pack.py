@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import multiprocessing
-import os
 import platform
 import re
 import signal
@@ -16,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
+from shards.cpus import available_cores
 from shards.errors import DataError, TooManyRejects
 from shards.files import write_bytes
 from shards.index import Index
@@ -121,7 +121,7 @@ def pack(
     }
     writer = DatasetWriter(out, storage, "volumes", schema, arrays, target, group=group, token=token)
     with contextlib.closing(writer):
-        _fill(writer, table, spacing, size, workers or os.cpu_count() or 1)
+        _fill(writer, table, spacing, size, workers or available_cores())
         packed = [n for n in writer.notes if "sources" in n]
         rejects = [n for n in writer.notes if "reason" in n]
         listing = _listing(rejects)

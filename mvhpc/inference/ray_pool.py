@@ -18,6 +18,7 @@ from mvhpc.inference.predictions import Row
 from mvhpc.inference.predictor import open_predictor
 from mvhpc.runtime.devices import resolve_device
 from mvhpc.runtime.ray_cluster import ray_session
+from shards.cpus import available_cores
 
 
 class Worker:
@@ -53,7 +54,7 @@ def spread(question: dict[str, Any], batches: list[list[str]], compute: Compute,
     workers = min(compute.workers, len(batches))
     question = question | {name: str(Path(question[name]).absolute()) for name in ("model", "data")}
     unit = "GPU" if resolve_device(compute.device).type == "cuda" else "CPU"
-    threads = compute.threads or max(1, (os.cpu_count() or 1) // workers)
+    threads = compute.threads or max(1, available_cores() // workers)
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of Ray's core, which else writes advice to the terminal
     with ray_session(1, logs):
         import ray.data

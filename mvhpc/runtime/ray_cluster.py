@@ -27,6 +27,7 @@ from mvhpc.runtime.bind_address import only_at
 from mvhpc.runtime.importing import resolve
 from mvhpc.runtime.scratch import scratch_folder
 from mvhpc.runtime.watchdog import STOP_FILE, Interrupted
+from shards.cpus import available_cores
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
 # What a worker sees when another one is gone; such a run is worth trying again.
@@ -62,7 +63,7 @@ def launch(target: str, settings: Any, folder: Path, compute: Compute) -> dict[s
     if compute.workers == 1:
         keep_freed_memory()
         before = torch.get_num_threads()
-        torch.set_num_threads(compute.threads or before)
+        torch.set_num_threads(compute.threads or min(before, available_cores()))
         try:
             return resolve(target)(settings, folder, 0, 1)
         finally:
@@ -103,7 +104,7 @@ def _launch_ray(target: str, settings: Any, folder: Path, compute: Compute) -> d
         if 0 < gpus < workers:
             raise ConfigError(f"compute.workers={workers}, but Ray sees {gpus} GPUs; one worker takes one GPU")
         nodes = sum(node["Alive"] for node in ray.nodes())
-        threads = compute.threads or max(1, (os.cpu_count() or 1) * nodes // workers)
+        threads = compute.threads or max(1, available_cores() * nodes // workers)
         environment = {
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
             "OMP_NUM_THREADS": str(threads),
@@ -207,7 +208,7 @@ def ray_session(workers: int, logs: Path) -> Iterator[None]:
         if address is None:
             temporary = tempfile.TemporaryDirectory(prefix="", dir=scratch_folder(), ignore_cleanup_errors=True)
             local = {
-                "num_cpus": max(workers, os.cpu_count() or 1),
+                "num_cpus": max(workers, available_cores()),
                 "object_store_memory": 100 * 2**20,
                 "_temp_dir": stack.enter_context(temporary),
             }

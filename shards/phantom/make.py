@@ -10,7 +10,6 @@ memory score, a whole number, that falls with age (:data:`MEMORY`) and is indepe
 
 import json
 import multiprocessing
-import os
 import shutil
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +22,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from shards.cpus import available_cores
 from shards.phantom.anatomy import LAW, Regression, draw_anatomy, draw_person
 from shards.phantom.brain import Tissues, render_tissues, spacing
 from shards.progress import progress
@@ -131,7 +131,7 @@ def make_phantoms(
     subjects: int,
     shape: tuple[int, int, int] = (32, 32, 32),
     seed: int = 0,
-    workers: int = os.cpu_count() or 1,
+    workers: int = 0,
     rich: bool = False,
 ) -> None:
     """Write a BIDS tree of ``subjects`` phantoms, whole or not at all.
@@ -139,8 +139,8 @@ def make_phantoms(
     ``out`` gets dataset_description.json, participants.tsv (participant_id, age in years, sex), an image
     ``sub-*/anat/sub-*_T1w.nii.gz`` each (int16, RAS, :func:`spacing` mm) and derivatives/phantom/anatomy.tsv with what
     was drawn (:data:`shards.phantom.anatomy.LAW`) and the brain's and CSF's share that follow. Subject i depends on
-    ``seed`` and i alone, not on ``subjects`` or ``workers``. ``rich`` adds ``*_T2w.nii.gz``, and site and memory score
-    to participants.tsv.
+    ``seed`` and i alone, not on ``subjects`` or ``workers`` (processes; 0: one per core). ``rich`` adds ``*_T2w.nii.gz``, and site and memory
+    score to participants.tsv.
 
     Raises:
         FileExistsError: ``out`` exists and is not an empty folder.
@@ -155,6 +155,7 @@ def make_phantoms(
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         write = partial(_write_subject, folder, seed, shape, rich)
+        workers = workers or available_cores()
         if workers > 1:
             spawn = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(min(workers, subjects), mp_context=spawn) as pool:
