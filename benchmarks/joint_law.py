@@ -112,7 +112,7 @@ def trained(law: Law, steps: int, path: Path | None) -> tuple[JointDenoiser, Joi
     """The network of ``path``; where that is not there, one that learns the law now."""
     diffusion = JointDiffusion(VARIABLES, DIFFUSION)
     torch.manual_seed(0)
-    network = JointDenoiser(VARIABLES, NETWORK, diffusion.blind)
+    network = JointDenoiser(VARIABLES, NETWORK, diffusion.masked_level)
     if path is not None and path.is_file():
         network.load_state_dict(load_file(path))
         return network.eval(), diffusion
@@ -135,7 +135,7 @@ def learn(law: Law, network: JointDenoiser, diffusion: JointDiffusion, steps: in
         generators = [generator(0, "law", step, i, q) for i in range(batch) for q in range(QUESTIONS)]
         noised = diffusion.noise(law.draw(batch, g), {}, diffusion.draw_times(generators), generators)
         chosen = rand([generator(0, "reveal", step, i) for i in range(batch)], (1,)) < REVEAL
-        outputs = network(noised.z, noised.t, shown=diffusion.reveal(noised, chosen))
+        outputs = network(noised.z, noised.t, shown=diffusion.show_clean(noised, chosen))
         loss = diffusion.total(diffusion.losses(outputs, noised)).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -55,7 +55,7 @@ class Ours:
         variables = Variables([volume, Continuous("age", 0, 100), Categorical("sex", ("F", "M"))])
         self.diffusion = JointDiffusion(variables, config.diffusion).to(device)
         torch.manual_seed(0)
-        self.network = JointDenoiser(variables, config.model, self.diffusion.blind).to(device)
+        self.network = JointDenoiser(variables, config.model, self.diffusion.masked_level).to(device)
         self.optimizer = adamw(self.network, 1e-4, config.optimizer)
         self.device, self.precision, self.questions = device, resolve_precision(precision, device), config.questions
         if device.type == "cpu":

@@ -127,7 +127,7 @@ def joint_parts(preset: str) -> tuple[Variables, JointDiffusion, JointConfig]:
 def _joint(preset: str, batch: int, moving: int) -> tuple[list[nn.Module], Callable[[], None]]:
     """The denoiser, and one micro-batch of it whose U-Net sees ``moving`` rows."""
     variables, diffusion, config = joint_parts(preset)
-    network = JointDenoiser(variables, config.model, diffusion.blind)
+    network = JointDenoiser(variables, config.model, diffusion.masked_level)
     rows, asked = (batch, *variables.volumes[0].shape), batch * config.questions
     z = {"image": torch.randn(rows), "age": torch.randn(asked, 1), "sex": torch.zeros(asked, dtype=torch.int64)}
     t = {name: torch.ones(len(x), dtype=torch.int64) for name, x in z.items()}
@@ -146,8 +146,8 @@ def _joint(preset: str, batch: int, moving: int) -> tuple[list[nn.Module], Calla
             ]
             if network.late:
                 told = {n: x if n in names else x.repeat_interleave(config.questions) for n, x in t.items()}
-                outputs = network.answer(network.read(z, t).repeat_interleave(config.questions, 0), z, told, names)
-                image = network.decode(network.encode(*first), *first)["image"]
+                outputs = network.predict(network.encode(z, t).repeat_interleave(config.questions, 0), z, told, names)
+                image = network.expand(network.contract(*first), *first)["image"]
             else:
                 outputs = network(z, t)
                 image = outputs["image"][:moving]

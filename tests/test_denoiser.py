@@ -104,14 +104,14 @@ def test_what_is_seen_of_volumes_serves_every_question() -> None:
     z, t = inputs(v)
     other = {"age": -z["age"], "site": (z["site"] + 1) % 3}
     net = model(v)
-    seen = net.read({**z, **other}, {**t, "age": t["age"] // 2, "site": t["site"] // 3})
+    seen = net.encode({**z, **other}, {**t, "age": t["age"] // 2, "site": t["site"] // 3})
     whole = net(z, t)
     net.conv_in.register_forward_pre_hook(lambda *_: pytest.fail("the U-Net ran"))
-    for name, x in net.answer(seen, z, t, ["age", "site"]).items():
+    for name, x in net.predict(seen, z, t, ["age", "site"]).items():
         assert torch.equal(x, whole[name])
     net(z, t, want=["age"])
     twice = ({name: x.repeat_interleave(2, 0) for name, x in values.items()} for values in (z, t))
-    for name, x in net.answer(seen.repeat_interleave(2, 0), *twice, ["age", "site"]).items():
+    for name, x in net.predict(seen.repeat_interleave(2, 0), *twice, ["age", "site"]).items():
         torch.testing.assert_close(x, whole[name].repeat_interleave(2, 0))
 
 
@@ -122,11 +122,11 @@ def test_the_reader_starts_with_features_of_one_scale_and_sees_nothing_in_noise(
     clean, noise = ({**t, "v0": torch.full((50,), level)} for level in (0, 1000))
     net.adapt({"v0": z["v0"]})
     same.readers[0].out = torch.nn.Identity()
-    features = same.read(z, clean)[:, 0]
+    features = same.encode(z, clean)[:, 0]
     scaled = (features - features.mean(0)) / features.std(0)
     untouched = model(v).readers[0].out
-    torch.testing.assert_close(net.read(z, clean)[:, 0], untouched(scaled), rtol=1e-4, atol=1e-4)
-    assert not net.read(z, noise).any()
+    torch.testing.assert_close(net.encode(z, clean)[:, 0], untouched(scaled), rtol=1e-4, atol=1e-4)
+    assert not net.encode(z, noise).any()
 
 
 def test_readers_answer_each_for_itself() -> None:
@@ -181,7 +181,7 @@ def test_volumes_at_rest_cost_no_unet() -> None:
     net = model(v)
     rows: list[int] = []
     hook = net.conv_in.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    ours, whole = net(z, t), net.decode(net.encode(z, t), z, t)
+    ours, whole = net(z, t), net.expand(net.contract(z, t), z, t)
     assert rows == [2, 4]
     for name in ("v0", "v1"):
         torch.testing.assert_close(ours[name][[1, 3]], whole[name][[1, 3]])
@@ -309,7 +309,7 @@ def test_it_learns_a_joint_law() -> None:
 
     torch.manual_seed(0)
     small = config.DenoiserConfig("late", 4, 1, [16, 16], [False, False], 1, 16, 1, 32, 0.0, False)
-    net = JointDenoiser(v, small, process.blind)
+    net = JointDenoiser(v, small, process.masked_level)
     net.adapt({"image": people(256)["image"]})
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
     steps, questions = 300, 4

@@ -99,8 +99,8 @@ def test_chances_are_the_mean_over_readers_and_flatter_the_larger_the_spread() -
     assert torch.equal(chances(logits[:, 0], 1.0), logits[:, 0].double().softmax(1))
     torch.testing.assert_close(chances(logits, wide)[0], (torch.tensor([1.0, 0.0]).softmax(0) + even).double() / 2)
     torch.testing.assert_close(chances(logits, wide)[1], even.double())
-    for spread in (1.0, 2.0, torch.ones(2, 1, device="meta")):
-        assert chances(logits.to("meta"), spread).device.type == "meta"
+    for temperature in (1.0, 2.0, torch.ones(2, 1, device="meta")):
+        assert chances(logits.to("meta"), temperature).device.type == "meta"
 
 
 def test_noise_keeps_a_class_as_often_as_the_schedule_says() -> None:

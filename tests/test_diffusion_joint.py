@@ -118,7 +118,7 @@ def test_chosen_volumes_are_revealed_where_they_are_known() -> None:
     people, there = MixedLaw(process).draw(6, 1), {"image": torch.arange(6) % 3 > 0}
     noised = process.noise(people, there, levels(6, image=300, age=300, sex=300), generators(6))
     chosen = torch.arange(6) < 3
-    z, t = process.reveal(noised, chosen[:, None])
+    z, t = process.show_clean(noised, chosen[:, None])
     clean = chosen & there["image"]
     assert torch.equal(z["image"][clean], people["image"][clean]) and not t["image"][clean].any()
     assert torch.equal(z["image"][~clean], noised.z["image"][~clean])

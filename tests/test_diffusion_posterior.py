@@ -35,12 +35,12 @@ def test_outputs_are_read_as_offsets_from_what_v_says_of_x0() -> None:
 
 
 def test_what_readers_say_is_mixed_in_equal_parts() -> None:
-    """However sure one of them is of itself; a spread stretches the mixture about its mean."""
+    """However sure one of them is of itself; a temperature stretches the mixture about its mean."""
     said = torch.randn(5, 3, 1 + 3 * 2, generator=torch.Generator().manual_seed(0))
     x = torch.linspace(-4, 4, 9)[:, None]
     together, apart = density(said), [density(said[:, reader]) for reader in range(3)]
     torch.testing.assert_close(together.cdf(x), torch.stack([law.cdf(x) for law in apart]).mean(0))
-    wide = density(said, spread=2.0)
+    wide = density(said, temperature=2.0)
     torch.testing.assert_close(wide.mean, together.mean)
     torch.testing.assert_close(wide.stddev, 2 * together.stddev)
     logits = torch.randn(5, 3, K, generator=torch.Generator().manual_seed(1)).double()
@@ -69,13 +69,15 @@ class Answers:
     def __init__(self, law: MixedLaw, sure: float = 1.0) -> None:
         self.law, self.looked, self.sure = law, 0, sure  # times surer than it should be
 
-    def read(self, z: dict[str, Tensor], t: dict[str, Tensor]) -> Tensor:
+    def encode(self, z: dict[str, Tensor], t: dict[str, Tensor]) -> Tensor:
         self.looked += 1
         return torch.cat([z["image"].flatten(1), t["image"][:, None]], 1)
 
-    def answer(self, seen: Tensor, z: dict[str, Tensor], t: dict[str, Tensor], want: list[str]) -> dict[str, Tensor]:
-        told = torch.stack([seen[:, -1] == 0, t["age"] == 0], 1)
-        x = torch.cat([seen[:, :-1], z["age"]], 1).double()
+    def predict(
+        self, features: Tensor, z: dict[str, Tensor], t: dict[str, Tensor], want: list[str]
+    ) -> dict[str, Tensor]:
+        told = torch.stack([features[:, -1] == 0, t["age"] == 0], 1)
+        x = torch.cat([features[:, :-1], z["age"]], 1).double()
         said = {name: torch.zeros(len(x), K if name == "sex" else 1 + 3 * K).double() for name in want}
         for pattern in told.unique(dim=0).tolist():
             rows = (told == torch.tensor(pattern)).all(1)
@@ -139,8 +141,8 @@ def test_calibration_asks_the_reader_that_judges() -> None:
     law = MixedLaw(diffusion())
     right, sure = Answers(law), Answers(law, 2.5)
     network = Answers(law)
-    network.answer = lambda *question: {  # type: ignore[method-assign]
-        name: torch.stack([x, sure.answer(*question)[name]], 1) for name, x in right.answer(*question).items()
+    network.predict = lambda *question: {  # type: ignore[method-assign]
+        name: torch.stack([x, sure.predict(*question)[name]], 1) for name, x in right.predict(*question).items()
     }
     clean, judged = law.draw(300, 3), torch.zeros(300, 2, dtype=torch.bool)
     everybody = {name: torch.ones(300, dtype=torch.bool) for name in clean}
@@ -170,14 +172,16 @@ def test_a_few_people_move_calibration_little_and_nobody_not_at_all() -> None:
     assert calibrate(Answers(law), law.diffusion, clean, present | {"image": ~present["image"]}, judged) == {}
 
 
-def test_spread_widens_answers_from_volumes_alone() -> None:
+def test_temperature_widens_answers_from_volumes_alone() -> None:
     law = MixedLaw(diffusion())
     person = law.draw(1, 1)
-    wide = Posterior(Answers(law), law.diffusion, {"image": person["image"]}, 1, spread={"age": 2.0}).laws(["age"])
+    wide = Posterior(Answers(law), law.diffusion, {"image": person["image"]}, 1, temperature={"age": 2.0}).laws(["age"])
     plain = Posterior(Answers(law), law.diffusion, {"image": person["image"]}, 1).laws(["age"])
     assert wide["age"].mean.item() == pytest.approx(plain["age"].mean.item())
     assert wide["age"].stddev.item() == pytest.approx(2 * plain["age"].stddev.item())
-    blind = [Posterior(Answers(law), law.diffusion, {}, 1, spread=s).laws(["age"])["age"] for s in ({"age": 2.0}, {})]
+    blind = [
+        Posterior(Answers(law), law.diffusion, {}, 1, temperature=s).laws(["age"])["age"] for s in ({"age": 2.0}, {})
+    ]
     assert blind[0].stddev == blind[1].stddev
 
 

@@ -35,8 +35,8 @@ def test_a_frozen_network_gives_the_same_answers_to_the_bit(design: str, precisi
             assert torch.equal(value, again[name]), name
     if design == "late":  # as a posterior does it: read under autocast, ask without
         with torch.no_grad(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
-            seen, again = network.read(z, t), frozen.read(z, t)
-        assert torch.equal(network.answer(seen, z, t, ["age"])["age"], frozen.answer(again, z, t, ["age"])["age"])
+            seen, again = network.encode(z, t), frozen.encode(z, t)
+        assert torch.equal(network.predict(seen, z, t, ["age"])["age"], frozen.predict(again, z, t, ["age"])["age"])
 
 
 def test_products_are_counted_of_packed_convolutions_too() -> None:

@@ -10,7 +10,7 @@ Every level ``t``, ``s`` is an int or an int64 tensor (B,) of one level per row.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvhpc.diffusion.density import by_reader
+from mvhpc.diffusion.density import by_member
 
 
 class Uniform(nn.Module):
@@ -66,8 +66,8 @@ def draw(p: Tensor, uniform: Tensor) -> Tensor:
     return passed.sum(-1)
 
 
-def chances(output: Tensor, spread: Tensor | float = 1.0) -> Tensor:
+def chances(output: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     """p(class) (B, K) in float64 from logits (B, K), or (B, R, K) of R readers, of whom the mean is taken; divided by
-    ``spread``, a number or (B, 1)."""
-    spread = spread[..., None] if isinstance(spread, Tensor) else spread  # (B, 1, 1)
-    return (by_reader(output).double() / spread).softmax(-1).mean(1)
+    ``temperature``, a number or (B, 1)."""
+    temperature = temperature[..., None] if isinstance(temperature, Tensor) else temperature  # (B, 1, 1)
+    return (by_member(output).double() / temperature).softmax(-1).mean(1)

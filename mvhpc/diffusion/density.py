@@ -14,25 +14,25 @@ BISECTIONS = 40
 LOG_SD = (-5.0, 2.0)  # limits, in the scale of z_0, where a variable has unit SD
 
 
-def by_reader(output: Tensor) -> Tensor:
+def by_member(output: Tensor) -> Tensor:
     """What is said of a scalar, (B, R, n), R readers apart; of a single one it may come as (B, n)."""
     return output if output.ndim == 3 else output[:, None]
 
 
-def density(output: Tensor, kind: str = "v", spread: Tensor | float = 1.0) -> MixtureSameFamily:
+def density(output: Tensor, kind: str = "v", temperature: Tensor | float = 1.0) -> MixtureSameFamily:
     """p(x_0 | given) of a number that is at t = T, from the network's output (B, 1 + 3M); in the scale of z_0.
 
     Of R readers, (B, R, 1 + 3M), the densities are mixed in equal parts. ``kind`` is what the first column is, v (-x_0
-    at t = T) or x0. ``spread``, a number or (B, 1), stretches the density about its mean.
+    at t = T) or x0. ``temperature``, a number or (B, 1), stretches the density about its mean.
     """
-    said = by_reader(output).double()
+    said = by_member(output).double()
     centre = said[..., :1] * (1 if kind == "x0" else -1)
     logits, offsets, logs = said[..., 1:].chunk(3, -1)  # each (B, R, M)
     logits, means, logs = (x.flatten(1) for x in (logits.log_softmax(-1), centre + offsets, logs))  # each (B, R M)
     middle = (logits.softmax(1) * means).sum(1, keepdim=True)
-    means = middle + spread * (means - middle)
+    means = middle + temperature * (means - middle)
     # Unchecked: checks would have the host wait for the accelerator.
-    part = Normal(means, spread * logs.clamp(*LOG_SD).exp(), validate_args=False)
+    part = Normal(means, temperature * logs.clamp(*LOG_SD).exp(), validate_args=False)
     return MixtureSameFamily(Categorical(logits=logits, validate_args=False), part, validate_args=False)
 
 

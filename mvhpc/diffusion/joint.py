@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mvhpc import config
 from mvhpc.diffusion import schedules
 from mvhpc.diffusion.categorical import Uniform, chances, draw
-from mvhpc.diffusion.density import by_reader, density
+from mvhpc.diffusion.density import by_member, density
 from mvhpc.diffusion.gaussian import TARGETS, Gaussian
 from mvhpc.runtime.devices import send
 from mvhpc.runtime.randomness import rand, randn
@@ -82,7 +82,7 @@ class JointDiffusion(nn.Module):
         return self.config.time == "independent"
 
     @property
-    def blind(self) -> int | None:
+    def masked_level(self) -> int | None:
         """The level whose values need not be shown to the network, as they are noise; None where they are asked for.
 
         With ``shared`` time all levels are shown, as in the paper; eps can be said of a value that is seen alone.
@@ -170,7 +170,7 @@ class JointDiffusion(nn.Module):
             counts[v.name] = there & (level > 0)
         return Noised(z, times, target, clean, counts, moving)
 
-    def reveal(self, noised: Noised, chosen: Tensor) -> tuple[Batch, Batch]:
+    def show_clean(self, noised: Noised, chosen: Tensor) -> tuple[Batch, Batch]:
         """The volumes and their levels, those that are ``chosen`` (B, volumes) clean, at t = 0, where they are known.
 
         What is said of scalars and how volumes are denoised are two tasks with levels of their own: most questions give
@@ -183,7 +183,7 @@ class JointDiffusion(nn.Module):
             t[v.name] = noised.t[v.name].masked_fill(clean, 0)
         return z, t
 
-    def losses(self, outputs: Mapping[str, Tensor], noised: Noised, judged: Tensor | None = None) -> Batch:
+    def losses(self, outputs: Mapping[str, Tensor], noised: Noised, held_out: Tensor | None = None) -> Batch:
         """Loss of each row and variable (paper, eq. 5): mean over elements of the squared error, or cross-entropy.
 
         Where a number is at t = T and the network gives a density for it, its negative logarithm is added, but where
@@ -192,7 +192,7 @@ class JointDiffusion(nn.Module):
         Args:
             outputs: of the network, by variable.
             noised: what it was shown.
-            judged: whose answers about a row count, of R readers (B, R) bool; None: everybody's.
+            held_out: whose answers about a row count, of R readers (B, R) bool; None: everybody's.
 
         Returns:
             By variable (B,) float32, without weights, the mean over a row's questions and readers; 0 where
@@ -205,8 +205,8 @@ class JointDiffusion(nn.Module):
             if isinstance(v, Volume):
                 losses[v.name] = torch.where(counts, (output - target).square().flatten(1).mean(1), 0.0)
                 continue
-            readers = by_reader(output).shape[1]
-            said = by_reader(output).flatten(0, 1)  # (B Q R, n)
+            readers = by_member(output).shape[1]
+            said = by_member(output).flatten(0, 1)  # (B Q R, n)
             target, level, clean, counts = (
                 x.repeat_interleave(readers, 0) for x in (target, noised.t[v.name], noised.clean[v.name], counts)
             )
@@ -219,7 +219,7 @@ class JointDiffusion(nn.Module):
                     surprise = -density(said, kind).log_prob(clean[:, 0].double()).float()
                     loss = loss + torch.where(level == self.steps, surprise, 0.0)
             loss = torch.where(counts, loss, 0.0).reshape(rows, -1, readers).mean(1)  # (B, R)
-            losses[v.name] = loss.mean(1) if judged is None else (loss * judged).sum(1) / judged.sum(1)
+            losses[v.name] = loss.mean(1) if held_out is None else (loss * held_out).sum(1) / held_out.sum(1)
         return losses
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
@@ -253,7 +253,7 @@ class JointDiffusion(nn.Module):
         """What an output says of x_0, the mean over readers: E[z_0 | z_t] shaped like z_t, or p(x_0 | z_t) (B, K)."""
         if isinstance(variable, Categorical):
             return chances(output)
-        said = output if isinstance(variable, Volume) else by_reader(output)[..., :1].mean(1)
+        said = output if isinstance(variable, Volume) else by_member(output)[..., :1].mean(1)
         return self.gaussian.x0(said.float(), z_t, t, self.parameterization(variable))
 
     def step(

@@ -16,25 +16,25 @@ from mvhpc.variables import Categorical, Volume
 Law = MixtureSameFamily | Tensor  # of a number, in the scale of z_0; or the chances of the classes (B, K)
 
 
-class Reading(Protocol):
-    """A network that says of scalars what it does from what it saw of the volumes, once."""
+class ScalarNetwork(Protocol):
+    """A network that encodes the volumes once and predicts scalars from these features."""
 
     late: bool
     components: int
 
-    def read(self, z: Batch, t: Batch) -> Tensor:
-        """What there is to know of the volumes, (B, ...)."""
+    def encode(self, z: Batch, t: Batch) -> Tensor:
+        """Features (B, ...) of the volumes."""
         ...
 
-    def answer(self, seen: Tensor, z: Batch, t: Batch, want: Collection[str]) -> Mapping[str, Tensor]:
+    def predict(self, features: Tensor, z: Batch, t: Batch, want: Collection[str]) -> Mapping[str, Tensor]:
         """Logits (B, K), or parameters (B, 1 + 3M) of :func:`mvhpc.diffusion.density.density`; (B, R, ...) of R
         readers."""
         ...
 
 
-def hindrance(denoiser: Reading, diffusion: JointDiffusion) -> str:
+def why_not(denoiser: ScalarNetwork, diffusion: JointDiffusion) -> str:
     """Why a model cannot be asked for its posterior; empty where it can."""
-    if diffusion.blind is None:
+    if diffusion.masked_level is None:
         return "it was not trained with independent times and without eps"
     if not (denoiser.late and denoiser.components):
         return "its scalars enter early or have no density (model.scalars, model.components)"
@@ -50,26 +50,26 @@ class Posterior:
         given: encoded clean values by variable: (B, C, h, w, d), (B, 1) or int64 (B,).
         rows: B, which nothing given does not tell.
         present: who has a given value, (B,) bool by variable; of others it is unknown. No entry: everybody.
-        spread: by scalar, the factor that calibration found for answers from volumes; see
+        temperature: by scalar, the factor that calibration found for answers from volumes; see
             :mod:`mvhpc.training.calibration`.
 
     Raises:
-        ValueError: a model that cannot be asked so; see :func:`hindrance`.
+        ValueError: a model that cannot be asked so; see :func:`why_not`.
         KeyError: given values of no variable.
     """
 
     def __init__(
         self,
-        denoiser: Reading,
+        denoiser: ScalarNetwork,
         diffusion: JointDiffusion,
         given: Mapping[str, Tensor],
         rows: int,
         present: Mapping[str, Tensor] | None = None,
-        spread: Mapping[str, float] | None = None,
+        temperature: Mapping[str, float] | None = None,
     ) -> None:
-        if reason := hindrance(denoiser, diffusion):
+        if reason := why_not(denoiser, diffusion):
             raise ValueError(f"this model has no posterior: {reason}")
-        self.denoiser, self.diffusion, self.spread = denoiser, diffusion, dict(spread or {})
+        self.denoiser, self.diffusion, self.temperature = denoiser, diffusion, dict(temperature or {})
         variables, device = diffusion.variables, diffusion.device
         self.z: Batch = {}
         self.t: Batch = {}
@@ -84,7 +84,7 @@ class Posterior:
             known = known.to(device)
             self.z[v.name] = torch.where(known.reshape(-1, *[1] * (value.ndim - 1)), value.to(device), self.z[v.name])
             self.t[v.name] = self.t[v.name].masked_fill(known, 0)
-        self.seen = denoiser.read(self.z, self.t)
+        self.seen = denoiser.encode(self.z, self.t)
 
     def laws(self, want: Collection[str]) -> dict[str, Law]:
         """The predictive law of each wanted scalar by itself."""
@@ -116,10 +116,10 @@ class Posterior:
         variables = self.diffusion.variables
         sure = torch.stack([t[v.name] == 0 for v in variables.volumes]).any(0)[:, None]  # (B, 1)
         laws: dict[str, Law] = {}
-        for name, output in self.denoiser.answer(seen, z, t, want).items():
-            spread = 1.0 + (self.spread.get(name, 1.0) - 1.0) * sure.double()
+        for name, output in self.denoiser.predict(seen, z, t, want).items():
+            temperature = 1.0 + (self.temperature.get(name, 1.0) - 1.0) * sure.double()
             if isinstance(variables[name], Categorical):
-                laws[name] = chances(output, spread)
+                laws[name] = chances(output, temperature)
             else:
-                laws[name] = density(output, self.diffusion.parameterization(variables[name]), spread)
+                laws[name] = density(output, self.diffusion.parameterization(variables[name]), temperature)
         return laws

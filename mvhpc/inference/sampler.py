@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mvhpc.config import Compute, ConfigError, Sampling, choose, to_dict
 from mvhpc.diffusion.joint import Batch
-from mvhpc.diffusion.posterior import Posterior, hindrance
+from mvhpc.diffusion.posterior import Posterior, why_not
 from mvhpc.diffusion.sampling import check_way, levels, sample
 from mvhpc.models.bundle import JointModel, load_joint
 from mvhpc.models.denoiser import JointDenoiser
@@ -69,7 +69,7 @@ class Sampler:
 
     def _way(self, sampling: Sampling, scalars: bool) -> str:
         diffusion = self.model.diffusion
-        reason = hindrance(self.model.denoiser, diffusion) if scalars else "it answers for scalars, not for volumes"
+        reason = why_not(self.model.denoiser, diffusion) if scalars else "it answers for scalars, not for volumes"
         if not reason and sampling.guidance != 1:
             reason = f"it knows no guidance (sampling.guidance={sampling.guidance:g})"
         way = sampling.conditioning
@@ -116,7 +116,7 @@ class Sampler:
         """The predictive laws of ``rows`` people; see :class:`mvhpc.diffusion.posterior.Posterior`."""
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32):
             model = self.model
-            return Posterior(model.denoiser, model.diffusion, given, rows, present, model.spread)
+            return Posterior(model.denoiser, model.diffusion, given, rows, present, model.temperature)
 
 
 @torch.inference_mode()

@@ -168,7 +168,7 @@ class JointModel:
         denoiser: the network, with averaged weights.
         autoencoder: turns volumes into latents and back.
         grid: ``spacing`` (mm), ``shape`` (voxels) and ``affine`` (4 x 4) of the volumes.
-        spread: by scalar, how much wider its posterior is than training alone says; see
+        temperature: by scalar, how much wider its posterior is than training alone says; see
             :mod:`mvhpc.training.calibration`.
         meta: the content of ``model.json``.
     """
@@ -179,7 +179,7 @@ class JointModel:
     denoiser: JointDenoiser
     autoencoder: Autoencoder
     grid: dict[str, Any]
-    spread: dict[str, float]
+    temperature: dict[str, float]
     meta: dict[str, Any]
 
     def _volume(self, name: str) -> Volume:
@@ -207,7 +207,7 @@ def save_joint(
     schema: Schema,
     latent: Mapping[str, Any],
     intervals: Mapping[str, Sequence[float]] | None = None,
-    spread: Mapping[str, float] | None = None,
+    temperature: Mapping[str, float] | None = None,
     grid: Mapping[str, Any],
     extra: Mapping[str, Any] | None = None,
 ) -> None:
@@ -221,7 +221,7 @@ def save_joint(
         schema: of the variables.
         latent: volume variable -> ``shape`` [C, h, w, d] and, as tensors, ``mean`` and ``sd`` of its latents.
         intervals: continuous variable -> what becomes [-1, 1]; the schema's range where not named.
-        spread: of the posterior, by scalar; 1 where not named.
+        temperature: of the posterior, by scalar; 1 where not named.
         grid: ``spacing``, ``shape`` and ``affine`` of the volumes.
         extra: JSON-able facts to keep beside it.
 
@@ -235,7 +235,7 @@ def save_joint(
         "schema": schema.to_dict(),
         "latent": {name: {"shape": list(facts["shape"])} for name, facts in latent.items()},
         "intervals": {name: list(interval) for name, interval in (intervals or {}).items()},
-        "spread": dict(spread or {}),
+        "spread": dict(temperature or {}),
         "grid": dict(grid),
         "autoencoder": autoencoder["autoencoder"],
         "denoiser": dataclasses.asdict(model),
@@ -274,7 +274,7 @@ def load_joint(folder: str | Path, device: torch.device | str = "cpu") -> JointM
     autoencoder = Autoencoder(config.AutoencoderConfig(**meta["autoencoder"]))
     _build(autoencoder, _weights(folder, meta, "autoencoder"), device)
     diffusion = JointDiffusion(variables, settings).to(device)
-    denoiser = JointDenoiser(variables, config.DenoiserConfig(**meta["denoiser"]), diffusion.blind)
+    denoiser = JointDenoiser(variables, config.DenoiserConfig(**meta["denoiser"]), diffusion.masked_level)
     _build(denoiser, _weights(folder, meta, "denoiser"), device)
     return JointModel(variables, schema, diffusion, denoiser, autoencoder, meta["grid"], meta["spread"], meta)
 

@@ -59,7 +59,7 @@ class JointDenoiser(nn.Module):
     """
 
     ANSWERING = ("readers.", "trunks.", "asked.")  # ``late``: names of what answers for scalars begin so, no others
-    TELLING = ("trunks.", "asked.")  # of these what :meth:`answer` needs, which a posterior runs in float32
+    TELLING = ("trunks.", "asked.")  # of these what :meth:`predict` needs, which a posterior runs in float32
     scale: Tensor
     shift: Tensor
 
@@ -142,16 +142,16 @@ class JointDenoiser(nn.Module):
         want = set(self.names if want is None else want)
         volumes, scalars = {v.name for v in self.volumes}, [v.name for v in self.scalars]
         if not self.late:
-            features = self.encode(z, t)
+            features = self.contract(z, t)
             outputs = {v.name: self.heads[i](features.bottleneck) for i, v in enumerate(self.scalars) if v.name in want}
-            return outputs if want.isdisjoint(volumes) else outputs | self.decode(features, z, t)
+            return outputs if want.isdisjoint(volumes) else outputs | self.expand(features, z, t)
         n = len(z[scalars[0]]) // len(z[self.volumes[0].name]) if scalars else 1  # Q
         outputs = {}
         if not want.isdisjoint(scalars):
             seen, levels = {**z, **shown[0]}, {**t, **shown[1]}
-            read = self.read(seen, levels).repeat_interleave(n, 0)
+            read = self.encode(seen, levels).repeat_interleave(n, 0)
             levels = {name: x.repeat_interleave(n) if name in volumes else x for name, x in levels.items()}
-            outputs = self.answer(read, z, levels, want)
+            outputs = self.predict(read, z, levels, want)
         if want.isdisjoint(volumes):
             return outputs
         z, t = ({name: x if name in volumes else x[::n] for name, x in values.items()} for values in (z, t))
@@ -162,7 +162,7 @@ class JointDenoiser(nn.Module):
         self._moving = torch.compiler.disable(self._moving)  # type: ignore[method-assign]
         super().compile(*args, **kwargs)
 
-    def read(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> Tensor:
+    def encode(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> Tensor:
         """``late``: what the readers see of the volumes, (B, readers, C), zero where none is shown.
 
         A row may be repeated for many questions."""
@@ -178,10 +178,10 @@ class JointDenoiser(nn.Module):
                 assert isinstance(reader, Reader)
                 reader.adapt(latents)
 
-    def answer(
+    def predict(
         self, seen: Tensor, z: Mapping[str, Tensor], t: Mapping[str, Tensor], want: Collection[str]
     ) -> dict[str, Tensor]:
-        """``late``: the outputs (B, readers, ...) of the scalars among ``want``, from what :meth:`read` gave."""
+        """``late``: the outputs (B, readers, ...) of the scalars among ``want``, from what :meth:`encode` gave."""
         levels = [self._wave(v.name, t) for v in self.volumes]
         said: dict[str, list[Tensor]] = {v.name: [] for v in self.scalars if v.name in want}
         for trunk, tokens, part in zip(self.trunks, self.asked, seen.unbind(1), strict=True):
@@ -192,7 +192,7 @@ class JointDenoiser(nn.Module):
                     said[v.name].append(trunk(i, part, told))
         return {name: torch.stack(answers, 1) for name, answers in said.items()}
 
-    def encode(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> Features:
+    def contract(self, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> Features:
         """The down path. In the ``late`` design it depends on the volumes' values and levels alone."""
         image = self._image(z, t)
         size = image.shape[2:]
@@ -211,7 +211,7 @@ class JointDenoiser(nn.Module):
         h = self._run(middle, self.middle, h, time, context)  # (B, channels[-1], h'/factor, ...)
         return Features(h, skips, size)
 
-    def decode(self, features: Features, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def expand(self, features: Features, z: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The up path: the outputs of the volumes."""
         h, skips, context = features.bottleneck, features.skips, self._context(z, t)
         time = self._time(t)
@@ -228,7 +228,7 @@ class JointDenoiser(nn.Module):
     def _denoise_moving(self, z: Values, t: Values, moving: Tensor | None) -> dict[str, Tensor]:
         """The U-Net for the rows that move, zero for the others."""
         rows, z_moving, t_moving = self._moving(z, t, moving)
-        denoised = self.decode(self.encode(z_moving, t_moving), z_moving, t_moving)
+        denoised = self.expand(self.contract(z_moving, t_moving), z_moving, t_moving)
         return {name: x.new_zeros(z[name].shape).index_copy(0, rows, x) for name, x in denoised.items()}
 
     def _moving(self, z: Values, t: Values, moving: Tensor | None) -> tuple[Tensor, Values, Values]:

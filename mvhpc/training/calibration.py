@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from mvhpc.diffusion.density import by_reader, density
+from mvhpc.diffusion.density import by_member, density
 from mvhpc.diffusion.joint import JointDiffusion
-from mvhpc.diffusion.posterior import Posterior, Reading, hindrance
+from mvhpc.diffusion.posterior import Posterior, ScalarNetwork, why_not
 
 PRIOR = math.log(2)  # SD of the factor's logarithm before anybody is seen: so few people cannot push it far
 LIMITS = (math.log(0.25), math.log(8))
@@ -26,7 +26,7 @@ PART = 64  # people at a time
 
 @torch.inference_mode()
 def calibrate(
-    denoiser: Reading,
+    denoiser: ScalarNetwork,
     diffusion: JointDiffusion,
     clean: Mapping[str, Tensor],
     present: Mapping[str, Tensor],
@@ -46,7 +46,7 @@ def calibrate(
     Returns:
         By scalar; empty for a model without posterior, and without those that nobody here has.
     """
-    if hindrance(denoiser, diffusion):
+    if why_not(denoiser, diffusion):
         return {}
     volumes = [v.name for v in diffusion.variables.volumes]
     anybody = torch.stack([present[name] for name in volumes]).any(0)
@@ -60,7 +60,7 @@ def calibrate(
             for part in rows.split(PART):
                 known = {name: clean[name][part] for name in given}, {name: present[name][part] for name in given}
                 asked = Posterior(denoiser, diffusion, known[0], len(part), known[1])
-                answers = by_reader(denoiser.answer(asked.seen, asked.z, asked.t, [v.name])[v.name])  # (n, R, ...)
+                answers = by_member(denoiser.predict(asked.seen, asked.z, asked.t, [v.name])[v.name])  # (n, R, ...)
                 said.append(answers[judged[part]])
         truth = clean[v.name][rows].repeat(2, *[1] * (clean[v.name].ndim - 1)).to(diffusion.device)
         surprise = partial(_surprise, torch.cat(said).double(), truth, diffusion.parameterization(v))

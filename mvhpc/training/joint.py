@@ -182,7 +182,7 @@ class JointTask(Task):
         self.judges = judges[: max(JUDGES, len(validation))]
         self.validation = len(self.judges) if validation else 0
         torch.manual_seed(config.training.seed)  # the layers' initial weights
-        denoiser = JointDenoiser(variables, config.model, self.diffusion.blind)
+        denoiser = JointDenoiser(variables, config.model, self.diffusion.masked_level)
         whole = torch.stack([self.people.present[v.name] for v in variables.volumes]).all(0).nonzero()[:ADAPTED, 0]
         if len(whole) > 1:
             denoiser.adapt({v.name: v.encode(self.people.values[v.name][whole, 0]) for v in variables.volumes})
@@ -252,7 +252,7 @@ class JointTask(Task):
         levels |= {v.name: levels[v.name].masked_fill(still, 0) for v in volumes}
         noised = self.diffusion.noise(clean, present, levels, questions)
         chosen = rand(generators, (len(volumes),), self.diffusion.device) < self.config.reveal
-        outputs = network(noised.z, noised.t, shown=self.diffusion.reveal(noised, chosen), moving=noised.moving)
+        outputs = network(noised.z, noised.t, shown=self.diffusion.show_clean(noised, chosen), moving=noised.moving)
         return self.diffusion.losses(outputs, noised, judged)
 
     def step(
@@ -314,11 +314,11 @@ class JointTask(Task):
 
     def export(self, folder: Path, states: dict[str, dict[str, Tensor]], metrics: dict[str, float]) -> None:
         """Write the self-contained model: averaged denoiser, calibration, autoencoder, schema, latents' scale."""
-        denoiser = JointDenoiser(self.diffusion.variables, self.config.model, self.diffusion.blind)
+        denoiser = JointDenoiser(self.diffusion.variables, self.config.model, self.diffusion.masked_level)
         denoiser.load_state_dict(states["denoiser"])
         judges = range(min(len(self.judges), JUDGES))
         device = resolve_device(self.config.compute.device)
-        spread = calibrate(denoiser.to(device).eval(), self.diffusion.to(device), *self._judged(judges, device))
+        temperature = calibrate(denoiser.to(device).eval(), self.diffusion.to(device), *self._judged(judges, device))
         save_joint(
             folder,
             states["denoiser"],
@@ -328,7 +328,7 @@ class JointTask(Task):
             schema=self.schema,
             latent=self.latent,
             intervals=self.intervals,
-            spread=spread,
+            temperature=temperature,
             grid=self.grid,
             extra={"validation": metrics, "calibrated on": len(judges)},
         )
