@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from mvhpc.config import ConfigError, load_config, refuse_password
 from mvhpc.runtime.watchdog import Interrupted
@@ -52,17 +51,31 @@ def _parser(command: str, examples: Sequence[str], about: str) -> argparse.Argum
 
 def _stage(stage: Stage, arguments: Sequence[str]) -> int:
     from mvhpc.execute import execute, plan
+    from mvhpc.pipeline.project import Request, record_project
+    from mvhpc.pipeline.run import do
 
     parser = _parser(stage.command, stage.examples, stage.help[0].upper() + stage.help[1:] + ".")
-    parser.add_argument("--config", default="default", metavar="NAME_OR_FILE", help="preset or YAML file")
+    parser.add_argument("--config", metavar="NAME_OR_FILE", help="preset or YAML file (default: the project's)")
+    parser.add_argument("--root", metavar="FOLDER", help="project; without it the one under runs/ last worked on")
+    parser.add_argument("--with-inputs", action="store_true", help="first do the stages that make missing inputs")
     for name, text in stage.flags.items():
         parser.add_argument(f"--{name}", help=text)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the configuration")
     options = vars(parser.parse_intermixed_args(arguments))
-    preset, overrides = options.pop("config"), options.pop("overrides")
+    preset, overrides, root, with_inputs = (options.pop(k) for k in ("config", "overrides", "root", "with_inputs"))
     flags = {name: text for name, text in options.items() if text is not None}
-    config: Any = load_config(stage.config_class(), stage.name, preset, overrides, flags)
-    summary = execute(plan(stage.name, config))
+    configured = Request(stage, preset, overrides, flags, root).configure()
+    config = configured.config
+    if with_inputs:
+        for name, before in configured.before():
+            do(plan(name, before), f"{name}: ")
+    planned = configured.plan()
+    if configured.project:
+        record_project(configured.project.config)
+    if configured.project and config.out == configured.own_place():
+        summary = do(planned, f"{stage.name}: ") or planned.summary()
+    else:
+        summary = execute(planned)
     for name, value in summary.items():
         print(f"{name:32s} {value:.4g}" if isinstance(value, float) else f"{name:32s} {value}")
     out = Path(config.out)

@@ -61,6 +61,11 @@ class PlannedStage:
         status: str = record["status"]
         return status if self.out.exists() else "new"
 
+    def summary(self) -> dict[str, Any]:
+        """What the stage reported when it was finished; empty before."""
+        found: dict[str, Any] = read_record(self.folder).get("summary", {})
+        return found
+
     def check_inputs(self) -> None:
         """Refuse to begin without an input.
 

@@ -19,7 +19,8 @@ class Stage:
         config: ``module:class`` of its configuration. Modules are imported when they are needed, since some are slow.
         run: ``module:function`` of ``run(config, run) -> summary``; empty for a stage that trains ``task``.
         inputs: configuration key -> the stage whose result it names; empty where no stage makes it.
-        out: where its result lies below a project's root. ``{split}`` is the folder of one cross-validation fold.
+        out: where its result lies below a project's root. ``{split}`` is the folder of one cross-validation fold,
+            ``{query}`` says what is wanted given what.
         help: one line.
         command: words that start it after ``mvhpc``; empty for what the ``shards`` command does.
         examples: complete commands.
@@ -125,7 +126,7 @@ STAGES: dict[str, Stage] = {
             run="",
             task="mvhpc.training.baseline:BaselineTask",
             inputs={"data": "pack"},
-            out="{split}baseline",
+            out="{split}baselines/{query}",
             help="train a DenseNet121 for one question alone, to compare with",
             command="train baseline",
             examples=("mvhpc train baseline data=runs/packed want=age given=[image,sex] out=runs/densenet-age",),
@@ -181,7 +182,7 @@ STAGES: dict[str, Stage] = {
             config="mvhpc.inference.translate:TranslateConfig",
             run="mvhpc.inference.translate:run",
             inputs={"model": "joint", "data": "pack"},
-            out="{split}translated",
+            out="{split}translations/{query}",
             help="draw one volume of every subject from the others: a contrast that was not taken",
             command="translate",
             examples=(

@@ -84,55 +84,83 @@ def load_config(
     name: str = "default",
     overrides: Sequence[str] = (),
     values: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> C:
     """Build a configuration of type ``kind``.
+
+    Layers, later over earlier: ``configs/FOLDER/default.yaml``, the preset ``name``, ``defaults``, the file ``name``,
+    ``overrides``, ``values``.
 
     Args:
         kind: the dataclass.
         folder: the stage's folder under ``configs/``.
-        name: a preset of that folder or a YAML file; laid over the folder's ``default.yaml``.
-        overrides: ``dotted.key=value``, values in YAML's syntax.
-        values: dotted key -> value as it is, laid over everything.
+        name: a preset of that folder, or a YAML file.
+        overrides: ``dotted.key=value``, values in YAML's syntax; a list also as ``a,b``, a mapping as ``a=1,b=2``.
+        values: dotted key -> value.
+        defaults: likewise, under everything that the user gave.
 
     Raises:
         ConfigError: an unknown preset, a misspelt key (naming the nearest right one), a value of the wrong type, or a
             key left without value; each names its file or override.
     """
+    path = config_file(folder, name)
+    user_file = path.parent != CONFIGS / folder
+    files = [_read_yaml(file) for file in dict.fromkeys([config_file(folder, "default"), path])]
+    layers = files[:1] if user_file else files
+    layers += _nested(defaults or {})
+    layers += files[1:] if user_file else []
+    layers += [_read_override(override) for override in overrides]
+    layers += _nested(values or {})
     node = OmegaConf.structured(kind)
-    layers: list[tuple[str, Any]] = []
-    for path in dict.fromkeys([config_file(folder, "default"), config_file(folder, name)]):
-        try:
-            layers.append((str(path), OmegaConf.load(path)))
-        except Exception as error:
-            raise ConfigError(f"{path}: not readable as YAML: {error}") from error
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"{override!r}: an override has the form key=value")
-        try:
-            layers.append((override, OmegaConf.from_dotlist([override])))
-        except Exception as error:
-            raise ConfigError(f"{override!r}: {error}") from error
-    for key, value in (values or {}).items():
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        layers.append((key, value))
-    layers = [(source, _parsed(kind, layer)) for source, layer in layers]
     for source, layer in layers:
-        try:
-            node = OmegaConf.merge(node, layer)
-            for key in OmegaConf.missing_keys(layer) if isinstance(layer, DictConfig) else ():
-                OmegaConf.update(node, key, MISSING)  # which merging leaves as it was
-        except ConfigKeyError as error:
-            key = str(getattr(error, "full_key", None) or getattr(error, "key", ""))
-            raise ConfigError(f"{source}: {nearest(key, _keys(kind), 'key')}") from error
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
+        node = _merge(kind, node, source, layer)
     try:
         OmegaConf.to_container(node, throw_on_missing=True)
         return OmegaConf.to_object(node)  # type: ignore[return-value]
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or str(error)
         raise ConfigError(f"{folder}: give a value for {key}, as {key}=VALUE") from error
+
+
+def _read_yaml(path: Path) -> tuple[str, Any]:
+    try:
+        return str(path), OmegaConf.load(path)
+    except Exception as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+
+
+def _read_override(override: str) -> tuple[str, Any]:
+    if "=" not in override:
+        raise ConfigError(f"{override!r}: an override has the form key=value")
+    try:
+        return override, OmegaConf.from_dotlist([override])
+    except Exception as error:
+        raise ConfigError(f"{override!r}: {error}") from error
+
+
+def _nested(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Dotted keys as nested mappings, one layer each."""
+    layers = []
+    for key, value in values.items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        layers.append((key, value))
+    return layers
+
+
+def _merge(kind: type, node: Any, source: str, layer: Any) -> Any:
+    """One layer over what is there."""
+    layer = _parsed(kind, layer)
+    try:
+        node = OmegaConf.merge(node, layer)
+        for key in OmegaConf.missing_keys(layer) if isinstance(layer, DictConfig) else ():
+            OmegaConf.update(node, key, MISSING)  # merging leaves such keys as they were
+        return node
+    except ConfigKeyError as error:
+        key = str(getattr(error, "full_key", None) or getattr(error, "key", ""))
+        raise ConfigError(f"{source}: {nearest(key, _keys(kind), 'key')}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:

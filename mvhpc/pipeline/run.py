@@ -6,6 +6,7 @@ from typing import Any
 
 from mvhpc.execute import PlannedStage, execute, plan, set_aside
 from mvhpc.pipeline.plan import Pipeline, PipelineConfig
+from mvhpc.pipeline.project import record_project
 from mvhpc.pipeline.summary import summarize
 
 
@@ -46,6 +47,7 @@ def run_pipeline(config: PipelineConfig) -> Pipeline:
         Exception: whatever a stage raises.
     """
     pipeline = Pipeline(config)
+    record_project(config)
     steps = list(pipeline.steps())
     start = time.monotonic()
     for number, (stage, step) in enumerate(steps, 1):

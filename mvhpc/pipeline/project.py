@@ -1,0 +1,180 @@
+"""A stage started by itself, as part of a project.
+
+A project is the folder of one pipeline, its root. ``ROOT/project.yaml`` is the pipeline's configuration. A stage that
+is started without all of its paths is the stage of that project: its preset, its split and its tracking store are the
+project's, and it reads and writes where the pipeline would. What the user gives goes over that.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mvhpc.config import CONFIGS, ConfigError, load_config, to_yaml
+from mvhpc.execute import PlannedStage, plan
+from mvhpc.pipeline.plan import Pipeline, PipelineConfig, query_name
+from mvhpc.stages import STAGES, Stage
+from shards.files import write_text
+
+RUNS = Path("runs")
+FILE = "project.yaml"
+DEFAULT = "main"
+
+
+def find_root(named: str | None = None) -> Path:
+    """The project's folder: the one named, else the one under ``runs/`` that was worked on last, else ``runs/main``."""
+    if named:
+        return Path(named)
+    roots = [path.parent for path in RUNS.glob(f"*/{FILE}")]
+    return max(roots, key=_last_used, default=RUNS / DEFAULT)
+
+
+def _last_used(root: Path) -> float:
+    """When something was last recorded there, in seconds since 1970."""
+    records = [root / FILE, *root.glob("*/stage.json"), *root.glob("*/*/stage.json")]
+    return max(path.stat().st_mtime for path in records)
+
+
+def record_project(config: PipelineConfig) -> None:
+    """Write the project's configuration to its root."""
+    Path(config.root).mkdir(parents=True, exist_ok=True)
+    write_text(Path(config.root) / FILE, to_yaml(config))
+
+
+def open_project(root: Path, preset: str | None = None) -> Pipeline:
+    """The project in ``root``; where there is none yet, one of ``preset``.
+
+    Raises:
+        ConfigError: a project file that cannot be used.
+    """
+    if (root / FILE).is_file():
+        return Pipeline(load_config(PipelineConfig, "pipeline", str(root / FILE), (), {"root": str(root)}))
+    known = preset if preset and (CONFIGS / "pipeline" / f"{preset}.yaml").is_file() else "default"
+    values = {"root": str(root)} | ({"preset": preset} if preset and "/" not in preset else {})
+    return Pipeline(load_config(PipelineConfig, "pipeline", known, (), values))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asked for: one stage.
+
+    Attributes:
+        stage: the stage.
+        preset: a preset of it or a YAML file; None: the project's, else ``default``.
+        overrides: ``key=value``.
+        flags: key -> text.
+        root: of the project; None: see :func:`find_root`.
+    """
+
+    stage: Stage
+    preset: str | None
+    overrides: Sequence[str]
+    flags: Mapping[str, str]
+    root: str | None = None
+
+    def _given(self) -> set[str]:
+        return {*self.flags, *(override.partition("=")[0] for override in self.overrides)}
+
+    def needs_project(self) -> bool:
+        """Whether a path is left to the project, or a project is named."""
+        paths = {"out", *(key for key, maker in self.stage.inputs.items() if maker)}
+        from_file = self.preset is not None and Path(self.preset).suffix in {".yaml", ".yml"}
+        return self.root is not None or (not from_file and not paths <= self._given())
+
+    def configure(self) -> "Configured":
+        """The stage's configuration.
+
+        Raises:
+            ConfigError: a configuration that cannot be used, or no fold named where the project has several.
+        """
+        kind, name = self.stage.config_class(), self.stage.name
+        if not self.needs_project():
+            config: Any = load_config(kind, name, self.preset or "default", self.overrides, self.flags)
+            return Configured(self.stage, config, None, "")
+        project = open_project(find_root(self.root), self.preset)
+        split = self._split(project)
+        preset = self.preset or project.preset(name)
+        defaults = project.values(name, split)
+        config = load_config(kind, name, preset, self.overrides, self.flags, defaults)
+        configured = Configured(self.stage, config, project, split)
+        if config.out == defaults["out"]:
+            config.out = configured.own_place()
+        print(f"{name}: project {project.root} (preset {preset})", file=sys.stderr)
+        return configured
+
+    def _split(self, project: Pipeline) -> str:
+        if len(project.splits) == 1:
+            return next(iter(project.splits))
+        words = dict(override.partition("=")[::2] for override in self.overrides) | dict(self.flags)
+        named = words.get("split_name", words.get("split", ""))
+        if named in project.splits or self.stage.out.find("{split}") < 0:
+            return named if named in project.splits else list(project.splits)[-1]
+        key = "split_name" if self.stage.name in {"predict", "translate"} else "split"
+        raise ConfigError(
+            f"{project.root} has {len(project.splits)} folds; name one: {key}={next(iter(project.splits))} "
+            f"(there are {', '.join(project.splits)})"
+        )
+
+
+@dataclass(frozen=True)
+class Configured:
+    """A stage with its configuration, and the project that it is part of.
+
+    Attributes:
+        stage: the stage.
+        config: its configuration.
+        project: the project; None where every path was given.
+        split: the project's split that it belongs to.
+    """
+
+    stage: Stage
+    config: Any
+    project: Pipeline | None
+    split: str
+
+    def before(self) -> Iterator[tuple[str, Any]]:
+        """(stage, configuration) of the project's stages that make what this one reads, in order."""
+        if self.project is None:
+            return
+        seen: set[str] = set()
+        for key, maker in self.stage.inputs.items():
+            if maker and getattr(self.config, key) == str(self.project.place(maker, self.split)):
+                yield from _made_by(self.project, self.split, maker, seen)
+
+    def own_place(self) -> str:
+        """Where the project keeps the result of this stage; empty without a project."""
+        if self.project is None:
+            return ""
+        query = ""
+        if "{query}" in self.stage.out:
+            want = [self.config.want] if isinstance(self.config.want, str) else self.config.want
+            query = query_name(want, self.config.given)
+        return str(self.project.place(self.stage.name, self.split, query))
+
+    def plan(self) -> PlannedStage:
+        """The stage, with what identifies its result.
+
+        Raises:
+            ConfigError: an input that is not there, with the command that makes it.
+        """
+        planned = plan(self.stage.name, self.config)
+        for key, path in planned.missing.items():
+            maker = STAGES.get(self.stage.inputs[key])
+            if maker is None or planned.state() == "finished":
+                continue
+            root = f" --root {self.project.root}" if self.project else ""
+            command = f"mvhpc {maker.command}{root}" if maker.command else f"shards {maker.name} ... {path}"
+            hint = f"make it with `{command}`" + (", or add --with-inputs" if self.project else "")
+            raise ConfigError(f"{key}={path}: no such file or folder; {hint}")
+        return planned
+
+
+def _made_by(project: Pipeline, split: str, stage: str, seen: set[str]) -> Iterator[tuple[str, Any]]:
+    if stage in seen or (stage == "phantom" and project.config.source):
+        return
+    seen.add(stage)
+    for maker in STAGES[stage].inputs.values():
+        if maker:
+            yield from _made_by(project, split, maker, seen)
+    yield stage, project.configure(stage, split)
