@@ -164,7 +164,7 @@ class Configured:
             if maker is None or planned.state() == "finished":
                 continue
             root = f" --root {self.project.root}" if self.project else ""
-            command = f"mvhpc {maker.command}{root}" if maker.command else f"shards {maker.name} ... {path}"
+            command = f"mvhpc {maker.command}{root}" if maker.command else f"shards {maker.name} SOURCE {path}"
             hint = f"make it with `{command}`" + (", or add --with-inputs" if self.project else "")
             raise ConfigError(f"{key}={path}: no such file or folder; {hint}")
         return planned

@@ -1,0 +1,147 @@
+"""A stage started by itself is a stage of a project; what the user gives goes over what the project says."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mvhpc.cli import main
+from mvhpc.config import ConfigError, load_config
+from mvhpc.execute import plan
+from mvhpc.pipeline.plan import Pipeline, PipelineConfig
+from mvhpc.pipeline.project import Configured, Request, find_root, record_project
+from mvhpc.pipeline.run import do
+from mvhpc.runs.folder import read_record
+from mvhpc.stages import STAGES
+from tests.test_pipeline import SMALL
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, which is where the user is."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def project(root: str, preset: str = "demo", **values: object) -> Pipeline:
+    """A project on disk."""
+    config = load_config(PipelineConfig, "pipeline", preset, (), {"root": root, **values})
+    record_project(config)
+    return Pipeline(config)
+
+
+def configure(
+    stage: str, *overrides: str, preset: str | None = None, root: str | None = None, **flags: str
+) -> Configured:
+    return Request(STAGES[stage], preset, overrides, flags, root).configure()
+
+
+def test_a_stage_is_configured_as_the_pipeline_would(home: Path) -> None:
+    pipeline = project("runs/demo", joint={"training": {"epochs": 3}})
+    for stage, config in pipeline.steps():
+        if not STAGES[stage].command:
+            continue
+        flags = {"want": ",".join(config.want), "given": ",".join(config.given)} if stage == "predict" else {}
+        assert configure(stage, **flags).config == config
+
+
+def test_what_is_given_goes_over_the_project(home: Path) -> None:
+    project("runs/demo", joint={"training": {"epochs": 3}})
+    mine = home / "mine.yaml"
+    mine.write_text("training: {epochs: 5}\n")
+    assert configure("joint").config.training.epochs == 3
+    assert configure("joint", preset=str(mine), root="runs/demo").config.training.epochs == 5
+    changed = configure("joint", "training.epochs=7", "vae=elsewhere").config
+    assert (changed.training.epochs, changed.vae, changed.out) == (7, "elsewhere", "runs/demo/joint")
+    assert configure("predict", want="age", given="image", out="age.tsv").config.out == "age.tsv"
+
+
+def test_a_stage_whose_paths_are_all_given_is_in_no_project(home: Path) -> None:
+    project("runs/demo")
+    alone = configure("joint", "latents=l", "vae=v", "out=o")
+    assert alone.project is None and alone.config.tracking.uri == ""
+    assert alone.config == load_config(
+        STAGES["joint"].config_class(), "joint", "default", ["latents=l", "vae=v", "out=o"]
+    )
+
+
+def test_the_project_worked_on_last_is_taken(home: Path) -> None:
+    assert find_root() == Path("runs/main")
+    for number, name in enumerate(("first", "second")):
+        project(f"runs/{name}")
+        os.utime(f"runs/{name}/project.yaml", (number, number))
+    assert find_root() == Path("runs/second")
+    folder = home / "runs" / "first" / "vae"
+    folder.mkdir()
+    (folder / "stage.json").write_text("{}")
+    assert find_root() == Path("runs/first")
+    assert find_root("runs/second") == Path("runs/second")
+
+
+def test_lists_and_mappings_are_written_one_way(home: Path) -> None:
+    project("runs/demo")
+    flags = configure("predict", want="age", given="image,sex").config
+    assert flags == configure("predict", "want=age", "given=image,sex").config
+    assert flags == configure("predict", "want=[age]", "given=[image,sex]").config
+    assert configure("generate", given="age=70,sex=F").config.given == {"age": "70", "sex": "F"}
+    assert configure("generate", "given=age=70,sex=F").config.given == {"age": "70", "sex": "F"}
+    with pytest.raises(ConfigError, match="age is named twice"):
+        configure("generate", given="age=70,age=71")
+
+
+def test_with_folds_one_is_named(home: Path) -> None:
+    project("runs/ixi", "ixi", source="scans")
+    with pytest.raises(ConfigError, match=r"3 folds; name one: split=fold-1-of-3"):
+        configure("vae")
+    second = configure("joint", "split=fold-2-of-3").config
+    assert (second.latents, second.out) == ("runs/ixi/fold-2/latents", "runs/ixi/fold-2/joint")
+    asked = configure("predict", "split_name=fold-2-of-3", want="age", given="image").config
+    assert (asked.model, asked.split) == ("runs/ixi/fold-2/joint", "test")
+    assert asked.out == "runs/ixi/fold-2/predictions/age-given-image.tsv"
+
+
+def test_a_missing_input_is_named_with_the_command_that_makes_it(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project("runs/demo")
+    assert main(["train", "joint"]) == 2
+    said = capsys.readouterr().err
+    assert "latents=runs/demo/latents: no such file or folder" in said
+    assert "`mvhpc encode --root runs/demo`, or add --with-inputs" in said
+    assert main(["train", "vae"]) == 2
+    assert "`shards pack SOURCE runs/demo/packed`" in capsys.readouterr().err
+    assert not (home / "runs" / "demo" / "joint").exists()
+
+
+@pytest.mark.slow
+def test_inputs_are_made_first_where_asked_for(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From nothing to predictions by one command; the same again finds all of it done."""
+    project("runs/small", **{k: v for k, v in SMALL.items() if k != "queries"})
+    command = ["predict", "--given", "image", "--want", "age", "--with-inputs"]
+    assert main(command) == 0
+    table = home / "runs" / "small" / "predictions" / "age-given-image.tsv"
+    first = table.read_bytes()
+    assert read_record(home / "runs" / "small" / "joint")["status"] == "finished"
+    capsys.readouterr()
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("reused") == 6 and "test/age_mae" in printed.out
+    assert table.read_bytes() == first
+
+
+def test_an_input_that_is_away_is_no_changed_one(home: Path) -> None:
+    """A finished stage is reused while the file system of its source is not mounted, and never set aside."""
+    pipeline = project("runs/small", source="scans", phantom={"subjects": 4, "shape": [16, 16, 16]})
+    phantoms = load_config(
+        STAGES["phantom"].config_class(), "phantom", "demo", ["subjects=4", "shape=[16,16,16]"], {"out": "scans"}
+    )
+    do(plan("phantom", phantoms))
+    packed = pipeline.configure("pack", "default")
+    packed.shape, packed.spacing, packed.workers = [16, 16, 16], 12.0, 1
+    do(plan("pack", packed))
+    Path("scans").rename("unmounted")
+    assert do(plan("pack", packed)) is None
+    packed.spacing = 10.0
+    with pytest.raises(ConfigError, match="is its file system mounted"):
+        do(plan("pack", packed))
+    assert not Path("runs/small/packed.old-1").exists()
