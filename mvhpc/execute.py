@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mvhpc.checkpoints.compatibility import check_newest
@@ -18,7 +19,7 @@ from mvhpc.runs.journal import read
 from mvhpc.runs.mlflow_sync import Tracker
 from mvhpc.runtime.importing import resolve
 from mvhpc.stages import STAGES, Stage
-from shards.files import write_bytes, write_text
+from shards.files import is_complete, write_bytes, write_text
 
 KEPT = ("jobs", ".lock")  # what stays where an outdated result is set aside: the launcher's files, and the lock held
 
@@ -58,8 +59,29 @@ class PlannedStage:
             return "changed" if self.out.exists() else "new"
         if record["fingerprint"] != self.fingerprint:
             return "changed"
+        if not self.out.exists():
+            return "new"
+        if record["status"] == "running" and self._has_result():
+            return "finished"
         status: str = record["status"]
-        return status if self.out.exists() else "new"
+        return status
+
+    def _has_result(self) -> bool:
+        """Whether a stage that was killed had its result in place already.
+
+        A folder appears whole, and a stage does not begin where there is one. A file may be that of an earlier query;
+        training finds out by its checkpoints.
+        """
+        return not self.stage.trains and self.out.is_dir() and is_complete(self.out)
+
+    def mark_finished(self, summary: Mapping[str, Any] = MappingProxyType({}), seconds: float = 0.0) -> None:
+        """Record that the stage is finished."""
+        finished = {"status": "finished", "summary": dict(summary), "seconds": round(seconds, 1)}
+        write_text(self.folder / "stage.json", json.dumps({**self.record(), **finished}, indent=1))
+
+    def record(self) -> dict[str, Any]:
+        """What identifies it in its record."""
+        return {"stage": self.stage.name, "fingerprint": self.fingerprint, "inputs": dict(self.inputs)}
 
     def summary(self) -> dict[str, Any]:
         """What the stage reported when it was finished; empty before."""
@@ -115,17 +137,18 @@ def execute(planned: PlannedStage) -> dict[str, Any]:
     """
     stage, config, folder = planned.stage, planned.config, planned.folder
     planned.check_inputs()
+    if reconcile(planned):
+        return planned.summary()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    record = {"stage": stage.name, "fingerprint": planned.fingerprint, "inputs": dict(planned.inputs)}
     run = Run(folder)
-    start = time.time()
+    start = time.monotonic()
     with exclusive(folder), library_logs(folder / "log.txt"):
         if stage.trains:
             check_newest(folder, config)
         files = (folder / "stage.json", folder / "config.yaml")
         before = {path: path.read_bytes() for path in files if path.is_file()}
         begun = _starts(folder)
-        write_text(files[0], json.dumps({**record, "status": "running"}, indent=1))
+        write_text(files[0], json.dumps({**planned.record(), "status": "running"}, indent=1))
         write_text(files[1], to_yaml(config))
         tracker = Tracker(
             stage.name,
@@ -140,8 +163,7 @@ def execute(planned: PlannedStage) -> dict[str, Any]:
                 summary = run_stage(stage, config, run)
                 run.journal.write("summary", metrics=summary)
                 # At once, before MLflow takes its time: killed later on, the stage is finished all the same.
-                finished = {"status": "finished", "summary": summary, "seconds": round(time.time() - start, 1)}
-                write_text(files[0], json.dumps({**record, **finished}, indent=1))
+                planned.mark_finished(summary, time.monotonic() - start)
         except BaseException:
             with (folder / "log.txt").open("a") as log:
                 log.write(traceback.format_exc())
@@ -167,25 +189,32 @@ def _starts(folder: Path) -> int:
     return sum(event["event"] == "start" for event in read(folder))
 
 
+def reconcile(planned: PlannedStage) -> bool:
+    """Bring the record up to date where a process was killed between the result and its record; whether it was."""
+    if planned.state() != "finished" or read_record(planned.folder)["status"] == "finished":
+        return False
+    with exclusive(planned.folder):
+        planned.mark_finished()
+    return True
+
+
 def set_aside(planned: PlannedStage) -> None:
     """Rename an outdated result, and its run folder, to ``NAME.old-N``, so that nothing is lost.
 
     Raises:
         ConfigError: another process is at work there.
     """
-    for path in dict.fromkeys((planned.out, planned.folder)):
-        if not path.exists():
-            continue
-        if path != planned.folder:
-            path.rename(_free_name(path))
-            continue
-        with exclusive(path):
-            outdated = [child for child in path.iterdir() if child.name not in KEPT]
-            if outdated:
-                old = _free_name(path)
-                old.mkdir(mode=0o700)
-                for child in outdated:
-                    child.rename(old / child.name)
+    folder = planned.folder
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with exclusive(folder):
+        if planned.out != folder and planned.out.exists():
+            planned.out.rename(_free_name(planned.out))
+        outdated = [child for child in folder.iterdir() if child.name not in KEPT]
+        if outdated:
+            old = _free_name(folder)
+            old.mkdir(mode=0o700)
+            for child in outdated:
+                child.rename(old / child.name)
 
 
 def _free_name(path: Path) -> Path:

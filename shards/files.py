@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+MARKERS = ("index.json", "dataset_description.json")  # of packed data and BIDS trees; see is_complete
+
 
 def sync(path: Path) -> None:
     """Flush a file's content, or a folder's names, to the disk."""
@@ -50,6 +52,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a result was written to its end, and not only begun by a process that was killed.
+
+    A file is renamed to its final name when it is complete (:func:`atomic_file`). So is a BIDS tree
+    (:func:`atomic_folder`), which holds a ``dataset_description.json``. A packed data set gets its ``index.json`` last
+    (:class:`shards.writer.DatasetWriter`). Anything else in a folder may be partial, or another program's.
+    """
+    return path.is_file() or any((path / name).is_file() for name in MARKERS)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

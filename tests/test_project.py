@@ -10,7 +10,7 @@ from mvhpc.config import ConfigError, load_config
 from mvhpc.execute import plan
 from mvhpc.pipeline.plan import Pipeline, PipelineConfig
 from mvhpc.pipeline.project import Configured, Request, find_root, record_project
-from mvhpc.pipeline.run import do
+from mvhpc.pipeline.run import do, run_pipeline
 from mvhpc.runs.folder import read_record
 from mvhpc.stages import STAGES
 from tests.test_pipeline import SMALL
@@ -115,8 +115,12 @@ def test_a_missing_input_is_named_with_the_command_that_makes_it(
 
 @pytest.mark.slow
 def test_inputs_are_made_first_where_asked_for(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From nothing to predictions by one command; the same again finds all of it done."""
-    project("runs/small", **{k: v for k, v in SMALL.items() if k != "queries"})
+    """From nothing to predictions by one command; the same again finds all of it done, and so does the pipeline.
+
+    The data have no validation part: there is then no picture of reconstructions, and nothing else is missing.
+    """
+    pack = {**SMALL["pack"], "split": [0.6, 0.0, 0.4]}
+    small = project("runs/small", **{**SMALL, "pack": pack, "queries": [{"want": ["age"], "given": ["image"]}]})
     command = ["predict", "--given", "image", "--want", "age", "--with-inputs"]
     assert main(command) == 0
     table = home / "runs" / "small" / "predictions" / "age-given-image.tsv"
@@ -127,6 +131,11 @@ def test_inputs_are_made_first_where_asked_for(home: Path, capsys: pytest.Captur
     printed = capsys.readouterr()
     assert printed.err.count("reused") == 6 and "test/age_mae" in printed.out
     assert table.read_bytes() == first
+    run_pipeline(small.config)
+    printed = capsys.readouterr()
+    assert printed.err.count("reused") == 6 and "predicting the mean" in printed.out
+    figures = home / "runs" / "small" / "figures"
+    assert {path.name for path in figures.iterdir()} == {"people.png", "inpainted-half.png"}
 
 
 def test_an_input_that_is_away_is_no_changed_one(home: Path) -> None:

@@ -4,7 +4,7 @@ import sys
 import time
 from typing import Any
 
-from mvhpc.execute import PlannedStage, execute, plan, set_aside
+from mvhpc.execute import PlannedStage, execute, plan, reconcile, set_aside
 from mvhpc.pipeline.plan import Pipeline, PipelineConfig
 from mvhpc.pipeline.project import record_project
 from mvhpc.pipeline.summary import summarize
@@ -25,6 +25,7 @@ def do(planned: PlannedStage, label: str = "") -> dict[str, Any] | None:
     """
     state = planned.state()
     if state == "finished":
+        reconcile(planned)
         print(f"{label}complete and unchanged: reused {planned.out}", file=sys.stderr)
         return None
     planned.check_inputs()

@@ -1,0 +1,70 @@
+"""A stage is done whole, recorded as finished the moment it is, and an outdated result is set aside, never lost."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mvhpc.config import ConfigError, load_config
+from mvhpc.data_stages import PhantomConfig
+from mvhpc.execute import PlannedStage, execute, plan, set_aside
+from mvhpc.pipeline.run import do
+from mvhpc.runs.folder import read_record
+
+HOLD = """
+import sys
+from pathlib import Path
+from mvhpc.runs.folder import exclusive
+with exclusive(Path(sys.argv[1])):
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+def phantom(out: Path, subjects: int = 2) -> PlannedStage:
+    overrides = [f"subjects={subjects}", "shape=[16,16,16]"]
+    return plan("phantom", load_config(PhantomConfig, "phantom", "demo", overrides, {"out": str(out)}))
+
+
+def test_a_result_without_its_record_is_taken_as_finished(tmp_path: Path) -> None:
+    """The process was killed after the result was renamed into place and before the record said so."""
+    out = tmp_path / "scans"
+    execute(phantom(out))
+    record = tmp_path / "scans.run" / "stage.json"
+    content = json.loads(record.read_text())
+    for key in ("summary", "seconds"):
+        del content[key]
+    record.write_text(json.dumps(content | {"status": "running"}))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert phantom(out).state() == "finished"
+    assert do(phantom(out)) is None
+    assert read_record(record.parent)["status"] == "finished"
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert phantom(out, subjects=3).state() == "changed"
+
+
+def test_what_is_set_aside_takes_a_free_name(tmp_path: Path) -> None:
+    out = tmp_path / "scans"
+    (tmp_path / "scans.old-2").mkdir()
+    (tmp_path / "scans.old-2" / "kept").touch()
+    for subjects in (2, 3, 4):
+        do(phantom(out, subjects))
+    assert (tmp_path / "scans.old-2" / "kept").exists()
+    count = {name: len(list((tmp_path / name).glob("sub-*"))) for name in ("scans.old-1", "scans.old-3", "scans")}
+    assert count == {"scans.old-1": 2, "scans.old-3": 3, "scans": 4}
+
+
+def test_a_folder_in_which_a_process_is_at_work_is_not_set_aside(tmp_path: Path) -> None:
+    out = tmp_path / "scans"
+    execute(phantom(out))
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "scans.run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(ConfigError, match=f"process {other.pid} of host .* is at work there"):
+            set_aside(phantom(out, subjects=3))
+        other.kill()
+    assert out.is_dir() and not list(tmp_path.glob("*.old-*"))
