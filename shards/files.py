@@ -1,13 +1,17 @@
-"""Files and folders written whole or not at all: a temporary name beside the target, fsync, rename."""
+"""Files and folders written whole or not at all (a temporary name beside the target, fsync, rename), and locks."""
 
 import contextlib
+import fcntl
 import hashlib
+import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 MARKERS = ("index.json", "dataset_description.json")  # of packed data and BIDS trees; see is_complete
+LOCK_POLL_S = 0.2
 
 
 def sync(path: Path) -> None:
@@ -79,3 +83,54 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def lock_file(path: Path, patience: float = math.inf, *, required: bool = True) -> Iterator[int]:
+    """Hold an exclusive lock on a file while the block lasts; yield its descriptor, open for reading and writing.
+
+    The file is created where it is missing, readable by its owner alone, and stays. The lock is the operating
+    system's: it ends with the process, however that ends. Whoever holds it may remove or rename the file: a process
+    that waited for it meanwhile takes the lock of a new file of that name.
+
+    Args:
+        path: of the lock file; its folder exists.
+        patience: seconds to wait for the holder; 0: do not wait.
+        required: raise where the file system has no locks; otherwise nothing is locked there.
+
+    Raises:
+        BlockingIOError: the lock is still held when patience ends.
+        OSError: the file cannot be opened, or the file system has no locks.
+    """
+    end = time.monotonic() + patience
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            _wait_for_lock(descriptor, end, required)
+            if _is_same_file(path, descriptor):
+                yield descriptor
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _wait_for_lock(descriptor: int, end: float, required: bool) -> None:
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if end == math.inf else fcntl.LOCK_NB))
+            return
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(min(LOCK_POLL_S, max(0.0, end - time.monotonic())))
+        except OSError:  # this file system has no locks
+            if required:
+                raise
+            return
+
+
+def _is_same_file(path: Path, descriptor: int) -> bool:
+    """Whether the open file is still the one of that name; it is another one after its holder removed it."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    return False

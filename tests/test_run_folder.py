@@ -1,7 +1,11 @@
 """A run folder is worked in by one process at a time, however the one before ended."""
 
+import errno
+import fcntl
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ from mvhpc.config import ConfigError, load_config
 from mvhpc.data_stages import PhantomConfig
 from mvhpc.execute import execute, plan
 from mvhpc.runs.folder import exclusive
+from shards.files import lock_file
 
 HOLD = """
 import sys
@@ -57,3 +62,60 @@ def test_a_lock_of_a_dead_node_is_waited_for(tmp_path: Path) -> None:
             pass
     with exclusive(tmp_path):
         assert "elsewhere" not in (tmp_path / ".lock").read_text()
+
+
+def test_a_lock_survives_the_removal_of_its_file(tmp_path: Path) -> None:
+    """Whoever waits for a file that its holder removes gets the lock of a new one, and nobody else holds that."""
+    path, inside, most = tmp_path / "lock", [], []
+    start = threading.Barrier(4)
+
+    def work() -> None:
+        start.wait()
+        for _ in range(50):
+            with lock_file(path):
+                inside.append(1)
+                most.append(len(inside))
+                path.unlink()
+                inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(most) == 200 and set(most) == {1}
+
+
+def test_a_lock_is_waited_for_as_long_as_patience_lasts(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    taken = threading.Event()
+
+    def wait() -> None:
+        with lock_file(path, 30):
+            taken.set()
+
+    waiting = threading.Thread(target=wait)
+    with lock_file(path):
+        start = time.monotonic()
+        with pytest.raises(BlockingIOError), lock_file(path, 0.5):
+            pass
+        assert 0.5 <= time.monotonic() - start < 5
+        with pytest.raises(BlockingIOError), lock_file(path, 0):
+            pass
+        waiting.start()
+        assert not taken.wait(0.5)
+    waiting.join(30)
+    assert taken.is_set()
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused where a lock is required; a run folder there can be used all the same."""
+
+    def without(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    with pytest.raises(OSError, match="no locks here"), lock_file(tmp_path / "lock"):
+        pass
+    with exclusive(tmp_path), exclusive(tmp_path):
+        pass

@@ -1,18 +1,17 @@
 """What a run folder is: its journal and figures, its record ``stage.json``, its lock, and the identity of inputs."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mvhpc.config import ConfigError, fingerprint
 from mvhpc.runs.journal import Journal
+from shards.files import lock_file
 from shards.index import Index
 
 
@@ -70,37 +69,33 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def exclusive(folder: Path, patience: float = 120.0) -> Iterator[None]:
-    """Nobody else executes a stage in ``folder`` meanwhile.
+    """Hold the lock of a run folder while the block lasts, so that one process at a time executes a stage in it.
 
-    By a lock of the file system, which ends with this process however that ends; where there are no such locks, not at
-    all.
+    The lock ends with the process. On a file system without locks nothing is locked.
 
     Args:
         folder: a run folder.
-        patience: seconds until a server of files has noticed that a node died which held the lock.
+        patience: seconds to wait for a holder on another host. A file server needs some time to notice that a node
+            died; a holder on this host is certainly alive and is not waited for.
 
     Raises:
         ConfigError: another process is at work there.
     """
-    host = f"host {socket.gethostname()}"
-    with (folder / ".lock").open("a+") as file:
-        end = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                file.seek(0)
-                holder = file.read() or "another process"
-                if holder.endswith(host) or time.monotonic() > end:
-                    raise ConfigError(
-                        f"{folder}: {holder} is at work there; wait for its end, or stop it and run this again"
-                    ) from error
-                time.sleep(1)
-            except OSError:  # no such locks here
-                break
-        with contextlib.suppress(OSError):  # a full disc is the stage's own affair
-            file.truncate(0)
-            file.write(f"process {os.getpid()} of {host}")
-            file.flush()
+    path, host = folder / ".lock", f"host {socket.gethostname()}"
+    with contextlib.ExitStack() as stack:
+        waits = 0.0 if _holder(path).endswith(host) else patience
+        try:
+            descriptor = stack.enter_context(lock_file(path, waits, required=False))
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{folder}: {_holder(path)} is at work there; wait for its end, or stop it and run this again"
+            ) from error
+        with contextlib.suppress(OSError):  # a full disk: the stage itself reports that
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} of {host}".encode())
         yield
+
+
+def _holder(lock: Path) -> str:
+    """The process that holds a lock, or held it last, as it wrote itself into the file."""
+    return (lock.read_text() if lock.is_file() else "") or "another process"

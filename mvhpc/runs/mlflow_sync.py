@@ -27,10 +27,10 @@ from types import TracebackType
 from typing import Any
 
 from mvhpc.config import to_dict
-from mvhpc.runs.journal import follow, read, unseen
 from mvhpc.runs.folder import identity
-from mvhpc.runtime.watchdog import Interrupted
+from mvhpc.runs.journal import follow, read, unseen
 from mvhpc.runs.mlflow_store import SQLITE, as_metrics, describe, open_run, send, store_client, tell
+from mvhpc.runtime.watchdog import Interrupted
 from shards.files import write_text
 from shards.index import Index
 from shards.progress import Progress

@@ -1,0 +1,1 @@
+"""What a run folder holds, and how MLflow gets it: journal, record, lock, store, dashboard."""
