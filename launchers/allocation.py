@@ -1,4 +1,4 @@
-"""What SLURM gave this task, from the environment it set."""
+"""What SLURM allocated to this task, and what the job is to do."""
 
 import os
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ class Allocation:
     """One node's share of a job.
 
     Attributes:
-        job: SLURM's number.
-        restart: how often it was queued again.
-        node: this node's number in it, from 0.
-        nodes: how many there are.
-        name: what SLURM calls this node.
-        cpus: of this node.
-        gpus: of this node.
+        job: SLURM's job number.
+        restart: how often the job has been requeued.
+        node: index of this node within the job, from 0.
+        nodes: number of nodes of the job.
+        name: SLURM's name of this node.
+        cpus: CPUs on this node.
+        gpus: GPUs on this node.
     """
 
     job: str
@@ -28,8 +28,8 @@ class Allocation:
     gpus: int
 
     @staticmethod
-    def here() -> "Allocation":
-        """The allocation of this process's task."""
+    def from_environment() -> "Allocation":
+        """The allocation of this task, from the variables that SLURM sets."""
         get = os.environ.get
         node = int(get("SLURM_NODEID", "0"))
         gpus = get("SLURM_GPUS_ON_NODE") or str(
@@ -48,20 +48,20 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a job is to do; the same on all its nodes and after every restart.
+    """What a job is to do; the same on all of its nodes and after every restart.
 
     Attributes:
-        stage: its name.
+        stage: name of the stage.
         run: its run folder, absolute.
-        values: its whole configuration, with as many workers as the job asked for.
-        inputs: configuration key -> path that it reads.
-        chained: it is one stage of a pipeline; what is finished is not done again.
-        trains: it writes checkpoints on request and goes on from them.
-        nodes: how many nodes were asked for.
-        place: folder that the paths are relative to.
+        values: its complete configuration, for the number of workers that was requested.
+        inputs: configuration key -> path that the stage reads.
+        chained: the stage is one of a pipeline; it is skipped where it is complete.
+        trains: the stage writes checkpoints on request and resumes from them.
+        nodes: number of nodes that was requested.
+        cwd: folder that relative paths start from.
         scratch: folder for temporary files, local to each node.
-        interface: of the network between nodes; empty: that of the default route.
-        signal_delay: seconds between the signal before the end and the end.
+        interface: network interface between nodes; empty: that of the default route.
+        signal_delay: seconds between the warning signal and the end of the job.
     """
 
     stage: str
@@ -71,20 +71,23 @@ class Assignment:
     chained: bool
     trains: bool
     nodes: int
-    place: str
+    cwd: str
     scratch: str
     interface: str
     signal_delay: int
 
     def workers(self, allocation: Allocation) -> int:
-        """How many workers that allocation takes: of the number asked for, what divides the batch and has a place."""
+        """Number of workers for an allocation.
+
+        With fewer nodes than requested, it is the largest number that has room there and divides the batch.
+        """
         compute = self.values.get("compute")
         if compute is None:
             return 1
-        asked = int(compute["workers"])
+        requested = int(compute["workers"])
         if allocation.nodes >= self.nodes:
-            return asked
-        places = allocation.nodes * max(1, allocation.gpus)
+            return requested
+        slots = allocation.nodes * max(1, allocation.gpus)
         training = self.values.get("training")
         parts = training["batch"] // training["accumulate"] if training else 1
-        return next((n for n in range(min(asked, places), 1, -1) if not training or parts % n == 0), 1)
+        return next((n for n in range(min(requested, slots), 1, -1) if not training or parts % n == 0), 1)

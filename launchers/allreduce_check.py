@@ -1,8 +1,8 @@
-"""One rank of an all-reduce that must come out right.
+"""One rank of a test all-reduce between nodes.
 
 `python -m launchers.allreduce_check ADDRESS RANK WORLD OUT.json`
 
-A process of its own: where a network or a GPU hangs, it alone is killed.
+It runs in a process of its own: where a network or a GPU hangs, only this process is killed.
 """
 
 import json
@@ -13,11 +13,11 @@ from pathlib import Path
 
 MEBIBYTES = {"cuda": 256, "cpu": 8}
 ROUNDS = 3
-PATIENCE_S = 60
+TIMEOUT_S = 60
 
 
 def main(address: str, rank: int, world: int, out: Path) -> None:
-    """Add up rank + 1 over all ranks, write whether the sum was right, and the rate (Gbit/s on a ring)."""
+    """Add up rank + 1 over all ranks; write whether the sum was correct, and the bandwidth on a ring (Gbit/s)."""
     import torch
     import torch.distributed as dist
 
@@ -27,10 +27,10 @@ def main(address: str, rank: int, world: int, out: Path) -> None:
         init_method=f"tcp://{address}",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=PATIENCE_S),
+        timeout=timedelta(seconds=TIMEOUT_S),
     )
     size = MEBIBYTES[device.type] * 2**20
-    right, seconds = True, float("inf")
+    correct, seconds = True, float("inf")
     for _ in range(ROUNDS):
         numbers = torch.full((size // 4,), float(rank + 1), device=device)
         dist.barrier()
@@ -39,10 +39,10 @@ def main(address: str, rank: int, world: int, out: Path) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = min(seconds, time.monotonic() - start)
-        right = right and bool((numbers == world * (world + 1) / 2).all())
+        correct = correct and bool((numbers == world * (world + 1) / 2).all())
     dist.destroy_process_group()
     rate = 2 * (world - 1) / world * size * 8 / seconds / 1e9
-    out.write_text(json.dumps({"right": right, "gbit_per_second": round(rate, 2)}))
+    out.write_text(json.dumps({"correct": correct, "gbit_per_second": round(rate, 2)}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What a job does once its nodes are one cluster: `python -m launchers.driver WORK.json`, a process of its own.
+"""The process that runs a job's stage once its nodes form one cluster: `python -m launchers.driver ASSIGNMENT.json`.
 
-Its exit status tells the supervisor what to do next.
+Its exit status tells node 0 what to do next.
 """
 
 import json
@@ -15,19 +15,21 @@ from mvhpc.pipeline.run import do
 from mvhpc.runtime.watchdog import Interrupted
 from mvhpc.stages import STAGES
 
-DONE, WRONG, AGAIN, STOPPED = 0, 65, 70, 75  # sysexits; the last wrote a checkpoint. 1, of a hang, is tried again
+# Exit statuses, from sysexits.h. Any other one, as 1 after a hang, is treated as RETRY.
+SUCCEEDED, FAILED, RETRY, INTERRUPTED = 0, 65, 70, 75
 
 
-def run(stage: str, values: dict[str, Any], chained: bool) -> dict[str, Any] | None:
-    """Do one stage, from plain values that any process can rebuild its configuration from.
+def run_stage(stage: str, values: dict[str, Any], chained: bool) -> dict[str, Any] | None:
+    """Run one stage, from plain values that any process can rebuild its configuration from.
 
     Args:
         stage: its name.
-        values: its whole configuration.
-        chained: it is one of a pipeline: what is finished is not done again, what is outdated is set aside.
+        values: its complete configuration.
+        chained: the stage is one of a pipeline: it is skipped where it is complete, and an outdated result is set
+            aside.
 
     Returns:
-        its summary; None where it was finished before.
+        The stage's summary; None where it was complete before.
     """
     planned = plan(stage, load_config(STAGES[stage].config_class(), stage, values=values))
     return do(planned, f"{stage}: ") if chained else execute(planned)
@@ -35,24 +37,24 @@ def run(stage: str, values: dict[str, Any], chained: bool) -> dict[str, Any] | N
 
 def main(path: Path) -> int:
     """Entry point; returns one of the statuses above."""
-    work = json.loads(path.read_text())
+    assignment = json.loads(path.read_text())
     try:
-        run(work["stage"], work["values"], work["chained"])
-        return DONE
+        run_stage(assignment["stage"], assignment["values"], assignment["chained"])
+        return SUCCEEDED
     except Exception as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return verdict(error)
+        return exit_status(error)
 
 
-def verdict(error: Exception) -> int:
-    """The exit status that an exception stands for."""
+def exit_status(error: Exception) -> int:
+    """The exit status for an exception."""
     if isinstance(error, Interrupted):
-        return STOPPED
+        return INTERRUPTED
     if isinstance(error, ConfigError):
-        return WRONG
+        return FAILED
     traceback.print_exception(error)
     origin = type(error).__module__.partition(".")[0]
-    return AGAIN if origin == "ray" or isinstance(error, ConnectionError) else WRONG
+    return RETRY if origin == "ray" or isinstance(error, ConnectionError) else FAILED
 
 
 if __name__ == "__main__":

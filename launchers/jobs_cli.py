@@ -1,4 +1,4 @@
-"""`submit.py status`, `logs` and `cancel`: jobs of SLURM and of this machine alike, without SLURM's accounting."""
+"""`submit.py status`, `logs` and `cancel`, for SLURM and local jobs alike."""
 
 import argparse
 import sys
@@ -11,20 +11,25 @@ from launchers.jobs import Job
 from mvhpc.config import ConfigError
 
 POLL_S = 0.5
-CANCEL_S = 120  # how long a job may take to end
+CANCEL_TIMEOUT_S = 120
 
 
 def state(job: Job) -> str:
-    """Whether a job waits or runs, in its cluster's words; empty where it is over.
+    """``pending (reason)``, ``running`` or another state of its cluster; empty where the job is over.
 
     Raises:
-        ConfigError: where that cannot be asked here.
+        ConfigError: the state cannot be found out from here.
     """
     return slurm.state(job.id) if job.cluster == "slurm" else local.state(job)
 
 
-def lines(job: Job, follow: bool = True) -> Iterator[str]:
-    """The lines of a job's log, as they come until it ends; submitit's own and the traceback of a failure left out."""
+def log_lines(job: Job, follow: bool = True) -> Iterator[str]:
+    """The lines of a job's log, without those of submitit itself and its traceback of a failure.
+
+    Args:
+        job: the job.
+        follow: go on until the job ends.
+    """
     position, rest, over = 0, "", False
     while not over:
         over = not follow or not state(job)
@@ -33,8 +38,8 @@ def lines(job: Job, follow: bool = True) -> Iterator[str]:
                 file.seek(position)
                 text = file.read()
                 position = file.tell()
-            *whole, rest = (rest + text).split("\n")
-            for line in whole:
+            *complete, rest = (rest + text).split("\n")
+            for line in complete:
                 if line.startswith("submitit ERROR"):
                     return
                 if not line.startswith("submitit "):
@@ -44,29 +49,29 @@ def lines(job: Job, follow: bool = True) -> Iterator[str]:
 
 
 def describe(job: Job) -> str:
-    """How a job is, in a line's words."""
+    """State or outcome of a job, and its progress, in one line."""
     try:
-        now = state(job) or jobs.ending(job)
+        now = state(job) or jobs.outcome(job)
     except ConfigError as error:
         now = str(error)
-    far = jobs.progress(job)
-    return f"{now}, {far}" if far and far not in now else now
+    progress = jobs.progress(job)
+    return f"{now}, {progress}" if progress and progress not in now else now
 
 
 def cancel(job: Job) -> None:
-    """End a job, wait until it is gone, and let go of its run.
+    """End a job, wait until it is gone, and free its run.
 
     Raises:
-        ConfigError: where it does not end.
+        ConfigError: it does not end within the time limit.
     """
     (slurm.cancel(job.id) if job.cluster == "slurm" else local.cancel(job))
-    end = time.monotonic() + CANCEL_S
+    end = time.monotonic() + CANCEL_TIMEOUT_S
     while state(job):
         if time.monotonic() > end:
-            raise ConfigError(f"job {job.id} does not end; see {job.log}")
+            raise ConfigError(f"job {job.id} did not end within {CANCEL_TIMEOUT_S} s; see {job.log}")
         time.sleep(POLL_S)
-    if not any(event["event"] in jobs.ENDS for event in job.events()):
-        job.tell("cancelled")
+    if not any(event["event"] in jobs.END_EVENTS for event in job.events()):
+        job.record("cancelled")
     (job.folder / "token").unlink(missing_ok=True)
     jobs.release(Path(job.run), job.id)
 
@@ -75,36 +80,36 @@ def main(arguments: Sequence[str]) -> int:
     """Entry point of the three commands; returns the exit status.
 
     Raises:
-        ConfigError: no such job.
+        ConfigError: there is no such job.
     """
     parser = argparse.ArgumentParser(prog="submit.py")
     commands = parser.add_subparsers(dest="command", required=True)
-    status = commands.add_parser("status", help="the last job of every run, or all jobs of one")
+    status = commands.add_parser("status", help="show the last job of every run, or all jobs of one")
     status.add_argument("run", nargs="?", help="run folder")
-    logs = commands.add_parser("logs", help="what a job printed")
-    logs.add_argument("job", help="its number or run folder")
-    logs.add_argument("--follow", action="store_true", help="go on until it ends")
-    end = commands.add_parser("cancel", help="end a job, waiting or running")
-    end.add_argument("job", help="its number or run folder")
+    logs = commands.add_parser("logs", help="show a job's output")
+    logs.add_argument("job", help="job number or run folder")
+    logs.add_argument("--follow", action="store_true", help="go on until the job ends")
+    end = commands.add_parser("cancel", help="end a pending or running job")
+    end.add_argument("job", help="job number or run folder")
     options = parser.parse_args(arguments)
     if options.command == "status":
-        found = jobs.jobs_of(Path(options.run)) if options.run else [jobs.jobs_of(run)[-1] for run in _with_jobs()]
+        found = (
+            jobs.jobs_of(Path(options.run))
+            if options.run
+            else [of_run[-1] for run in jobs.registered_runs() if (of_run := jobs.jobs_of(run))]
+        )
         for job in found:
             print(f"{job.id:>8s}  {job.cluster:5s}  {job.stage:9s}  {describe(job)}  {job.run}")
         return 0
-    job = jobs.find(options.job)
+    job = jobs.find_job(options.job)
     if options.command == "cancel":
         cancel(job)
-        print(f"job {job.id} cancelled; submit it again to go on from its last checkpoint", file=sys.stderr)
+        print(f"job {job.id} cancelled; submit it again to resume from its last checkpoint", file=sys.stderr)
         return 0
     try:
-        for line in lines(job, options.follow):
+        for line in log_lines(job, options.follow):
             print(line, flush=True)
     except KeyboardInterrupt:
         return 130
     print(f"job {job.id}: {describe(job)}; more logs in {job.folder} and {job.run}/logs", file=sys.stderr)
     return 0
-
-
-def _with_jobs() -> list[Path]:
-    return [run for run in jobs.runs() if jobs.jobs_of(run)]

@@ -1,4 +1,4 @@
-"""This machine as a cluster of one node: a job is a process that submitit starts here."""
+"""This machine as a cluster of one node: a job is a process that submitit starts."""
 
 import contextlib
 import os
@@ -11,27 +11,15 @@ import psutil
 import submitit
 
 from launchers.allocation import Assignment
-from launchers.driver import run
-from launchers.jobs import Job, release, submitted
+from launchers.driver import run_stage
+from launchers.jobs import Job, new_job, release
 from mvhpc.config import ConfigError
 
-MINUTES = 7 * 24 * 60  # submitit ends a job after a few minutes where no limit is set
-
-
-def check(nodes: int) -> None:
-    """Whether this machine can give that many nodes.
-
-    Raises:
-        ConfigError: more than one.
-    """
-    if nodes != 1:
-        raise ConfigError(
-            f"--nodes {nodes}: the local cluster is this one machine; take --nodes 1 and set compute.workers instead"
-        )
+MINUTES = 7 * 24 * 60  # time limit; submitit's default is a few minutes
 
 
 def executor(folder: Path) -> submitit.LocalExecutor:
-    """What submits to this machine, with its job files in ``folder`` and all the GPUs this process may use."""
+    """Submits to this machine, with all GPUs that this process may use; its files are in ``folder``."""
     gpus = _gpus()
     submitter = submitit.LocalExecutor(folder)
     submitter.update_parameters(timeout_min=MINUTES, gpus_per_node=len(gpus), visible_gpus=gpus, stderr_to_stdout=True)
@@ -39,26 +27,26 @@ def executor(folder: Path) -> submitit.LocalExecutor:
 
 
 def script(folder: Path) -> str:
-    """The command that a submitted job is."""
+    """The command of a job."""
     return f"{sys.executable} -u -m submitit.core._submit {folder}"
 
 
-def work(assignment: Assignment) -> None:
-    """What the job does."""
-    place, number = Path(assignment.run), os.environ["SUBMITIT_LOCAL_JOB_ID"]
-    job = submitted(place, number, "local", assignment.stage, 1)
+def run_job(assignment: Assignment) -> None:
+    """The function that a job calls."""
+    folder, number = Path(assignment.run), os.environ["SUBMITIT_LOCAL_JOB_ID"]
+    job = new_job(folder, number, "local", assignment.stage, 1)
     try:
-        run(assignment.stage, assignment.values, assignment.chained)
-        job.tell("finished")
+        run_stage(assignment.stage, assignment.values, assignment.chained)
+        job.record("finished")
     except Exception as error:
-        job.tell("failed", why=f"{type(error).__name__}: {error}")
+        job.record("failed", reason=f"{type(error).__name__}: {error}")
         raise
     finally:
-        release(place, number)
+        release(folder, number)
 
 
-def born(job: str) -> float:
-    """When the process of a job began, in seconds since 1970; 0 where there is none."""
+def process_start(job: str) -> float:
+    """When the process with that number started, in seconds since 1970; 0 where there is none."""
     try:
         process = psutil.Process(int(job))
         return 0.0 if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
@@ -67,18 +55,18 @@ def born(job: str) -> float:
 
 
 def state(job: Job) -> str:
-    """``running``, or empty where it is over.
+    """``running``, or empty where the job is over.
 
     Raises:
-        ConfigError: a job of another machine, of which nothing can be said here.
+        ConfigError: the job was submitted on another machine.
     """
     if job.host != socket.gethostname():
-        raise ConfigError(f"job {job.id} is a process on {job.host}; ask there")
-    return "running" if born(job.id) == job.born else ""
+        raise ConfigError(f"job {job.id} is a process on {job.host}; run this command there")
+    return "running" if process_start(job.id) == job.process_start else ""
 
 
 def cancel(job: Job) -> None:
-    """End a job; its process ends those that it started."""
+    """Interrupt a job; its process ends those that it started."""
     if state(job):
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(job.id), signal.SIGINT)

@@ -1,18 +1,21 @@
-"""From what was asked for to jobs: which stages, with which configuration, on how many nodes."""
+"""From the request to jobs: which stages, with which configuration, on how many nodes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from launchers.allocation import Assignment
 from launchers.site import Site
-from mvhpc.config import ConfigError, load_config, to_dict
+from mvhpc.config import CONFIGS, ConfigError, Training, config_file, flatten, load_config, to_dict
 from mvhpc.execute import plan
 from mvhpc.pipeline.plan import Pipeline, PipelineConfig
 from mvhpc.stages import STAGES
 
 ALL = "all"
+WORKERS = "compute.workers"
 
 
 @dataclass
@@ -22,10 +25,11 @@ class Step:
     Attributes:
         stage: its name.
         config: its configuration.
-        nodes: for it.
-        gpus: of each.
+        nodes: number of nodes.
+        gpus: GPUs of each node.
         chained: it is one stage of a pipeline.
-        finished: it is complete, and so is all before it: nothing to do.
+        note: what was changed in its number of workers or nodes, one line; empty: nothing.
+        finished: it is complete, and so are all stages before it.
     """
 
     stage: str
@@ -33,6 +37,7 @@ class Step:
     nodes: int
     gpus: int
     chained: bool
+    note: str = ""
     finished: bool = False
 
     @property
@@ -41,13 +46,13 @@ class Step:
         return STAGES[self.stage].run_folder(self.config.out)
 
     def assignment(self, site: Site) -> Assignment:
-        """What its job does."""
+        """What its job is to do."""
         return Assignment(
             stage=self.stage,
             run=str(self.run.absolute()),
             values=to_dict(self.config),
+            # An input that an earlier job of the chain has yet to make exists when this one starts.
             inputs={
-                # What an earlier job of the chain has yet to make is there when this one starts.
                 name: str(getattr(self.config, name))
                 for name in STAGES[self.stage].inputs
                 if getattr(self.config, name)
@@ -55,7 +60,7 @@ class Step:
             chained=self.chained,
             trains=STAGES[self.stage].trains,
             nodes=self.nodes,
-            place=str(Path.cwd()),
+            cwd=str(Path.cwd()),
             scratch=site.scratch,
             interface=site.interface,
             signal_delay=site.signal_delay,
@@ -65,41 +70,93 @@ class Step:
 def single(stage: str, preset: str, overrides: Sequence[str], nodes: int, gpus: int, slurm: bool) -> Step:
     """One stage.
 
+    Args:
+        stage: its name.
+        preset: of the stage, or a YAML file.
+        overrides: ``key=value`` of the command line.
+        nodes: number of nodes that was requested.
+        gpus: GPUs of each node.
+        slurm: whether it is for SLURM; else for this machine.
+
     Raises:
         ConfigError: a configuration, or a number of nodes, that cannot be used.
     """
     config: Any = load_config(STAGES[stage].config_class(), stage, preset, overrides)
     if nodes > 1 and not STAGES[stage].uses_nodes:
         raise ConfigError(f"--nodes {nodes}: {stage} runs on one node; take --nodes 1")
-    named = any(word.partition("=")[0] == "compute.workers" for word in overrides)
-    return _step(stage, config, nodes, gpus, chained=False, workers_named=named, slurm=slurm)
+    return make_step(stage, config, nodes, gpus, False, sets_workers(stage, preset, overrides), slurm)
 
 
 def chain(preset: str, overrides: Sequence[str], nodes: int, gpus: int, slurm: bool) -> list[Step]:
-    """All stages of a pipeline preset, in order."""
-
+    """All stages of a pipeline preset, in order; the arguments are those of :func:`single`."""
     pipeline = Pipeline(load_config(PipelineConfig, "pipeline", preset, overrides))
     steps: list[Step] = []
     for stage, config in pipeline.steps():
-        named = getattr(pipeline.config, stage, {}).get("compute", {}).get("workers", 0)
-        most = -(-named // max(1, gpus)) if named else nodes  # no more nodes than workers have a place for
-        step = _step(stage, config, min(nodes, most) if STAGES[stage].uses_nodes else 1, gpus, True, bool(named), slurm)
-        # Behind one that has yet to run, what is there may be outdated by then: its job looks again.
+        workers_set = WORKERS in flatten(getattr(pipeline.config, stage, {}))
+        step = make_step(stage, config, nodes, gpus, True, workers_set, slurm)
+        # Behind a stage that has yet to run, a result may be outdated by then; the job itself finds out.
         step.finished = all(s.finished for s in steps) and plan(stage, step.config).state() == "finished"
         steps.append(step)
     return steps
 
 
-def _step(stage: str, config: Any, nodes: int, gpus: int, chained: bool, workers_named: bool, slurm: bool) -> Step:
+def sets_workers(stage: str, preset: str, overrides: Sequence[str]) -> bool:
+    """Whether the user sets the number of workers: on the command line, or in a YAML file given by its path."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == WORKERS or (key == "compute" and "workers" in (yaml.safe_load(value) or {})):
+            return True
+    path = config_file(stage, preset)
+    if path == CONFIGS / stage / f"{preset}.yaml":
+        return False
+    return WORKERS in flatten(yaml.safe_load(path.read_text()) or {})
+
+
+def make_step(stage: str, config: Any, nodes: int, gpus: int, chained: bool, workers_set: bool, slurm: bool) -> Step:
+    """A stage with its numbers of nodes and workers.
+
+    On SLURM there is one worker per GPU, or per node without GPUs; on this machine one per requested node. A number of
+    workers that the user sets is kept, with no more nodes than it needs. A stage of a chain takes the most nodes whose
+    workers divide its batch.
+
+    Args:
+        stage: its name.
+        config: its configuration; ``compute.workers`` is set here.
+        nodes: number of nodes that was requested.
+        gpus: GPUs of each node.
+        chained: it is one stage of a pipeline.
+        workers_set: the user sets ``compute.workers``.
+        slurm: whether it is for SLURM; else for this machine.
+
+    Raises:
+        ConfigError: the batch cannot be divided among the workers.
+    """
     compute = getattr(config, "compute", None)
     gpus = gpus if compute is not None and compute.device != "cpu" else 0
-    if slurm and STAGES[stage].uses_nodes and not workers_named:
-        config.compute.workers = nodes * max(1, gpus)
-    if STAGES[stage].trains:
-        parts = config.compute.workers * config.training.accumulate
-        if config.training.batch % parts:
-            raise ConfigError(
-                f"training.batch={config.training.batch} does not divide evenly among {config.compute.workers} "
-                f"workers x training.accumulate={config.training.accumulate}; change --nodes, or the batch"
-            )
-    return Step(stage, config, nodes, gpus, chained)
+    per_node = max(1, gpus) if slurm else 1
+    note = ""
+    if not STAGES[stage].uses_nodes:
+        nodes = 1
+    elif workers_set:
+        needed = -(-config.compute.workers // per_node) if slurm else 1
+        if needed < nodes:
+            place = f"{needed} of {nodes} nodes" if slurm else f"this machine, not {nodes} nodes"
+            note = f"{WORKERS}={config.compute.workers}, as configured: runs on {place}"
+            nodes = needed
+    elif slurm or nodes > 1:
+        if chained and STAGES[stage].trains:  # of all nodes of the chain, as many as divide this stage's batch
+            nodes = next((n for n in range(nodes, 1, -1) if _divides(config.training, n * per_node)), 1)
+        preset, config.compute.workers = config.compute.workers, nodes * per_node
+        if preset != config.compute.workers:
+            layout = f"{nodes} nodes x {per_node}" if slurm else "on this machine"
+            note = f"{WORKERS}={config.compute.workers} ({layout}), in place of the preset's {preset}"
+    if STAGES[stage].trains and not _divides(config.training, config.compute.workers):
+        raise ConfigError(
+            f"training.batch={config.training.batch} does not divide evenly among {config.compute.workers} "
+            f"workers x training.accumulate={config.training.accumulate}; change --nodes, or the batch"
+        )
+    return Step(stage, config, nodes if slurm else 1, gpus, chained, note)
+
+
+def _divides(training: Training, workers: int) -> bool:
+    return training.batch % (workers * training.accumulate) == 0

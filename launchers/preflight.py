@@ -114,11 +114,11 @@ def _gpus(expected: int) -> list[str]:
     return list(dict.fromkeys(problems))
 
 
-def judge(reports: Mapping[str, Mapping[str, Any]], missing: Sequence[str] = ()) -> list[str]:
+def find_problems(reports: Mapping[str, Mapping[str, Any]], missing: Sequence[str] = ()) -> list[str]:
     """All that is wrong, a sentence each.
 
     Args:
-        reports: node name -> what :func:`examine` returned there, with ``reduce`` where nodes were connected.
+        reports: node name -> what :func:`examine` returned there, with ``allreduce`` where nodes were connected.
         missing: nodes whose report did not come.
     """
     problems = [f"{node}: {problem}" for node, report in reports.items() for problem in report["problems"]]
@@ -136,13 +136,13 @@ def judge(reports: Mapping[str, Mapping[str, Any]], missing: Sequence[str] = ())
             if version != usual
         ]
     for node, report in reports.items():
-        if (found := report.get("reduce")) is None:
+        if (found := report.get("allreduce")) is None:
             continue
         if "error" in found:
             problems.append(
                 f"{node}: the test all-reduce failed ({found['error']}); name the `interface` between nodes in the "
                 f"cluster's YAML, or exclude the node"
             )
-        elif not found["right"]:
+        elif not found["correct"]:
             problems.append(f"{node}: the test all-reduce gave a wrong sum; exclude the node and tell the site")
     return problems

@@ -1,8 +1,8 @@
-"""A command whose whole offspring ends with it, or with whoever started it, even if that is killed.
+"""Runs a command so that all of its descendants end with it, or with its parent, even where the parent is killed.
 
-A small process stands between: orphans among the command's descendants become its children, so it finds all of them;
-when its standard input ends, its parent has told it to stop or is dead. SIGTERM and SIGUSR2, which SLURM sends to every
-process of a job, do not reach the command through it: the supervisor of the node alone decides what they mean.
+A small intermediate process is the subreaper of the command: orphaned descendants become its children, so it finds all
+of them. When its standard input closes, the parent has either asked it to stop or died. SIGTERM and SIGUSR2, which
+SLURM sends to every process of a job, are not passed on to the command: the supervisor of the node handles them.
 """
 
 import contextlib
@@ -21,18 +21,18 @@ from typing import IO
 import psutil
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
-GRACE_S = 1.0  # between SIGTERM and SIGKILL; what is written is written whole, so there is nothing to wait for
+GRACE_S = 1.0  # between SIGTERM and SIGKILL; files are written atomically, so there is nothing to wait for
 STOP = b"stop\n"
 
 
-class Ward:
+class ManagedProcess:
     """A running command.
 
     Args:
         command: program and arguments.
-        environment: all of its environment.
-        log: file that its output is appended to; None: this process's own output.
-        scratch: folder that is removed where this process is killed, having no more time to do it itself.
+        environment: the complete environment of the command.
+        log: file that its output is appended to; None: the output of this process.
+        scratch: folder to remove where this process is killed and cannot remove it itself.
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path | None, scratch: Path) -> None:
@@ -51,11 +51,11 @@ class Ward:
             )
 
     def poll(self) -> int | None:
-        """The command's exit status, 128 + the signal where one killed it; None while it goes on."""
+        """The command's exit status, 128 + the number of the signal that killed it; None while it runs."""
         return self._process.poll()
 
-    def end(self) -> int:
-        """End it and all its offspring, and return its exit status; where it is over already, only that."""
+    def stop(self) -> int:
+        """Stop the command and all of its descendants, and return its exit status."""
         stdin = self._process.stdin
         if stdin is not None and not stdin.closed:
             with contextlib.suppress(OSError):
@@ -64,33 +64,33 @@ class Ward:
         return self._process.wait()
 
 
-def adopt_orphans() -> None:
+def become_subreaper() -> None:
     """Become the parent of descendants whose own parent ends."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def end_descendants(child: "subprocess.Popen[bytes] | None" = None, grace: float = GRACE_S) -> None:
-    """End every descendant of this process: SIGTERM, then, after ``grace`` seconds, SIGKILL until none is left.
+def stop_descendants(child: "subprocess.Popen[bytes] | None" = None, grace: float = GRACE_S) -> None:
+    """Stop every descendant of this process: SIGTERM, then SIGKILL after ``grace`` seconds until none is left.
 
     Args:
-        child: one of them, whose exit status is wanted.
+        child: one of them, whose exit status is needed later.
         grace: seconds.
     """
     end = time.monotonic() + grace
-    told: set[int] = set()
+    signalled: set[int] = set()
     while left := _descendants(child):
         late = time.monotonic() > end
         for process in left:
-            if late or process.pid not in told:
-                told.add(process.pid)
+            if late or process.pid not in signalled:
+                signalled.add(process.pid)
                 with contextlib.suppress(psutil.Error):
                     process.send_signal(signal.SIGKILL if late else signal.SIGTERM)
         time.sleep(0.05)
 
 
 def _descendants(child: "subprocess.Popen[bytes] | None") -> list[psutil.Process]:
-    """Those that still run; adopted ones that have ended are let go, and of ``child`` the status is kept."""
+    """Running descendants. Adopted ones that have ended are reaped; the status of ``child`` is kept."""
     running = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error, ChildProcessError):
@@ -104,11 +104,11 @@ def _descendants(child: "subprocess.Popen[bytes] | None") -> list[psutil.Process
 
 
 def main(scratch: str, command: Sequence[str]) -> int:
-    """What the process between does; returns the command's exit status."""
-    adopt_orphans()
+    """The intermediate process; returns the command's exit status."""
+    become_subreaper()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, lambda *_: None)  # not ignored, which the command would inherit
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # which the command inherits
+        signal.signal(number, lambda *_: None)  # a handler: the command would inherit an ignored signal
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # inherited by the command
     libc = ctypes.CDLL(None)
     child = subprocess.Popen(
         command,
@@ -116,14 +116,14 @@ def main(scratch: str, command: Sequence[str]) -> int:
         start_new_session=True,
         preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
     )
-    said, ended = b"", False
-    while not ended and child.poll() is None:
+    request, closed = b"", False
+    while not closed and child.poll() is None:
         if select.select([0], [], [], 0.1)[0]:
-            said = os.read(0, len(STOP))
-            ended = True
-    end_descendants(child)
+            request = os.read(0, len(STOP))
+            closed = True
+    stop_descendants(child)
     status = child.wait()
-    if ended and said != STOP:  # whoever started this was killed
+    if closed and request != STOP:  # the parent was killed
         shutil.rmtree(scratch, ignore_errors=True)
     return 128 - status if status < 0 else status
 

@@ -1,4 +1,4 @@
-"""What one site's SLURM wants of every job: `configs/cluster/NAME.yaml`."""
+"""What the SLURM of one site needs for every job: `configs/cluster/NAME.yaml`."""
 
 import re
 from dataclasses import dataclass
@@ -27,10 +27,10 @@ class Site:
 
 
 def load_site(name: str, overrides: dict[str, Any]) -> Site:
-    """The site called ``name`` (or a YAML file), with what the command line says over it.
+    """Load a site by its name or YAML file, overridden by the options of the command line that are not None.
 
     Raises:
-        ConfigError: an unknown name or key, or a value that cannot be used.
+        ConfigError: an unknown name or key, or an invalid value.
     """
     site = load_config(Site, "cluster", name, (), {k: v for k, v in overrides.items() if v is not None})
     minutes(site.time)
@@ -38,10 +38,10 @@ def load_site(name: str, overrides: dict[str, Any]) -> Site:
 
 
 def minutes(time: str) -> int:
-    """A time limit in sbatch's words (``90``, ``1:30:00``, ``2-12``, ...) as whole minutes, rounded up.
+    """Convert a time limit in sbatch's syntax (``90``, ``1:30:00``, ``2-12``, ...) to minutes, rounded up.
 
     Raises:
-        ConfigError: where it is none.
+        ConfigError: another syntax, or zero.
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if match is None:
@@ -54,5 +54,5 @@ def minutes(time: str) -> int:
         scale = [3600, 60, 1] if len(numbers) == 3 else [60, 1]
     seconds = int(days or 0) * 86400 + sum(n * s for n, s in zip(numbers, scale))
     if seconds == 0:
-        raise ConfigError(f"time {time!r} is nothing; give minutes, hours:minutes:seconds or days-hours")
+        raise ConfigError(f"time {time!r} is zero; give minutes, hours:minutes:seconds or days-hours")
     return -(-seconds // 60)

@@ -18,7 +18,7 @@ from mvhpc.config import ConfigError, choose, to_yaml
 from mvhpc.runs.folder import read_record
 from mvhpc.stages import STAGES
 
-TAIL = 8  # lines of the log that a failure shows
+TAIL = 8  # lines of the log to show after a failure
 
 EXAMPLES = """examples:
   python launchers/submit.py --stage pack --config demo source=scans out=runs/packed
@@ -31,13 +31,13 @@ EXAMPLES = """examples:
   python launchers/submit.py cancel 1234
 
 key=value sets any key of the stage's configuration (of the pipeline's, with --stage all); --dry-run shows them all.
-The job's files and logs are in `jobs` in the run folder. What was interrupted goes on from its last checkpoint when it
-is submitted again; while its job waits or runs, it is not started beside.
+The job's files and logs are in `jobs` in the run folder. An interrupted stage resumes from its last checkpoint when it
+is submitted again; while its job is pending or running, it cannot be submitted a second time.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done or submitted, 1 a job failed, 2 wrong arguments, 130 interrupted."""
+    """Entry point; returns the exit status: 0 done or submitted, 1 job failed, 2 invalid arguments, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words and words[0] in {"status", "logs", "cancel"}:
@@ -56,17 +56,29 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--stage", required=True, help=", ".join([*STAGES, plan.ALL]))
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines to run on (default: 1)")
-    parser.add_argument("--min-nodes", type=int, metavar="M", help="with how many it may start (default: all)")
+    parser.add_argument(
+        "--nodes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of nodes (default: 1); without SLURM, of workers on this machine",
+    )
+    parser.add_argument(
+        "--min-nodes", type=int, metavar="M", help="number of nodes to start with at least (default: N)"
+    )
     parser.add_argument("--gpus-per-node", type=int, metavar="G")
     parser.add_argument("--time", metavar="LIMIT", help="minutes, hours:minutes:seconds or days-hours")
     parser.add_argument("--partition")
     parser.add_argument("--account")
-    parser.add_argument("--config", default="default", metavar="NAME_OR_FILE", help="preset of the stage or YAML file")
-    parser.add_argument("--cluster", default="auto", help="auto (default: slurm where it answers), slurm, local")
-    parser.add_argument("--cluster-config", default="default", metavar="NAME_OR_FILE", help="in configs/cluster")
-    parser.add_argument("--wait", action="store_true", help="follow the job to its end (on this machine: always)")
-    parser.add_argument("--dry-run", action="store_true", help="show configuration and job, start nothing")
+    parser.add_argument(
+        "--config", default="default", metavar="NAME_OR_FILE", help="preset of the stage, or a YAML file"
+    )
+    parser.add_argument("--cluster", default="auto", help="auto (default: slurm where it answers), slurm or local")
+    parser.add_argument(
+        "--cluster-config", default="default", metavar="NAME_OR_FILE", help="site in configs/cluster, or a YAML file"
+    )
+    parser.add_argument("--wait", action="store_true", help="follow the job until it ends (always on this machine)")
+    parser.add_argument("--dry-run", action="store_true", help="show configuration and job; submit nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the configuration")
     return parser
 
@@ -88,13 +100,14 @@ def _submit(options: argparse.Namespace) -> int:
     )
     if not 1 <= (options.min_nodes or 1) <= options.nodes:
         raise ConfigError(f"--min-nodes {options.min_nodes} --nodes {options.nodes}: give 1 <= M <= N")
-    if not on_slurm:
-        local.check(options.nodes)
     layout = (options.config, options.overrides, options.nodes, site.gpus_per_node, on_slurm)
     steps = plan.chain(*layout) if stage == plan.ALL else [plan.single(stage, *layout)]
     start: Callable[[Step, str | None], Job] = (
         (lambda step, after: _to_slurm(step, site, options.min_nodes, after)) if on_slurm else _to_local(site)
     )
+    for step in steps:
+        if step.note and not step.finished:
+            print(f"{step.stage}: {step.note}", file=sys.stderr)
     if options.dry_run:
         for step in steps:
             _show(step, site, options.min_nodes, on_slurm)
@@ -105,7 +118,7 @@ def _submit(options: argparse.Namespace) -> int:
         if step.finished:
             print(f"{step.stage}: complete and unchanged: reused {step.config.out}", file=sys.stderr)
             continue
-        job = _hold(step, after, start, chained=stage == plan.ALL)
+        job = _submit_step(step, after, start, chained=stage == plan.ALL)
         after = job.id
         if not on_slurm or (options.wait and step is steps[-1]):
             status = _watch(job, step.config.out)
@@ -119,57 +132,59 @@ def _submit(options: argparse.Namespace) -> int:
     return status
 
 
-def _hold(step: Step, after: str | None, start: Callable[[Step, str | None], Job], chained: bool) -> Job:
-    """Submit a step and note in its run folder who works there.
+def _submit_step(step: Step, after: str | None, start: Callable[[Step, str | None], Job], chained: bool) -> Job:
+    """Submit a step and make its job the holder of the run folder.
+
+    An earlier job of a chained step that is pending or running is returned as it is.
 
     Raises:
-        ConfigError: where a job of before still does; of a chain, that one is taken as it is.
+        ConfigError: an earlier job holds the run folder, and the step is not chained.
     """
     step.run.mkdir(parents=True, exist_ok=True, mode=0o700)
     with jobs.locked(step.run) as lock:
         holder = lock.holder
         if holder is not None and (now := jobs_cli.state(holder)):
             if chained:
-                print(f"{step.stage}: job {holder.id} is {now} already", file=sys.stderr)
+                print(f"{step.stage}: job {holder.id} is already {now}", file=sys.stderr)
                 return holder
             raise ConfigError(
                 f"{step.run} is held by job {holder.id} ({now}), submitted on {holder.host}; see `submit.py logs "
                 f"{holder.id}`, or end it with `submit.py cancel {holder.id}`"
             )
         job = start(step, after)
-        lock.give(job)
+        lock.set_holder(job)
         job.save()
     return job
 
 
-def _to_slurm(step: Step, site: Site, fewest: int | None, after: str | None) -> Job:
-    submitter = _slurm_executor(step, site, fewest, after)
+def _to_slurm(step: Step, site: Site, min_nodes: int | None, after: str | None) -> Job:
+    submitter = _slurm_executor(step, site, min_nodes, after)
     found = submitter.submit(supervise, step.assignment(site))
-    return jobs.submitted(step.run, found.job_id, "slurm", step.stage, step.nodes)
+    return jobs.new_job(step.run, found.job_id, "slurm", step.stage, step.nodes)
 
 
-def _slurm_executor(step: Step, site: Site, fewest: int | None, after: str | None) -> Any:
-    least = min(fewest or step.nodes, step.nodes)
+def _slurm_executor(step: Step, site: Site, min_nodes: int | None, after: str | None) -> Any:
+    least = min(min_nodes or step.nodes, step.nodes)
     folder = (step.run / "jobs").absolute()
     return slurm.executor(folder, site, step.stage, step.nodes, least, step.gpus, after)
 
 
 def _to_local(site: Site) -> Callable[[Step, str | None], Job]:
     def start(step: Step, after: str | None) -> Job:
-        found = local.executor(step.run / "jobs").submit(local.work, step.assignment(site))
+        found = local.executor(step.run / "jobs").submit(local.run_job, step.assignment(site))
         _STARTED.append(found)
-        return jobs.submitted(step.run, found.job_id, "local", step.stage, 1, local.born(found.job_id))
+        return jobs.new_job(step.run, found.job_id, "local", step.stage, 1, local.process_start(found.job_id))
 
     return start
 
 
-_STARTED: list[Any] = []  # submitit ends a local job whose object is forgotten
+_STARTED: list[Any] = []  # submitit ends a local job whose object is garbage collected
 
 
-def _show(step: Step, site: Site, fewest: int | None, on_slurm: bool) -> None:
-    """Print what would be submitted; all of it is YAML."""
+def _show(step: Step, site: Site, min_nodes: int | None, on_slurm: bool) -> None:
+    """Print what would be submitted, as YAML with the job in comments."""
     if on_slurm:
-        script = slurm.script(_slurm_executor(step, site, fewest, None))
+        script = slurm.script(_slurm_executor(step, site, min_nodes, None))
     else:
         script = local.script(step.run / "jobs")
     print(f"# stage {step.stage}, run folder {step.run}; the job:")
@@ -177,24 +192,24 @@ def _show(step: Step, site: Site, fewest: int | None, on_slurm: bool) -> None:
 
 
 def _watch(job: Job, out: str) -> int:
-    """Show a job's log as it grows, then its result; an interrupt cancels a local one."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell's `&` or nohup had it ignored
+    """Show a job's log as it grows, then its result. An interrupt cancels a local job."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell's `&` or nohup has set it to be ignored
         signal.signal(number, signal.default_int_handler)
     print(f"job {job.id}: {job.stage}, log in {job.log}", file=sys.stderr)
     try:
-        for line in jobs_cli.lines(job):
+        for line in jobs_cli.log_lines(job):
             print(line, file=sys.stderr, flush=True)
         while jobs_cli.state(job):
             time.sleep(jobs_cli.POLL_S)
     except KeyboardInterrupt:
         if job.cluster == "slurm":
-            print(f"job {job.id} goes on; end it with `submit.py cancel {job.id}`", file=sys.stderr)
+            print(f"job {job.id} continues; end it with `submit.py cancel {job.id}`", file=sys.stderr)
             return 130
         jobs_cli.cancel(job)
-        print(f"job {job.id} cancelled; submit it again to go on from its last checkpoint", file=sys.stderr)
+        print(f"job {job.id} cancelled; submit it again to resume from its last checkpoint", file=sys.stderr)
         return 130
-    if not jobs.ending(job).startswith("finished"):
-        tail = deque(job.log.open(errors="replace"), TAIL) if job.log.is_file() else [jobs.ending(job)]
+    if not jobs.outcome(job).startswith("finished"):
+        tail = deque(job.log.open(errors="replace"), TAIL) if job.log.is_file() else [jobs.outcome(job)]
         print(f"job {job.id} failed; the end of {job.log}:\n" + "".join(tail), file=sys.stderr)
         return 1
     for name, value in read_record(Path(job.run)).get("summary", {}).items():
@@ -204,6 +219,6 @@ def _watch(job: Job, out: str) -> int:
 
 
 if __name__ == "__main__":
-    from launchers.submit import main as imported  # under its importable name, which is how a job finds its function
+    from launchers.submit import main as imported  # a job imports its function by this name
 
     sys.exit(imported())

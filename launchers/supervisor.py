@@ -1,4 +1,7 @@
-"""The task of each node of a job: node 0 leads (:mod:`launchers.head`), the others follow; nothing outlives them."""
+"""The task of each node of a job: node 0 is the head (:mod:`launchers.head`), the others carry out its commands.
+
+No process of a job outlives the supervisor of its node.
+"""
 
 import contextlib
 import json
@@ -9,36 +12,36 @@ import time
 from pathlib import Path
 
 from launchers.allocation import Allocation, Assignment
-from launchers.head import Lead
-from launchers.node import BOOT_S, TICK_S, Member, Signals
-from launchers.process import adopt_orphans, end_descendants
+from launchers.head import Head
+from launchers.node import BOOT_TIMEOUT_S, POLL_S, Node, Signals
+from launchers.process import become_subreaper, stop_descendants
 from launchers.rendezvous import connect, own_address
 from shards.files import write_text
 
 
 def supervise(assignment: Assignment) -> None:
-    """What the task of each node does, from start to end."""
+    """The task of one node, from start to end."""
     signals = Signals()
-    adopt_orphans()
-    os.chdir(assignment.place)
-    allocation = Allocation.here()
+    become_subreaper()
+    os.chdir(assignment.cwd)
+    allocation = Allocation.from_environment()
     folder = Path(assignment.run) / "jobs" / allocation.job / f"start-{allocation.restart}"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
         if allocation.node == 0:
-            Lead(assignment, allocation, folder, signals).run()
+            Head(assignment, allocation, folder, signals).run()
         else:
-            follow(assignment, allocation, folder, signals)
+            serve(assignment, allocation, folder, signals)
     finally:
-        end_descendants()
+        stop_descendants()
 
 
-def follow(assignment: Assignment, allocation: Allocation, folder: Path, signals: Signals) -> None:
-    """Do what node 0 says until it says to leave, or is gone."""
+def serve(assignment: Assignment, allocation: Allocation, folder: Path, signals: Signals) -> None:
+    """Carry out the commands of node 0 until it sends ``shutdown`` or is lost."""
     token = folder.parent / "token"
 
-    def head() -> tuple[str, str] | None:
-        # Written anew each time: a file of one's own makes NFS look at the folder again, and so see the other.
+    def lookup() -> tuple[str, str] | None:
+        # Written every time: writing a file makes an NFS client read the folder again, and so see the head's file.
         write_text(folder / f"node-{allocation.node}.json", json.dumps({"name": allocation.name, "pid": os.getpid()}))
         if signals.terminate:
             sys.exit(128 + signal.SIGTERM)
@@ -48,28 +51,28 @@ def follow(assignment: Assignment, allocation: Allocation, folder: Path, signals
             return None
 
     try:
-        link = connect(head, allocation.node, {"name": allocation.name}, BOOT_S)
+        client = connect(lookup, allocation.node, allocation.name, BOOT_TIMEOUT_S)
     except TimeoutError:
         raise RuntimeError(
-            f"{allocation.name} found no node 0 through {folder} within {BOOT_S} s; is the run folder on a file "
-            f"system that all nodes share, and `interface` in the cluster's YAML that between nodes?"
+            f"{allocation.name} did not reach node 0 through {folder} within {BOOT_TIMEOUT_S} s; is the run folder on "
+            f"a file system that all nodes share, and `interface` in the cluster's YAML the one between nodes?"
         ) from None
-    with contextlib.closing(link):
+    with contextlib.closing(client):
         towards = json.loads((folder / "head.json").read_text())["address"].rsplit(":", 1)[0]
         try:
             ip, interface = own_address(assignment.interface, towards)
-            member = Member(assignment, allocation, folder, token, ip, interface, link.tell)
+            node = Node(assignment, allocation, folder, token, ip, interface, client.send)
         except RuntimeError as error:
-            link.tell({"event": "unfit", "why": str(error)})
-            time.sleep(TICK_S)
+            client.send({"event": "node_failed", "reason": str(error)})
+            time.sleep(POLL_S)
             raise
-        with contextlib.closing(member):
+        with contextlib.closing(node):
             while not signals.terminate:
-                member.tick()
-                heard = link.next(TICK_S)
-                if heard is None:
+                node.poll()
+                received = client.receive(POLL_S)
+                if received is None:
                     continue
-                message = heard[1]
-                if message is None or message["do"] == "leave":
+                message = received[1]
+                if message is None or message["command"] == "shutdown":
                     return
-                member.obey(message)
+                node.handle(message)

@@ -1,4 +1,4 @@
-"""Laws of launching: a dry run shows what a run does and does nothing; a job's end is the command's end."""
+"""Laws of submission: a dry run shows the job and starts nothing; a job's result is the result of the command."""
 
 import signal
 import subprocess
@@ -11,6 +11,8 @@ import psutil
 import pytest
 import yaml
 
+from launchers import jobs
+from launchers.plan import Step, chain, single
 from launchers.submit import main
 from mvhpc.config import CONFIGS, load_config, to_dict
 from mvhpc.data_stages import PackConfig
@@ -19,8 +21,8 @@ from shards.phantom.make import make_phantoms
 
 
 @pytest.fixture(autouse=True)
-def here(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No note of these runs among the user's."""
+def separate_registry(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep these runs out of the user's list of runs."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
 
 
@@ -49,11 +51,11 @@ def test_dry_run_prints_the_resolved_configuration_and_starts_nothing(
         ("--stage pack sorce=a out=b", "Did you mean 'source'?"),
         ("--stage pack --config dmo source=a out=b", "Did you mean 'demo'?"),
         ("--stage pack --cluster locl source=a out=b", "Did you mean 'local'?"),
-        ("--stage pack --nodes 2 --cluster local source=a out=b", "compute.workers"),
+        ("--stage pack --nodes 2 --cluster local source=a out=b", "take --nodes 1"),
         ("--stage pack out=b", "source=VALUE"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_by_name(arguments: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_are_refused_by_name(arguments: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments.split()) == 2
     assert hint in capsys.readouterr().err
 
@@ -65,7 +67,7 @@ def test_jobs_end_as_the_command_does(tmp_path: Path) -> None:
     def submit(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, str(SUBMIT), "--stage", "pack", "--cluster", "local", "--config", "demo", *arguments],
-            cwd=tmp_path,  # relative paths are the caller's
+            cwd=tmp_path,  # relative paths start from the caller's folder
             capture_output=True,
             text=True,
             check=False,
@@ -99,10 +101,147 @@ def test_interrupt_ends_the_job_and_leaves_no_process(tmp_path: Path) -> None:
         assert submit.stderr is not None
         assert "phantom" in submit.stderr.readline()
         wait_for(lambda: (tmp_path / "scans.run" / "tracking.json").exists())
-        submit.send_signal(signal.SIGINT)  # to it alone, as from a scheduler; a terminal's reaches all
+        submit.send_signal(
+            signal.SIGINT
+        )  # to submit.py alone, as from a scheduler; a terminal signals the whole process group
         assert submit.wait(30) == 130
     wait_for(lambda: not [p for p in psutil.process_iter() if str(tmp_path) in " ".join(words(p))])
     assert not (tmp_path / "scans").exists()
+
+
+# --- the number of workers ---
+
+
+def joint(preset: str = "demo", *overrides: str, nodes: int = 4, gpus: int = 0, slurm: bool = True) -> Step:
+    """A step of the joint stage; its shipped preset ``demo`` has two workers."""
+    places = [f"{key}=here" for key in ("latents", "vae", "out")]
+    return single("joint", preset, [*places, "training.batch=16", *overrides], nodes, gpus, slurm)
+
+
+def test_a_presets_workers_are_replaced_by_one_per_gpu_or_node_and_the_step_says_so() -> None:
+    step = joint()
+    assert (step.config.compute.workers, step.nodes) == (4, 4)
+    assert step.note == "compute.workers=4 (4 nodes x 1), in place of the preset's 2"
+    step = joint("demo", gpus=2, nodes=2)
+    assert step.note == "compute.workers=4 (2 nodes x 2), in place of the preset's 2"
+    assert joint(nodes=2).note == ""
+
+
+@pytest.mark.parametrize("text", ["compute: {workers: 2}\n", "compute:\n  workers: 2\n  threads: 1\n"])
+def test_workers_of_a_users_file_are_kept(tmp_path: Path, text: str) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(text)
+    step = joint(str(own))
+    assert (step.config.compute.workers, step.nodes) == (2, 2)
+    assert step.note == "compute.workers=2, as configured: runs on 2 of 4 nodes"
+    step = joint(str(own), nodes=2)
+    assert (step.config.compute.workers, step.nodes, step.note) == (2, 2, "")
+    own.write_text("training: {epochs: 3}\n")
+    assert joint(str(own)).config.compute.workers == 4  # the file does not set them
+
+
+@pytest.mark.parametrize("override", ["compute.workers=8", "compute={workers: 8}"])
+def test_workers_of_the_command_line_are_kept(override: str) -> None:
+    step = joint("demo", override, gpus=4, nodes=4)
+    assert (step.config.compute.workers, step.nodes) == (8, 2)
+
+
+def test_workers_of_a_users_pipeline_file_are_kept(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(f"preset: demo\nroot: {tmp_path}/root\njoint: {{compute: {{workers: 2}}}}\n")
+    steps = {step.stage: step for step in chain(str(own), [], 4, 0, True)}
+    assert (steps["joint"].config.compute.workers, steps["joint"].nodes) == (2, 2)
+    assert (steps["vae"].config.compute.workers, steps["vae"].nodes) == (2, 2)  # the most that divide its batch of 2
+    assert (steps["predict"].config.compute.workers, steps["predict"].nodes) == (4, 4)
+    assert (steps["encode"].nodes, steps["encode"].note) == (1, "")
+    assert not any(step.finished for step in steps.values())
+
+
+def test_without_slurm_nodes_are_workers_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    step = joint(slurm=False)
+    assert (step.config.compute.workers, step.nodes) == (4, 1)
+    assert step.note == "compute.workers=4 (on this machine), in place of the preset's 2"
+    assert joint(slurm=False, nodes=1).config.compute.workers == 2  # the preset's
+    step = joint("demo", "compute.workers=2", slurm=False)
+    assert (step.config.compute.workers, step.nodes) == (2, 1)
+    assert "this machine, not 4 nodes" in step.note
+
+    arguments = (
+        "--stage joint --nodes 4 --cluster local --config demo --dry-run latents=a vae=b out=c training.batch=16"
+    )
+    assert main(arguments.split()) == 0
+    shown = capsys.readouterr()
+    assert yaml.safe_load(shown.out)["compute"]["workers"] == 4
+    assert "joint: compute.workers=4 (on this machine), in place of the preset's 2\n" in shown.err
+
+
+# --- the lock of a run ---
+
+
+HOLD_ON_AFTER_RELEASE = """
+import sys, time
+from pathlib import Path
+from launchers import jobs
+run = Path(sys.argv[1])
+with jobs.locked(run) as lock:
+    lock.set_holder(jobs.new_job(run, "1", "local", "pack", 1))
+with jobs.locked(run) as lock:
+    lock.set_holder(None)
+    print("released", flush=True)
+    time.sleep(1)  # the other process is waiting, or has taken the lock
+"""
+TAKE = """
+import sys
+from pathlib import Path
+from launchers import jobs
+run = Path(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+with jobs.locked(run) as lock:
+    assert lock.holder is None, lock.holder
+    lock.set_holder(jobs.new_job(run, "2", "local", "pack", 1))
+"""
+
+
+def test_a_released_lock_does_not_take_that_of_the_next_holder_with_it(tmp_path: Path) -> None:
+    """The second process takes the lock while the first one, which has just released it, is still at it."""
+
+    def start(script: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", script, str(tmp_path)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    with start(TAKE) as second, start(HOLD_ON_AFTER_RELEASE) as first:
+        assert first.stdout and second.stdin and second.stdout
+        assert second.stdout.readline() == "ready\n"
+        assert first.stdout.readline() == "released\n"
+        second.stdin.write("go\n")
+        second.stdin.close()
+        assert [first.wait(30), second.wait(30)] == [0, 0]
+    with jobs.locked(tmp_path) as lock:
+        assert lock.holder is not None and lock.holder.id == "2"
+
+
+def test_of_concurrent_processes_one_holds_the_lock(tmp_path: Path) -> None:
+    """Many processes take the lock where it is free, and release it: never two at a time, and none in the end."""
+    script = (
+        "import sys, time, os\n"
+        "from pathlib import Path\n"
+        "from launchers import jobs\n"
+        "run, mark = Path(sys.argv[1]), Path(sys.argv[1]) / 'holding'\n"
+        "done = 0\n"
+        "while done < 20:\n"
+        "    job = jobs.new_job(run, str(os.getpid()), 'local', 'pack', 1)\n"
+        "    with jobs.locked(run) as lock:\n"
+        "        if lock.holder is not None: continue\n"
+        "        lock.set_holder(job)\n"
+        "    mark.touch(exist_ok=False); time.sleep(0.001); mark.unlink()\n"
+        "    jobs.release(run, job.id)\n"
+        "    done += 1\n"
+    )
+    workers = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) for _ in range(3)]
+    assert [worker.wait(60) for worker in workers] == [0, 0, 0]
+    with jobs.locked(tmp_path) as lock:
+        assert lock.holder is None
 
 
 def words(process: psutil.Process) -> list[str]:
@@ -117,5 +256,5 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     """Wait until ``condition()`` holds."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "condition not met in time"
         time.sleep(0.2)

@@ -16,7 +16,7 @@ import yaml
 
 from launchers import jobs
 from launchers.allocation import Allocation, Assignment
-from launchers.process import Ward
+from launchers.process import ManagedProcess
 from launchers.site import load_site, minutes
 from mvhpc.config import CONFIGS, ConfigError, load_config, to_dict
 from mvhpc.data_stages import PackConfig
@@ -69,7 +69,8 @@ def nothing_is_left(slurm: SlurmCluster, job: str, run: Path) -> None:
     slurm.wait(job)  # one that is cancelled while it starts has no process yet
     wait_for(lambda: not slurm.job_processes(job), 30, f"left: {slurm.job_processes(job)}")
     assert not list(Path("/tmp").glob(f"mv-{job}-*"))
-    assert not (run / "jobs" / "lock").exists()
+    with jobs.locked(run) as lock:
+        assert lock.holder is None
     assert not (run / "jobs" / job / "token").exists()
 
 
@@ -179,11 +180,12 @@ def test_a_ward_ends_its_whole_offspring_however_its_parent_ends(tmp_path: Path)
     starter = (
         "import sys, time, os\n"
         "from pathlib import Path\n"
-        "from launchers.process import Ward\n"
-        "ward = Ward([sys.executable, '-c', sys.argv[1], sys.argv[2]], dict(os.environ), None, Path(sys.argv[3]))\n"
+        "from launchers.process import ManagedProcess\n"
+        "command = [sys.executable, '-c', sys.argv[1], sys.argv[2]]\n"
+        "managed = ManagedProcess(command, dict(os.environ), None, Path(sys.argv[3]))\n"
         "if sys.argv[4] == 'end':\n"
         "    while not Path(sys.argv[2]).exists(): time.sleep(0.1)\n"
-        "    print(ward.end())\n"
+        "    print(managed.stop())\n"
         "time.sleep(600)\n"
     )
     for way in ("end", "kill"):
@@ -204,39 +206,17 @@ def test_a_ward_ends_its_whole_offspring_however_its_parent_ends(tmp_path: Path)
 
 def test_a_wards_command_does_not_hear_the_signals_of_the_job(tmp_path: Path) -> None:
     environment = dict(os.environ)
-    ward = Ward(
+    managed = ManagedProcess(
         [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(2)"],
         environment,
         tmp_path / "log",
         tmp_path,
     )
     wait_for(lambda: "up" in (tmp_path / "log").read_text())
-    for process in [psutil.Process(ward._process.pid), *psutil.Process(ward._process.pid).children()]:
+    for process in [psutil.Process(managed._process.pid), *psutil.Process(managed._process.pid).children()]:
         process.send_signal(signal.SIGUSR2)
-    wait_for(lambda: ward.poll() is not None, 20)
-    assert ward.end() == 0
-
-
-def test_of_concurrent_holders_one_wins(tmp_path: Path) -> None:
-    """Many processes take the lock where it is free and let it go: never two at a time, and no file in the end."""
-    script = (
-        "import sys, time, os\n"
-        "from pathlib import Path\n"
-        "from launchers import jobs\n"
-        "run, mark = Path(sys.argv[1]), Path(sys.argv[1]) / 'holding'\n"
-        "done = 0\n"
-        "while done < 20:\n"
-        "    job = jobs.submitted(run, str(os.getpid()), 'local', 'pack', 1)\n"
-        "    with jobs.locked(run) as lock:\n"
-        "        if lock.holder is not None: continue\n"
-        "        lock.give(job)\n"
-        "    mark.touch(exist_ok=False); time.sleep(0.001); mark.unlink()\n"
-        "    jobs.release(run, job.id)\n"
-        "    done += 1\n"
-    )
-    workers = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) for _ in range(3)]
-    assert [worker.wait(60) for worker in workers] == [0, 0, 0]
-    assert not (tmp_path / "jobs" / "lock").exists()
+    wait_for(lambda: managed.poll() is not None, 20)
+    assert managed.stop() == 0
 
 
 def test_fewer_nodes_take_the_most_workers_that_divide_the_batch() -> None:
@@ -267,4 +247,4 @@ def test_what_a_site_cannot_mean_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="days-hours"):
         load_site("default", {"time": "tomorrow"})
     with pytest.raises(ConfigError, match="no job 4711"):
-        jobs.find("4711")
+        jobs.find_job("4711")

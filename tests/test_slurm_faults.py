@@ -70,7 +70,7 @@ class Training:
         """Wait until the job is over, and expect a good end; its own word counts, SLURM soon forgets."""
         self.slurm.wait(self.job, seconds=seconds)
         job = next(job for job in jobs.jobs_of(self.run) if job.id == self.job)
-        assert jobs.ending(job) == "finished", job.log.read_text()
+        assert jobs.outcome(job) == "finished", job.log.read_text()
 
     def process(self, title: str) -> psutil.Process:
         """One of the job's processes, by a word of its command line."""
@@ -89,8 +89,8 @@ class Training:
 
     def driver(self) -> psutil.Process:
         """What runs the stage, and trains itself where it has one worker."""
-        ward = self.process("launchers.driver")  # the smallest number: the one that watches over it
-        return ward.children()[0]
+        manager = self.process("launchers.driver")  # the smallest number: the one that watches over it
+        return manager.children()[0]
 
 
 def starts(run: Path) -> int:
