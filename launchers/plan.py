@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from launchers.allocation import Assignment
 from launchers.site import Site
-from mvhpc.config import CONFIGS, ConfigError, Training, config_file, flatten, load_config, to_dict
+from mvhpc.config import ConfigError, Training, flatten, load_config, to_dict
 from mvhpc.execute import plan
 from mvhpc.pipeline.plan import Pipeline, PipelineConfig
+from mvhpc.pipeline.project import Configured
 from mvhpc.stages import STAGES
 
 ALL = "all"
@@ -67,49 +66,59 @@ class Step:
         )
 
 
-def single(stage: str, preset: str, overrides: Sequence[str], nodes: int, gpus: int, slurm: bool) -> Step:
-    """One stage.
+def single(configured: Configured, with_inputs: bool, nodes: int, gpus: int, slurm: bool) -> list[Step]:
+    """One stage, and before it the stages of its project that make its inputs, where these are asked for.
 
     Args:
-        stage: its name.
-        preset: of the stage, or a YAML file.
-        overrides: ``key=value`` of the command line.
+        configured: the stage.
+        with_inputs: whether stages that make missing inputs are done first.
         nodes: number of nodes that was requested.
         gpus: GPUs of each node.
         slurm: whether it is for SLURM; else for this machine.
 
     Raises:
-        ConfigError: a configuration, or a number of nodes, that cannot be used.
+        ConfigError: a configuration, or a number of nodes, that cannot be used; a missing input.
     """
-    config: Any = load_config(STAGES[stage].config_class(), stage, preset, overrides)
-    if nodes > 1 and not STAGES[stage].uses_nodes:
-        raise ConfigError(f"--nodes {nodes}: {stage} runs on one node; take --nodes 1")
-    return make_step(stage, config, nodes, gpus, False, sets_workers(stage, preset, overrides), slurm)
+    stage, project = configured.stage, configured.project
+    if nodes > 1 and not stage.uses_nodes:
+        raise ConfigError(f"--nodes {nodes}: {stage.name} runs on one node; take --nodes 1")
+    steps: list[Step] = []
+    if with_inputs and project:
+        for name, config in configured.before():
+            workers_set = project_sets_workers(project, name)
+            _append(steps, make_step(name, config, nodes, gpus, True, workers_set, slurm))
+    own, workers_set = False, configured.request.sets(WORKERS)
+    if project:
+        own = configured.config.out == configured.own_place()
+        workers_set = workers_set or project_sets_workers(project, stage.name)
+        if all(step.finished for step in steps):
+            configured.plan()  # refuses a missing input
+    _append(steps, make_step(stage.name, configured.config, nodes, gpus, own, workers_set, slurm))
+    return steps
 
 
-def chain(preset: str, overrides: Sequence[str], nodes: int, gpus: int, slurm: bool) -> list[Step]:
+def chain(preset: str, overrides: Sequence[str], nodes: int, gpus: int, slurm: bool) -> tuple[Pipeline, list[Step]]:
     """All stages of a pipeline preset, in order; the arguments are those of :func:`single`."""
     pipeline = Pipeline(load_config(PipelineConfig, "pipeline", preset, overrides))
     steps: list[Step] = []
     for stage, config in pipeline.steps():
-        workers_set = WORKERS in flatten(getattr(pipeline.config, stage, {}))
-        step = make_step(stage, config, nodes, gpus, True, workers_set, slurm)
-        # Behind a stage that has yet to run, a result may be outdated by then; the job itself finds out.
-        step.finished = all(s.finished for s in steps) and plan(stage, step.config).state() == "finished"
-        steps.append(step)
-    return steps
+        workers_set = project_sets_workers(pipeline, stage)
+        _append(steps, make_step(stage, config, nodes, gpus, True, workers_set, slurm))
+    return pipeline, steps
 
 
-def sets_workers(stage: str, preset: str, overrides: Sequence[str]) -> bool:
-    """Whether the user sets the number of workers: on the command line, or in a YAML file given by its path."""
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key == WORKERS or (key == "compute" and "workers" in (yaml.safe_load(value) or {})):
-            return True
-    path = config_file(stage, preset)
-    if path == CONFIGS / stage / f"{preset}.yaml":
-        return False
-    return WORKERS in flatten(yaml.safe_load(path.read_text()) or {})
+def _append(steps: list[Step], step: Step) -> None:
+    """Add a step; a chained one is finished where its result is, and those of all steps before it."""
+    # Behind a stage that has yet to run, a result may be outdated by then; the job itself finds out.
+    step.finished = (
+        step.chained and all(s.finished for s in steps) and plan(step.stage, step.config).state() == "finished"
+    )
+    steps.append(step)
+
+
+def project_sets_workers(project: Pipeline, stage: str) -> bool:
+    """Whether the project's own section of a stage sets the number of workers."""
+    return WORKERS in flatten(getattr(project.config, stage, {}))
 
 
 def make_step(stage: str, config: Any, nodes: int, gpus: int, chained: bool, workers_set: bool, slurm: bool) -> Step:

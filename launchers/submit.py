@@ -15,6 +15,8 @@ from launchers.plan import Step
 from launchers.site import Site, load_site
 from launchers.supervisor import supervise
 from mvhpc.config import ConfigError, choose, to_yaml
+from mvhpc.pipeline.plan import Pipeline
+from mvhpc.pipeline.project import Request, record_project
 from mvhpc.runs.folder import read_record
 from mvhpc.stages import STAGES
 
@@ -71,8 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--partition")
     parser.add_argument("--account")
     parser.add_argument(
-        "--config", default="default", metavar="NAME_OR_FILE", help="preset of the stage, or a YAML file"
+        "--config", metavar="NAME_OR_FILE", help="preset of the stage, or a YAML file (default: the project's)"
     )
+    parser.add_argument("--root", metavar="FOLDER", help="project; without it the one under runs/ last worked on")
+    parser.add_argument("--with-inputs", action="store_true", help="first do the stages that make missing inputs")
     parser.add_argument("--cluster", default="auto", help="auto (default: slurm where it answers), slurm or local")
     parser.add_argument(
         "--cluster-config", default="default", metavar="NAME_OR_FILE", help="site in configs/cluster, or a YAML file"
@@ -100,8 +104,13 @@ def _submit(options: argparse.Namespace) -> int:
     )
     if not 1 <= (options.min_nodes or 1) <= options.nodes:
         raise ConfigError(f"--min-nodes {options.min_nodes} --nodes {options.nodes}: give 1 <= M <= N")
-    layout = (options.config, options.overrides, options.nodes, site.gpus_per_node, on_slurm)
-    steps = plan.chain(*layout) if stage == plan.ALL else [plan.single(stage, *layout)]
+    layout = (options.nodes, site.gpus_per_node, on_slurm)
+    project: Pipeline | None
+    if stage == plan.ALL:
+        project, steps = plan.chain(options.config or "default", options.overrides, *layout)
+    else:
+        configured = Request(STAGES[stage], options.config, options.overrides, {}, options.root).configure()
+        project, steps = configured.project, plan.single(configured, options.with_inputs, *layout)
     start: Callable[[Step, str | None], Job] = (
         (lambda step, after: _to_slurm(step, site, options.min_nodes, after)) if on_slurm else _to_local(site)
     )
@@ -112,13 +121,15 @@ def _submit(options: argparse.Namespace) -> int:
         for step in steps:
             _show(step, site, options.min_nodes, on_slurm)
         return 0
+    if project:
+        record_project(project.config)
     after: str | None = None
     status = 0
     for step in steps:
         if step.finished:
             print(f"{step.stage}: complete and unchanged: reused {step.config.out}", file=sys.stderr)
             continue
-        job = _submit_step(step, after, start, chained=stage == plan.ALL)
+        job = _submit_step(step, after, start, chained=step.chained)
         after = job.id
         if not on_slurm or (options.wait and step is steps[-1]):
             status = _watch(job, step.config.out)

@@ -1,5 +1,7 @@
 """Laws of submission: a dry run shows the job and starts nothing; a job's result is the result of the command."""
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,9 @@ from launchers.plan import Step, chain, single
 from launchers.submit import main
 from mvhpc.config import CONFIGS, load_config, to_dict
 from mvhpc.data_stages import PackConfig
+from mvhpc.pipeline.project import Request
+from mvhpc.runs.folder import read_record
+from mvhpc.stages import STAGES
 from shards.index import Index
 from shards.phantom.make import make_phantoms
 
@@ -26,6 +31,7 @@ def separate_registry(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
 
 
+pytest_plugins = ["tests.first_stages"]
 SUBMIT = CONFIGS.parent / "launchers" / "submit.py"
 
 
@@ -52,7 +58,7 @@ def test_dry_run_prints_the_resolved_configuration_and_starts_nothing(
         ("--stage pack --config dmo source=a out=b", "Did you mean 'demo'?"),
         ("--stage pack --cluster locl source=a out=b", "Did you mean 'local'?"),
         ("--stage pack --nodes 2 --cluster local source=a out=b", "take --nodes 1"),
-        ("--stage pack out=b", "source=VALUE"),
+        ("--stage pack --root nowhere out=b", "source=nowhere/source: no such file or folder"),
     ],
 )
 def test_invalid_arguments_are_refused_by_name(arguments: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,7 +121,9 @@ def test_interrupt_ends_the_job_and_leaves_no_process(tmp_path: Path) -> None:
 def joint(preset: str = "demo", *overrides: str, nodes: int = 4, gpus: int = 0, slurm: bool = True) -> Step:
     """A step of the joint stage; its shipped preset ``demo`` has two workers."""
     places = [f"{key}=here" for key in ("latents", "vae", "out")]
-    return single("joint", preset, [*places, "training.batch=16", *overrides], nodes, gpus, slurm)
+    request = Request(STAGES["joint"], preset, [*places, "training.batch=16", *overrides], {})
+    (step,) = single(request.configure(), False, nodes, gpus, slurm)
+    return step
 
 
 def test_a_presets_workers_are_replaced_by_one_per_gpu_or_node_and_the_step_says_so() -> None:
@@ -149,7 +157,7 @@ def test_workers_of_the_command_line_are_kept(override: str) -> None:
 def test_workers_of_a_users_pipeline_file_are_kept(tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text(f"preset: demo\nroot: {tmp_path}/root\njoint: {{compute: {{workers: 2}}}}\n")
-    steps = {step.stage: step for step in chain(str(own), [], 4, 0, True)}
+    steps = {step.stage: step for step in chain(str(own), [], 4, 0, True)[1]}
     assert (steps["joint"].config.compute.workers, steps["joint"].nodes) == (2, 2)
     assert (steps["vae"].config.compute.workers, steps["vae"].nodes) == (2, 2)  # the most that divide its batch of 2
     assert (steps["predict"].config.compute.workers, steps["predict"].nodes) == (4, 4)
@@ -258,3 +266,28 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end, "condition not met in time"
         time.sleep(0.2)
+
+
+# --- the line a user types ---
+
+
+@pytest.mark.slow
+def test_one_line_trains_the_joint_stage_of_the_project(
+    first_stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``submit.py --stage joint --nodes 4`` after the first four stages, where no SLURM is installed."""
+    shutil.copytree(first_stages, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "sbatch").exists())
+    command = [sys.executable, str(SUBMIT), "--stage", "joint", "--nodes", "4"]
+    done = subprocess.run(
+        command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "joint: project runs/demo (preset demo)" in done.stderr
+    assert "compute.workers=4 (on this machine), in place of the preset's 2" in done.stderr
+    folder = tmp_path / "runs" / "demo" / "joint"
+    assert read_record(folder)["status"] == "finished" and (folder / "model" / "model.json").is_file()
+    assert len(list((folder / "logs").glob("worker-*.log"))) == 4
+    again = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False)
+    assert again.returncode == 0 and "complete and unchanged: reused runs/demo/joint" in again.stderr

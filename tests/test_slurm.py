@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from mvhpc.runs.folder import read_record
 from shards.index import Index
 from tests.slurm_cluster import SlurmCluster, wait_for
 
-pytest_plugins = ["tests.slurm_fixtures"]
+pytest_plugins = ["tests.slurm_fixtures", "tests.first_stages"]
 SUBMIT = CONFIGS.parent / "launchers" / "submit.py"
 
 
@@ -248,3 +249,22 @@ def test_what_a_site_cannot_mean_is_refused(tmp_path: Path) -> None:
         load_site("default", {"time": "tomorrow"})
     with pytest.raises(ConfigError, match="no job 4711"):
         jobs.find_job("4711")
+
+
+@pytest.mark.slow
+def test_one_line_trains_the_joint_stage_of_the_project_on_four_nodes(
+    slurm: SlurmCluster, first_stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``submit.py --stage joint --nodes 4`` after the first four stages."""
+    shutil.copytree(first_stages, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    line = ("--stage", "joint", "--nodes", "4")
+    assert "#SBATCH --nodes=4" in submit(*line, "--dry-run").stdout
+    job = submit(*line).stdout.strip()
+    run = tmp_path / "runs" / "demo" / "joint"
+    wait_for(lambda: read_record(run).get("status") == "finished", 300, "the job does not finish")
+    slurm.wait(job)
+    events = {event["event"]: event for event in jobs.find(job).events()}
+    assert (events["start"]["nodes"], events["start"]["workers"]) == (4, 4)
+    assert (run / "model" / "model.json").is_file()
+    nothing_is_left(slurm, job, run)

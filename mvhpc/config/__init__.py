@@ -2,7 +2,16 @@
 
 from mvhpc.config.effects import Effect, decisive, effect
 from mvhpc.config.errors import ConfigError, at_least, choose
-from mvhpc.config.loader import CONFIGS, config_file, fingerprint, flatten, load_config, to_dict, to_yaml
+from mvhpc.config.loader import (
+    CONFIGS,
+    config_file,
+    fingerprint,
+    flatten,
+    flatten_override,
+    load_config,
+    to_dict,
+    to_yaml,
+)
 from mvhpc.config.sections import (
     AutoencoderConfig,
     Compute,
@@ -35,6 +44,7 @@ __all__ = [
     "effect",
     "fingerprint",
     "flatten",
+    "flatten_override",
     "in_one_process",
     "load_config",
     "refuse_password",

@@ -177,6 +177,11 @@ def flatten(values: Any) -> dict[str, Any]:
     return flat
 
 
+def flatten_override(override: str) -> dict[str, Any]:
+    """The dotted keys that an override ``key=value`` sets."""
+    return flatten(OmegaConf.to_container(_read_override(override)[1]))
+
+
 def to_yaml(config: Any) -> str:
     """A configuration as YAML, readable again by :func:`load_config`."""
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvhpc.config import CONFIGS, ConfigError, load_config, to_yaml
+from omegaconf import OmegaConf
+
+from mvhpc.config import CONFIGS, ConfigError, flatten, flatten_override, load_config, to_yaml
 from mvhpc.execute import PlannedStage, plan
 from mvhpc.pipeline.plan import Pipeline, PipelineConfig, query_name
 from mvhpc.stages import STAGES, Stage
@@ -73,14 +75,19 @@ class Request:
     flags: Mapping[str, str]
     root: str | None = None
 
-    def _given(self) -> set[str]:
-        return {*self.flags, *(override.partition("=")[0] for override in self.overrides)}
+    def sets(self, key: str) -> bool:
+        """Whether the user sets a key: by a flag, an override, or in a YAML file given by its path."""
+        if key in self.flags or any(key in flatten_override(override) for override in self.overrides):
+            return True
+        return self._from_file() and key in flatten(OmegaConf.to_container(OmegaConf.load(str(self.preset))))
+
+    def _from_file(self) -> bool:
+        return self.preset is not None and Path(self.preset).suffix in {".yaml", ".yml"}
 
     def needs_project(self) -> bool:
         """Whether a path is left to the project, or a project is named."""
         paths = {"out", *(key for key, maker in self.stage.inputs.items() if maker)}
-        from_file = self.preset is not None and Path(self.preset).suffix in {".yaml", ".yml"}
-        return self.root is not None or (not from_file and not paths <= self._given())
+        return self.root is not None or not all(self.sets(path) for path in paths)
 
     def configure(self) -> "Configured":
         """The stage's configuration.
@@ -91,13 +98,13 @@ class Request:
         kind, name = self.stage.config_class(), self.stage.name
         if not self.needs_project():
             config: Any = load_config(kind, name, self.preset or "default", self.overrides, self.flags)
-            return Configured(self.stage, config, None, "")
+            return Configured(self, config, None, "")
         project = open_project(find_root(self.root), self.preset)
         split = self._split(project)
         preset = self.preset or project.preset(name)
         defaults = project.values(name, split)
         config = load_config(kind, name, preset, self.overrides, self.flags, defaults)
-        configured = Configured(self.stage, config, project, split)
+        configured = Configured(self, config, project, split)
         if config.out == defaults["out"]:
             config.out = configured.own_place()
         print(f"{name}: project {project.root} (preset {preset})", file=sys.stderr)
@@ -122,16 +129,21 @@ class Configured:
     """A stage with its configuration, and the project that it is part of.
 
     Attributes:
-        stage: the stage.
+        request: what the user asked for.
         config: its configuration.
         project: the project; None where every path was given.
         split: the project's split that it belongs to.
     """
 
-    stage: Stage
+    request: Request
     config: Any
     project: Pipeline | None
     split: str
+
+    @property
+    def stage(self) -> Stage:
+        """The stage."""
+        return self.request.stage
 
     def before(self) -> Iterator[tuple[str, Any]]:
         """(stage, configuration) of the project's stages that make what this one reads, in order."""
@@ -164,7 +176,8 @@ class Configured:
             if maker is None or planned.state() == "finished":
                 continue
             root = f" --root {self.project.root}" if self.project else ""
-            command = f"mvhpc {maker.command}{root}" if maker.command else f"shards {maker.name} SOURCE {path}"
+            source = "SOURCE " if maker.inputs else ""
+            command = f"mvhpc {maker.command}{root}" if maker.command else f"shards {maker.name} {source}{path}"
             hint = f"make it with `{command}`" + (", or add --with-inputs" if self.project else "")
             raise ConfigError(f"{key}={path}: no such file or folder; {hint}")
         return planned
