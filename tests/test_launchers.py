@@ -14,7 +14,7 @@ import yaml
 from launchers import jobs
 from launchers.plan import Step, chain, single
 from launchers.submit import main
-from mvhpc.config import CONFIGS, load_config, to_dict
+from mvhpc.config import load_config, to_dict
 from mvhpc.data_stages import PackConfig
 from shards.index import Index
 from shards.phantom.make import make_phantoms
@@ -26,7 +26,7 @@ def separate_registry(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
 
 
-SUBMIT = CONFIGS.parent / "launchers" / "submit.py"
+SUBMIT = Path(__file__).resolve().parent.parent / "launchers" / "submit.py"
 
 
 def test_dry_run_prints_the_resolved_configuration_and_starts_nothing(
