@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvhpc.config import CONFIGS, ConfigError
+from mvhpc.config import ConfigError
 from mvhpc.runs.folder import read_record
 from mvhpc.runs.journal import Journal, read
 from shards.files import write_text
@@ -105,7 +105,11 @@ def code_state() -> tuple[str, str]:
     def git(*arguments: str) -> str:
         try:
             done = subprocess.run(
-                ["git", "-C", str(CONFIGS.parent), *arguments], capture_output=True, text=True, check=True, timeout=30
+                ["git", "-C", str(Path(__file__).parent), *arguments],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=30,
             )
         except (OSError, subprocess.SubprocessError):
             return ""

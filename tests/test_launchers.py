@@ -16,7 +16,7 @@ import yaml
 from launchers import jobs
 from launchers.plan import Step, chain, single
 from launchers.submit import main
-from mvhpc.config import CONFIGS, load_config, to_dict
+from mvhpc.config import load_config, to_dict
 from mvhpc.data_stages import PackConfig
 from mvhpc.pipeline.project import Request
 from mvhpc.runs.folder import read_record
@@ -32,7 +32,7 @@ def separate_registry(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
 
 
 pytest_plugins = ["tests.first_stages"]
-SUBMIT = CONFIGS.parent / "launchers" / "submit.py"
+SUBMIT = Path(__file__).resolve().parent.parent / "launchers" / "submit.py"
 
 
 def test_dry_run_prints_the_resolved_configuration_and_starts_nothing(

@@ -19,14 +19,14 @@ from launchers import jobs
 from launchers.allocation import Allocation, Assignment
 from launchers.process import ManagedProcess
 from launchers.site import load_site, minutes
-from mvhpc.config import CONFIGS, ConfigError, load_config, to_dict
+from mvhpc.config import ConfigError, load_config, to_dict
 from mvhpc.data_stages import PackConfig
 from mvhpc.runs.folder import read_record
 from shards.index import Index
 from tests.slurm_cluster import SlurmCluster, wait_for
 
 pytest_plugins = ["tests.slurm_fixtures", "tests.first_stages"]
-SUBMIT = CONFIGS.parent / "launchers" / "submit.py"
+SUBMIT = Path(__file__).resolve().parent.parent / "launchers" / "submit.py"
 
 
 TEMPORARY = {"mv-": "owner", "mvhpc-": "lock"}  # how temporary folders begin, and the file that says whose they are
