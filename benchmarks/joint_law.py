@@ -46,7 +46,7 @@ VARIABLES = Variables(
     ]
 )
 NETWORK = config.DenoiserConfig("late", 8, 1, [32, 64], [False, True], 1, 32, 8, 64, 0.0, False)
-DIFFUSION = config.DiffusionConfig(1000, 0.0015, 0.0195, "independent", 0.1, 0.4, 0.3, "v", "v", {}, {})
+DIFFUSION = config.DiffusionConfig(1000, 0.0015, 0.0195, "independent", 0.1, 0.4, 0.3, "v", "v", {})
 SCALARS = (*NUMBERS, "site")
 QUESTIONS, REVEAL = 8, 0.7  # of configs/joint/default.yaml
 METHODS: dict[str, dict[str, object]] = {

@@ -15,16 +15,21 @@ from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, Normal
 from torch.utils.flop_counter import FlopCounterMode
 
-from mvhpc.config import Sampling
+from mvhpc.config import Device, Sampling, load_config
 from mvhpc.diffusion.density import crps, quantile
 from mvhpc.evaluation import ensembles
 from mvhpc.inference.baseline_predictor import BaselinePredictor
+from mvhpc.inference.open_predictor import open_predictor
+from mvhpc.inference.predictor import PredictConfig
 from mvhpc.inference.sampler import Sampler
+from mvhpc.models.bundle import JointModel, load
 from mvhpc.runtime.randomness import generator
 from mvhpc.variables import Continuous
 from shards.dataset import Dataset, open_dataset
 from shards.phantom.anatomy import AGES, best_possible, posterior, read_tables
 from shards.phantom.anatomy import Posterior as Exact
+
+CPU = Device(device="cpu", precision="float32", threads=0, compile=False)
 
 Floats = NDArray[np.float64]
 
@@ -85,13 +90,16 @@ def densenet(root: Path, keys: Sequence[str], want: str, given: Sequence[str], b
     """The DenseNet121 of the question; None where no image is given."""
     if "image" not in given:
         return None
-    predictor = BaselinePredictor(root / densenet_name(want, given), root / "packed", given, [want], "cpu")
+    places = {"model": str(root / densenet_name(want, given)), "data": str(root / "packed"), "out": ""}
+    query = {"given": list(given), "want": [want], "compute.device": "cpu"}
+    predictor = open_predictor(load_config(PredictConfig, "predict", values=places | query))
+    assert isinstance(predictor, BaselinePredictor)
     people = [predictor.inputs(keys[i : i + batch]) for i in range(0, len(keys), batch)]
     start = time.monotonic()
-    said = torch.cat([predictor.say(*part) for part in people])
+    said = torch.cat([predictor.predict(*part) for part in people])
     seconds = (time.monotonic() - start) / len(keys)
     with FlopCounterMode(display=False) as counter:
-        predictor.say(*predictor.inputs(keys[:1]))
+        predictor.predict(*predictor.inputs(keys[:1]))
     point = said.numpy() if want == "age" else said[:, 1].numpy()
     return Answer(point, calls=1, flops=counter.get_total_flops(), seconds=seconds)
 
@@ -111,7 +119,7 @@ class Joint:
     def __init__(
         self, model: Path, dataset: Dataset, sampling: Sampling, samples: int = 1, whole: bool = False
     ) -> None:
-        self.sampler = Sampler(model, sampling, "cpu", scalars=True)
+        self.sampler = Sampler(load(model, kind=JointModel), sampling, CPU, scalars=True)
         self.dataset, self.latents, self.samples = dataset, open_dataset(model.parent / "latents"), samples
         self.exact, self.whole = sampling.conditioning == "posterior", whole
 
@@ -182,7 +190,7 @@ class Joint:
     def cost(self, given: dict[str, Tensor], rows: int, want: str, keys: Sequence[str]) -> dict[str, Any]:
         """Network calls, FLOPs and seconds per person, when ``rows`` people are asked about together."""
         model = self.sampler.model
-        calls = self.sampler.calls * (1 if self.exact else self.samples)
+        calls = self.sampler.calls(given, [want]) * (1 if self.exact else self.samples)
         if self.whole:
             self.sampler.model = replace(model, denoiser=Whole(model.denoiser))  # type: ignore[arg-type]
         ask = self.laws if self.exact else self.chains

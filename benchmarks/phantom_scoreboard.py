@@ -25,9 +25,9 @@ from mvhpc.runs.folder import read_record
 from shards.dataset import open_dataset
 from shards.files import write_text
 
-PAPER = Sampling(conditioning="repaint", steps=50, stride=20, solver="ddim", guidance=1.0, resample=1)
-CLEAN = Sampling(conditioning="clean", steps=10, stride=1000, solver="dpm", guidance=1.0, resample=1)
-POSTERIOR = Sampling(conditioning="posterior", steps=50, stride=20, solver="ddim", guidance=1.0, resample=1)
+PAPER = Sampling(conditioning="repaint", steps=50, stride=20, solver="ddim", guidance=1.0)
+CLEAN = Sampling(conditioning="clean", steps=10, stride=0, solver="dpm", guidance=1.0)
+POSTERIOR = Sampling(conditioning="posterior", steps=50, stride=20, solver="ddim", guidance=1.0)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from mvhpc.config import load_config
 from mvhpc.inference.encode import EncodeConfig
 from mvhpc.inference.encode import run as encode
 from mvhpc.models.autoencoder import Autoencoder
-from mvhpc.models.bundle import load_joint, save_autoencoder
+from mvhpc.models.bundle import load, save_autoencoder
 from mvhpc.runs.folder import Run
 from mvhpc.runs.journal import read
 from shards.pack import pack
@@ -125,7 +125,7 @@ def bits(run: Path) -> dict[str, str]:
     """Hashes over all bits of the exported model and of everything in the newest checkpoint."""
     newest = max((run / "checkpoints").glob("step-*"))
     states = {f"{newest.name}/{p.name}": digest(read_weights(p)) for p in newest.rglob("*.pt")}
-    return {**states, "model": digest(dict(load_joint(run / "model").denoiser.state_dict()))}
+    return {**states, "model": digest(dict(load(run / "model").denoiser.state_dict()))}
 
 
 def audit(run: Path, whole: Path, excused: list[tuple[float, float]] = []) -> tuple[int, str]:  # noqa: B006

@@ -119,8 +119,21 @@ def check_data(
     for name in (*given, *want):
         if name in recorded and (differs := _difference(schema[name], index.schema[name])):
             raise ConfigError(f"{dataset.folder}: {name} {differs}; pack as the data that it was trained on")
+    check_grid(grid, dataset)
+
+
+def check_grid(grid: Mapping[str, Any], dataset: Dataset) -> None:
+    """Refuse data on another grid than a model was trained on.
+
+    Args:
+        grid: ``spacing``, ``shape`` and ``affine`` of the model's volumes.
+        dataset: packed data.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
     for fact in ("spacing", "shape", "affine"):
-        ours, theirs = grid[fact], index.grid[fact]
+        ours, theirs = grid[fact], dataset.index.grid[fact]
         if np.shape(ours) != np.shape(theirs) or not np.allclose(ours, theirs, atol=1e-4):
             raise ConfigError(
                 f"{dataset.folder} has {fact} {theirs}, the model was trained on {ours}; "

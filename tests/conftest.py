@@ -39,7 +39,6 @@ DIFFUSION = config.DiffusionConfig(
     noise_fraction=0.25,
     volume="v",
     continuous="v",
-    targets={},
     weights={},
 )
 

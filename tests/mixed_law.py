@@ -16,11 +16,23 @@ K, D = 3, 3  # classes; continuous dimensions: two voxels and the number
 VARIABLES = Variables([Volume("image", (1, 2, 1, 1)), Continuous("age", 0, 100), Categorical("sex", ("F", "M", "X"))])
 
 
-def diffusion(time: str = "independent", kind: str = "v", weights: dict[str, float] | None = None) -> JointDiffusion:
+def diffusion(
+    time: str = "independent", kind: str = "v", weights: dict[str, float] | None = None, steps: int = 1000
+) -> JointDiffusion:
     """A joint diffusion of the law's variables."""
-    return JointDiffusion(
-        VARIABLES, config.DiffusionConfig(1000, 0.0015, 0.0195, time, 0.3, 0.2, 0.1, kind, kind, {}, weights or {})
+    settings = config.DiffusionConfig(
+        steps=steps,
+        beta_start=0.0015,
+        beta_end=0.0195,
+        time=time,
+        shared_fraction=0.3,
+        clean_fraction=0.2,
+        noise_fraction=0.1,
+        volume=kind,
+        continuous=kind,
+        weights=weights or {},
     )
+    return JointDiffusion(VARIABLES, settings)
 
 
 def flat(z: dict[str, Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ import pytest
 from mvhpc.config import ConfigError, load_config
 from mvhpc.evaluation.tables import read_predictions
 from mvhpc.execute import execute, plan
-from mvhpc.models.bundle import load_joint
+from mvhpc.models.bundle import load
 from mvhpc.pipeline.run import run_pipeline
 from mvhpc.stages import STAGES
 from mvhpc.variables import Continuous
@@ -41,7 +41,7 @@ def test_a_translated_tree_is_one_whatever_subjects_are_called(
     table = tree / "participants.tsv"
     for old, new in names.items():
         table.write_text(table.read_text().replace(f"{old}\t", f"{new}\t"))
-    schema = load_joint(tiny_model).schema
+    schema = load(tiny_model).schema
     options = {"storage": "zarr", "schema": schema, "max_rejects": "0", "fractions": (0.4, 0.1, 0.5)}
     pack(tree, tmp_path / "packed", spacing=8.0, shape=(16, 16, 16), **options)
     places = {"model": str(tiny_model), "data": str(tmp_path / "packed"), "out": str(tmp_path / "t1w")}
@@ -95,7 +95,7 @@ def test_schemas_need_no_line_of_code(tmp_path: Path) -> None:
     for schema, names in (("image-only", ["image"]), ("continuous-sex", ["image", "age", "sex"])):
         folder = tmp_path / schema
         do("joint", "demo", out=str(folder), schema=schema, **small, **{"compute.workers": 1})
-        model = load_joint(folder)
+        model = load(folder)
         assert model.variables.names == names
         people = do("generate", out=str(tmp_path / f"{schema}-people"), model=str(folder), count=2, **FEW)
         assert people["people"] == 2

@@ -18,9 +18,10 @@ from mvhpc.config import ConfigError, load_config, to_yaml
 from mvhpc.evaluation.tables import read_predictions
 from mvhpc.inference import predict
 from mvhpc.inference.baseline_predictor import BaselinePredictor
+from mvhpc.inference.open_predictor import open_predictor
 from mvhpc.inference.predictor import PredictConfig
 from mvhpc.models.baseline import Baseline
-from mvhpc.models.bundle import ModelError, load_baseline, load_joint, model_kind
+from mvhpc.models.bundle import BaselineModel, JointModel, ModelError, load
 from mvhpc.models.kernels import normalization
 from mvhpc.models.kernels.normalization import WholeBatchNorm
 from mvhpc.runs.folder import Run
@@ -108,31 +109,39 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return folder, train(BaselineTask(settings), settings, folder)
 
 
-def answers(model: Path, data: Path, folder: Path, **values: Any) -> tuple[dict[str, Any], Any, dict[str, Any]]:
-    """Run stage ``predict``: its summary, its table, and what describes the table."""
+def query(model: Path, data: Path, folder: Path, **values: Any) -> PredictConfig:
+    """The configuration of a query, by default that of the trained baseline."""
     places = {"model": str(model), "data": str(data), "out": str(folder / "a.tsv"), "compute.device": "cpu"}
-    asked = {"given": ["scan", "group"], "want": ["level"], **values}
+    names = {"given": ["scan", "group"], "want": ["level"]}
+    return load_config(PredictConfig, "predict", "default", (), places | names | values)
+
+
+def answers(model: Path, data: Path, folder: Path, **values: Any) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    """Run stage ``predict``: its summary, its table, and the description of the table."""
     folder.mkdir(exist_ok=True)
-    summary = predict.run(load_config(PredictConfig, "predict", "default", (), places | asked), Run(folder))
+    summary = predict.run(query(model, data, folder, **values), Run(folder))
     return summary, *read_predictions(folder / "a.tsv")
 
 
-def test_it_learns_a_law_of_the_image_and_of_a_scalar(data: Path, trained: tuple[Path, dict[str, float]]) -> None:
+def test_it_learns_a_law_of_the_image_and_of_a_scalar(
+    data: Path, trained: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
     """The error is well below what the image alone allows: the group, worth 25, is in no voxel."""
     folder, summary = trained
     assert summary["validation/mae"] < 5
-    predictor = BaselinePredictor(folder, data, ["group", "scan"], ["level"], "cpu")
+    predictor = open_predictor(query(folder, data, tmp_path, given=["group", "scan"]))
+    assert isinstance(predictor, BaselinePredictor)
     keys = predictor.dataset.keys("validation")
     voxels, values, present = predictor.inputs(keys)
-    as_a, as_b = (predictor.say(voxels, values | {"group": torch.full((8,), g)}, present) for g in (0, 1))
+    as_a, as_b = (predictor.predict(voxels, values | {"group": torch.full((8,), g)}, present) for g in (0, 1))
     assert float((as_b - as_a).mean()) == pytest.approx(25, abs=5)
     truth = torch.tensor([predictor.dataset.values(key)["level"] for key in keys], dtype=torch.float64)
-    said = predictor.say(voxels, values, present)
+    said = predictor.predict(voxels, values, present)
     assert float((said - truth).abs().mean()) == pytest.approx(summary["validation/mae"], rel=1e-4)
     unknown = {name: torch.zeros_like(there) for name, there in present.items()}
-    assert not torch.equal(predictor.say(voxels, values, unknown), said)
+    assert not torch.equal(predictor.predict(voxels, values, unknown), said)
     scrambled = {"group": 1 - values["group"], "level": values["level"] + 7}  # what is missing, or wanted, is not seen
-    assert torch.equal(predictor.say(voxels, scrambled, unknown), predictor.say(voxels, values, unknown))
+    assert torch.equal(predictor.predict(voxels, scrambled, unknown), predictor.predict(voxels, values, unknown))
 
 
 def test_answers_are_points_whatever_the_batch(
@@ -163,13 +172,13 @@ def test_a_checkpoint_exports_to_what_training_wrote(trained: tuple[Path, dict[s
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == files
     settings = load_config(BaselineConfig, "baseline", str(folder / "config.yaml"))
     assert train(BaselineTask(settings), settings, folder) == summary
-    assert model_kind(folder) == "baseline"
+    assert isinstance(load(folder), BaselineModel)
     with pytest.raises(ModelError, match="of the kind baseline;"):
-        load_joint(folder)
+        load(folder, kind=JointModel)
     weights = next((tmp_path / "model").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(ModelError, match=weights.name):
-        load_baseline(tmp_path / "model")
+        load(tmp_path / "model")
 
 
 def test_a_category_is_answered_by_chances(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +321,7 @@ def test_another_question_is_refused(
 def test_data_on_another_grid_are_refused(trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
     coarse = pack(tmp_path / "coarse", 1, 1, 1, spacing=5.0)
     with pytest.raises(ConfigError, match=r"pack again with spacing 4\.0"):
-        BaselinePredictor(trained[0], coarse, ["scan", "group"], ["level"], "cpu")
+        open_predictor(query(trained[0], coarse, tmp_path))
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

@@ -70,8 +70,10 @@ def test_what_is_wrong_is_named(preset: str, overrides: list[str], message: str)
     [
         ("batch=-1", "batch=-1: at least 1"),
         ("count=0", "count=0: at least 1"),
-        ("sampling.resample=0", "sampling.resample=0: at least 1"),
-        ("compute.workers=4", "compute.workers=4: this stage runs in one process"),
+        ("sampling.steps=0", "sampling.steps=0: at least 1"),
+        ("sampling.stride=-1", "sampling.stride=-1: at least 0"),
+        ("compute.workers=4", "unknown key 'compute.workers'"),
+        ("sampling.resample=2", "unknown key 'sampling.resample'"),
     ],
 )
 def test_counts_that_make_no_sense_are_refused(override: str, message: str) -> None:

@@ -290,7 +290,7 @@ def test_schemas_without_scalars_and_without_volumes() -> None:
 def test_it_learns_a_joint_law() -> None:
     """Age and class written into a noisy image: one call at t = T finds them almost as well as Bayes' rule does."""
     v = Variables([Volume("image", (1, 2, 2, 2)), AGE, Categorical("sex", ("F", "M"))])
-    settings = config.DiffusionConfig(1000, 0.0015, 0.0195, "independent", 0.2, 0.3, 0.3, "v", "v", {}, {})
+    settings = config.DiffusionConfig(1000, 0.0015, 0.0195, "independent", 0.2, 0.3, 0.3, "v", "v", {})
     process = JointDiffusion(v, settings)
     g = torch.Generator().manual_seed(0)
     pattern = torch.randn(2, 1, 2, 2, 2, generator=g)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mvhpc.diffusion.categorical import Uniform, chances, draw
+from mvhpc.diffusion.categorical import Uniform, draw, probabilities
 from mvhpc.diffusion.schedules import cosine
 
 T = 1000
@@ -92,15 +92,17 @@ def test_draws_follow_their_law() -> None:
     assert draw(torch.eye(4), torch.full((4,), 1 - 2**-24)).tolist() == [0, 1, 2, 3]
 
 
-def test_chances_are_the_mean_over_readers_and_flatter_the_larger_the_spread() -> None:
-    """And are made where the logits are, of which nothing but numbers may come from the host."""
+def test_probabilities_are_averaged_over_members_and_flatter_with_temperature() -> None:
+    """And are computed on the device of the logits."""
     logits = torch.tensor([[[2.0, 0.0], [0.0, 0.0]], [[1.0, 3.0], [3.0, 1.0]]])  # (B, R, K)
     even, wide = torch.tensor([0.5, 0.5]), torch.tensor([[2.0], [1.0]])
-    assert torch.equal(chances(logits[:, 0], 1.0), logits[:, 0].double().softmax(1))
-    torch.testing.assert_close(chances(logits, wide)[0], (torch.tensor([1.0, 0.0]).softmax(0) + even).double() / 2)
-    torch.testing.assert_close(chances(logits, wide)[1], even.double())
+    assert torch.equal(probabilities(logits[:, 0], 1.0), logits[:, 0].double().softmax(1))
+    torch.testing.assert_close(
+        probabilities(logits, wide)[0], (torch.tensor([1.0, 0.0]).softmax(0) + even).double() / 2
+    )
+    torch.testing.assert_close(probabilities(logits, wide)[1], even.double())
     for temperature in (1.0, 2.0, torch.ones(2, 1, device="meta")):
-        assert chances(logits.to("meta"), temperature).device.type == "meta"
+        assert probabilities(logits.to("meta"), temperature).device.type == "meta"
 
 
 def test_noise_keeps_a_class_as_often_as_the_schedule_says() -> None:

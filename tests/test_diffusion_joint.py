@@ -205,7 +205,7 @@ def test_the_exact_denoiser_has_the_least_loss() -> None:
 @pytest.mark.parametrize("kind", ["eps", "v", "x0"])
 def test_a_density_leaves_what_is_said_of_the_number_itself_alone(kind: str) -> None:
     """Where it is right: with an offset of zero and an SD of the law's own the least loss is at the exact answer."""
-    process = JointDiffusion(VARIABLES, replace(diffusion().config, targets={"age": kind}))
+    process = JointDiffusion(VARIABLES, replace(diffusion().config, continuous=kind))
     people = {name: torch.zeros(N, *x.shape[1:], dtype=x.dtype) for name, x in MixedLaw(process).draw(1, 0).items()}
     noised = process.noise(people, {}, levels(N, image=1000, age=1000, sex=1000), generators())
     outputs = {name: value.detach() for name, value in ideal(noised).items()}
@@ -235,7 +235,6 @@ def test_what_is_misspelt_is_named() -> None:
             "time": "shared",
             "volume": "eps",
             "continuous": "v",
-            "targets": {},
             "weights": {},
             **change,
         }
@@ -250,8 +249,7 @@ def test_what_is_misspelt_is_named() -> None:
         ({"time": "indipendent"}, "Did you mean 'independent'"),
         ({"volume": "epsilon"}, "Did you mean 'eps'"),
         ({"weights": {"aeg": 1.0}}, "Did you mean 'age'"),
-        ({"targets": {"aeg": "v"}}, "Did you mean 'age'"),
-        ({"targets": {"age": "x00"}}, "Did you mean 'x0'"),
+        ({"continuous": "x00"}, "Did you mean 'x0'"),
     ]
     for change, match in cases:
         with pytest.raises(config.ConfigError, match=match):

@@ -9,7 +9,7 @@ from scipy.integrate import quad
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, Normal
 
-from mvhpc.diffusion.categorical import chances
+from mvhpc.diffusion.categorical import probabilities
 from mvhpc.diffusion.density import crps, density, quantile
 from mvhpc.diffusion.posterior import Posterior
 from mvhpc.training.calibration import calibrate
@@ -44,7 +44,7 @@ def test_what_readers_say_is_mixed_in_equal_parts() -> None:
     torch.testing.assert_close(wide.mean, together.mean)
     torch.testing.assert_close(wide.stddev, 2 * together.stddev)
     logits = torch.randn(5, 3, K, generator=torch.Generator().manual_seed(1)).double()
-    torch.testing.assert_close(chances(logits, 2.0), (logits / 2).softmax(-1).mean(1))
+    torch.testing.assert_close(probabilities(logits, 2.0), (logits / 2).softmax(-1).mean(1))
 
 
 def test_quantiles_invert_the_distribution_function() -> None:

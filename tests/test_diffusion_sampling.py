@@ -9,15 +9,16 @@ from torch import Tensor
 
 from mvhpc import config
 from mvhpc.diffusion.gaussian import Gaussian
-from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.diffusion.sampling import levels, sample, time_grid
 from mvhpc.diffusion.schedules import scaled_linear
+from mvhpc.inference.generate import GenerateConfig
+from mvhpc.inference.translate import TranslateConfig
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.runtime.randomness import generator
-from mvhpc.variables import Categorical, Variables
 from tests.mixed_law import VARIABLES, MixedLaw, diffusion, flat, mixture, one_hot_share, stderr
 
 N = 1500
+TRANSLATE = ["data=d", "given=[age]", "want=image"]
 FINE: dict[str, Any] = {
     "steps": 200,
     "stride": 20,
@@ -43,23 +44,67 @@ def network() -> JointDenoiser:
 
 def test_time_grid_is_even_whole_and_shared() -> None:
     gaussian, small = diffusion().gaussian, Gaussian(scaled_linear(10, 0.0015, 0.0195))
-    assert time_grid(gaussian, 50, 20) == list(range(1000, -1, -20)) == time_grid(gaussian, 50, None)
-    assert time_grid(gaussian, 3, None) == [1000, 667, 333, 0]
+    assert time_grid(gaussian, 50, 20) == list(range(1000, -1, -20)) == time_grid(gaussian, 50)
+    assert time_grid(gaussian, 3) == [1000, 667, 333, 0]
     assert time_grid(gaussian, 2, 400) == [1000, 600, 500, 200, 0]
     assert time_grid(small, 10, 3) == list(range(10, -1, -1))
 
 
-def test_without_categories_a_chain_needs_no_stride_of_theirs() -> None:
-    numbers = Variables([v for v in VARIABLES if not isinstance(v, Categorical)])
-    only = JointDiffusion(numbers, diffusion().config)
-    assert len(levels(only, 10, 20, "dpm")) == 11 and len(levels(diffusion(), 10, 20, "dpm")) > 50
+def test_only_a_category_that_is_drawn_adds_levels() -> None:
+    """Counted by network calls: 10 of the solver, or those of its grid and the category's together."""
+    process, called = diffusion(), []
+    law = MixedLaw(process)
+
+    def counted(z: dict[str, Tensor], t: dict[str, Tensor], want: list[str]) -> Any:
+        called.append(want)
+        return law(z, t, want)
+
+    options: dict[str, Any] = {"steps": 10, "stride": 20, "solver": "dpm"}
+    person = {name: value[:2] for name, value in law.draw(2, seed=5).items()}
+    some = {"sex": torch.tensor([True, False])}
+    both = len(time_grid(process.gaussian, 10, 20, "dpm")) - 1
+    for given, conditioning, want, present, expected in [
+        (["sex"], "clean", ["age"], {}, 10),
+        (["image"], "clean", ["age"], {}, 10),  # the class is neither given nor wanted
+        (["sex"], "clean", ["age"], some, 10),  # the same where it is missing
+        (["image"], "clean", ["sex"], {}, both),
+        (["sex"], "repaint", ["age"], {}, 10),
+        (["sex"], "repaint", ["age"], some, both),  # of a row that lacks it the class is drawn
+        (["image"], "repaint", ["age"], {}, both),
+        ([], "clean", None, {}, both),
+    ]:
+        called.clear()
+        known = {name: person[name] for name in given}
+        sample(counted, process, known, generators(2), want=want, present=present, conditioning=conditioning, **options)
+        assert len(called) == expected > 0
+
+
+def test_categories_may_step_with_the_solver_of_any_model() -> None:
+    """As generation and translation do by default; also with fewer than 1,000 levels."""
+    for kind, folder, more in ((GenerateConfig, "generate", []), (TranslateConfig, "translate", TRANSLATE)):
+        sampling = config.load_config(kind, folder, "default", ["out=o", "model=m", *more]).sampling
+        small = diffusion(steps=100)
+        grid = levels(small, VARIABLES.names, sampling.steps, sampling.stride, sampling.solver)
+        assert grid == time_grid(small.gaussian, sampling.steps, 0, sampling.solver)
+        drawn = sample(
+            MixedLaw(small), small, {}, generators(3), **config.to_dict(sampling) | {"conditioning": "clean"}
+        )
+        assert drawn["sex"].shape == (3,)
+    process = diffusion()
+    alike = [
+        sample(MixedLaw(process), process, {}, generators(50), steps=10, solver="dpm", stride=stride)
+        for stride in (0, process.steps)
+    ]
+    assert all(torch.equal(alike[0][name], alike[1][name]) for name in VARIABLES.names)
+    with pytest.raises(config.ConfigError, match=r"sampling\.stride=1000: take from 1 to 100, .* or 0, with which"):
+        time_grid(small.gaussian, 10, 1000)
 
 
 @pytest.mark.parametrize("sd", [0.35, 0.5, 0.7, 1.0])
 def test_ten_steps_of_second_order_keep_the_spread_of_a_gaussian(sd: float) -> None:
     """With the exact denoiser of N(0, sd^2) a step is linear: what becomes of 1 at T is the SD of what is drawn."""
     gaussian = diffusion().gaussian
-    grid = time_grid(gaussian, 10, None, "dpm")
+    grid = time_grid(gaussian, 10, solver="dpm")
     assert (grid[0], grid[-1], len(grid)) == (1000, 0, 11)
     z, before = torch.ones(1, dtype=torch.float64), None
     for t, s in pairwise(grid):
@@ -69,7 +114,7 @@ def test_ten_steps_of_second_order_keep_the_spread_of_a_gaussian(sd: float) -> N
     assert z.item() == pytest.approx(sd, rel=0.02)
 
 
-@pytest.mark.parametrize("steps, stride", [(0, 20), (1001, 20), (50, 0), (50, 1001)])
+@pytest.mark.parametrize("steps, stride", [(0, 20), (1001, 20), (50, -1), (50, 1001)])
 def test_impossible_grids_are_refused(steps: int, stride: int) -> None:
     with pytest.raises(ValueError, match="from 1 to 1000"):
         time_grid(diffusion().gaussian, steps, stride)
@@ -162,18 +207,17 @@ def test_what_is_neither_given_nor_wanted_is_left_alone() -> None:
 
 
 def test_repaint_leans_to_the_given_value_and_clean_reaches_it() -> None:
-    """Repaint is biased towards the unconditional law; here it goes about half the way, with jumps most of it."""
+    """Repaint is biased towards the unconditional law; here it goes about half the way."""
     process = diffusion()
     law = MixedLaw(process)
     person = {"image": torch.tensor([-2.0, 1.2]).reshape(1, 1, 2, 1, 1)}
     p, mean, _ = law.given(person["image"].flatten().double(), [0, 1])
     exact, prior = float(p @ mean), float(law.prior @ law.mean[:, 2])
     reached = {}
-    ways = {"repaint": {}, "jumps": {"resample": 8}, "clean": {"conditioning": "clean"}}
-    for name, way in ways.items():
-        drawn = sample(law, process, repeated(person, 1000), generators(1000, 1), **way)
-        reached[name] = (drawn["age"].mean().item() - prior) / (exact - prior)
-    assert 0.25 < reached["repaint"] < 0.75 < reached["jumps"] < 1.05
+    for conditioning in ("repaint", "clean"):
+        drawn = sample(law, process, repeated(person, 1000), generators(1000, 1), conditioning=conditioning)
+        reached[conditioning] = (drawn["age"].mean().item() - prior) / (exact - prior)
+    assert 0.25 < reached["repaint"] < 0.75
     assert reached["clean"] == pytest.approx(1.0, abs=0.05)
 
 
@@ -200,14 +244,16 @@ def test_a_row_does_not_depend_on_its_batch(conditioning: str) -> None:
     """Also where some rows have a given value and others lack it."""
     process, net, n = diffusion(), network(), 5
     given = {name: value for name, value in MixedLaw(process).draw(n, seed=2).items() if name != "image"}
-    present = {"age": torch.tensor([True, False, True, True, False])}
+    present = {
+        "age": torch.tensor([True, False, True, True, False]),
+        "sex": torch.tensor([True, True, False] + [True] * 2),
+    }
     options: dict[str, Any] = {"steps": 4, "stride": 125, "conditioning": conditioning}
     together = sample(net, process, given, generators(n, 7), present=present, **options)
-    for i in (0, 1, 4):
+    for i in range(n):
         row = {name: value[i : i + 1] for name, value in given.items()}
-        alone = sample(
-            net, process, row, generators(n, 7)[i : i + 1], present={"age": present["age"][i : i + 1]}, **options
-        )
+        there = {name: rows[i : i + 1] for name, rows in present.items()}
+        alone = sample(net, process, row, generators(n, 7)[i : i + 1], present=there, **options)
         for name in VARIABLES.names:
             torch.testing.assert_close(alone[name], together[name][i : i + 1], atol=1e-4, rtol=1e-4)
 

@@ -10,7 +10,7 @@ from mvhpc.config import AutoencoderConfig as AutoencoderConfig
 from mvhpc.config import ConfigError, load_config
 from mvhpc.inference.encode import EncodeConfig, Moments, run, to_float16
 from mvhpc.models.autoencoder import Autoencoder
-from mvhpc.models.bundle import load_autoencoder, save_autoencoder
+from mvhpc.models.bundle import load, save_autoencoder
 from mvhpc.runs.folder import Run
 from shards.dataset import Dataset, open_dataset
 from tests.ellipsoids import SCHEMA, pack_ellipsoids
@@ -44,7 +44,7 @@ def test_latents_are_the_posterior_means_and_all_else_is_kept(
     source: Path, latents: tuple[Dataset, dict[str, float]]
 ) -> None:
     volumes, (encoded, _) = open_dataset(source / "data"), latents
-    network, meta = load_autoencoder(source / "vae")
+    network, meta = load(source / "vae")
     assert encoded.index.kind == "latents"
     assert encoded.keys(None) == volumes.keys(None)
     assert encoded.index.schema == SCHEMA
@@ -65,7 +65,7 @@ def test_mirrored_latents_are_of_the_mirrored_volume_and_of_the_training_side_al
     source: Path, latents: tuple[Dataset, dict[str, float]], tmp_path: Path
 ) -> None:
     volumes, (encoded, _) = open_dataset(source / "data"), latents
-    network, _ = load_autoencoder(source / "vae")
+    network, _ = load(source / "vae")
     learnt = {*volumes.keys("train"), *volumes.keys("validation")}
     for key in volumes.keys(None):
         assert encoded.has(key, "scan_mirrored") == (key in learnt and volumes.has(key, "scan"))

@@ -12,19 +12,21 @@ import torch
 from nibabel.processing import resample_from_to
 from nibabel.spaces import vox2out_vox
 
-from mvhpc.config import ConfigError, Sampling, load_config
+from mvhpc.config import ConfigError, Device, Sampling, load_config
 from mvhpc.execute import execute, plan
 from mvhpc.inference import generate, inpaint
 from mvhpc.inference.generate import GenerateConfig, draw_people, nifti
 from mvhpc.inference.inpaint import InpaintConfig, complete, inpaint_half, latent_mask, left_half, place
 from mvhpc.inference.sampler import Sampler
+from mvhpc.models.bundle import JointModel, load
 from mvhpc.runs.folder import Run, read_record
 from mvhpc.stages import STAGES
 from shards import volumes
 from shards.dataset import open_dataset
 from shards.pack import pack
 
-FEW = Sampling(conditioning="repaint", steps=5, stride=200, solver="ddim", guidance=1.0, resample=1)
+FEW = Sampling(conditioning="repaint", steps=5, stride=200, solver="ddim", guidance=1.0)
+CPU = Device(device="cpu", precision="float32", threads=0, compile=False)
 
 
 def configuration(model: Path, out: Path, **values: Any) -> GenerateConfig:
@@ -34,7 +36,7 @@ def configuration(model: Path, out: Path, **values: Any) -> GenerateConfig:
 
 @pytest.fixture(scope="module")
 def sampler(tiny_model: Path) -> Sampler:
-    return Sampler(tiny_model, FEW, "cpu")
+    return Sampler(load(tiny_model, kind=JointModel), FEW, CPU)
 
 
 def test_people_do_not_depend_on_the_batch_or_the_count(sampler) -> None:
@@ -52,8 +54,10 @@ def test_people_do_not_depend_on_the_batch_or_the_count(sampler) -> None:
 @pytest.mark.slow
 def test_a_compiled_model_draws_the_same_people(tiny_model: Path) -> None:
     torch._dynamo.reset()
-    compiled = Sampler(tiny_model, replace(FEW, steps=2, stride=500), "cpu", compiled=True)
-    plain = Sampler(tiny_model, replace(FEW, steps=2, stride=500), "cpu")
+    few = replace(FEW, steps=2, stride=500)
+    compiled, plain = (
+        Sampler(load(tiny_model, kind=JointModel), few, replace(CPU, compile=way)) for way in (True, False)
+    )
     for one, other in zip(*(draw_people(way, 2, {}, seed=3, batch=2) for way in (plain, compiled)), strict=True):
         assert one["sex"] == other["sex"] and one["age"] == pytest.approx(other["age"], rel=1e-3)
         assert np.abs(one["image"] - other["image"]).max() < 1e-3
@@ -221,7 +225,7 @@ def test_inpainting_writes_volumes_that_lie_on_the_image(tiny_model, tiny_bids, 
     summary = inpaint.run(config, Run(tmp_path))
     first, second = (nib.load(tmp_path / f"filled_{i}.nii.gz") for i in (1, 2))
     assert "sex F" in summary["filled_1.nii.gz"] and 0.3 < summary["known_voxels"] < 0.7
-    voxels, known, affine = place(image, half, Sampler(tiny_model, FEW, "cpu").model.grid)
+    voxels, known, affine = place(image, half, load(tiny_model, kind=JointModel).grid)
     for filled in (first, second):
         assert filled.affine == pytest.approx(affine)
         assert np.abs(filled.get_fdata() - voxels)[known].max() < 1e-4

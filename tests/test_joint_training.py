@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mvhpc.config import ConfigError, load_config
-from mvhpc.models.bundle import load_joint
+from mvhpc.models.bundle import load
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.training.cross_fitting import shares
 from mvhpc.training.engines.local import LocalEngine
@@ -149,7 +149,7 @@ def test_other_models_are_other_schemas(
     joint.step(joint.load([0, 1]), {"denoiser": engine}, step=0, indices=[0, 1])
     assert any(not torch.equal(before[name], value) for name, value in engine.weights().items())
     joint.export(tmp_path / "model", {"denoiser": engine.weights()}, {})
-    loaded = load_joint(tmp_path / "model")
+    loaded = load(tmp_path / "model")
     assert loaded.variables.names == joint.diffusion.variables.names
     for name, value in loaded.denoiser.state_dict().items():
         assert torch.equal(value, engine.weights()[name])

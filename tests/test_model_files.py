@@ -8,7 +8,7 @@ import torch
 
 from mvhpc import config
 from mvhpc.models.autoencoder import Autoencoder
-from mvhpc.models.bundle import ModelError, load_autoencoder, load_joint, save_autoencoder, save_joint
+from mvhpc.models.bundle import ModelError, load, save_autoencoder, save_joint
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.models.kernels.cpu_conv3d import mend_convolutions
 from mvhpc.variables import Variables
@@ -17,7 +17,7 @@ from shards.schema import Schema
 
 MODEL = config.AutoencoderConfig(channels=[4, 4], latent_channels=2, res_blocks=1, norm_groups=2, checkpointing=False)
 DENOISER = config.DenoiserConfig("late", 4, 1, [8, 8], [False, True], 1, 4, 4, 16, 0.0, False)
-DIFFUSION = config.DiffusionConfig(1000, 0.0015, 0.0195, "independent", 0.25, 0.25, 0.25, "v", "v", {}, {})
+DIFFUSION = config.DiffusionConfig(1000, 0.0015, 0.0195, "independent", 0.25, 0.25, 0.25, "v", "v", {})
 SCHEMA = Schema.from_dict(
     {
         "scan": {"kind": "volume", "suffix": "T2w"},
@@ -46,7 +46,7 @@ def weights(folder: Path) -> Path:
 
 
 def test_round_trip_is_bit_identical(folder: Path) -> None:
-    network, meta = load_autoencoder(folder)
+    network, meta = load(folder)
     original = autoencoder(0).state_dict()
     assert list(network.state_dict()) == list(original)
     assert all(torch.equal(value, original[name]) for name, value in network.state_dict().items())
@@ -56,22 +56,22 @@ def test_round_trip_is_bit_identical(folder: Path) -> None:
 
 
 def test_a_moved_folder_loads_and_keeps_its_identity(folder: Path, tmp_path: Path) -> None:
-    before = load_autoencoder(folder)[1]
+    before = load(folder)[1]
     shutil.move(folder / "model", tmp_path / "elsewhere")
-    assert load_autoencoder(tmp_path / "elsewhere")[1] == before
+    assert load(tmp_path / "elsewhere")[1] == before
 
 
 def test_saving_again_replaces_the_older_weights(folder: Path) -> None:
-    before = load_autoencoder(folder)[1]["sha256"]
+    before = load(folder)[1]["sha256"]
     save_autoencoder(folder / "model", autoencoder(1), MODEL)
-    network, meta = load_autoencoder(folder)
+    network, meta = load(folder)
     assert meta["sha256"] != before
     assert torch.equal(next(network.parameters()), next(autoencoder(1).parameters()))
     assert sorted(p.name for p in (folder / "model").iterdir()) == sorted(["model.json", weights(folder).name])
 
 
 def test_an_interrupted_save_leaves_the_older_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = load_autoencoder(folder)[1]
+    before = load(folder)[1]
 
     def full_at_last(path: Path, content: bytes) -> None:
         if path.name == "model.json":
@@ -81,7 +81,7 @@ def test_an_interrupted_save_leaves_the_older_model(folder: Path, monkeypatch: p
     monkeypatch.setattr("mvhpc.models.bundle.write_bytes", full_at_last)
     with pytest.raises(OSError, match="disk full"):
         save_autoencoder(folder / "model", autoencoder(1), MODEL)
-    assert load_autoencoder(folder)[1] == before
+    assert load(folder)[1] == before
 
 
 @pytest.mark.parametrize("where", [0.1, 0.5, 0.999])
@@ -91,19 +91,19 @@ def test_one_changed_bit_is_found_and_the_file_named(folder: Path, where: float)
     data[int(where * len(data))] ^= 1
     path.write_bytes(data)
     with pytest.raises(ModelError, match=path.name):
-        load_autoencoder(folder)
+        load(folder)
 
 
 def test_missing_pieces_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no trained model"):
-        load_autoencoder(tmp_path / "nowhere")
+        load(tmp_path / "nowhere")
     path = weights(folder)
     path.unlink()
     with pytest.raises(ModelError, match=path.name):
-        load_autoencoder(folder)
+        load(folder)
     (folder / "model" / "model.json").write_text('{"format": 1')
     with pytest.raises(ModelError, match=r"model\.json: damaged"):
-        load_autoencoder(folder)
+        load(folder)
 
 
 def denoiser(seed: int) -> JointDenoiser:
@@ -130,7 +130,7 @@ def test_a_joint_model_is_self_contained(folder: Path, tmp_path: Path) -> None:
     save_example(tmp_path / "joint" / "model", folder)
     shutil.rmtree(folder)
     shutil.move(tmp_path / "joint", tmp_path / "moved")
-    model = load_joint(tmp_path / "moved")
+    model = load(tmp_path / "moved")
     expected = denoiser(3).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.denoiser.state_dict().items())
     assert model.grid == GRID
@@ -152,14 +152,14 @@ def test_damage_to_any_file_of_a_joint_model_is_named(folder: Path, tmp_path: Pa
         whole = path.read_bytes()
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         with pytest.raises(ModelError, match=path.name):
-            load_joint(tmp_path / "joint")
+            load(tmp_path / "joint")
         path.write_bytes(whole)
-    load_joint(tmp_path / "joint")
+    load(tmp_path / "joint")
 
 
 def test_one_kind_of_model_is_not_taken_for_the_other(folder: Path, tmp_path: Path) -> None:
     save_example(tmp_path / "joint" / "model", folder)
     with pytest.raises(ModelError, match="of the kind autoencoder;"):
-        load_joint(folder)
+        load(folder)
     with pytest.raises(ModelError, match="of the kind joint;"):
-        load_autoencoder(tmp_path / "joint")
+        load(tmp_path / "joint")

@@ -13,7 +13,8 @@ from scipy import stats
 from mvhpc.config import ConfigError, load_config
 from mvhpc.evaluation.tables import constant_predictions, read_predictions, scoreboard
 from mvhpc.inference import predict
-from mvhpc.inference.predictor import PredictConfig, Predictor
+from mvhpc.inference.open_predictor import open_predictor
+from mvhpc.inference.predictor import PredictConfig
 from mvhpc.runs.folder import Run
 from shards.dataset import open_dataset
 from shards.schema import Schema
@@ -196,8 +197,9 @@ def test_data_on_another_grid_are_refused(tiny_model, tiny_bids, tmp_path) -> No
     schema = Schema.from_dict(json.loads((tiny_model / "model" / "model.json").read_text())["schema"])
     options = {"storage": "zarr", "schema": schema, "max_rejects": "0", "fractions": (0.4, 0.1, 0.5)}
     pack(tiny_bids, tmp_path / "coarse", spacing=10.0, shape=(16, 16, 16), **options)
+    config = configuration(tiny_model, tmp_path / "coarse", tmp_path / "a.tsv", given=["image"], want=["age"])
     with pytest.raises(ConfigError, match=r"spacing.*pack again with spacing 8"):
-        Predictor(tiny_model, tmp_path / "coarse", ["image"], ["age"], 1, 0, configuration_sampling(), 0, "cpu")
+        open_predictor(config)
 
 
 def test_a_category_that_the_model_does_not_know_hinders_no_other_question(tiny_model, tiny_bids, tmp_path) -> None:
@@ -248,10 +250,26 @@ def test_draws_go_with_the_table_they_belong_to(tiny_model, tiny_dataset, tmp_pa
         assert draws.exists() == (n > 0)
 
 
-def configuration_sampling() -> Any:
-    return load_config(
-        PredictConfig, "predict", "default", (), {"model": "", "data": "", "out": "", "want": []}
-    ).sampling
+def test_models_and_data_of_another_kind_are_refused(tiny_model, tiny_dataset, tiny_latents, tmp_path) -> None:
+    for model, data, words in [
+        (tiny_model, tiny_latents, "holds latents; give the packed volumes"),
+        (tiny_model.parent / "vae", tiny_dataset, "is an autoencoder; give the run folder of a joint model or a"),
+        (tiny_dataset, tiny_dataset, "no trained model there"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            open_predictor(configuration(model, data, tmp_path / "a.tsv", given=["image"], want=["age"]))
+
+
+def test_a_model_is_opened_once(tiny_model, tiny_dataset, tmp_path, monkeypatch) -> None:
+    """Each of its files is read at most once."""
+    opened: list[str] = []
+    for method in ("read_bytes", "read_text"):
+        plain = getattr(Path, method)
+        spy = lambda path, *a, plain=plain, **k: (opened.append(str(path)), plain(path, *a, **k))[1]  # noqa: E731
+        monkeypatch.setattr(Path, method, spy)
+    open_predictor(configuration(tiny_model, tiny_dataset, tmp_path / "a.tsv", given=["image"], want=["age"]))
+    assert opened.count(str(tiny_model / "model" / "model.json")) == 1
+    assert max(opened.count(str(path)) for path in (tiny_model / "model").iterdir()) == 1
 
 
 def test_predicting_the_mean_is_that_of_the_training_part(tiny_dataset) -> None:

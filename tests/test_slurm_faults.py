@@ -17,7 +17,7 @@ from filelock import FileLock
 from launchers import jobs
 from launchers.rendezvous import own_address
 from mvhpc.config import load_config
-from mvhpc.models.bundle import load_joint
+from mvhpc.models.bundle import load
 from mvhpc.runs.journal import read
 from mvhpc.stages import STAGES
 from mvhpc.training.joint import JointConfig
@@ -100,7 +100,7 @@ def starts(run: Path) -> int:
 
 def model(run: Path) -> str:
     """A hash over the bits of all weights of the model."""
-    return digest(dict(load_joint(run / "model").denoiser.state_dict()))
+    return digest(dict(load(run / "model").denoiser.state_dict()))
 
 
 def _words(process: psutil.Process) -> str:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import shutil
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from mvhpc.checkpoints.consolidate import consolidate
 from mvhpc.checkpoints.manifest import CheckpointError
-from mvhpc.config import Compute, ConfigError, Optimizer
+from mvhpc.config import ConfigError, Optimizer
 from mvhpc.models.kernels.channels_last import lay_out
 from mvhpc.models.kernels.normalization import GroupNorm
 from mvhpc.training.engines.base import Average, learning_rate
@@ -331,7 +332,7 @@ def test_bfloat16_gradients_of_thin_volumes_are_those_of_float32(first: int) -> 
     for precision in ("float32", "bfloat16"):
         torch.manual_seed(0)
         network = nn.Conv3d(16, 16, 3, padding=1)
-        compute = Compute(1, 0, precision, "cpu", 0, 0)
+        compute = dataclasses.replace(toy_config().compute, precision=precision)
         engine = LocalEngine(network, 0.0, Optimizer(0.0, [0.9, 0.99], 0.0, 0, "constant", 0.0), compute, None, 1)
         dirty = [torch.full((1 << 16,), torch.inf) for _ in range(8)]
         del dirty

@@ -11,7 +11,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from mvhpc.config import CONFIGS, ConfigError, load_config
 from mvhpc.evaluation.similarity import psnr, ssim
-from mvhpc.models.bundle import load_autoencoder
+from mvhpc.models.bundle import load
 from mvhpc.models.perceptual import SqueezeLPIPS, WeightsError
 from mvhpc.training.loop import train
 from mvhpc.training.vae import (
@@ -118,7 +118,7 @@ def test_it_learns_a_few_ellipsoids(data: Path, tmp_path: Path, adversarial: flo
         before = float(task.validate([0, 1, 2, 3], task.networks)["psnr"].mean())
     summary = train(task, settings, tmp_path)
     assert summary["validation/psnr"] > before + 5
-    best, _ = load_autoencoder(tmp_path)
+    best, _ = load(tmp_path)
     metrics = task.validate([0, 1, 2, 3], {"autoencoder": best})
     assert float(metrics["psnr"].mean()) == pytest.approx(summary["validation/psnr"], rel=1e-5)
     assert float(metrics["reconstruction"].mean()) == pytest.approx(summary["validation/reconstruction"], rel=1e-5)

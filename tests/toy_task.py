@@ -68,7 +68,17 @@ def toy_config(**changes: Any) -> ToyConfig:
         ema=0.9,
         optimizer=Optimizer(1e-2, [0.9, 0.95], 0.01, 3, "constant", 1.0),
         training=Training(3, 8, 1, 1, 4, 2, 2, 0),
-        compute=Compute(1, 1, "float32", "cpu", 1, 0),
+        compute=Compute(
+            device="cpu",
+            precision="float32",
+            threads=1,
+            compile=False,
+            workers=1,
+            zero_stage=1,
+            offload="none",
+            retries=0,
+            hang_minutes=30.0,
+        ),
         tracking=Faults(),
     )
     for key, value in changes.items():

@@ -6,16 +6,6 @@ from urllib.parse import urlsplit
 from mvhpc.config.errors import ConfigError, at_least
 
 
-def in_one_process(compute: "Compute") -> None:
-    """Refuse more workers where a stage has but one.
-
-    Raises:
-        ConfigError: with what to do.
-    """
-    if compute.workers != 1:
-        raise ConfigError(f"compute.workers={compute.workers}: this stage runs in one process; take 1")
-
-
 @dataclass
 class Optimizer:
     """AdamW and its schedule. ``lr`` rises over ``warmup`` steps, then stays or falls as a cosine to zero."""
@@ -47,22 +37,33 @@ class Training:
 
 
 @dataclass
-class Compute:
-    """Where it runs. One worker runs in the process itself, more run through Ray Train and DeepSpeed."""
+class Device:
+    """Where a stage that runs in one process computes."""
+
+    device: str  # auto | cpu | cuda
+    precision: str  # float32 | bfloat16 | auto: bfloat16 where the device is fast at it
+    threads: int  # of the CPU, per worker; 0: torch's choice, or the cores divided among the workers
+    compile: bool  # torch.compile of the networks that are called many times
+
+
+@dataclass
+class Workers(Device):
+    """Where a stage computes that can be divided among workers."""
 
     workers: int
-    zero_stage: int  # 0-3, DeepSpeed ZeRO
-    precision: str  # float32 | bfloat16 | auto: bfloat16 where the device is made for it
-    device: str  # auto | cpu | cuda
-    threads: int  # per worker; 0 divides the cores among the workers
-    retries: int  # restarts from the last checkpoint by Ray; in a job also of Ray itself, in a row without a new one
-    compile: bool = False  # denoiser and what is trained through torch.compile
-    # Of training alone, so that other stages need not name them.
-    offload: str = "none"  # none | cpu: where the optimiser's state lives, from ZeRO-1 on
-    hang_minutes: float = 30.0  # without a step, after which a worker writes all stacks to its log and ends; 0: never
 
     def __post_init__(self) -> None:
         at_least(1, {"compute.workers": self.workers})
+
+
+@dataclass
+class Compute(Workers):
+    """Where training computes. One worker is this process, several run through Ray Train and DeepSpeed."""
+
+    zero_stage: int  # 0 to 3, DeepSpeed ZeRO
+    offload: str  # none | cpu: where the optimizer's state lives, from ZeRO-1 on
+    retries: int  # restarts from the last checkpoint by Ray; in a job also of Ray itself, in a row without a new one
+    hang_minutes: float  # without a step, after which a worker logs all stacks and exits; 0: never
 
 
 @dataclass
@@ -131,7 +132,6 @@ class DiffusionConfig:
     noise_fraction: float  # probability, per variable, of resting at t = T
     volume: str  # eps | v | x0
     continuous: str  # eps | v | x0
-    targets: dict[str, str]  # eps | v | x0 of single variables, by name
     weights: dict[str, float]  # loss weight per variable, 1 where not named
 
 
@@ -141,10 +141,10 @@ class Sampling:
 
     conditioning: str  # auto | posterior (scalars alone) | clean | repaint
     steps: int  # of volumes and continuous variables
-    stride: int  # of categorical variables, in units of t
+    stride: int  # of categories, in levels; 0: they step with the solver
     solver: str  # of volumes and continuous variables: ddim | dpm (DPM-Solver++ 2M)
-    guidance: float  # 1 is none; above 1 the given values count for more
-    resample: int  # times that each step is taken, with noise put back in between (RePaint); 1: once
+    guidance: float  # 1: none; above 1 the given values have more weight
 
     def __post_init__(self) -> None:
-        at_least(1, {f"sampling.{name}": getattr(self, name) for name in ("steps", "stride", "resample")})
+        at_least(1, {"sampling.steps": self.steps})
+        at_least(0, {"sampling.stride": self.stride})

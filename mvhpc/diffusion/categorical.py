@@ -1,7 +1,7 @@
 """Uniform categorical diffusion (D3PM, Austin et al. 2021; paper, eqs. 2 and 4) in closed form, without K x K matrices.
 
-With Q_t = (1 - beta_t) I + beta_t / K the product of any transitions is again of this form, so that from level s to
-t > s a class is kept with probability a = abar_t / abar_s and else drawn anew from all K:
+With Q_t = (1 - beta_t) I + beta_t / K the product of any transitions is again of this form: from level s to t > s a
+class is kept with probability a = abar_t / abar_s, else drawn from all K:
 q(x_t | x_s) = a onehot(x_s) + (1 - a) / K.
 
 Every level ``t``, ``s`` is an int or an int64 tensor (B,) of one level per row.
@@ -17,7 +17,7 @@ class Uniform(nn.Module):
     """The forward process and its reverse step over any stride.
 
     Args:
-        abar: probability of being kept, by level, (T + 1,), abar[0] = 1.
+        abar: probability that a class is kept, by level, (T + 1,), abar[0] = 1.
     """
 
     abar: Tensor
@@ -60,14 +60,18 @@ class Uniform(nn.Module):
 
 
 def draw(p: Tensor, uniform: Tensor) -> Tensor:
-    """Classes (B,) int64 from probabilities p (B, K), by inverting their sums at ``uniform`` (B,) from [0, 1)."""
+    """Classes (B,) int64 from probabilities p (B, K), by inversion at ``uniform`` (B,) in [0, 1)."""
     cumulative = p.double().cumsum(-1)
-    passed = (uniform.double() * cumulative[:, -1])[:, None] >= cumulative[:, :-1]  # (B, K - 1)
-    return passed.sum(-1)
+    above = (uniform.double() * cumulative[:, -1])[:, None] >= cumulative[:, :-1]  # (B, K - 1)
+    return above.sum(-1)
 
 
-def chances(output: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
-    """p(class) (B, K) in float64 from logits (B, K), or (B, R, K) of R readers, of whom the mean is taken; divided by
-    ``temperature``, a number or (B, 1)."""
+def probabilities(output: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
+    """p(class) (B, K) in float64.
+
+    Args:
+        output: logits (B, K), or (B, R, K) of R ensemble members, whose probabilities are averaged.
+        temperature: divides the logits; above 0, a number or (B, 1).
+    """
     temperature = temperature[..., None] if isinstance(temperature, Tensor) else temperature  # (B, 1, 1)
     return (by_member(output).double() / temperature).softmax(-1).mean(1)

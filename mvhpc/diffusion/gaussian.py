@@ -5,7 +5,7 @@ Every level ``t``, ``s`` is an int or an int64 tensor (B,) of one level per row.
 
 from torch import Tensor, nn
 
-TARGETS = ("eps", "v", "x0")  # what a network may be asked to predict
+TARGETS = ("eps", "v", "x0")  # what a network may predict
 
 
 class Gaussian(nn.Module):
@@ -32,7 +32,7 @@ class Gaussian(nn.Module):
         return a * z_s + b * eps
 
     def target(self, z0: Tensor, eps: Tensor, t: int | Tensor, kind: str) -> Tensor:
-        """What the network should say: eps, z_0, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) z_0."""
+        """The target of the network: eps, z_0, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) z_0."""
         if kind == "eps":
             return eps
         if kind == "x0":
@@ -41,7 +41,7 @@ class Gaussian(nn.Module):
         return a * eps - b * z0
 
     def x0(self, output: Tensor, z_t: Tensor, t: int | Tensor, kind: str) -> Tensor:
-        """z_0 as the network's output means it, not clipped: latents and scaled scalars have no hard bounds.
+        """z_0 from the network's output, not clipped: latents and scaled scalars have no hard bounds.
 
         From ``eps`` this divides by sqrt(abar_t), about 0.01 at T: exact for an exact eps, useless for a learned one.
         """
@@ -51,7 +51,7 @@ class Gaussian(nn.Module):
         return (z_t - b * output) / a if kind == "eps" else a * z_t - b * output
 
     def eps(self, x0: Tensor, z_t: Tensor, t: int | Tensor) -> Tensor:
-        """The noise in z_t if its origin is x0; t >= 1."""
+        """The noise in z_t given x_0; t >= 1."""
         a, b = self.coefficients(t, z_t)
         return (z_t - a * x0) / b
 
@@ -63,12 +63,12 @@ class Gaussian(nn.Module):
         """z_s from z_t by DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order at one network call a step.
 
         Args:
-            z_t, x0: the present value and the predicted origin, at level t >= 1.
+            z_t, x0: the present value and the predicted x_0, at level t >= 1.
             t, s: levels, s < t.
-            before: the origin predicted one step earlier and its level; None at the first step, which is DDIM's.
+            before: the x_0 predicted one step earlier and its level; None at the first step, which is DDIM's.
 
         Returns:
-            z_s; at s = 0 the predicted origin.
+            z_s; at s = 0 the predicted x_0.
         """
         if before is None or s == 0:
             return self.ddim_step(z_t, x0, t, s)

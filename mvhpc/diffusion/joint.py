@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mvhpc import config
 from mvhpc.diffusion import schedules
-from mvhpc.diffusion.categorical import Uniform, chances, draw
+from mvhpc.diffusion.categorical import Uniform, draw, probabilities
 from mvhpc.diffusion.density import by_member, density
 from mvhpc.diffusion.gaussian import TARGETS, Gaussian
 from mvhpc.runtime.devices import send
@@ -24,14 +24,14 @@ class Noised:
     """A batch after the forward process.
 
     Attributes:
-        z: what the denoiser sees: (B, C, h, w, d), (B, 1) or int64 (B,) by kind of variable.
-        t: the levels it is told, int64 (B,).
-        target: what it should say: eps, v or z_0 shaped like z, or the class (B,).
+        z: noisy values, the input of the denoiser: (B, C, h, w, d), (B, 1) or int64 (B,) by kind of variable.
+        t: levels, the other input, int64 (B,).
+        target: of the outputs: eps, v or z_0 shaped like z, or the class (B,).
         clean: x_0, shaped like z.
-        counts: (B,) bool, False where there is no loss: a missing value, or one at rest at t = 0.
-        moving: (B,) bool, on the CPU: which rows have a volume that was drawn to a level above 0.
+        counts: (B,) bool, False where there is no loss: a missing value, or one at t = 0.
+        moving: (B,) bool, on the CPU: rows with a volume at a level above 0.
 
-    With Q questions a row, what is of scalars has B x Q rows in place of B, row by row.
+    With Q queries per row, tensors of scalars have B x Q rows instead of B, the queries of a row together.
     """
 
     z: Batch
@@ -48,26 +48,26 @@ class JointDiffusion(nn.Module):
     It has no weights; ``to(device)`` moves its tables.
 
     Args:
-        variables: what there is.
-        diffusion: T, schedule, law of the levels, parameterisations and loss weights.
+        variables: of the model.
+        diffusion: T, schedule, distribution of the levels, parameterisations and loss weights.
 
     Raises:
-        config.ConfigError: for an unknown law or parameterisation, chances above 1, or a target or weight of no
-            variable.
+        config.ConfigError: an unknown distribution of the levels or parameterisation, probabilities that sum to more
+            than 1, or a weight of an unknown variable.
     """
 
     def __init__(self, variables: Variables, diffusion: config.DiffusionConfig) -> None:
         super().__init__()
-        config.choose(diffusion.time, ("shared", "independent"), "law of the times")
-        for kind in (diffusion.volume, diffusion.continuous, *diffusion.targets.values()):
+        config.choose(diffusion.time, ("shared", "independent"), "diffusion.time")
+        for kind in (diffusion.volume, diffusion.continuous):
             config.choose(kind, TARGETS, "parameterisation")
         if not 0 <= diffusion.clean_fraction + diffusion.noise_fraction <= 1:
             raise config.ConfigError(
                 f"diffusion.clean_fraction={diffusion.clean_fraction:g} and diffusion.noise_fraction="
-                f"{diffusion.noise_fraction:g} are chances of one draw: together at most 1"
+                f"{diffusion.noise_fraction:g} are probabilities of one draw: together at most 1"
             )
-        for name in (*diffusion.targets, *diffusion.weights):
-            config.choose(name, variables.names, "variable among the targets or loss weights")
+        for name in diffusion.weights:
+            config.choose(name, variables.names, "variable in diffusion.weights")
         self.variables = variables
         self.config = diffusion
         self.steps = diffusion.steps
@@ -83,9 +83,9 @@ class JointDiffusion(nn.Module):
 
     @property
     def masked_level(self) -> int | None:
-        """The level whose values need not be shown to the network, as they are noise; None where they are asked for.
+        """The level whose values the network masks, as they are pure noise; None: no value is masked.
 
-        With ``shared`` time all levels are shown, as in the paper; eps can be said of a value that is seen alone.
+        With ``shared`` time none is masked, as in the paper; nor with eps, which is predicted from the noisy value.
         """
         kinds = {self.parameterization(v) for v in self.variables if not isinstance(v, Categorical)}
         return self.steps if self.independent and "eps" not in kinds else None
@@ -96,9 +96,8 @@ class JointDiffusion(nn.Module):
         return self.gaussian.abar.device
 
     def parameterization(self, variable: Variable) -> str:
-        """What the denoiser says about a volume or continuous variable: eps, v or x0."""
-        kind = self.config.volume if isinstance(variable, Volume) else self.config.continuous
-        return self.config.targets.get(variable.name, kind)
+        """What the denoiser predicts of a volume or continuous variable: eps, v or x0."""
+        return self.config.volume if isinstance(variable, Volume) else self.config.continuous
 
     # --- training -----------------------------------------------------------------------------------------------
 
@@ -110,7 +109,7 @@ class JointDiffusion(nn.Module):
         with ``noise_fraction``, and otherwise is uniform on 1..T.
 
         Returns:
-            By variable, int64 (B,), on the CPU: what is to be done is known there without waiting for a GPU.
+            By variable, int64 (B,), on the CPU, where the host can read them without waiting for a GPU.
         """
         c, names = self.config, self.variables.names
         u = rand(generators, (2 + 2 * len(names),))  # (B, 2 + 2V)
@@ -133,15 +132,15 @@ class JointDiffusion(nn.Module):
     ) -> Noised:
         """Bring a batch to the levels ``t``.
 
-        There may be Q generators and levels for each row of the batch, row by row: so many times over each scalar is
-        noised; a volume once, to the level and by the generator that come first.
+        There may be Q generators and levels for each row of the batch, those of a row together: each scalar is noised Q
+        times; a volume once, with the first level and generator of its row.
 
-        A missing value is replaced by pure noise and has no loss. In independent time the denoiser is told t = T for
-        it; in shared time, where all must have one level, it is told that level.
+        A missing value is replaced by pure noise and has no loss. Its level is t = T in independent time, and in shared
+        time the level of all variables.
 
         Args:
-            batch: encoded values, (B, C, h, w, d), (B, 1) or int64 (B,); what stands for a missing one has no effect.
-            present: (B,) bool by variable; a variable without entry is there in every row.
+            batch: encoded values, (B, C, h, w, d), (B, 1) or int64 (B,); the value of a missing one has no effect.
+            present: (B,) bool by variable; a variable without entry is present in every row.
             t: levels, int64 (B Q,) by variable.
             generators: Q per row.
         """
@@ -171,10 +170,17 @@ class JointDiffusion(nn.Module):
         return Noised(z, times, target, clean, counts, moving)
 
     def show_clean(self, noised: Noised, chosen: Tensor) -> tuple[Batch, Batch]:
-        """The volumes and their levels, those that are ``chosen`` (B, volumes) clean, at t = 0, where they are known.
+        """The volumes and their levels, with those that are ``chosen`` clean and at t = 0.
 
-        What is said of scalars and how volumes are denoised are two tasks with levels of their own: most questions give
-        a clean volume, denoising needs a noisy one.
+        Predicting scalars and denoising volumes need levels of their own: most queries give a clean volume, denoising
+        needs a noisy one.
+
+        Args:
+            noised: a noised batch.
+            chosen: bool (B, volumes); has no effect where a volume is missing.
+
+        Returns:
+            Values (B, C, h, w, d) and levels (B,) by volume.
         """
         z, t = {}, {}
         for v, chose in zip(self.variables.volumes, chosen.unbind(1), strict=True):
@@ -186,17 +192,17 @@ class JointDiffusion(nn.Module):
     def losses(self, outputs: Mapping[str, Tensor], noised: Noised, held_out: Tensor | None = None) -> Batch:
         """Loss of each row and variable (paper, eq. 5): mean over elements of the squared error, or cross-entropy.
 
-        Where a number is at t = T and the network gives a density for it, its negative logarithm is added, but where
-        it says eps, which there tells nothing of the number. Of a scalar each reader has a loss of its own.
+        Where a number is at t = T and the network predicts a density, the negative log-likelihood is added, but not
+        with eps, which at t = T tells nothing of the number. Each ensemble member has a loss of its own for a scalar.
 
         Args:
             outputs: of the network, by variable.
-            noised: what it was shown.
-            held_out: whose answers about a row count, of R readers (B, R) bool; None: everybody's.
+            noised: its inputs and targets.
+            held_out: bool (B, R), the members whose loss on a row counts, of R; None: all.
 
         Returns:
-            By variable (B,) float32, without weights, the mean over a row's questions and readers; 0 where
-            ``noised.counts`` is False. Their mean over B is not divided by the share that counts.
+            By variable (B,) float32, unweighted, the mean over the queries of a row and its members; 0 where
+            ``noised.counts`` is False. Their mean over B is not divided by the share of rows that count.
         """
         losses = {}
         rows = min(len(z) for z in noised.z.values())  # B
@@ -205,20 +211,20 @@ class JointDiffusion(nn.Module):
             if isinstance(v, Volume):
                 losses[v.name] = torch.where(counts, (output - target).square().flatten(1).mean(1), 0.0)
                 continue
-            readers = by_member(output).shape[1]
-            said = by_member(output).flatten(0, 1)  # (B Q R, n)
+            members = by_member(output).shape[1]  # R
+            predicted = by_member(output).flatten(0, 1)  # (B Q R, n)
             target, level, clean, counts = (
-                x.repeat_interleave(readers, 0) for x in (target, noised.t[v.name], noised.clean[v.name], counts)
+                x.repeat_interleave(members, 0) for x in (target, noised.t[v.name], noised.clean[v.name], counts)
             )
             if isinstance(v, Categorical):
-                loss = F.cross_entropy(said, target, reduction="none")
+                loss = F.cross_entropy(predicted, target, reduction="none")
             else:
-                loss = (said[:, :1] - target).square()[:, 0]
+                loss = (predicted[:, :1] - target).square()[:, 0]
                 kind = self.parameterization(v)
-                if said.shape[1] > 1 and kind != "eps":  # of noise there is nothing to say at t = T
-                    surprise = -density(said, kind).log_prob(clean[:, 0].double()).float()
-                    loss = loss + torch.where(level == self.steps, surprise, 0.0)
-            loss = torch.where(counts, loss, 0.0).reshape(rows, -1, readers).mean(1)  # (B, R)
+                if predicted.shape[1] > 1 and kind != "eps":
+                    nll = -density(predicted, kind).log_prob(clean[:, 0].double()).float()
+                    loss = loss + torch.where(level == self.steps, nll, 0.0)
+            loss = torch.where(counts, loss, 0.0).reshape(rows, -1, members).mean(1)  # (B, R)
             losses[v.name] = loss.mean(1) if held_out is None else (loss * held_out).sum(1) / held_out.sum(1)
         return losses
 
@@ -229,7 +235,7 @@ class JointDiffusion(nn.Module):
     # --- the reverse process ------------------------------------------------------------------------------------
 
     def prior(self, variable: Variable, generators: Sequence[torch.Generator]) -> Tensor:
-        """Pure noise: what a variable is at t = T; normal, or uniform over the classes."""
+        """Pure noise, the distribution at t = T: normal, or uniform over the classes. Shaped as in :class:`Noised`."""
         if isinstance(variable, Categorical):
             u = rand(generators, (), self.device)
             return (u * variable.size).long().clamp(max=variable.size - 1)
@@ -250,11 +256,11 @@ class JointDiffusion(nn.Module):
         return self.gaussian.add_noise(x_s, t, randn(generators, x_s.shape[1:], self.device), s)
 
     def predict(self, variable: Variable, output: Tensor, z_t: Tensor, t: int | Tensor) -> Tensor:
-        """What an output says of x_0, the mean over readers: E[z_0 | z_t] shaped like z_t, or p(x_0 | z_t) (B, K)."""
+        """The prediction of x_0, averaged over members: E[z_0 | z_t] shaped like z_t, or p(x_0 | z_t) (B, K)."""
         if isinstance(variable, Categorical):
-            return chances(output)
-        said = output if isinstance(variable, Volume) else by_member(output)[..., :1].mean(1)
-        return self.gaussian.x0(said.float(), z_t, t, self.parameterization(variable))
+            return probabilities(output)
+        mean = output if isinstance(variable, Volume) else by_member(output)[..., :1].mean(1)
+        return self.gaussian.x0(mean.float(), z_t, t, self.parameterization(variable))
 
     def step(
         self,
@@ -266,7 +272,7 @@ class JointDiffusion(nn.Module):
         generators: Sequence[torch.Generator],
         before: tuple[Tensor, int] | None = None,
     ) -> Tensor:
-        """From level t to s < t, given what :meth:`predict` says of x_0.
+        """From level t to s < t, given the prediction of x_0 by :meth:`predict`.
 
         A category is drawn from p(x_s | z_t). Volumes and numbers go by DDIM, or by DPM-Solver++(2M) with ``before``,
         the prediction of the step before and its level.

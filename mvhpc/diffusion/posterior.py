@@ -1,5 +1,5 @@
-"""Answers about scalars without a chain: what is unknown rests at t = T, what is given at t = 0, and one pass of
-the network's reader serves every question about these people."""
+"""Predictive laws of scalars without a chain: unknown variables rest at t = T, given ones at t = 0, and one encoding of
+the volumes serves every query about them."""
 
 from collections.abc import Collection, Mapping
 from typing import Protocol
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.distributions import MixtureSameFamily
 
-from mvhpc.diffusion.categorical import chances, draw
+from mvhpc.diffusion.categorical import draw, probabilities
 from mvhpc.diffusion.density import density, quantile
 from mvhpc.diffusion.joint import Batch, JointDiffusion
 from mvhpc.variables import Categorical, Volume
 
-Law = MixtureSameFamily | Tensor  # of a number, in the scale of z_0; or the chances of the classes (B, K)
+Law = MixtureSameFamily | Tensor  # of a number, in the scale of z_0; or the probabilities of the classes (B, K)
 
 
 class ScalarNetwork(Protocol):
@@ -28,12 +28,12 @@ class ScalarNetwork(Protocol):
 
     def predict(self, features: Tensor, z: Batch, t: Batch, want: Collection[str]) -> Mapping[str, Tensor]:
         """Logits (B, K), or parameters (B, 1 + 3M) of :func:`mvhpc.diffusion.density.density`; (B, R, ...) of R
-        readers."""
+        ensemble members."""
         ...
 
 
 def why_not(denoiser: ScalarNetwork, diffusion: JointDiffusion) -> str:
-    """Why a model cannot be asked for its posterior; empty where it can."""
+    """Why a model has no posterior; empty where it has one."""
     if diffusion.masked_level is None:
         return "it was not trained with independent times and without eps"
     if not (denoiser.late and denoiser.components):
@@ -42,20 +42,20 @@ def why_not(denoiser: ScalarNetwork, diffusion: JointDiffusion) -> str:
 
 
 class Posterior:
-    """p(scalars | given) of B people; the volumes are read once, here.
+    """p(scalars | given) of B people; the volumes are encoded once, here.
 
     Args:
         denoiser: the network.
         diffusion: that it was trained under.
         given: encoded clean values by variable: (B, C, h, w, d), (B, 1) or int64 (B,).
-        rows: B, which nothing given does not tell.
-        present: who has a given value, (B,) bool by variable; of others it is unknown. No entry: everybody.
-        temperature: by scalar, the factor that calibration found for answers from volumes; see
+        rows: B, as nothing may be given.
+        present: in which rows a given value is present, (B,) bool by variable. No entry: in all.
+        temperature: by scalar, the factor that calibration found for predictions from volumes; see
             :mod:`mvhpc.training.calibration`.
 
     Raises:
-        ValueError: a model that cannot be asked so; see :func:`why_not`.
-        KeyError: given values of no variable.
+        ValueError: a model without posterior; see :func:`why_not`.
+        KeyError: an unknown variable that is given.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Posterior:
         for v in variables:
             shape = v.shape if isinstance(v, Volume) else () if isinstance(v, Categorical) else (1,)
             kind = torch.int64 if isinstance(v, Categorical) else torch.float32
-            self.z[v.name] = torch.zeros(rows, *shape, dtype=kind, device=device)  # not shown: it is at T
+            self.z[v.name] = torch.zeros(rows, *shape, dtype=kind, device=device)  # masked: it is at T
             self.t[v.name] = torch.full((rows,), diffusion.steps, device=device)
         for name, value in given.items():
             v, known = variables[name], (present or {}).get(name)
@@ -84,42 +84,42 @@ class Posterior:
             known = known.to(device)
             self.z[v.name] = torch.where(known.reshape(-1, *[1] * (value.ndim - 1)), value.to(device), self.z[v.name])
             self.t[v.name] = self.t[v.name].masked_fill(known, 0)
-        self.seen = denoiser.encode(self.z, self.t)
+        self.features = denoiser.encode(self.z, self.t)
 
     def laws(self, want: Collection[str]) -> dict[str, Law]:
         """The predictive law of each wanted scalar by itself."""
-        return self._laws(self.seen, self.z, self.t, want)
+        return self._laws(self.features, self.z, self.t, want)
 
     def draw(self, want: Collection[str], uniform: Tensor) -> Batch:
-        """Joint draws by the chain rule: the first wanted given what is known, the next given that too, and so on.
+        """Joint draws by the chain rule: the first wanted variable, the next given that too, and so on.
 
-        Each of these laws is learnt by itself, so that another order of ``want`` gives slightly other draws.
+        Each of these laws is learnt by itself, so another order of ``want`` gives slightly different draws.
 
         Args:
             want: scalars.
             uniform: (B, draws, len(want)) draws from (0, 1).
 
         Returns:
-            By wanted variable clean encoded values (B x draws, 1) or (B x draws,), the draws of a person together.
+            By wanted variable clean encoded values (B x draws, 1) or (B x draws,), the draws of a row together.
         """
         n = uniform.shape[1]
-        seen = self.seen.repeat_interleave(n, 0)
+        features = self.features.repeat_interleave(n, 0)
         z = {v.name: self.z[v.name].repeat_interleave(n, 0) for v in self.diffusion.variables.scalars}
         t = {name: x.repeat_interleave(n, 0) for name, x in self.t.items()}
         for i, name in enumerate(want):
-            law, u = self._laws(seen, z, t, [name])[name], uniform[..., i].reshape(-1)
+            law, u = self._laws(features, z, t, [name])[name], uniform[..., i].reshape(-1)
             z[name] = draw(law, u) if isinstance(law, Tensor) else quantile(law, u[:, None]).float()
             t[name] = torch.zeros_like(t[name])
         return {name: z[name] for name in want}
 
-    def _laws(self, seen: Tensor, z: Batch, t: Batch, want: Collection[str]) -> dict[str, Law]:
+    def _laws(self, features: Tensor, z: Batch, t: Batch, want: Collection[str]) -> dict[str, Law]:
         variables = self.diffusion.variables
-        sure = torch.stack([t[v.name] == 0 for v in variables.volumes]).any(0)[:, None]  # (B, 1)
+        clean_volume = torch.stack([t[v.name] == 0 for v in variables.volumes]).any(0)[:, None]  # (B, 1)
         laws: dict[str, Law] = {}
-        for name, output in self.denoiser.predict(seen, z, t, want).items():
-            temperature = 1.0 + (self.temperature.get(name, 1.0) - 1.0) * sure.double()
+        for name, output in self.denoiser.predict(features, z, t, want).items():
+            temperature = 1.0 + (self.temperature.get(name, 1.0) - 1.0) * clean_volume.double()
             if isinstance(variables[name], Categorical):
-                laws[name] = chances(output, temperature)
+                laws[name] = probabilities(output, temperature)
             else:
                 laws[name] = density(output, self.diffusion.parameterization(variables[name]), temperature)
         return laws

@@ -1,4 +1,4 @@
-"""Encoding: the posterior means of all volumes, once, as a packed dataset of latents."""
+"""Stage ``encode``: posterior means of all volumes, as a packed data set of latents."""
 
 import math
 import platform
@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mvhpc.config import Compute, ConfigError, Tracking, at_least, in_one_process
+from mvhpc.config import ConfigError, Device, Tracking, at_least
 from mvhpc.inference.sampler import set_threads
 from mvhpc.models.autoencoder import Autoencoder
-from mvhpc.models.bundle import load_autoencoder
-from mvhpc.records import volume_shape
+from mvhpc.models.bundle import AutoencoderModel, load
+from mvhpc.records import check_grid, volume_shape
 from mvhpc.runtime.devices import resolve_device, resolve_precision
 from shards.dataset import Dataset, open_dataset
 from shards.order import prefetch
@@ -41,21 +41,20 @@ class EncodeConfig:
     split: str  # which split's training side the latent scale is measured on
     flip: bool  # also store the latents of mirrored volumes of the training and validation parts
     batch: int
-    compute: Compute
+    compute: Device
     tracking: Tracking
 
     def __post_init__(self) -> None:
         at_least(1, {"batch": self.batch})
-        in_one_process(self.compute)
 
 
 class Item(NamedTuple):
     """A volume to encode.
 
     Attributes:
-        key: the record.
-        variable: which of its volumes.
-        mirror: left and right exchanged.
+        key: of the record.
+        variable: name of the volume.
+        mirror: whether left and right are exchanged.
     """
 
     key: str
@@ -64,7 +63,7 @@ class Item(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What its latent is stored as."""
+        """Under which name its latent is stored."""
         return f"{self.variable}_mirrored" if self.mirror else self.variable
 
 
@@ -75,37 +74,37 @@ class Moments:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
     def add(self, values: NDArray[Any]) -> None:
-        """Take in every element of ``values``."""
+        """Add every element of ``values``."""
         values = values.astype(np.float64)
         n, mean = values.size, float(values.mean())
-        apart, total = mean - self.mean, self.count + n
-        self.squares += float(np.square(values - mean).sum()) + apart**2 * self.count * n / total
-        self.mean += apart * n / total
+        difference, total = mean - self.mean, self.count + n
+        self.squares += float(np.square(values - mean).sum()) + difference**2 * self.count * n / total
+        self.mean += difference * n / total
         self.count = total
 
     @property
     def std(self) -> float:
-        """Standard deviation of all elements; NaN of none."""
+        """Standard deviation of all elements; NaN without elements."""
         return math.sqrt(self.squares / self.count) if self.count else math.nan
 
 
 def to_float16(latents: Tensor) -> NDArray[np.float16]:
-    """Latents as they are stored.
+    """Latents in the type that they are stored in.
 
     Raises:
-        OverflowError: a value that float16 cannot hold.
+        OverflowError: a value outside the range of float16, or NaN.
     """
     largest = float(latents.abs().max())
     if not largest <= LARGEST:  # NaN too
         raise OverflowError(
-            f"a latent of {largest:g} does not fit float16 (at most {LARGEST:g}); the autoencoder has diverged, "
-            f"or needs a larger loss.kl"
+            f"a latent of {largest:g} is outside the range of float16 (at most {LARGEST:g}); the autoencoder has "
+            "diverged, or needs a larger loss.kl"
         )
     return latents.cpu().numpy().astype(np.float16)
 
 
 def encode(
-    autoencoder: Autoencoder, dataset: Dataset, items: list[Item], batch: int, compute: Compute
+    autoencoder: Autoencoder, dataset: Dataset, items: list[Item], batch: int, precision: torch.dtype
 ) -> Iterator[NDArray[np.float16]]:
     """The posterior means (C, h, w, d) of ``items``, in their order.
 
@@ -113,30 +112,29 @@ def encode(
         autoencoder: on the device to use.
         dataset: packed volumes.
         items: which of them.
-        batch: volumes at a time; changes nothing but the last bits.
-        compute: its ``precision`` is used.
+        batch: volumes at a time; changes results by rounding alone.
+        precision: of the network.
 
     Raises:
-        OverflowError: a value that float16 cannot hold.
+        OverflowError: a value outside the range of float16, or NaN.
         LookupError, IntegrityError: a volume that cannot be read.
     """
     device = next(autoencoder.parameters()).device
-    precision = resolve_precision(compute.precision, device)
     batches = [items[i : i + batch] for i in range(0, len(items), batch)]
 
-    def load(number: int) -> Tensor:
+    def read(number: int) -> Tensor:
         volumes = (dataset.read(item.key, item.variable) for item in batches[number])
         flipped = (v[::-1] if item.mirror else v for v, item in zip(volumes, batches[number], strict=True))
         return torch.from_numpy(np.stack(list(flipped))[:, None])  # (B, 1, H, W, D) float16
 
-    for volumes in prefetch(load, range(len(batches))):
+    for volumes in prefetch(read, range(len(batches))):
         with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
             means = autoencoder.encode(volumes.to(device).float())[0].float()  # (B, C, h, w, d)
         yield from to_float16(means)
 
 
 def _items(dataset: Dataset, key: str, mirrored: bool) -> list[Item]:
-    """What to encode of a record: its volumes, and the mirrored ones if asked."""
+    """The volumes of a record, and with ``mirrored`` their mirror images."""
     names = [v.name for v in dataset.index.schema.volumes if dataset.has(key, v.name)]
     return [Item(key, name, mirror) for name in names for mirror in (False, True)[: 1 + mirrored]]
 
@@ -149,22 +147,28 @@ def run(config: EncodeConfig, run: "Run") -> dict[str, float]:
     ``scale`` (1 / SD of the training part's latents, for each volume variable) and ``vae`` (the weights' SHA-256).
 
     Returns:
-        the number of volumes and of latent elements of each, and the scale of each variable.
+        the number of volumes, the elements of one latent, and the scale of each variable.
 
     Raises:
-        ConfigError: data that are no volumes, or a volume variable of which the training part has none.
-        ModelError: no sound autoencoder at ``vae``.
-        OverflowError: a latent that float16 cannot hold.
+        ConfigError: data that are no volumes or on another grid than the autoencoder was trained on, or a volume
+            variable that the training part lacks.
+        ModelError: no autoencoder at ``vae``, or a damaged one.
+        OverflowError: a latent outside the range of float16.
     """
     set_threads(config.compute)
     dataset = open_dataset(config.data)
     index = dataset.index
     shape = volume_shape(dataset)
-    autoencoder, meta = load_autoencoder(config.vae, resolve_device(config.compute.device))
+    device = resolve_device(config.compute.device)
+    autoencoder, meta = load(config.vae, device, kind=AutoencoderModel)
+    if "grid" in meta["extra"]:
+        check_grid(meta["extra"]["grid"], dataset)
+    if config.compute.compile:
+        autoencoder.network.encoder.compile()
     latent_shape = autoencoder.latent_shape(shape)
     training = set(dataset.keys("train", config.split))
-    learnt = training | set(dataset.keys("validation", config.split))  # by the joint model, one way or another
-    plan = {key: _items(dataset, key, config.flip and key in learnt) for key in dataset.keys(None)}
+    mirrored = training | set(dataset.keys("validation", config.split))  # both are used by the joint model
+    plan = {key: _items(dataset, key, config.flip and key in mirrored) for key in dataset.keys(None)}
     stored = sorted({item.name for items in plan.values() for item in items})
     writer = DatasetWriter(
         config.out,
@@ -176,10 +180,11 @@ def run(config: EncodeConfig, run: "Run") -> dict[str, float]:
         index.group,
     )
     moments = {v.name: Moments() for v in index.schema.volumes}
-    stream = encode(autoencoder, dataset, list(chain(*plan.values())), config.batch, config.compute)
+    precision = resolve_precision(config.compute.precision, device)
+    stream = encode(autoencoder, dataset, list(chain(*plan.values())), config.batch, precision)
     for record in progress(index.records, "encode", unit="record"):
         arrays = {}
-        for item, array in zip(plan[record.key], stream):  # takes from the stream what the plan asks for
+        for item, array in zip(plan[record.key], stream):  # takes as many from the stream as the record has
             arrays[item.name] = array
             if record.key in training and not item.mirror:
                 moments[item.variable].add(array)

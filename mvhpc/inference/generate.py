@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from mvhpc.config import Compute, Sampling, Tracking, at_least, in_one_process, to_dict
+from mvhpc.config import Device, Sampling, Tracking, at_least, to_dict
 from mvhpc.evaluation.figures import people
-from mvhpc.inference.sampler import Sampler, parse_given, set_threads, versions
+from mvhpc.inference.sampler import Sampler, parse_given, versions
 from mvhpc.runs.folder import Run, identity
 from mvhpc.runtime.randomness import generator
 from mvhpc.variables import Continuous, Volume
@@ -46,12 +46,11 @@ class GenerateConfig:
     batch: int
     seed: int
     sampling: Sampling
-    compute: Compute
+    compute: Device
     tracking: Tracking
 
     def __post_init__(self) -> None:
         at_least(1, {"count": self.count, "batch": self.batch})
-        in_one_process(self.compute)
 
 
 def draw_people(
@@ -185,9 +184,7 @@ def run(config: GenerateConfig, run: Run) -> dict[str, Any]:
         ConfigError: given values that the model cannot take.
         FileExistsError: where ``config.out`` holds something already.
     """
-    set_threads(config.compute)
-    compute = config.compute
-    sampler = Sampler(config.model, config.sampling, compute.device, compute.precision, compiled=compute.compile)
+    sampler = Sampler.of(config)
     schema, grid = sampler.model.schema, sampler.model.grid
     given = parse_given(schema, config.given)
     source = {

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mvhpc.config import Compute, ConfigError, Sampling, Tracking, at_least, choose, in_one_process
+from mvhpc.config import ConfigError, Device, Sampling, Tracking, at_least, choose
 from mvhpc.evaluation.figures import inpainting
 from mvhpc.inference.generate import Person, caption, decode, nifti
-from mvhpc.inference.sampler import Sampler, parse_given, set_threads
+from mvhpc.inference.sampler import Sampler, parse_given
 from mvhpc.records import check_data
 from mvhpc.runs.folder import Run
 from mvhpc.runtime.randomness import generator
@@ -49,12 +49,11 @@ class InpaintConfig:
     samples: int
     seed: int
     sampling: Sampling
-    compute: Compute
+    compute: Device
     tracking: Tracking
 
     def __post_init__(self) -> None:
         at_least(1, {"samples": self.samples})
-        in_one_process(self.compute)
 
 
 def latent_mask(known: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -204,9 +203,7 @@ def run(config: InpaintConfig, run: Run) -> dict[str, Any]:
     stem = next((out.name.removesuffix(end) for end in (".nii.gz", ".nii") if out.name.endswith(end)), None)
     if stem is None:
         raise ConfigError(f"out={config.out}: the result is a volume, name it with .nii.gz or .nii")
-    set_threads(config.compute)
-    compute = config.compute
-    sampler = Sampler(config.model, config.sampling, compute.device, compute.precision, compiled=compute.compile)
+    sampler = Sampler.of(config)
     schema, grid = sampler.model.schema, sampler.model.grid
     name = choose(config.variable or schema.volumes[0].name, [v.name for v in schema.volumes], "volume")
     given = parse_given(schema, config.given)

@@ -1,61 +1,62 @@
-"""Predictions by several workers: Ray Data spreads batches of subjects over them.
+"""Predictions by several workers, among which Ray Data distributes batches of subjects.
 
-Each worker holds a whole model and reads the shards itself; only keys go out and rows come back. A batch is cut
-beforehand and answered as a whole, so every row is the one that a single process gives.
+Each worker loads the model and reads the shards itself; keys are sent, rows come back. Batches are the same as in a
+single process, and so are all rows.
 """
 
 import json
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mvhpc.config import Compute, ConfigError
-from mvhpc.inference.predictions import Row
-from mvhpc.inference.predictor import open_predictor
+from mvhpc.config import ConfigError
+from mvhpc.inference.open_predictor import open_predictor
+from mvhpc.inference.prediction_tables import Row
+from mvhpc.inference.predictor import PredictConfig
 from mvhpc.runtime.devices import resolve_device
 from mvhpc.runtime.ray_cluster import ray_session
 from shards.cpus import available_cores
 
 
 class Worker:
-    """One worker of the pool: a predictor that takes and gives what Ray Data carries."""
+    """One worker of the pool: a predictor whose batches are columns of Ray Data."""
 
-    def __init__(self, question: dict[str, Any], threads: int) -> None:
+    def __init__(self, config: PredictConfig, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.predictor = open_predictor(**question)
+        self.predictor = open_predictor(config)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         """``keys``, each a JSON list, to ``rows``, each a JSON list of rows; JSON keeps every bit of a float."""
         return {"rows": [json.dumps(self.predictor(json.loads(keys))) for keys in batch["keys"]]}
 
 
-def spread(question: dict[str, Any], batches: list[list[str]], compute: Compute, logs: Path) -> Iterator[list[Row]]:
-    """Answer batches of subjects by ``compute.workers`` workers.
+def map_batches(config: PredictConfig, batches: list[list[str]], logs: Path) -> Iterator[list[Row]]:
+    """Predict batches of subjects by ``config.compute.workers`` workers.
 
     Joins the Ray cluster that ``RAY_ADDRESS`` names, or starts one on this machine for the time it takes.
 
     Args:
-        question: arguments of :func:`~mvhpc.inference.predictor.open_predictor`.
+        config: of the stage; ``compute.threads`` 0 divides the cores of this machine among the workers.
         batches: keys.
-        compute: workers, device, and threads per worker (0 divides this machine's cores among the workers).
-
-        logs: folder that takes Ray's own logs where it fails.
+        logs: folder for Ray's own logs where it fails.
 
     Yields:
-        The rows of one batch, in whatever order batches are done.
+        The rows of one batch, in the order in which batches are done.
 
     Raises:
         ConfigError: more workers than Ray has cores or GPUs for.
     """
+    compute = config.compute
     workers = min(compute.workers, len(batches))
-    question = question | {name: str(Path(question[name]).absolute()) for name in ("model", "data")}
+    config = replace(config, model=str(Path(config.model).absolute()), data=str(Path(config.data).absolute()))
     unit = "GPU" if resolve_device(compute.device).type == "cuda" else "CPU"
     threads = compute.threads or max(1, available_cores() // workers)
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of Ray's core, which else writes advice to the terminal
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's core writes advice to the terminal
     with ray_session(1, logs):
         import ray.data
 
@@ -63,22 +64,22 @@ def spread(question: dict[str, Any], batches: list[list[str]], compute: Compute,
         available = int(ray.cluster_resources().get(unit, 0))
         if workers > available:
             raise ConfigError(
-                f"compute.workers={compute.workers}: Ray has {available} {unit}s; ask for that many or fewer"
+                f"compute.workers={compute.workers}: Ray has {available} {unit}s; take that many or fewer"
             )
-        answers = ray.data.from_items([{"keys": json.dumps(batch)} for batch in batches]).map_batches(
+        predictions = ray.data.from_items([{"keys": json.dumps(batch)} for batch in batches]).map_batches(
             Worker,
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=workers),
-            fn_constructor_args=(question, threads),
+            fn_constructor_args=(config, threads),
             num_cpus=1,
             num_gpus=1 if unit == "GPU" else 0,
         )
-        for answer in answers.iter_rows():
-            yield json.loads(answer["rows"])
+        for row in predictions.iter_rows():
+            yield json.loads(row["rows"])
 
 
 def _quiet() -> None:
-    """Leave Ray Data's notes to its own log file, ``ray-data.log`` in the session's folder."""
+    """Keep Ray Data's messages to its own log file, ``ray-data.log`` in the session's folder."""
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False

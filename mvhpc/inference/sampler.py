@@ -1,19 +1,19 @@
-"""What prediction, generation and inpainting share: a loaded model, asked by chains or for its posterior."""
+"""A joint model prepared for sampling, and what the stages that use one share."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mvhpc.config import Compute, ConfigError, Sampling, choose, to_dict
+from mvhpc.config import ConfigError, Device, Sampling, choose, to_dict
 from mvhpc.diffusion.joint import Batch
 from mvhpc.diffusion.posterior import Posterior, why_not
-from mvhpc.diffusion.sampling import check_way, levels, sample
-from mvhpc.models.bundle import JointModel, load_joint
+from mvhpc.diffusion.sampling import check_conditioning, levels, sample, sampled_variables
+from mvhpc.models.bundle import JointModel, load
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.models.kernels.packed_weights import freeze, pack
 from mvhpc.records import scalar_values
@@ -23,69 +23,88 @@ from shards.dataset import Dataset
 from shards.schema import Schema
 
 
+class SamplingConfig(Protocol):
+    """The keys of a stage that draws volumes."""
+
+    model: str
+    sampling: Sampling
+    compute: Device
+
+
 class Sampler:
     """A joint model that draws any of its variables given any others.
 
     Args:
-        model: run folder of a joint model, or its ``model`` folder.
+        model: of the sampler alone from now on: its networks are frozen in the precision of ``device``.
         sampling: how a conditional is sampled.
-        device: auto | cpu | cuda.
-        precision: auto | float32 | bfloat16, of the networks.
-        scalars: whether scalars are all that is wanted, which a posterior can answer.
-        compiled: the denoiser through torch.compile: minutes at first, then faster chains.
+        device: its ``precision`` and ``compile``; the model stays where it was loaded.
+        scalars: only scalars will be wanted, so that a posterior may be used.
 
     Attributes:
-        model: the loaded :class:`~mvhpc.models.bundle.JointModel`, its denoiser frozen in ``precision``.
-        device: where it is.
-        sampling: as given, ``auto`` resolved: the cheapest way that is exact for this model.
-        calls: network calls of one chain; of a posterior 1, the readers'.
+        model, sampling: as given, ``sampling.conditioning`` resolved: of ``auto`` the cheapest that is exact for this
+            model.
+        device: of the model.
 
     Raises:
-        ConfigError: an unknown way of conditioning or precision, one that this model or question does not allow, or
-            steps out of range.
-        ModelError: no model there, or a damaged one.
+        ConfigError: an unknown conditioning or precision, one that this model does not allow, or steps or a stride out
+            of range.
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        sampling: Sampling,
-        device: str = "auto",
-        precision: str = "float32",
-        scalars: bool = False,
-        compiled: bool = False,
-    ) -> None:
+    def __init__(self, model: JointModel, sampling: Sampling, device: Device, scalars: bool = False) -> None:
         choose(sampling.conditioning, ["auto", "posterior", "clean", "repaint"], "conditioning")
-        self.device = resolve_device(device)
-        self.precision = resolve_precision(precision, self.device)
-        self.model: JointModel = load_joint(model, self.device)
-        freeze(self.model.denoiser, self.precision, JointDenoiser.TELLING)
-        self.sampling = replace(sampling, conditioning=self._way(sampling, scalars))
-        self.calls = self._calls()
-        if compiled and self.sampling.conditioning != "posterior":
-            self.model.denoiser.compile()
+        self.model, self.device = model, model.diffusion.device
+        self.precision = resolve_precision(device.precision, self.device)
+        freeze(model.denoiser, self.precision, JointDenoiser.TELLING)
+        self.sampling = replace(sampling, conditioning=self._conditioning(sampling, scalars))
+        self.calls([])
+        if device.compile and not self.exact:
+            model.denoiser.compile()
         else:
-            pack(self.model.denoiser)
+            pack(model.denoiser)
 
-    def _way(self, sampling: Sampling, scalars: bool) -> str:
+    @classmethod
+    def of(cls, config: SamplingConfig) -> "Sampler":
+        """The sampler of a stage that draws volumes: its threads set, its model loaded.
+
+        Raises:
+            ConfigError: as the class.
+            ModelError: no joint model at ``config.model``, or a damaged one.
+        """
+        set_threads(config.compute)
+        model = load(config.model, resolve_device(config.compute.device), kind=JointModel)
+        return cls(model, config.sampling, config.compute)
+
+    @property
+    def exact(self) -> bool:
+        """Whether it has a posterior in place of chains."""
+        return self.sampling.conditioning == "posterior"
+
+    def _conditioning(self, sampling: Sampling, scalars: bool) -> str:
         diffusion = self.model.diffusion
-        reason = why_not(self.model.denoiser, diffusion) if scalars else "it answers for scalars, not for volumes"
+        reason = why_not(self.model.denoiser, diffusion) if scalars else "it predicts scalars, not volumes"
         if not reason and sampling.guidance != 1:
-            reason = f"it knows no guidance (sampling.guidance={sampling.guidance:g})"
-        way = sampling.conditioning
-        if way == "auto":
-            way = "posterior" if not reason else "clean" if diffusion.independent else "repaint"
-        elif way == "posterior" and reason:
+            reason = f"it has no guidance (sampling.guidance={sampling.guidance:g})"
+        conditioning = sampling.conditioning
+        if conditioning == "auto":
+            conditioning = "posterior" if not reason else "clean" if diffusion.independent else "repaint"
+        elif conditioning == "posterior" and reason:
             raise ConfigError(f"sampling.conditioning=posterior: {reason}; leave it at auto")
-        check_way(diffusion, way, sampling.guidance)
-        return way
+        check_conditioning(diffusion, conditioning, sampling.guidance)
+        return conditioning
 
-    def _calls(self) -> int:
+    def calls(self, given: Collection[str], want: Collection[str] | None = None) -> int:
+        """Network calls of one chain; of a posterior 1.
+
+        Args:
+            given: names; any of them may be missing in some rows.
+            want: names; None: all variables.
+        """
         c = self.sampling
-        if c.conditioning == "posterior":
+        if self.exact:
             return 1
-        steps = len(levels(self.model.diffusion, c.steps, c.stride, c.solver)) - 1
-        return (steps - 1) * c.resample + 1
+        drawn = sampled_variables(self.model.variables.names, want, given, given, c.conditioning)
+        steps = len(levels(self.model.diffusion, drawn, c.steps, c.stride, c.solver)) - 1
+        return steps * (2 if c.guidance != 1 and given else 1)  # with and without what is given
 
     @torch.inference_mode()
     def __call__(
@@ -121,20 +140,20 @@ class Sampler:
 
 @torch.inference_mode()
 def read_given(sampler: Sampler, dataset: Dataset, keys: Sequence[str], names: Sequence[str]) -> tuple[Batch, Batch]:
-    """Clean encoded values of some variables, and who has them.
+    """Encoded values of the given variables, and in which rows they are present.
 
     Args:
         sampler: of the model.
         dataset: packed volumes.
-        keys: B people.
-        names: of the variables that are given.
+        keys: of B records.
+        names: of the given variables.
 
     Returns:
-        By variable (B, C, h, w, d), (B, 1) or (B,); and (B,) bool.
+        By variable: clean encoded values (B, C, h, w, d), (B, 1) or int64 (B,); presence (B,) bool.
 
     Raises:
-        ConfigError: a category that the model does not know, and whose.
-        IntegrityError: a damaged volume, named.
+        ConfigError: a category that the model does not have, with its record.
+        IntegrityError: a damaged volume, with its record.
     """
     schema, variables = sampler.model.schema, sampler.model.variables
     rows = [scalar_values(dataset, key, schema, names) for key in keys]
@@ -149,21 +168,21 @@ def read_given(sampler: Sampler, dataset: Dataset, keys: Sequence[str], names: S
 
 
 def _latent(sampler: Sampler, dataset: Dataset, key: str, variable: Volume) -> Tensor | None:
-    """The latent (1, C, h, w, d) of one volume; encoded alone, so that it is the same in any batch."""
+    """The latent (1, C, h, w, d) of one volume; encoded alone, so that it does not depend on the batch."""
     if not dataset.has(key, variable.name):
         return None
     voxels = torch.from_numpy(dataset.read(key, variable.name).astype(np.float32))  # (H, W, D)
     return sampler.model.encode(variable.name, voxels[None, None].to(sampler.device))
 
 
-def set_threads(compute: Compute) -> None:
-    """Give this process the asked number of threads; 0 leaves torch's choice."""
-    if compute.threads:
-        torch.set_num_threads(compute.threads)
+def set_threads(device: Device) -> None:
+    """Give torch in this process ``device.threads`` threads; with 0 its own choice stays."""
+    if device.threads:
+        torch.set_num_threads(device.threads)
 
 
 def parse_given(schema: Schema, given: Mapping[str, str]) -> dict[str, float | str]:
-    """Values typed by a user, as the schema reads them.
+    """Values of scalars that a user typed, parsed by the schema.
 
     Args:
         schema: of the model.
@@ -182,11 +201,11 @@ def parse_given(schema: Schema, given: Mapping[str, str]) -> dict[str, float | s
         except ValueError as error:
             raise ConfigError(f"given {name}={text}: {error}") from error
         if value is None:
-            raise ConfigError(f"given {name}={text}: no value; leave {name} out to have it sampled")
+            raise ConfigError(f"given {name}={text}: no value; leave {name} out, and it is sampled")
         values[name] = value
     return values
 
 
 def versions() -> dict[str, str]:
-    """The packages that a result depends on."""
+    """Versions of the packages that a result depends on."""
     return {name: version(name) for name in ("mvhpc", "torch", "monai", "numpy")}

@@ -12,13 +12,13 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from mvhpc.config import Compute, Sampling, Tracking, at_least, choose, in_one_process, to_dict
+from mvhpc.config import Device, Sampling, Tracking, at_least, choose, to_dict
 from mvhpc.evaluation.figures import gallery, slices
 from mvhpc.evaluation.similarity import psnr, ssim
 from mvhpc.evaluation.tables import label, subject_of
 from mvhpc.inference.generate import nifti
-from mvhpc.inference.predictions import write_rows
-from mvhpc.inference.sampler import Sampler, read_given, set_threads, versions
+from mvhpc.inference.prediction_tables import write_rows
+from mvhpc.inference.sampler import Sampler, read_given, versions
 from mvhpc.records import check_data, check_names, subjects
 from mvhpc.runs.folder import Run, identity
 from mvhpc.runtime.randomness import generator
@@ -43,12 +43,11 @@ class TranslateConfig:
     batch: int
     seed: int
     sampling: Sampling
-    compute: Compute
+    compute: Device
     tracking: Tracking
 
     def __post_init__(self) -> None:
         at_least(1, {"batch": self.batch})
-        in_one_process(self.compute)
 
 
 def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
@@ -64,9 +63,7 @@ def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
         ConfigError: a question the model cannot be asked, data on another grid, or nobody to ask about.
         FileExistsError: where ``config.out`` holds something already.
     """
-    set_threads(config.compute)
-    compute = config.compute
-    sampler = Sampler(config.model, config.sampling, compute.device, compute.precision, compiled=compute.compile)
+    sampler = Sampler.of(config)
     dataset, schema = open_dataset(config.data), sampler.model.schema
     choose(config.want, [v.name for v in schema.volumes], "volume")
     check_names(schema, config.given, [config.want])

@@ -8,13 +8,14 @@ finds the old model or the new one, never a mixture. A joint model's folder hold
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from mvhpc import config
@@ -28,7 +29,7 @@ from mvhpc.variables import Variables, Volume
 from shards.files import write_bytes
 from shards.schema import Schema
 
-FORMATS = {"autoencoder": 3, "joint": 5, "baseline": 1}  # each counts what changed in its own files
+FORMATS = {"autoencoder": 3, "joint": 6, "baseline": 1}  # each counts what changed in its own files
 MANIFEST = "model.json"
 
 
@@ -48,15 +49,6 @@ def model_folder(path: str | Path) -> Path:
     raise ModelError(f"{path}: no trained model there (no {MANIFEST}); give a run folder whose training has ended")
 
 
-def model_kind(path: str | Path) -> str:
-    """What a model folder, or the run folder around it, holds: ``autoencoder``, ``joint`` or ``baseline``.
-
-    Raises:
-        ModelError: no model there, or a damaged ``model.json``.
-    """
-    return str(_read(model_folder(path))["kind"])
-
-
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
@@ -68,7 +60,15 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _manifest(folder: Path, kind: str) -> dict[str, Any]:
-    path, meta = folder / MANIFEST, _read(folder)
+    meta = _read(folder)
+    _check(folder, meta, kind)
+    return meta
+
+
+def _check(folder: Path, meta: dict[str, Any], kind: str) -> None:
+    path = folder / MANIFEST
+    if kind not in FORMATS:
+        raise ModelError(f"{path}: a model of the unknown kind {kind}; take the version of mvhpc that wrote it")
     if meta["kind"] != kind:
         raise ModelError(f"{path}: this model is of the kind {meta['kind']}; one of the kind {kind} is needed here")
     if meta["format"] != FORMATS[kind]:
@@ -76,7 +76,6 @@ def _manifest(folder: Path, kind: str) -> dict[str, Any]:
             f"{path}: in format {meta['format']}, this version reads {FORMATS[kind]}; train the model again, or take "
             "the version that wrote it"
         )
-    return meta
 
 
 def _save(folder: Path, meta: dict[str, Any], networks: Mapping[str, bytes]) -> None:
@@ -113,7 +112,7 @@ def _bytes(state: Mapping[str, Tensor]) -> bytes:
 
 
 def _build(network: nn.Module, data: bytes, device: torch.device | str) -> None:
-    network.load_state_dict(load(data))
+    network.load_state_dict(from_bytes(data))
     network.to(device).eval().requires_grad_(False)
     if torch.device(device).type == "cpu":
         mend_convolutions(network)
@@ -136,25 +135,22 @@ def save_autoencoder(
     _save(folder, meta, {"autoencoder": _bytes(network.state_dict())})
 
 
-def load_autoencoder(folder: str | Path, device: torch.device | str = "cpu") -> tuple[Autoencoder, dict[str, Any]]:
-    """An autoencoder ready to use, and its ``model.json``.
+class AutoencoderModel(NamedTuple):
+    """A trained autoencoder.
 
-    Args:
-        folder: a run folder of stage ``vae``, or its ``model`` folder.
-        device: where to put it.
-
-    Returns:
-        The network in evaluation mode, without gradients; the content of ``model.json`` and, as ``sha256``, the hash
-        of the weights, which identifies it.
-
-    Raises:
-        ModelError: no model there, another kind of model, or a missing or damaged file, each naming it.
+    Attributes:
+        network: in evaluation mode, without gradients.
+        meta: the content of ``model.json`` and, as ``sha256``, the hash of the weights, which identifies it.
     """
-    folder = model_folder(folder)
-    meta = _manifest(folder, "autoencoder")
+
+    network: Autoencoder
+    meta: dict[str, Any]
+
+
+def _autoencoder(folder: Path, meta: dict[str, Any], device: torch.device | str) -> AutoencoderModel:
     network = Autoencoder(config.AutoencoderConfig(**meta["autoencoder"]))
     _build(network, _weights(folder, meta, "autoencoder"), device)
-    return network, {**meta, "sha256": meta["networks"]["autoencoder"]["sha256"]}
+    return AutoencoderModel(network, {**meta, "sha256": meta["networks"]["autoencoder"]["sha256"]})
 
 
 @dataclass(frozen=True)
@@ -251,21 +247,10 @@ def save_joint(
     _save(folder, meta, tensors)
 
 
-def load_joint(folder: str | Path, device: torch.device | str = "cpu") -> JointModel:
-    """A joint model ready to sample from.
-
-    Args:
-        folder: a run folder of stage ``joint``, or its ``model`` folder.
-        device: where to put its networks and tables.
-
-    Raises:
-        ModelError: no model there, another kind of model, or a missing or damaged file, each naming it.
-    """
-    folder = model_folder(folder)
-    meta = _manifest(folder, "joint")
+def _joint(folder: Path, meta: dict[str, Any], device: torch.device | str) -> JointModel:
     schema = Schema.from_dict(meta["schema"])
     settings = config.DiffusionConfig(**meta["diffusion"])
-    moments = load(_weights(folder, meta, "latents"))
+    moments = from_bytes(_weights(folder, meta, "latents"))
     latent = {
         name: facts | {"mean": moments[f"{name}.mean"], "sd": moments[f"{name}.sd"]}
         for name, facts in meta["latent"].items()
@@ -283,10 +268,10 @@ def read_denoiser(folder: str | Path) -> dict[str, Tensor]:
     """The denoiser's weights alone.
 
     Raises:
-        ModelError: as :func:`load_joint`.
+        ModelError: as :func:`load`.
     """
     folder = model_folder(folder)
-    return load(_weights(folder, _manifest(folder, "joint"), "denoiser"))
+    return from_bytes(_weights(folder, _manifest(folder, "joint"), "denoiser"))
 
 
 @dataclass(frozen=True)
@@ -346,20 +331,39 @@ def save_baseline(
     _save(folder, meta, {"baseline": _bytes(network)})
 
 
-def load_baseline(folder: str | Path, device: torch.device | str = "cpu") -> BaselineModel:
-    """A baseline ready to be asked.
-
-    Args:
-        folder: a run folder of stage ``baseline``, or its ``model`` folder.
-        device: where to put its network.
-
-    Raises:
-        ModelError: no model there, another kind of model, or a missing or damaged file, each naming it.
-    """
-    folder = model_folder(folder)
-    meta = _manifest(folder, "baseline")
+def _baseline(folder: Path, meta: dict[str, Any], device: torch.device | str) -> BaselineModel:
     schema, given, want = Schema.from_dict(meta["schema"]), meta["given"], meta["want"]
     scalars = scalars_of(schema, [*given, want], meta["intervals"])
     network = Baseline(scalars, given, want)
     _build(network, _weights(folder, meta, "baseline"), device)
     return BaselineModel(scalars, schema, network, given, want, meta["grid"], meta)
+
+
+LOADERS: dict[str, Callable[[Path, dict[str, Any], torch.device | str], Any]] = {
+    "autoencoder": _autoencoder,
+    "joint": _joint,
+    "baseline": _baseline,
+}
+KINDS = {AutoencoderModel: "autoencoder", JointModel: "joint", BaselineModel: "baseline"}
+M = TypeVar("M", AutoencoderModel, JointModel, BaselineModel)
+
+
+@overload
+def load(path: str | Path, device: torch.device | str = "cpu") -> AutoencoderModel | JointModel | BaselineModel: ...
+@overload
+def load(path: str | Path, device: torch.device | str = "cpu", *, kind: type[M]) -> M: ...
+def load(path: str | Path, device: torch.device | str = "cpu", *, kind: type | None = None) -> Any:
+    """A trained model, ready for inference.
+
+    Args:
+        path: a run folder of a stage that trains, or its ``model`` folder.
+        device: where to put its networks and tables.
+        kind: the class of model that is needed. None: any, as ``model.json`` says.
+
+    Raises:
+        ModelError: no model there, another kind of model or format, or a missing or damaged file, each naming it.
+    """
+    folder = model_folder(path)
+    meta = _read(folder)
+    _check(folder, meta, KINDS[kind] if kind else meta["kind"])
+    return LOADERS[meta["kind"]](folder, meta, device)

@@ -81,8 +81,8 @@ def collect_figures(pipeline: Pipeline) -> Path:
     key = next((key for key in dataset.keys("test", split) if dataset.has(key, volume)), None)
     if key is not None:
         places = dict.fromkeys(("out", "model", "image", "mask"), "")
-        sampling = load_config(InpaintConfig, "inpaint", values=places).sampling
-        sampler = Sampler(pipeline.place("joint", split), sampling)
+        places["model"] = str(pipeline.place("joint", split))
+        sampler = Sampler.of(load_config(InpaintConfig, "inpaint", values=places))
         inpaint_half(sampler, dataset, key, folder / "inpainted-half.png")
     return folder
 

@@ -60,7 +60,7 @@ def calibrate(
             for part in rows.split(PART):
                 known = {name: clean[name][part] for name in given}, {name: present[name][part] for name in given}
                 asked = Posterior(denoiser, diffusion, known[0], len(part), known[1])
-                answers = by_member(denoiser.predict(asked.seen, asked.z, asked.t, [v.name])[v.name])  # (n, R, ...)
+                answers = by_member(denoiser.predict(asked.features, asked.z, asked.t, [v.name])[v.name])  # (n, R, ...)
                 said.append(answers[judged[part]])
         truth = clean[v.name][rows].repeat(2, *[1] * (clean[v.name].ndim - 1)).to(diffusion.device)
         surprise = partial(_surprise, torch.cat(said).double(), truth, diffusion.parameterization(v))

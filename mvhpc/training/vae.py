@@ -225,4 +225,5 @@ class VAETask(Task):
         """Write the autoencoder with its validation metrics."""
         network = Autoencoder(self.config.model)
         network.load_state_dict(states["autoencoder"])
-        save_autoencoder(folder, network, self.config.model, {"validation": metrics})
+        extra = {"validation": metrics, "grid": self.dataset.index.grid}
+        save_autoencoder(folder, network, self.config.model, extra)

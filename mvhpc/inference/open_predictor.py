@@ -1,0 +1,21 @@
+"""The predictor of a configuration, by the kind of its model."""
+
+from mvhpc.inference.baseline_predictor import BaselinePredictor
+from mvhpc.inference.predictor import PredictConfig, Predictor
+from mvhpc.models.bundle import BaselineModel, JointModel, ModelError, load
+from mvhpc.runtime.devices import resolve_device
+
+
+def open_predictor(config: PredictConfig) -> Predictor | BaselinePredictor:
+    """Load the model of ``config`` and make it ready for its query.
+
+    Raises:
+        ConfigError: a query that the model does not take, or data on another grid.
+        ModelError: no model there, one that predicts nothing, or a damaged one.
+    """
+    model = load(config.model, resolve_device(config.compute.device))
+    if isinstance(model, JointModel):
+        return Predictor(config, model)
+    if isinstance(model, BaselineModel):
+        return BaselinePredictor(config, model)
+    raise ModelError(f"model={config.model} is an autoencoder; give the run folder of a joint model or a baseline")
