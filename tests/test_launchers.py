@@ -87,7 +87,7 @@ def test_jobs_end_as_the_command_does(tmp_path: Path) -> None:
 
     bad = submit("source=nowhere", "out=other")
     assert bad.returncode == 1
-    assert "FileNotFoundError: nowhere" in bad.stderr
+    assert "source=nowhere: no such file or folder" in bad.stderr
     assert not (tmp_path / "other").exists()
 
 
