@@ -66,6 +66,11 @@ def test_invalid_arguments_are_refused_by_name(arguments: str, hint: str, capsys
     assert hint in capsys.readouterr().err
 
 
+def test_submit_does_not_wait_for_torch_to_be_imported() -> None:
+    code = "import sys, launchers.submit; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 @pytest.mark.slow
 def test_jobs_end_as_the_command_does(tmp_path: Path) -> None:
     make_phantoms(tmp_path / "scans", 6, (32, 32, 32), 0)

@@ -264,7 +264,7 @@ def test_one_line_trains_the_joint_stage_of_the_project_on_four_nodes(
     run = tmp_path / "runs" / "demo" / "joint"
     wait_for(lambda: read_record(run).get("status") == "finished", 300, "the job does not finish")
     slurm.wait(job)
-    events = {event["event"]: event for event in jobs.find(job).events()}
+    events = {event["event"]: event for event in jobs.find_job(job).events()}
     assert (events["start"]["nodes"], events["start"]["workers"]) == (4, 4)
     assert (run / "model" / "model.json").is_file()
     nothing_is_left(slurm, job, run)

@@ -7,7 +7,6 @@ from typing import Any
 from mvhpc.execute import PlannedStage, execute, plan, reconcile, set_aside
 from mvhpc.pipeline.plan import Pipeline, PipelineConfig
 from mvhpc.pipeline.project import record_project
-from mvhpc.pipeline.summary import summarize
 
 
 def do(planned: PlannedStage, label: str = "") -> dict[str, Any] | None:
@@ -53,6 +52,8 @@ def run_pipeline(config: PipelineConfig) -> Pipeline:
     start = time.monotonic()
     for number, (stage, step) in enumerate(steps, 1):
         do(plan(stage, step), f"[{number}/{len(steps)}] {stage:9s} ")
+    from mvhpc.pipeline.summary import summarize  # imports torch, which other commands do not need
+
     print(summarize(pipeline))
     print(f"complete after {time.monotonic() - start:.0f} s", file=sys.stderr)
     return pipeline
