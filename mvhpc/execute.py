@@ -56,7 +56,7 @@ class PlannedStage:
         """``finished``, ``running`` (begun with this configuration and these inputs), ``changed`` or ``new``."""
         record = read_record(self.folder)
         if not record:
-            return "changed" if self.out.exists() else "new"
+            return "changed" if self._has_remains() else "new"
         if record["fingerprint"] != self.fingerprint:
             return "changed"
         if not self.out.exists():
@@ -65,6 +65,12 @@ class PlannedStage:
             return "finished"
         status: str = record["status"]
         return status
+
+    def _has_remains(self) -> bool:
+        """Whether something lies where the result goes, apart from the files of the job that is to make it."""
+        if self.out != self.folder:
+            return self.out.exists()
+        return self.out.is_dir() and any(child.name not in KEPT for child in self.out.iterdir())
 
     def _has_result(self) -> bool:
         """Whether a stage that was killed had its result in place already.

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from launchers import jobs
+from launchers.driver import run_stage
 from launchers.plan import Step, chain, single
 from launchers.submit import main
 from mvhpc.config import load_config, to_dict
@@ -23,6 +24,7 @@ from mvhpc.runs.folder import read_record
 from mvhpc.stages import STAGES
 from shards.index import Index
 from shards.phantom.make import make_phantoms
+from tests.conftest import SMALL_JOINT
 
 
 @pytest.fixture(autouse=True)
@@ -195,6 +197,7 @@ HOLD_ON_AFTER_RELEASE = """
 import sys, time
 from pathlib import Path
 from launchers import jobs
+from launchers.driver import run_stage
 run = Path(sys.argv[1])
 with jobs.locked(run) as lock:
     lock.set_holder(jobs.new_job(run, "1", "local", "pack", 1))
@@ -207,6 +210,7 @@ TAKE = """
 import sys
 from pathlib import Path
 from launchers import jobs
+from launchers.driver import run_stage
 run = Path(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
@@ -271,6 +275,57 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end, "condition not met in time"
         time.sleep(0.2)
+
+
+# --- the files of a job in a run folder ---
+
+
+def run_chained(stage: str, run: Path, overrides: list[str]) -> None:
+    """Run a stage of a chain as its job does; a job has a log and a lock in the run folder."""
+    (run / "jobs").mkdir(parents=True, exist_ok=True)
+    (run / "jobs" / "7_0_log.out").touch()
+    with jobs.locked(run) as lock:
+        lock.set_holder(jobs.new_job(run, "7", "slurm", stage, 1))
+    run_stage(stage, to_dict(load_config(STAGES[stage].config_class(), stage, "demo", overrides)), chained=True)
+
+
+def files_of_the_job(run: Path) -> set[str]:
+    with jobs.locked(run) as lock:
+        assert lock.holder is not None and lock.holder.id == "7"
+    return {path.name for path in (run / "jobs").iterdir()}
+
+
+def test_a_changed_stage_of_a_chain_is_set_aside_without_the_files_of_its_job(tmp_path: Path) -> None:
+    run = tmp_path / "scans.run"
+    keys = [f"out={tmp_path}/scans", "shape=[16,16,16]"]
+    for subjects in (2, 3):
+        run_chained("phantom", run, [*keys, f"subjects={subjects}"])
+        assert files_of_the_job(run) == {"7_0_log.out", "lock"}
+        assert len(list((tmp_path / "scans").glob("sub-*"))) == subjects
+    assert len(list((tmp_path / "scans.old-1").glob("sub-*"))) == 2
+    assert read_record(tmp_path / "scans.run.old-1")["status"] == "finished"
+    assert not (tmp_path / "scans.run.old-1" / "jobs").exists()
+
+
+@pytest.mark.slow
+def test_a_changed_training_of_a_chain_is_set_aside_without_the_files_of_its_job(
+    tiny_latents: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run folder is the output folder here: the job's files alone are no earlier result."""
+    run = tmp_path / "joint"
+    keys = [f"latents={tiny_latents}", f"vae={tiny_model.parent / 'vae'}", f"out={run}", "training.epochs=1"]
+    keys += ["training.batch=2", "compute.workers=1", *(f"{key}={value}" for key, value in SMALL_JOINT.items())]
+    run_chained("joint", run, keys)
+    assert "set aside" not in capsys.readouterr().err
+    assert [path.name for path in tmp_path.glob("joint*")] == ["joint"]
+    run_chained("joint", run, keys)
+    assert "complete and unchanged" in capsys.readouterr().err
+    run_chained("joint", run, [*keys, "training.seed=1"])
+    assert "set aside" in capsys.readouterr().err
+    assert files_of_the_job(run) == {"7_0_log.out", "lock"}
+    for folder in (run, tmp_path / "joint.old-1"):
+        assert read_record(folder)["status"] == "finished" and (folder / "model" / "model.json").is_file()
+    assert not (tmp_path / "joint.old-1" / "jobs").exists()
 
 
 # --- the line a user types ---
