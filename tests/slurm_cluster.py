@@ -1,8 +1,8 @@
-"""A real SLURM on this one machine: a controller and four node daemons, with munge, in one short temporary folder.
+"""A real SLURM on this machine: munge, a controller and four node daemons, in one temporary folder.
 
-The four nodes share the machine's address and differ in ports, so nothing that runs on them may rely on host names.
-Several such clusters may be up at once; their jobs have numbers of their own.
-Partition `urgent` preempts `batch`: a job there gets its user signal, `GRACE_S` seconds, and is queued again.
+The four nodes share the machine's address and differ in their ports, so host names do not tell them apart. Several such
+clusters may run at the same time; their ranges of job numbers do not overlap. Partition `urgent` preempts `batch`: a
+preempted job receives its user signal, has `GRACE_S` seconds, and is requeued.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 NODES = ("n1", "n2", "n3", "n4")
-CPUS = 4  # of each node, by word alone
+CPUS = 4  # of each node as configured, whatever the machine has
 GRACE_S = 60
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 GONE = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "DEADLINE", "BOOT_FAIL", ""})
@@ -67,7 +67,7 @@ class SlurmCluster:
 
     Attributes:
         folder: its configuration, state and logs.
-        environment: what a command needs to speak to it.
+        environment: for commands that talk to it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -76,7 +76,7 @@ class SlurmCluster:
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
-        """Start all daemons and wait until every node is idle."""
+        """Start all daemons, and wait until every node is idle."""
         port = _free_ports(1 + len(NODES))
         (self.folder / "slurm.conf").write_text(
             CONFIGURATION.format(
@@ -107,11 +107,11 @@ class SlurmCluster:
         self._daemon("slurmctld", "-D")
         for node in NODES:
             self._daemon("slurmd", "-D", "-N", node)
-        wait_for(lambda: self.nodes() == dict.fromkeys(NODES, "idle"), 30, "SLURM's nodes did not come up")
+        wait_for(lambda: self.nodes() == dict.fromkeys(NODES, "idle"), 30, "the nodes of SLURM did not start")
 
     def _daemon(self, *command: str) -> None:
         log = (self.folder / "daemons.log").open("ab")
-        # A session of its own: an interrupt from a terminal is for the tests, which then stop the daemons.
+        # In a session of its own: an interrupt from a terminal reaches the tests alone, which then stop the daemons.
         process = subprocess.Popen(
             command, env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -119,7 +119,7 @@ class SlurmCluster:
         self._daemons.append(process)
 
     def stop(self) -> None:
-        """End every job and every daemon."""
+        """Stop every job and every daemon."""
         with contextlib.suppress(subprocess.SubprocessError, AssertionError):
             self.run("scancel", "--user", getpass.getuser(), timeout=10)
             wait_for(lambda: not self.run("squeue", "--noheader"), 20)
@@ -134,10 +134,10 @@ class SlurmCluster:
         for process in self._daemons:
             process.wait(10)
 
-    # --- asking and telling ---
+    # --- commands ---
 
     def run(self, *command: str, timeout: float = 30) -> str:
-        """What one of SLURM's commands prints."""
+        """Run a command of SLURM and return its output."""
         done = subprocess.run(
             command, env=self.environment, capture_output=True, text=True, check=False, timeout=timeout
         )
@@ -153,7 +153,7 @@ class SlurmCluster:
         return dict(line.split() for line in done.stdout.splitlines())
 
     def state(self, job: str) -> str:
-        """A job's state as squeue calls it; empty once SLURM has forgotten it."""
+        """A job's state, as squeue prints it; empty once SLURM has forgotten the job."""
         done = subprocess.run(
             ["squeue", "--noheader", "--states=all", "--jobs", job, "--format=%T"],
             env=self.environment, capture_output=True, text=True, check=False, timeout=30,
@@ -161,50 +161,50 @@ class SlurmCluster:
         return done.stdout.strip()
 
     def restarts(self, job: str) -> int:
-        """How often a job has been queued again."""
+        """How often a job has been requeued."""
         return int(self.run("scontrol", "show", "job", job).partition("Restarts=")[2].split()[0])
 
     def wait(self, job: str, *states: str, seconds: float = 120) -> str:
-        """Wait until a job is in one of ``states`` (default: over) and return which."""
+        """Wait until a job is in one of ``states`` (default: any final state), and return its state."""
         wanted = states or GONE
         wait_for(lambda: self.state(job) in wanted, seconds, f"job {job} is {self.state(job)}, not {wanted}")
         return self.state(job)
 
     def start_again(self, job: str, restarts: int, seconds: float = 60) -> None:
-        """Wait until a job was queued again for the ``restarts``-th time, and let it start at once.
+        """Wait until a job has been requeued ``restarts`` times, and let it start at once.
 
-        SLURM otherwise lets two minutes pass. Some seconds it needs: within one, it may revoke the new credential too.
+        By itself SLURM starts it after two minutes. A start within a second may be revoked together with the old one.
         """
         wait_for(lambda: self.restarts(job) >= restarts and self.state(job) == "PENDING", seconds)
         time.sleep(2)
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def down(self, node: str) -> None:
-        """Call a node dead; its jobs are queued again."""
+        """Set a node down; its jobs are requeued."""
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
 
     def up(self, node: str) -> None:
-        """Call a node well."""
+        """Resume a node."""
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
-        wait_for(lambda: self.nodes().get(node) in {"idle", "mix", "alloc"}, 30, f"{node} does not come back")
+        wait_for(lambda: self.nodes().get(node) in {"idle", "mix", "alloc"}, 30, f"{node} did not resume")
 
     def task_environment(self, node: str, **variables: str) -> None:
-        """Let tasks that start on a node from now on have these variables, and no others that were said so before."""
+        """Set the environment variables of tasks that start on a node from now on, in place of earlier ones."""
         lines = "".join(f"export {name}={value}\n" for name, value in variables.items())
         (self.folder / f"{node}.environment").write_text(lines)
 
     def job_processes(self, job: str) -> list[psutil.Process]:
-        """Every process of a job on any node, SLURM's own for it too."""
+        """Every process of a job on any node, including those of SLURM itself."""
         found = {p for p in self.processes() if _variable(p, "SLURM_JOB_ID") == job}
-        for process in list(found):  # Ray's workers write their titles over their environment
+        for process in list(found):  # Ray's workers overwrite their environment with their titles
             with contextlib.suppress(psutil.Error):
                 found.update(process.children(recursive=True))
         return [p for p in found if _alive(p)]
 
     def processes(self) -> list[psutil.Process]:
-        """Every process that speaks to this SLURM: daemons, steps, jobs."""
-        mine = self.environment["SLURM_CONF"]
-        return [p for p in psutil.process_iter() if _alive(p) and _variable(p, "SLURM_CONF") == mine]
+        """Every process of this cluster: daemons, steps and jobs."""
+        own = self.environment["SLURM_CONF"]
+        return [p for p in psutil.process_iter() if _alive(p) and _variable(p, "SLURM_CONF") == own]
 
 
 def _variable(process: psutil.Process, name: str) -> str | None:
@@ -220,7 +220,7 @@ def _alive(process: psutil.Process) -> bool:
 
 
 def _free_ports(count: int) -> int:
-    """The first of ``count`` neighbouring free ports below those that the system hands out."""
+    """The first of ``count`` consecutive free ports, below the ephemeral range."""
     for first in range(17000 + os.getpid() % 900 * 10, 32000, 10):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for port in range(first, first + count):
@@ -229,7 +229,7 @@ def _free_ports(count: int) -> int:
     raise RuntimeError("no free ports")
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60, what: str = "waited in vain") -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60, what: str = "condition not met in time") -> None:
     """Wait until ``condition()`` holds."""
     end = time.monotonic() + seconds
     while not condition():

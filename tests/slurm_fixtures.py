@@ -1,4 +1,4 @@
-"""The fixtures of the tests on a real SLURM; a test module takes them in by `pytest_plugins`."""
+"""Fixtures of the tests on a real SLURM; a test module loads them by `pytest_plugins`."""
 
 import os
 import shutil
@@ -13,11 +13,11 @@ from tests.slurm_cluster import PROGRAMS, SlurmCluster
 
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[SlurmCluster]:
-    """The cluster, for as long as the tests last; nothing of it is left afterwards."""
-    os.environ["PATH"] = os.environ["PATH"] + os.pathsep + "/usr/sbin"  # where Debian keeps the daemons
+    """The cluster, for one session of tests."""
+    os.environ["PATH"] = os.environ["PATH"] + os.pathsep + "/usr/sbin"  # where Debian installs the daemons
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
-        pytest.skip(f"no SLURM here ({', '.join(missing)} missing): apt-get install slurm-wlm munge")
+        pytest.skip(f"SLURM is not installed ({', '.join(missing)} missing): apt-get install slurm-wlm munge")
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     cluster = SlurmCluster(folder)
     try:
@@ -30,7 +30,7 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
 
 @pytest.fixture
 def slurm(slurm_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
-    """The cluster, with this process's environment pointing to it; what a failed test left is cleared away."""
+    """The cluster, configured in this process's environment; jobs and nodes of a failed test are cleaned up."""
     monkeypatch.setenv("SLURM_CONF", slurm_cluster.environment["SLURM_CONF"])
     yield slurm_cluster
     for job in slurm_cluster.run("squeue", "--noheader", "--format=%i").split():

@@ -1,4 +1,4 @@
-"""The launcher on a real SLURM: a job's whole life, what it leaves behind, and what stops it before it begins."""
+"""Jobs on a real SLURM, from submission to their end: locks, logs, preflight, cancellation, and complete cleanup."""
 
 import contextlib
 import fcntl
@@ -29,45 +29,47 @@ pytest_plugins = ["tests.slurm_fixtures", "tests.first_stages"]
 SUBMIT = Path(__file__).resolve().parent.parent / "launchers" / "submit.py"
 
 
-TEMPORARY = {"mv-": "owner", "mvhpc-": "lock"}  # how temporary folders begin, and the file that says whose they are
+TEMPORARY = {"mv-": "owner", "mvhpc-": "lock"}  # prefix of a temporary folder -> file that names its owner
 
 
 @pytest.fixture(autouse=True)
-def state_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No note of these runs among the user's, and no folder in /tmp in the end that nobody owns any more."""
+def separate_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Keep these runs out of the user's list of runs; no temporary folder of a dead process is left in the end."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     before = set(Path("/tmp").iterdir())
     yield
     left = set(Path("/tmp").iterdir()) - before
     assert not [p for p in left if p.name.startswith("ray")]
-    assert not [p for p in left for start, file in TEMPORARY.items() if p.name.startswith(start) and lost(p / file)]
+    assert not [
+        p for p in left for prefix, file in TEMPORARY.items() if p.name.startswith(prefix) and is_orphaned(p / file)
+    ]
 
 
-def lost(file: Path) -> bool:
-    """Whether the process is dead that a temporary folder belongs to; others' tests may run beside."""
+def is_orphaned(file: Path) -> bool:
+    """Whether the process that owns a temporary folder is dead; other tests may run at the same time."""
     try:
         if file.name == "owner":
-            pid, born = file.read_text().split()
-            return not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).create_time() != float(born)
+            pid, start = file.read_text().split()
+            return not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).create_time() != float(start)
         with file.open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (FileNotFoundError, psutil.NoSuchProcess):
-        return file.parent.exists()  # it may have been removed at this very moment
+        return file.parent.exists()  # it may have been removed just now
     except BlockingIOError:
         return False
     return True
 
 
 def submit(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run submit.py and expect its exit status."""
+    """Run submit.py, and check its exit status."""
     done = subprocess.run([sys.executable, str(SUBMIT), *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 
 
-def nothing_is_left(slurm: SlurmCluster, job: str, run: Path) -> None:
-    """No process, temporary folder, secret or lock of a job outlives it."""
-    slurm.wait(job)  # one that is cancelled while it starts has no process yet
+def check_cleaned_up(slurm: SlurmCluster, job: str, run: Path) -> None:
+    """Check that no process, temporary folder, secret or lock of a job outlives it."""
+    slurm.wait(job)  # a job that is cancelled while it starts has no process yet
     wait_for(lambda: not slurm.job_processes(job), 30, f"left: {slurm.job_processes(job)}")
     assert not list(Path("/tmp").glob(f"mv-{job}-*"))
     with jobs.locked(run) as lock:
@@ -77,7 +79,7 @@ def nothing_is_left(slurm: SlurmCluster, job: str, run: Path) -> None:
 
 @pytest.mark.slow
 def test_a_job_from_its_submission_to_its_end(slurm: SlurmCluster, tiny_bids: Path, tmp_path: Path) -> None:
-    """Shown, held, not started beside, run, followed; all of it without accounting, also once SLURM forgot the job."""
+    """Dry run, hold, refusal of a second job, run, logs; without accounting, also once SLURM has forgotten the job."""
     site = tmp_path / "site.yaml"
     site.write_text("time: '0:10:00'\nsbatch: {hold: true}\nenvironment: {NOTE: two words}\n")
     out, run = tmp_path / "packed", tmp_path / "packed.run"
@@ -102,46 +104,46 @@ def test_a_job_from_its_submission_to_its_end(slurm: SlurmCluster, tiny_bids: Pa
 
     slurm.wait(job)
     assert "finished" in submit("status", str(run)).stdout
-    wait_for(lambda: slurm.state(job) == "", 60, "SLURM does not forget")
+    wait_for(lambda: slurm.state(job) == "", 60, "SLURM did not forget the job")
     assert "stage finished" in submit("status").stdout
     assert "finished" in submit("logs", str(run)).stderr
     assert run.stat().st_mode & 0o777 == 0o700
     for name in (f"{job}_submission.sh", f"{job}/job.json", f"{job}/code.diff", f"{job}/start-0/preflight.json"):
         assert (run / "jobs" / name).is_file()
     assert (run / "config.yaml").is_file()
-    nothing_is_left(slurm, job, run)
+    check_cleaned_up(slurm, job, run)
 
 
 @pytest.mark.slow
-def test_cancel_leaves_nothing_and_a_dead_jobs_lock_is_taken_over(slurm: SlurmCluster, tmp_path: Path) -> None:
+def test_cancel_cleans_up_and_the_lock_of_a_dead_job_is_taken_over(slurm: SlurmCluster, tmp_path: Path) -> None:
     run = tmp_path / "scans.run"
     stage = ["--stage", "phantom", "--time", "10", f"out={tmp_path}/scans", "subjects=9999"]
     job = submit(*stage).stdout.strip()
     wait_for(lambda: read_record(run).get("status") == "running")
     submit("cancel", job)
-    nothing_is_left(slurm, job, run)
+    check_cleaned_up(slurm, job, run)
     assert "cancelled" in submit("status").stdout
 
     second = submit(*stage, "shape=[16,16,16]").stdout.strip()
     wait_for(lambda: read_record(run).get("status") == "running" and bool(slurm.job_processes(second)))
     processes = [p for p in slurm.job_processes(second) if "slurmstepd" not in p.name()]
-    # A power cut, after which the lock is still there: none sees another go. Who dies takes its children with it.
-    for cut in (psutil.Process.suspend, psutil.Process.kill):
+    # As in a power failure, no process sees another one end, and the lock stays behind.
+    for act in (psutil.Process.suspend, psutil.Process.kill):
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
-                cut(process)
+                act(process)
     slurm.wait(second)
     third = submit(*stage, "shape=[16,16,16]").stdout.strip()
     assert third != second
-    wait_for(lambda: any(Path("/tmp").glob(f"mv-{third}-*")), 60, "the third job does not begin")
-    assert not list(Path("/tmp").glob(f"mv-{second}-*")), "the first thing a job does is to clear up after dead ones"
+    wait_for(lambda: any(Path("/tmp").glob(f"mv-{third}-*")), 60, "the third job did not start")
+    assert not list(Path("/tmp").glob(f"mv-{second}-*")), "a job first removes the folders of dead ones"
     submit("cancel", str(run))
-    nothing_is_left(slurm, third, run)
+    check_cleaned_up(slurm, third, run)
 
 
 @pytest.mark.slow
-def test_preflight_reports_all_that_is_wrong_and_names_the_node(slurm: SlurmCluster, tmp_path: Path) -> None:
-    """Another version of a package on one node, a scratch folder, an input: the job ends before anything starts."""
+def test_preflight_reports_every_problem_with_its_node(slurm: SlurmCluster, tmp_path: Path) -> None:
+    """With another version of a package on one node and a missing input, the job fails before training starts."""
     other = slurm.folder / "other"
     (other / "numpy-0.0.dist-info").mkdir(parents=True)
     (other / "numpy-0.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.0\n")
@@ -152,21 +154,21 @@ def test_preflight_reports_all_that_is_wrong_and_names_the_node(slurm: SlurmClus
         slurm.wait(job)
     finally:
         slurm.task_environment("n2")
-    said = submit("status").stdout
-    assert "failed" in said
-    assert "n2: numpy 0.0 where other nodes have" in said
+    status = submit("status").stdout
+    assert "failed" in status
+    assert "n2: numpy 0.0 where other nodes have" in status
     for node in ("n1", "n2"):
-        assert f"{node}: cannot read latents={tmp_path}/none" in said
+        assert f"{node}: cannot read latents={tmp_path}/none" in status
     assert "gbit_per_second" in (tmp_path / "joint" / "jobs" / job / "start-0" / "preflight.json").read_text()
     assert not (tmp_path / "joint" / "stage.json").exists()
-    nothing_is_left(slurm, job, tmp_path / "joint")
+    check_cleaned_up(slurm, job, tmp_path / "joint")
 
 
-# --- laws that need no SLURM ---
+# --- without SLURM ---
 
 
-def test_a_ward_ends_its_whole_offspring_however_its_parent_ends(tmp_path: Path) -> None:
-    """Daemons that left their parents and ignore SIGTERM are ended on request, and when their starter is killed."""
+def test_all_descendants_of_a_managed_process_end_with_it_or_with_its_parent(tmp_path: Path) -> None:
+    """Daemons that left their parents and ignore SIGTERM end when stopped, and when the parent is killed."""
     script = (
         "import os, signal, sys, time, pathlib\n"
         "if os.fork() == 0:\n"
@@ -198,14 +200,14 @@ def test_a_ward_ends_its_whole_offspring_however_its_parent_ends(tmp_path: Path)
             if way == "end":
                 assert process.stdout is not None
                 assert process.stdout.readline().strip() == str(128 + signal.SIGTERM)
-                assert scratch.exists()  # still its own to remove
+                assert scratch.exists()  # the parent removes it
             process.kill()
             wait_for(lambda daemon=daemon: not daemon.is_running() or daemon.status() == "zombie", 20)
             if way == "kill":
                 wait_for(lambda scratch=scratch: not scratch.exists(), 10)
 
 
-def test_a_wards_command_does_not_hear_the_signals_of_the_job(tmp_path: Path) -> None:
+def test_a_managed_process_does_not_receive_the_signals_of_the_job(tmp_path: Path) -> None:
     environment = dict(os.environ)
     managed = ManagedProcess(
         [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(2)"],
@@ -220,7 +222,7 @@ def test_a_wards_command_does_not_hear_the_signals_of_the_job(tmp_path: Path) ->
     assert managed.stop() == 0
 
 
-def test_fewer_nodes_take_the_most_workers_that_divide_the_batch() -> None:
+def test_with_fewer_nodes_the_most_workers_that_divide_the_batch_are_used() -> None:
     def workers(nodes: int, gpus: int, batch: int, accumulate: int = 1) -> int:
         values = {"compute": {"workers": 16}, "training": {"batch": batch, "accumulate": accumulate}}
         assignment = Assignment("joint", "/", values, {}, False, True, 4, "/", "/tmp", "", 60)
@@ -240,7 +242,7 @@ def test_time_limits_are_read_as_sbatch_reads_them(text: str, limit: int) -> Non
     assert minutes(text) == limit
 
 
-def test_what_a_site_cannot_mean_is_refused(tmp_path: Path) -> None:
+def test_invalid_settings_of_a_site_are_refused(tmp_path: Path) -> None:
     site = tmp_path / "site.yaml"
     site.write_text("partitoin: gpu\n")
     with pytest.raises(ConfigError, match="Did you mean 'partition'"):
@@ -267,4 +269,4 @@ def test_one_line_trains_the_joint_stage_of_the_project_on_four_nodes(
     events = {event["event"]: event for event in jobs.find_job(job).events()}
     assert (events["start"]["nodes"], events["start"]["workers"]) == (4, 4)
     assert (run / "model" / "model.json").is_file()
-    nothing_is_left(slurm, job, run)
+    check_cleaned_up(slurm, job, run)

@@ -1,4 +1,4 @@
-"""Training on two nodes of a real SLURM, through whatever may happen to it: not one bit of the model changes."""
+"""Training on two nodes of a real SLURM, through faults of every kind: the model is bit-equal to an undisturbed run."""
 
 import contextlib
 import random
@@ -24,17 +24,21 @@ from mvhpc.training.joint import JointConfig
 from mvhpc.training.run import train_worker
 from tests.conftest import SMALL_JOINT, listening
 from tests.slurm_cluster import NODES, SlurmCluster, wait_for
-from tests.test_slurm import nothing_is_left, state_of_its_own, submit  # noqa: F401 (a fixture)
+from tests.test_slurm import check_cleaned_up, separate_state, submit  # noqa: F401 (a fixture)
 from tests.toy_task import curves, digest, join
 
 pytest_plugins = ["tests.slurm_fixtures"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-STEPS = {1: 120, 2: 120, 3: 30}  # by the stage of ZeRO: many, or a run ends before the last fault; those of 3 take long
+STEPS = {
+    1: 120,
+    2: 120,
+    3: 30,
+}  # ZeRO stage -> steps; enough for all faults to occur before the end, fewer where a step is slow
 KEYS = [
     *(f"{key}={value}" for key, value in SMALL_JOINT.items()),
     "optimizer.warmup=4",
-    "optimizer.lr=1.0e-5",  # twelve people are learnt by heart, and then rounding grows from step to step
+    "optimizer.lr=1.0e-5",  # twelve people are overfitted, and rounding errors would then grow from step to step
     "training.batch=2",
     "training.validate_every=20",
     "training.checkpoint_every=10",
@@ -53,53 +57,53 @@ class Training:
     job: str
 
     def step(self) -> int:
-        """The last step that was done."""
+        """The last step that is recorded."""
         return max((e["step"] for e in read(self.run) if e["event"] == "metrics"), default=0)
 
     def reach(self, step: int, seconds: float = 300) -> None:
-        """Wait until that step was done, and the job runs."""
+        """Wait until that step is recorded and the job is running."""
 
-        def there() -> bool:
+        def reached() -> bool:
             state = self.slurm.state(self.job)
             assert state in {"RUNNING", "PENDING"}, f"the job is {state or 'forgotten'}"
             return state == "RUNNING" and self.step() >= step
 
-        wait_for(there, seconds, f"step {step} does not come")
+        wait_for(reached, seconds, f"step {step} was not reached")
 
     def finish(self, seconds: float = 300) -> None:
-        """Wait until the job is over, and expect a good end; its own word counts, SLURM soon forgets."""
+        """Wait until the job is over, and check by its own journal that it finished; SLURM soon forgets it."""
         self.slurm.wait(self.job, seconds=seconds)
         job = next(job for job in jobs.jobs_of(self.run) if job.id == self.job)
         assert jobs.outcome(job) == "finished", job.log.read_text()
 
     def process(self, title: str) -> psutil.Process:
-        """One of the job's processes, by a word of its command line."""
+        """One of the job's processes, by a part of its command line."""
         found = [p for p in self.slurm.job_processes(self.job) if title in _words(p)]
         assert found, f"no {title}"
         return min(found, key=lambda p: p.pid)
 
-    def ears(self) -> set[str]:
-        """The addresses at which the job's processes listen, SLURM's own left out."""
-        heard: set[str] = set()
+    def addresses(self) -> set[str]:
+        """The addresses at which the job's processes listen, without those of SLURM."""
+        found: set[str] = set()
         for process in self.slurm.job_processes(self.job):
             with contextlib.suppress(psutil.NoSuchProcess):
                 if process.name() not in {"srun", "slurmstepd"}:
-                    heard |= listening(process)
-        return heard
+                    found |= listening(process)
+        return found
 
     def driver(self) -> psutil.Process:
-        """What runs the stage, and trains itself where it has one worker."""
-        manager = self.process("launchers.driver")  # the smallest number: the one that watches over it
+        """The driver; with one worker, training runs in it."""
+        manager = self.process("launchers.driver")  # the process with the smallest number manages it
         return manager.children()[0]
 
 
 def starts(run: Path) -> int:
-    """How often training began."""
+    """How often training was started or resumed."""
     return sum(e["event"] == "start" for e in read(run))
 
 
 def model(run: Path) -> str:
-    """A hash over the bits of all weights of the model."""
+    """A hash of all weights of the model."""
     return digest(dict(load(run / "model").denoiser.state_dict()))
 
 
@@ -111,7 +115,7 @@ def _words(process: psutil.Process) -> str:
 
 
 def keys(latents: Path, vae: Path, run: Path, zero: int) -> list[str]:
-    """Of the joint stage, at a stage of ZeRO."""
+    """Overrides of the joint stage, for one ZeRO stage."""
     epochs = STEPS[zero] // 3  # of three steps each
     places = [f"latents={latents}", f"vae={vae}", f"out={run}"]
     return [*places, f"compute.zero_stage={zero}", f"training.epochs={epochs}", *KEYS]
@@ -135,9 +139,9 @@ def _train_undisturbed(rank: int, latents: Path, vae: Path, folder: Path) -> Non
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_latents: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """A folder of runs of two workers to whom nothing happened, by stage of ZeRO; without SLURM, without Ray.
+    """A folder with one undisturbed run of two workers per ZeRO stage, without SLURM and Ray.
 
-    One process of the tests makes it for all.
+    Parallel test processes share it.
     """
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == "master" else base.parent) / "undisturbed"
@@ -150,26 +154,26 @@ def undisturbed(tiny_latents: Path, tiny_model: Path, tmp_path_factory: pytest.T
     return folder
 
 
-# --- what may happen ---
+# --- faults ---
 
 
 def worker_killed(training: Training) -> None:
-    """By the kernel, for lack of memory: Ray starts the workers again."""
+    """A worker is killed, as when memory runs out: Ray restarts all workers."""
     training.process("RayTrainWorker").send_signal(signal.SIGKILL)
 
 
 def head_killed(training: Training) -> None:
-    """The heart of Ray: the supervisors start all of it again."""
+    """Ray's control process is killed: the supervisors restart Ray."""
     training.process("gcs_server").send_signal(signal.SIGKILL)
 
 
 def driver_killed(training: Training) -> None:
-    """The process that Ray's workers work for."""
+    """The driver, which started Ray's workers, is killed."""
     training.driver().send_signal(signal.SIGKILL)
 
 
 def supervisor_killed(training: Training) -> None:
-    """The one of the first node, which leads; SLURM's own script takes the job back to the queue."""
+    """The supervisor of node 0 is killed: the job's script requeues it."""
     slurm = training.slurm
     restarts = slurm.restarts(training.job)
     supervisors = [p for p in slurm.job_processes(training.job) if "submitit.core._submit" in _words(p)]
@@ -179,44 +183,46 @@ def supervisor_killed(training: Training) -> None:
 
 
 @contextlib.contextmanager
-def held(training: Training, worker: psutil.Process) -> Iterator[None]:
-    """A worker stands still until the job was told to stop: training may not end before."""
+def suspended(training: Training, worker: psutil.Process) -> Iterator[None]:
+    """Suspend a worker until the job receives its signal, so that training does not finish before."""
     worker.suspend()
     yield
-    wait_for(lambda: read(training.run / "jobs" / training.job)[-1]["event"] == "stop", 120, "no signal came")
+    wait_for(
+        lambda: read(training.run / "jobs" / training.job)[-1]["event"] == "stop", 120, "the job received no signal"
+    )
     worker.resume()
 
 
 def urgent_job(slurm: SlurmCluster) -> str:
-    """Submit a job over all nodes to the partition that goes before."""
+    """Submit a job over all nodes to the partition that preempts the other."""
     return slurm.run("sbatch", "--parsable", "--partition=urgent", f"--nodes={len(NODES)}", "--exclusive",
                      "--output=/dev/null", "--wrap=sleep 1")  # fmt: skip
 
 
 def preempted(training: Training) -> None:
-    """By a job of a partition that goes before."""
+    """A job of a higher partition preempts this one."""
     slurm = training.slurm
     restarts = slurm.restarts(training.job)
-    with held(training, training.process("RayTrainWorker")):
+    with suspended(training, training.process("RayTrainWorker")):
         other = urgent_job(slurm)
     slurm.wait(other)
     slurm.start_again(training.job, restarts + 1)
 
 
 def out_of_time(training: Training) -> None:
-    """The time limit comes near."""
+    """The time limit is close."""
     slurm = training.slurm
     restarts = slurm.restarts(training.job)
-    with held(training, training.process("RayTrainWorker")):  # SLURM looks at time limits twice a minute
+    with suspended(training, training.process("RayTrainWorker")):  # SLURM checks time limits twice a minute
         minutes = int(slurm.run("squeue", "--noheader", "--jobs", training.job, "--format=%M").split(":")[-2])
         slurm.run("scontrol", "update", f"JobId={training.job}", f"TimeLimit={minutes + 2}")
-    wait_for(lambda: slurm.restarts(training.job) > restarts, 120, "the job does not go back to the queue")
+    wait_for(lambda: slurm.restarts(training.job) > restarts, 120, "the job was not requeued")
     slurm.run("scontrol", "update", f"JobId={training.job}", "TimeLimit=30")
     slurm.start_again(training.job, restarts + 1)
 
 
 def node_down(training: Training) -> None:
-    """A node is called dead; SLURM takes the job back by itself and chooses others."""
+    """A node is set down: SLURM requeues the job and chooses other nodes."""
     slurm = training.slurm
     restarts = slurm.restarts(training.job)
     slurm.down("n2")
@@ -225,12 +231,12 @@ def node_down(training: Training) -> None:
 
 
 Fault = Callable[[Training], None]
-FAULTS: list[Fault] = [worker_killed, preempted, out_of_time, node_down]  # each meets every stage of ZeRO
-RARER: list[Fault] = [head_killed, driver_killed, supervisor_killed]  # each meets one, by lot
+FAULTS: list[Fault] = [worker_killed, preempted, out_of_time, node_down]  # with every ZeRO stage
+RARER: list[Fault] = [head_killed, driver_killed, supervisor_killed]  # each with one ZeRO stage, drawn at random
 
 
 @pytest.mark.parametrize("zero", STEPS)
-def test_the_model_is_the_one_of_an_undisturbed_run(
+def test_the_model_equals_that_of_an_undisturbed_run(
     slurm: SlurmCluster,
     undisturbed: Path,
     tiny_latents: Path,
@@ -239,35 +245,37 @@ def test_the_model_is_the_one_of_an_undisturbed_run(
     testrun_uid: str,
     zero: int,
 ) -> None:
-    seed = testrun_uid  # the same at all processes of the tests; set by --testrunuid
+    seed = testrun_uid  # the same in all parallel test processes; set by --testrunuid
     rarer = random.Random(seed).sample(RARER, len(RARER))
     draw = random.Random(f"{seed} {zero}")
     faults = draw.sample([*FAULTS, rarer[zero - 1]], len(FAULTS) + 1)
     training = start(slurm, tiny_latents, tiny_model.parent / "vae", tmp_path / "joint", zero)
     training.reach(1)
-    assert training.ears() == {own_address("", None)[0]}, "a job is heard at the address of its interface alone"
+    assert training.addresses() == {own_address("", None)[0]}, "a job listens at the address of its interface alone"
     for number, fault in enumerate(faults):
         part = STEPS[zero] // (len(faults) + 1)
         step = draw.randrange(number * part + part // 2, (number + 1) * part)
         print(f"seed {seed}, ZeRO-{zero}: {fault.__name__} at step {step}")
         training.reach(step)
-        began, when = starts(training.run), time.monotonic()
+        started, when = starts(training.run), time.monotonic()
         fault(training)
         wait_for(
-            lambda began=began: starts(training.run) > began, 300, f"training does not go on after {fault.__name__}"
+            lambda started=started: starts(training.run) > started,
+            300,
+            f"training did not resume after {fault.__name__}",
         )
-        print(f"  next step after {time.monotonic() - when:.1f} s")
+        print(f"  resumed after {time.monotonic() - when:.1f} s")
     training.finish()
     assert model(training.run) == model(undisturbed / f"zero{zero}")
     assert curves(training.run) == curves(undisturbed / f"zero{zero}")
-    nothing_is_left(slurm, training.job, training.run)
+    check_cleaned_up(slurm, training.job, training.run)
 
 
-def test_two_jobs_on_one_node_do_not_meet(
+def test_two_jobs_on_one_node_do_not_interfere(
     slurm: SlurmCluster, undisturbed: Path, tiny_latents: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Each with a Ray of two workers, heard by this node alone; one is cancelled and leaves nothing, the other ends as
-    if it had been alone."""
+    """Each has a Ray of two workers that listens on loopback alone. One is cancelled and cleans up; the other ends as
+    it does alone."""
     site = tmp_path / "site.yaml"
     site.write_text("cpus_per_task: 2\nsbatch: {nodelist: n1}\n")
     alone = ("--nodes", "1", "--cluster-config", str(site), "compute.workers=2")
@@ -276,29 +284,29 @@ def test_two_jobs_on_one_node_do_not_meet(
         for name in ("first", "second")
     )
     first.reach(1)
-    first.process("RayTrainWorker").suspend()  # so that it is still at it
+    first.process("RayTrainWorker").suspend()  # so that it is still running
     second.reach(1)
     assert slurm.state(first.job) == slurm.state(second.job) == "RUNNING"
-    assert second.ears() == {"127.0.0.1"}, "a job of one node is for nobody outside of it"
+    assert second.addresses() == {"127.0.0.1"}, "a job of one node cannot be reached from outside"
     submit("cancel", first.job)
-    nothing_is_left(slurm, first.job, first.run)
+    check_cleaned_up(slurm, first.job, first.run)
     second.finish()
     assert starts(second.run) == 1 and model(second.run) == model(undisturbed / "zero1")
-    nothing_is_left(slurm, second.job, second.run)
+    check_cleaned_up(slurm, second.job, second.run)
 
 
 def test_fewer_nodes_and_more_again_give_the_same_losses(
     slurm: SlurmCluster, undisturbed: Path, tiny_latents: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Two workers, one, two again: the batch stays, and only the order of sums differs."""
+    """Two workers, one, two again: the batch stays the same, and only the order of sums differs."""
     training = start(slurm, tiny_latents, tiny_model.parent / "vae", tmp_path / "joint", 2, "--min-nodes", "1")
     training.reach(STEPS[2] // 4)
     restarts = slurm.restarts(training.job)
     for node in NODES[1:]:
         slurm.down(node)
     slurm.start_again(training.job, restarts + 1)
-    wait_for(lambda: starts(training.run) > 1, 300, "training does not go on with one node")
-    with held(training, training.driver()):
+    wait_for(lambda: starts(training.run) > 1, 300, "training did not resume on one node")
+    with suspended(training, training.driver()):
         for node in NODES[1:]:
             slurm.up(node)
         other = urgent_job(slurm)
@@ -307,11 +315,11 @@ def test_fewer_nodes_and_more_again_give_the_same_losses(
     training.finish()
     journal = read(training.run / "jobs" / training.job)
     assert [event["workers"] for event in journal if event["event"] == "start"] == [2, 1, 2]
-    ours, whole = curves(training.run), curves(undisturbed / "zero2")
-    assert ours.keys() == whole.keys()
-    losses = [key for key in whole if "loss" in key[1]]
+    ours, undisturbed_curves = curves(training.run), curves(undisturbed / "zero2")
+    assert ours.keys() == undisturbed_curves.keys()
+    losses = [key for key in undisturbed_curves if "loss" in key[1]]
     assert len(losses) > STEPS[2]
     for key in losses:
-        # a density's loss, in nats, has no zero of its own: near it, relative to 1
-        assert ours[key] == pytest.approx(whole[key], rel=1e-5, abs=1e-5), key
-    nothing_is_left(slurm, training.job, training.run)
+        # the loss of a density, in nats, may be near zero: there the tolerance is absolute
+        assert ours[key] == pytest.approx(undisturbed_curves[key], rel=1e-5, abs=1e-5), key
+    check_cleaned_up(slurm, training.job, training.run)
