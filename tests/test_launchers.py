@@ -1,8 +1,10 @@
 """Laws of submission: a dry run shows the job and starts nothing; a job's result is the result of the command."""
 
+import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ import yaml
 from launchers import jobs
 from launchers.driver import run_stage
 from launchers.plan import Step, chain, single
+from launchers.rendezvous import RendezvousClient, RendezvousServer
 from launchers.submit import main
 from mvhpc.config import load_config, to_dict
 from mvhpc.data_stages import PackConfig
@@ -351,3 +354,39 @@ def test_one_line_trains_the_joint_stage_of_the_project(
     assert len(list((folder / "logs").glob("worker-*.log"))) == 4
     again = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False)
     assert again.returncode == 0 and "complete and unchanged: reused runs/demo/joint" in again.stderr
+
+
+# --- connections between nodes ---
+
+
+def test_a_node_does_not_take_a_connection_to_itself_for_node_0() -> None:
+    """A connection to a free port of the ephemeral range can get that very port as its own, and so reach itself."""
+    with socket.socket() as probe:  # connect() draws from the ports of the parity of the range's first
+        first, _ = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+        port = next(p for p in range(first + 4000, first + 8000, 2) if probe.connect_ex(("127.0.0.1", p)))
+    for _ in range(30_000):
+        with pytest.raises(OSError) as refusal:
+            RendezvousClient(f"127.0.0.1:{port}", "token", 1, "n1").close()
+        if "nothing listens" in str(refusal.value):
+            return
+    pytest.skip("no connection reached itself")
+
+
+def test_a_client_without_the_token_is_not_a_node() -> None:
+    """Neither is one that speaks another protocol; the node that comes after them is."""
+    server = RendezvousServer("127.0.0.1", "token")
+    ip, port = server.address.rsplit(":", 1)
+    for line in (b"GET /health HTTP/1.1\r\n\r\n", b'{"node": 1, "token": "other", "name": "n1"}\n', b"[]\n", b"\n"):
+        with socket.create_connection((ip, int(port)), timeout=30) as stranger:
+            stranger.sendall(line)
+            with contextlib.suppress(ConnectionResetError):
+                assert stranger.recv(1) == b""
+    client = RendezvousClient(server.address, "token", 2, "n2")
+    assert server.receive(30) == (2, {"event": "registered", "name": "n2"})
+    client.send({"event": "ray_stopped"})
+    assert server.receive(30) == (2, {"event": "ray_stopped"})
+    server.send({"command": "shutdown"})
+    assert client.receive(30) == (0, {"command": "shutdown"})
+    client.close()
+    assert server.receive(30) == (2, None)
+    server.close()
