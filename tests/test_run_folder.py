@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mvhpc.config import ConfigError, load_config
-from mvhpc.data_stages import PhantomConfig
+from mvhpc.data_stages import PackConfig, PhantomConfig
 from mvhpc.execute import execute, plan
 from mvhpc.runs.folder import exclusive
 from mvhpc.training.vae import VAEConfig
@@ -144,3 +144,11 @@ def test_only_the_split_in_use_identifies_packed_data(tiny_dataset: Path, tmp_pa
     other = dataclasses.replace(again.splits["default"], assignment=again.splits["fold-1-of-3"].assignment)
     dataclasses.replace(again, splits={**again.splits, "default": other}).save(data)
     assert planned("default") != before
+
+
+def test_the_number_of_packing_processes_decides_nothing(tiny_bids: Path, tmp_path: Path) -> None:
+    places = {"source": str(tiny_bids), "out": str(tmp_path / "packed")}
+    prints = {
+        plan("pack", load_config(PackConfig, "pack", "demo", [f"workers={n}"], places)).fingerprint for n in (0, 1, 7)
+    }
+    assert len(prints) == 1
