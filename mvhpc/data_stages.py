@@ -1,4 +1,4 @@
-"""The two stages that make packed data; the work is done by :mod:`shards`."""
+"""The stages ``phantom`` and ``pack``; both call :mod:`shards`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ class PhantomConfig:
     out: str
     subjects: int
     shape: list[int]
-    rich: bool  # a second contrast, a site and a memory score besides
+    rich: bool  # add a second contrast, a site and a memory score
     seed: int
     tracking: Tracking
 
@@ -34,11 +34,12 @@ class PackConfig:
     spacing: float  # mm
     shape: list[int]  # voxels
     max_rejects: str  # "5%" or a count
-    split: list[float]  # train, validation, test
-    group: str  # participants column whose equal values stay on one side; "" for none
-    folds: int  # also record this many cross-validation folds; 0 for none
+    split: list[float]  # fractions of train, validation, test
+    split_column: str  # column of the table that gives the split instead; "" for none
+    group: str  # column whose equal values stay in one part of a split; "" for none
+    folds: int  # number of cross-validation folds to record as well; 0 for none
     seed: int
-    workers: int
+    workers: int  # processes; 0 for one per core
     tracking: Tracking
 
 
@@ -61,6 +62,7 @@ def run_pack(config: PackConfig, run: Run) -> dict[str, Any]:
         shape=(height, width, depth),
         max_rejects=config.max_rejects,
         fractions=tuple(config.split),
+        split_column=config.split_column,
         group=config.group or None,
         folds=config.folds,
         seed=config.seed,

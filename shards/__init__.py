@@ -1,1 +1,1 @@
-"""Data plane: a table of subjects -> canonical volumes -> WebDataset or Zarr shards -> deterministic loaders."""
+"""Data plane: a table of subjects -> canonical volumes -> WebDataset or Zarr shards -> deterministic reading."""

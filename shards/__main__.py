@@ -7,30 +7,34 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from shards.errors import DataError, IntegrityError, TooManyRejects
 
 EXAMPLES = """examples:
-  shards phantom data/phantom --subjects 200 --shape 32 32 32 --seed 0
-  shards pack data/phantom data/packed --format zarr --spacing 6 --shape 32 32 32
-  shards pack my_scans.csv packed --format webdataset --spacing 2 --shape 80 96 80 --max-rejects 5% --group family
+  shards phantom data/phantom --subjects 200 --seed 0
+  shards pack data/phantom data/packed --config demo
+  shards pack my_scans.csv packed --spacing 1 --shape 160 192 160 --max-rejects 5% --group family
   shards split packed --folds 5 --seed 0
   shards verify packed
   shards inspect packed --json
 """
 PACK = """SOURCE is a BIDS folder (participants.tsv, sub-X[/ses-Y]/anat/*_SUFFIX.nii.gz) or a CSV with the columns
-participant_id and path (relative to the CSV; session_id is optional; with several volume variables, one column for
-each, by its name). Each volume is brought to RAS, the spacing and the shape, centred on the brain, intensities in
-[0, 1]; it should be brain-extracted. Faulty rows are listed with their reasons in OUT/rejected.tsv. Interrupted, the
-same command goes on behind the last complete shard.
+participant_id and path (relative to the CSV; session_id is optional; with several volume variables, one column per
+variable, with its name). Each volume is resampled to RAS, the spacing and the shape, centred on the brain, with
+intensities in [0, 1]; it should be brain-extracted. Rejected rows are listed with their reasons in OUT/rejected.tsv.
+After an interruption, the same command resumes after the last complete shard.
+
+Options that are not given come from the preset: configs/pack/NAME.yaml, over configs/pack/default.yaml.
 
 examples:
-  shards pack bids/ packed --spacing 2 --shape 80 96 80
-  shards pack scans.csv packed --format webdataset --spacing 1 --shape 160 192 160 --schema my_schema.yaml --workers 8
+  shards pack bids/ packed
+  shards pack bids/ packed --split 0 0 1          a data set for testing only
+  shards pack bids/ packed --split-column set     column `set` holds train, validation (val, dev) or test
+  shards pack scans.csv packed --config h200 --format webdataset --schema my_schema.yaml --workers 8
 """
-SPLIT = """A recorded split never changes: give another one another NAME. Where the dataset was packed with --group,
-people of one group stay on one side here too.
+SPLIT = """A recorded split never changes; another split needs another NAME. A data set that was packed with --group
+keeps each group in one part here too.
 
 examples:
   shards split packed --folds 5 --seed 0          fold-1-of-5 ... fold-5-of-5
@@ -39,7 +43,7 @@ examples:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors in one line, with the nearest right command."""
+    """Prints errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -49,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     style = argparse.RawDescriptionHelpFormatter
     parser = _Parser(
         prog="shards",
-        description="Brain volumes and what is known of the people -> checked, shuffled, fast-loading shards.",
+        description="Pack brain volumes and clinical data into verified shards for fast random access.",
         epilog=EXAMPLES,
         formatter_class=style,
         allow_abbrev=False,
@@ -61,85 +65,81 @@ def _parser() -> argparse.ArgumentParser:
             name, help=summary, description=summary, epilog=epilog, formatter_class=style, allow_abbrev=False
         )
 
-    phantom = command("phantom", "make procedural brains with a known law of anatomy, as a BIDS folder")
-    phantom.add_argument("out", metavar="OUT", type=Path)
-    phantom.add_argument("--subjects", type=int, default=200, metavar="N", help="default 200")
-    phantom.add_argument(
-        "--shape", type=int, nargs=3, default=[32, 32, 32], metavar="N", help="voxels; default 32 32 32"
+    phantom = command(
+        "phantom", "make procedural brains with a known joint law of anatomy, age and sex, as a BIDS tree"
     )
-    phantom.add_argument("--rich", action="store_true", help="also a T2w-like contrast, five sites and a memory score")
-    phantom.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
+    phantom.add_argument("out", metavar="OUT", type=Path)
+    phantom.add_argument("--config", default="default", metavar="NAME", help="preset under configs/phantom, or a file")
+    phantom.add_argument("--subjects", type=int, metavar="N", help="number of brains")
+    phantom.add_argument("--shape", type=int, nargs=3, metavar="N", help="voxels")
+    phantom.add_argument("--rich", action="store_true", default=None, help="add T2w, five sites and a memory score")
+    phantom.add_argument("--seed", type=int, metavar="N", help="random seed")
     phantom.add_argument("--workers", type=int, default=0, metavar="N", help="processes; default one per core")
 
     pack = command("pack", "pack a BIDS folder or a CSV into shards", PACK)
     pack.add_argument("source", metavar="SOURCE", type=Path)
     pack.add_argument("out", metavar="OUT", type=Path)
-    pack.add_argument("--format", default="zarr", choices=["zarr", "webdataset"], help="default zarr")
-    pack.add_argument("--spacing", type=float, required=True, metavar="MM", help="edge of a voxel")
-    pack.add_argument(
-        "--shape", type=int, nargs=3, required=True, metavar="N", help="voxels: right, anterior, superior"
+    pack.add_argument("--config", default="default", metavar="NAME", help="preset under configs/pack, or a YAML file")
+    pack.add_argument("--format", choices=["zarr", "webdataset"], help="format of the shards")
+    pack.add_argument("--spacing", type=float, metavar="MM", help="edge of a voxel")
+    pack.add_argument("--shape", type=int, nargs=3, metavar="N", help="voxels: right, anterior, superior")
+    pack.add_argument("--schema", metavar="NAME", help="variables: name under configs/schema, or a file")
+    pack.add_argument("--max-rejects", metavar="N|P%", help="fail with more rejected rows")
+    split_source = pack.add_mutually_exclusive_group()
+    split_source.add_argument(
+        "--split", type=float, nargs=3, metavar="F", help="draw a split: fractions of train, validation, test"
     )
-    pack.add_argument(
-        "--schema", default="default", metavar="NAME", help="variables: name under configs/schema, or a file"
-    )
-    pack.add_argument(
-        "--max-rejects", default="5%", metavar="N|P%", help="fail above this many faulty rows; default 5%%"
-    )
-    pack.add_argument(
-        "--split", type=float, nargs=3, default=[0.89, 0.01, 0.10], metavar="F", help="default 0.89 0.01 0.10"
-    )
-    pack.add_argument("--group", default="", metavar="COLUMN", help="keep rows of equal value on one side of a split")
-    pack.add_argument("--folds", type=int, default=0, metavar="K", help="also record K cross-validation folds")
-    pack.add_argument("--seed", type=int, default=0, metavar="N", help="of the splits; default 0")
-    pack.add_argument("--workers", type=int, default=0, metavar="N", help="processes; default one per core")
+    split_source.add_argument("--split-column", metavar="COLUMN", help="take the split from a column of the table")
+    pack.add_argument("--group", metavar="COLUMN", help="keep rows of equal value in one part of a split")
+    pack.add_argument("--folds", type=int, metavar="K", help="also record K cross-validation folds")
+    pack.add_argument("--seed", type=int, metavar="N", help="of the splits")
+    pack.add_argument("--workers", type=int, metavar="N", help="processes; 0 for one per core")
 
-    split = command("split", "record another split, or cross-validation folds, in a packed dataset", SPLIT)
+    split = command("split", "record another split, or cross-validation folds, in a packed data set", SPLIT)
     split.add_argument("out", metavar="OUT", type=Path)
     how = split.add_mutually_exclusive_group(required=True)
-    how.add_argument("--folds", type=int, metavar="K", help="K splits, each with another K-th as its test side")
+    how.add_argument("--folds", type=int, metavar="K", help="K splits, each with another K-th as its test part")
     how.add_argument("--fractions", type=float, nargs=3, metavar="F", help="train, validation, test")
-    split.add_argument("--name", metavar="NAME", help="of the split; for folds, what they begin with (default fold)")
-    split.add_argument("--group", default=None, metavar="COLUMN", help="the column the dataset was packed with")
+    split.add_argument("--name", metavar="NAME", help="of the split; for folds, their prefix (default fold)")
+    split.add_argument("--group", default=None, metavar="COLUMN", help="the column that the data set was packed with")
     split.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
 
-    verify = command("verify", "check every bit of a packed dataset; exit status 1 where one is wrong")
+    verify = command("verify", "compare every file of a packed data set with its checksum; exit status 1 on damage")
     verify.add_argument("out", metavar="OUT", type=Path)
 
-    inspect = command("inspect", "show what a packed dataset holds")
+    inspect = command("inspect", "show the content of a packed data set")
     inspect.add_argument("out", metavar="OUT", type=Path)
-    inspect.add_argument("--json", action="store_true", help="for programs")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of a command: its preset, with the flags that were given over it."""
+    from shards.presets import load_preset
+
+    options = load_preset(args.command, args.config)
+    return options | {name: value for name, value in vars(args).items() if name in options and value is not None}
 
 
 def _phantom(args: argparse.Namespace) -> None:
     from shards.phantom.make import make_phantoms
 
+    options = _options(args)
     try:
-        make_phantoms(args.out, args.subjects, tuple(args.shape), args.seed, args.workers, args.rich)
+        make_phantoms(args.out, workers=args.workers, **{**options, "shape": tuple(options["shape"])})
     except ValueError as error:
         raise DataError(str(error)) from error
-    print(
-        f"{args.subjects} phantoms in {args.out}; pack them with: shards pack {args.out} OUT --spacing MM --shape N N N"
-    )
+    print(f"{options['subjects']} phantoms in {args.out}; pack them with: shards pack {args.out} OUT --config demo")
 
 
 def _pack(args: argparse.Namespace) -> None:
     from shards.pack import pack
 
-    summary = pack(
-        args.source,
-        args.out,
-        storage=args.format,
-        schema=args.schema,
-        spacing=args.spacing,
-        shape=args.shape,
-        max_rejects=args.max_rejects,
-        fractions=args.split,
-        group=args.group,
-        folds=args.folds,
-        seed=args.seed,
-        workers=args.workers,
-    )
+    options = _options(args)
+    if args.split:  # over a split column of the preset
+        options["split_column"] = ""
+    storage, fractions = options.pop("format"), options.pop("split")
+    summary = pack(args.source, args.out, storage=storage, fractions=fractions, **options)
     print(
         f"packed {summary['packed']:,} of {summary['rows']:,} rows ({summary['subjects']:,} subjects) "
         f"into {args.out}, {summary['bytes'] / 2**20:,.1f} MiB"
@@ -163,21 +163,21 @@ def _split(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> None:
     from shards.verify import verify
 
-    damages = 0
+    damaged = 0
     for line in verify(args.out):
-        damages += 1
+        damaged += 1
         print(line, file=sys.stderr)
-    if damages:
-        raise IntegrityError(f"{args.out}: {damages} damaged; restore these files or pack again")
-    print(f"{args.out}: every bit as written")
+    if damaged:
+        raise IntegrityError(f"{args.out}: {damaged} damaged; restore these files or pack again")
+    print(f"{args.out}: intact")
 
 
 def _inspect(args: argparse.Namespace) -> None:
     from shards.index import Index
-    from shards.report import describe, render
+    from shards.summary import format_summary, summarize
 
-    content = describe(Index.load(args.out))
-    print(json.dumps(content, indent=2) if args.json else render(content))
+    summary = summarize(Index.load(args.out))
+    print(json.dumps(summary, indent=2) if args.json else format_summary(summary))
 
 
 COMMANDS = {"phantom": _phantom, "pack": _pack, "split": _split, "verify": _verify, "inspect": _inspect}
@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the `shards` command.
 
     Returns:
-        0; 1 for damaged data or too many faulty rows; 2 for input or arguments that cannot be used.
+        0; 1 for damaged data or too many rejected rows; 2 for input or arguments that cannot be used.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = _parser()
@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         COMMANDS[args.command](args)
-    except BrokenPipeError:  # the reader of our output, `head` say, had enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (DataError, OSError) as error:
         print(f"shards {args.command}: {error}", file=sys.stderr)

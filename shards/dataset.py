@@ -1,4 +1,4 @@
-"""Reading a packed dataset."""
+"""Reading a packed data set."""
 
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ from shards.tar_shards import TarReader
 
 
 class Dataset:
-    """Random access to a packed dataset of either format. Safe to share among threads and to pickle.
+    """Random access to a packed data set of either format. Thread-safe and picklable.
 
     Args:
-        folder: where ``index.json`` lies.
+        folder: the folder with ``index.json``.
 
     Raises:
-        DataError: no packed dataset in the folder.
+        DataError: no packed data set in the folder.
         IntegrityError: a damaged index.
     """
 
@@ -46,7 +46,7 @@ class Dataset:
 
         Args:
             part: ``train``, ``validation`` or ``test``; None or ``all`` for every key.
-            split: which recorded split.
+            split: name of a recorded split.
 
         Raises:
             DataError: an unknown part or split.
@@ -77,14 +77,14 @@ class Dataset:
         return variable in self.record(key).checksums
 
     def read(self, key: str, variable: str) -> NDArray[Any]:
-        """One volume, as stored, its checksum verified.
+        """One volume as stored, its checksum verified.
 
         Returns:
             Read-only array of the index's shape and dtype (volumes: float16 (H, W, D) in [0, 1], RAS).
 
         Raises:
-            LookupError: no such record, or the volume is missing of it.
-            IntegrityError: the stored bytes are not the ones written; names the member.
+            LookupError: no such record, or a record without that volume.
+            IntegrityError: the stored bytes differ from those written; names the record and the volume.
         """
         record = self.record(key)
         if variable not in record.checksums:
@@ -95,11 +95,11 @@ class Dataset:
         array.setflags(write=False)
         return array
 
-    def damage(self, file: str) -> list[str]:
-        """The damaged members of one file of the dataset."""
-        return list(self._reader.damage(file))
+    def damaged_members(self, file: str) -> list[str]:
+        """The damaged members of one file of the data set."""
+        return list(self._reader.damaged_members(file))
 
 
 def open_dataset(folder: str | Path) -> Dataset:
-    """Open a packed dataset of either format; see :class:`Dataset`."""
+    """Open a packed data set of either format; see :class:`Dataset`."""
     return Dataset(folder)

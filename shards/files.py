@@ -1,4 +1,4 @@
-"""Files and folders written whole or not at all (a temporary name beside the target, fsync, rename), and locks."""
+"""Atomic files and folders (temporary name beside the target, flushed to disk, renamed), and file locks."""
 
 import contextlib
 import fcntl
@@ -25,7 +25,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; it becomes ``path`` when the block ends well and is removed otherwise."""
+    """Yield a temporary path to write to; it becomes ``path`` where the block succeeds and is removed otherwise."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
@@ -38,13 +38,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill; it becomes ``path`` when the block ends well and is removed otherwise.
+    """Yield a temporary folder to fill; it becomes ``path`` where the block succeeds and is removed otherwise.
 
     Raises:
-        FileExistsError: where ``path`` is there already and not an empty folder.
+        FileExistsError: ``path`` exists and is not an empty folder.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} is there already; remove it or choose another name")
+        raise FileExistsError(f"{path} exists already and is not empty; remove it or choose another name")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -69,13 +69,13 @@ def is_complete(path: Path) -> bool:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` whole."""
+    """Write ``content`` to ``path`` atomically."""
     with atomic_file(path) as part:
         part.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` whole, as UTF-8."""
+    """Write ``text`` to ``path`` atomically, as UTF-8."""
     write_bytes(path, text.encode())
 
 

@@ -1,4 +1,4 @@
-"""The index of a packed dataset: what it holds, where each volume lies, checksums, splits, provenance."""
+"""The index of a packed data set: records, location and checksum of each volume, splits, provenance."""
 
 import dataclasses
 import hashlib
@@ -26,9 +26,9 @@ class Record:
     Attributes:
         key: ``sub-X`` or ``sub-X_ses-Y``, unique.
         subject: ``sub-X``.
-        group: name of the set of subjects that stay on one side of a split (the first of them).
+        group: the subject's group, which a split does not divide; named by its first subject.
         values: scalar variable -> value, None where missing.
-        checksums: volume variable -> SHA-256 of the array's bytes (C order, little endian); missing ones are left out.
+        checksums: volume variable -> SHA-256 of the array's bytes (C order, little endian), without missing volumes.
         shard: the tar file, relative to the folder; empty in a Zarr store.
         offsets: volume variable -> byte offset of the array in the tar file, or row in the Zarr array.
     """
@@ -44,15 +44,15 @@ class Record:
 
 @dataclass(frozen=True)
 class Split:
-    """Who is on which side, and how that was drawn.
+    """The part of each record, and how it was chosen.
 
     Attributes:
-        method: ``fractions`` or ``folds``.
+        method: ``fractions`` or ``folds`` for a draw; ``column`` for a split that the source's table gave.
         seed: of the draw.
         fractions: train, validation and test, for ``fractions``.
-        folds: [this fold (from 1), how many], for ``folds``.
-        group: the table's column whose equal values stay on one side; empty for none.
-        assignment: key -> ``train``, ``validation`` or ``test``.
+        folds: [number of this fold (from 1), number of folds], for ``folds``.
+        group: the table's column of groups that are not divided; empty for none.
+        assignment: key -> ``train``, ``validation`` or ``test``; records without a part are left out.
     """
 
     method: str
@@ -73,12 +73,12 @@ class Index:
         schema: the variables.
         arrays: volume variable -> {shape, dtype} of one record's array.
         grid: of the volumes: {spacing (mm), shape (voxels), affine (4 x 4, voxel to RAS mm, origin at the centre)}.
-        group: the table's column that records were grouped by; empty for none.
+        group: the table's column of groups; empty for none.
         records: in the order of the table.
-        files: path relative to the folder -> {bytes, sha256}, of every file but the index.
+        files: path relative to the folder -> {bytes, sha256}, of every file except the index.
         splits: by name.
         provenance: software versions, arguments without paths, hash of the source.
-        extra: what the writer adds (for latents: their scale and the autoencoder's hash).
+        extra: further metadata of the writer (for latents: their scale and the autoencoder's hash).
     """
 
     kind: str
@@ -95,7 +95,7 @@ class Index:
 
     @property
     def digest(self) -> str:
-        """SHA-256 that identifies the data: equal for equal content in either format, whatever the splits."""
+        """SHA-256 that identifies the data: equal for equal content in either format, independent of the splits."""
         content = self.to_dict()
         content["records"] = [[r.key, r.subject, r.values, r.checksums] for r in self.records]
         parts = {k: content[k] for k in ("kind", "schema", "arrays", "grid", "records", "extra")}
@@ -105,7 +105,7 @@ class Index:
         """The split of that name.
 
         Raises:
-            DataError: naming the nearest known one.
+            DataError: an unknown name; the message names the nearest known one.
         """
         if name not in self.splits:
             raise DataError(nearest(name, self.splits, "split"))
@@ -120,8 +120,8 @@ class Index:
         return {"version": VERSION, **content}
 
     def save(self, folder: Path) -> None:
-        """Write ``index.json`` whole, with its own checksum in it."""
-        write_bytes(folder / NAME, _render(self.to_dict()))
+        """Write ``index.json`` atomically, with its own checksum in it."""
+        write_bytes(folder / NAME, _serialize(self.to_dict()))
 
     @classmethod
     def load(cls, folder: str | Path) -> "Index":
@@ -129,21 +129,21 @@ class Index:
 
         Raises:
             DataError: no index in the folder, or one of another version.
-            IntegrityError: an index that is not, byte for byte, as it was written.
+            IntegrityError: an index that differs from what was written.
         """
         path = Path(folder) / NAME
         try:
             raw = path.read_bytes()
         except OSError as error:
-            raise DataError(f"{folder}: no packed dataset here ({NAME}: {error.strerror})") from error
+            raise DataError(f"{folder}: no packed data set here ({NAME}: {error.strerror})") from error
         try:
             content = json.loads(raw)
             content.pop("checksum")
-            whole = _render(content) == raw
+            intact = _serialize(content) == raw
         except (ValueError, KeyError, TypeError, AttributeError):
-            whole = False
-        if not whole:
-            raise IntegrityError(f"{path}: damaged (its own checksum does not match); pack again or restore it")
+            intact = False
+        if not intact:
+            raise IntegrityError(f"{path}: damaged (its own checksum does not match); restore it or pack again")
         version = content.pop("version")
         if version != VERSION:
             raise DataError(f"{path}: format version {version}, this program reads {VERSION}")
@@ -158,7 +158,7 @@ def array_checksum(array: NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
-def _render(content: dict[str, Any]) -> bytes:
+def _serialize(content: dict[str, Any]) -> bytes:
     text = json.dumps(content, indent=1, allow_nan=False)
     checksum = hashlib.sha256(text.encode()).hexdigest()
     return json.dumps({**content, "checksum": checksum}, indent=1, allow_nan=False).encode() + b"\n"

@@ -1,4 +1,4 @@
-"""The order in which training sees samples, and loading them ahead in that order."""
+"""The order of training samples, and prefetching in that order."""
 
 import functools
 import itertools
@@ -16,20 +16,20 @@ T = TypeVar("T")
 
 
 class Order:
-    """The order in which samples are seen: a permutation per epoch, cut into global batches.
+    """The order of training samples: a permutation per epoch, divided into global batches.
 
-    A pure function of the step: any number of workers sees the same global batches, and a resumed run goes on where
-    it was. A batch may reach from one epoch into the next: nothing is dropped, nothing repeated within an epoch.
+    A pure function of the step: the global batches do not depend on the number of workers, and a resumed run continues
+    with the same ones. A batch may extend from one epoch into the next: within an epoch each sample comes exactly once.
 
     Args:
-        n: samples.
-        batch: samples per step over all workers together.
+        n: number of samples.
+        batch: samples per step, over all workers.
         seed: of the permutations.
     """
 
     def __init__(self, n: int, batch: int, seed: int) -> None:
         if n < 1 or batch < 1:
-            raise DataError(f"an order needs samples and a batch size of one or more, not {n} and {batch}")
+            raise DataError(f"{n} samples in batches of {batch}: at least one sample and a batch of one are needed")
         self.n, self.batch, self.seed = n, batch, seed
         self._epoch = functools.lru_cache(maxsize=2)(self._permutation)
 
@@ -41,7 +41,7 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps after which each sample has been seen at least once."""
+        """Steps after which each sample has come at least once."""
         return -(-self.n // self.batch)
 
     def indices(self, step: int) -> list[int]:
@@ -50,7 +50,7 @@ class Order:
         return [int(self._epoch(p // self.n)[p % self.n]) for p in range(start, start + self.batch)]
 
     def part(self, step: int, rank: int, world: int) -> list[int]:
-        """The contiguous share of a step's global batch that worker ``rank`` of ``world`` takes."""
+        """The contiguous part of a step's global batch that belongs to worker ``rank`` of ``world``."""
         return self.indices(step)[self.batch * rank // world : self.batch * (rank + 1) // world]
 
 
@@ -58,15 +58,15 @@ def prefetch(load: Callable[[int], T], steps: Iterable[int], threads: int = 2, d
     """Yield ``load(step)`` in the order of ``steps``, loaded ahead in threads.
 
     Args:
-        load: called in threads; it keeps clear of what works with several threads itself, as torch's indexing does.
-            Each caller gets an OpenMP team of its own, and with more threads than cores those of all teams sleep when
-            they wait, those of a training step too, which then took 1.6 times as long on two cores.
+        load: called in threads. It should not call multithreaded operations, such as torch's indexing: each calling
+            thread gets its own OpenMP team, and with more threads than cores all teams wait asleep, that of the
+            training step too, which took 1.6 times as long on two cores.
         steps: may be endless.
-        threads: that load.
-        depth: results loaded ahead at most.
+        threads: number of loading threads.
+        depth: largest number of results loaded ahead.
 
     Raises:
-        Exception: what ``load`` raised, at its step's turn.
+        Exception: raised by ``load``; it is raised here when its step is due.
     """
     remaining = iter(steps)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")

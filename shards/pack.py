@@ -1,4 +1,4 @@
-"""Packing: a table of people -> a dataset of canonical volumes, in parallel, going on after an interruption."""
+"""Packing: a table of participants -> a data set of canonical volumes, in parallel; resumes after an interruption."""
 
 import contextlib
 import hashlib
@@ -8,7 +8,7 @@ import platform
 import re
 import signal
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
@@ -18,32 +18,33 @@ from typing import Any, TypedDict
 from shards.cpus import available_cores
 from shards.errors import DataError, TooManyRejects
 from shards.files import write_bytes
-from shards.index import Index
+from shards.index import Index, Split
 from shards.participants import Reject, Row, Table, read_table
 from shards.progress import Progress
 from shards.schema import Schema
-from shards.split import draw_folds, draw_fractions, merge_groups
+from shards.split import check_groups, draw_folds, draw_fractions, merge_groups
 from shards.volumes import Canonical, canonical, grid
 from shards.writer import DatasetWriter
 
 FRACTIONS = (0.89, 0.01, 0.10)  # the MetaVoxel paper: 9,078 / 108 / 968 subjects
 REJECTED = "rejected.tsv"
-CROPPED = 0.02  # share of a brain outside the box that is worth a warning
+CROPPED = 0.02  # share of a brain outside the box from which on a row is reported
+NAMED = 10  # keys in one note
 PACKAGES = ("numpy", "scipy", "nibabel", "zarr", "mvhpc")
 
 
 class Summary(TypedDict):
-    """What a packing did.
+    """Counts and messages of a packing.
 
     Attributes:
         rows: of the source.
-        packed: of them.
-        rejected: of them, listed in ``rejected.tsv``.
-        subjects: that the packed rows come from.
+        packed: rows packed.
+        rejected: rows rejected, which ``rejected.tsv`` lists.
+        subjects: of the packed rows.
         missing: variable -> packed rows without it.
         cropped: packed rows that lose more than 2 % of the brain to the box.
-        bytes: of the dataset's files.
-        notes: for the user.
+        bytes: of the data set's files.
+        notes: messages for the user.
     """
 
     rows: int
@@ -66,6 +67,7 @@ def pack(
     shape: Sequence[int],
     max_rejects: str | int = "5%",
     fractions: Sequence[float] = FRACTIONS,
+    split_column: str = "",
     group: str | None = None,
     folds: int = 0,
     seed: int = 0,
@@ -73,42 +75,49 @@ def pack(
 ) -> Summary:
     """Pack a BIDS folder or a CSV into ``out``.
 
-    The result does not depend on ``workers``, bit for bit, nor on interruptions: called again with the same arguments
-    after one, it goes on behind the last complete shard.
+    The result does not depend on ``workers`` or on interruptions, bit for bit: called again with the same arguments,
+    an interrupted packing resumes after the last complete shard.
 
     Args:
         source: see :func:`shards.participants.read_table`.
-        out: folder, without a dataset in it.
+        out: folder without a packed data set.
         storage: ``zarr`` or ``webdataset``.
         schema: a schema, or the name or file of one.
         spacing: mm.
         shape: voxels.
-        max_rejects: largest number of faulty rows, or share of all rows as in ``5%``.
-        fractions: of subjects in train, validation and test.
-        group: column whose equal values stay on one side of a split; None for no such column.
-        folds: also record this many cross-validation folds; 0 for none.
-        seed: of the splits.
+        max_rejects: largest number of rejected rows, or share of all rows as in ``5%``.
+        fractions: of subjects in the train, validation and test parts of the split ``default``.
+        split_column: column that gives the part of each row instead; see :func:`shards.split.parse_part`. Rows without
+            a value are packed and belong to no part.
+        group: column of groups, whose subjects belong to one part of a split; None for none.
+        folds: number of cross-validation folds to record as well; 0 for none.
+        seed: of the draws of splits.
         workers: processes; 0 for one per core.
 
     Returns:
-        A summary; ``out/rejected.tsv`` lists the rows that were left out, and why.
+        A summary; ``out/rejected.tsv`` lists the rejected rows with their reasons.
 
     Raises:
         DataError: source or arguments that cannot be used.
-        TooManyRejects: ``out`` then holds ``rejected.tsv`` and no dataset.
+        TooManyRejects: ``out`` then holds ``rejected.tsv`` and no data set.
     """
     schema = schema if isinstance(schema, Schema) else Schema.load(schema)
     group = group or ""
-    size = _check(schema, spacing, shape)
-    table = read_table(source, schema, group)
+    size = _check_arguments(schema, spacing, shape)
+    table = read_table(source, schema, group, split_column)
     if not table.rows:
         raise DataError(f"{source}: the table has no rows")
-    allowed = _allowed(max_rejects, len(table.rows))
-    draw_fractions([], fractions, seed)  # refuses bad fractions before hours of work
+    allowed = _allowed_rejects(max_rejects, len(table.rows))
+    rows = [row for row in table.rows if isinstance(row, Row)]
+    groups = merge_groups([(row.subject, row.group) for row in rows])
+    if split_column:  # a split that cannot be used is refused before hours of work
+        _check_split_column(rows, groups, split_column)
+    else:
+        draw_fractions([], fractions, seed)
     arrays = {v.name: {"shape": size, "dtype": "<f2"} for v in schema.volumes}
     target = grid(spacing, size)
     token = _token(table, schema, target, storage, group)
-    arguments = {
+    arguments: dict[str, Any] = {
         "source": table.kind,
         "spacing": spacing,
         "shape": list(size),
@@ -119,9 +128,11 @@ def pack(
         "folds": folds,
         "seed": seed,
     }
+    if split_column:
+        arguments |= {"fractions": [], "split_column": split_column}
     writer = DatasetWriter(out, storage, "volumes", schema, arrays, target, group=group, token=token)
     with contextlib.closing(writer):
-        _fill(writer, table, spacing, size, workers or available_cores())
+        _convert_and_write(writer, table.rows, groups, spacing, size, workers or available_cores())
         packed = [n for n in writer.notes if "sources" in n]
         rejects = [n for n in writer.notes if "reason" in n]
         listing = _listing(rejects)
@@ -130,10 +141,15 @@ def pack(
             write_bytes(listed, listing)
             raise TooManyRejects(
                 f"{len(rejects)} of {len(table.rows)} rows are faulty ({max_rejects} allowed), first "
-                f"{_plain(rejects[0]['key'])}: {_plain(rejects[0]['reason'])}; all are listed in {listed}. "
-                "Mend them, or raise the limit: complete shards are then reused"
+                f"{_one_line(rejects[0]['key'])}: {_one_line(rejects[0]['reason'])}; all are listed in {listed}. "
+                "Correct them, or raise the limit: complete shards are then reused"
             )
-        splits = {"default": draw_fractions(writer.records, fractions, seed, group)}
+        if split_column:
+            part = {row.key: row.part for row in rows if row.part}
+            assignment = {r.key: part[r.key] for r in writer.records if r.key in part}
+            splits = {"default": Split("column", 0, [], [], group, assignment)}
+        else:
+            splits = {"default": draw_fractions(writer.records, fractions, seed, group)}
         if folds:
             splits |= draw_folds(writer.records, folds, seed, group)
         provenance = {
@@ -147,25 +163,38 @@ def pack(
     return _summary(index, table, packed, len(rejects))
 
 
-def _fill(writer: DatasetWriter, table: Table, spacing: float, shape: tuple[int, int, int], workers: int) -> None:
+def _check_split_column(rows: Sequence[Row], groups: Mapping[str, str], column: str) -> None:
+    """Refuse a split column without any value, or one that divides a group."""
+    if rows and not any(row.part for row in rows):
+        raise DataError(f"column {column!r} has no value in any row; expected train, validation or test")
+    check_groups([(row.subject, groups[row.subject], row.part) for row in rows], column)
+
+
+def _convert_and_write(
+    writer: DatasetWriter,
+    rows: Sequence[Row | Reject],
+    groups: Mapping[str, str],
+    spacing: float,
+    shape: tuple[int, int, int],
+    workers: int,
+) -> None:
     """Convert and write the rows that the writer has no note of yet; each row leaves one note."""
     done = len(writer.notes)
-    together = merge_groups([(r.subject, r.group) for r in table.rows if isinstance(r, Row)])
-    with Progress("packing", len(table.rows), "volume", initial=done) as bar:
-        for row, outcome in _convert_all(table.rows[done:], spacing, shape, workers):
+    with Progress("packing", len(rows), "volume", initial=done) as bar:
+        for row, outcome in _convert_all(rows[done:], spacing, shape, workers):
             if isinstance(outcome, str) or isinstance(row, Reject):
                 writer.note({"line": row.line, "key": row.key, "reason": outcome})
             else:
                 hashes = {name: volume.sha256 for name, volume in outcome.items()}
                 writer.note({"key": row.key, "sources": hashes, "cropped": max(v.cropped for v in outcome.values())})
                 voxels = {name: volume.voxels for name, volume in outcome.items()}
-                writer.add(row.key, row.subject, row.values, voxels, together[row.subject])
+                writer.add(row.key, row.subject, row.values, voxels, groups[row.subject])
             bar.update()
 
 
 def _listing(rejects: Sequence[dict[str, Any]]) -> bytes:
     """The content of ``rejected.tsv``."""
-    lines = [f"{n['line']}\t{_plain(n['key'])}\t{_plain(n['reason'])}\n" for n in rejects]
+    lines = [f"{n['line']}\t{_one_line(n['key'])}\t{_one_line(n['reason'])}\n" for n in rejects]
     return "".join(["line\tkey\treason\n", *lines]).encode()
 
 
@@ -176,9 +205,17 @@ def _summary(index: Index, table: Table, packed: Sequence[dict[str, Any]], rejec
         worst = max(cropped, key=lambda n: n["cropped"])
         notes.append(
             f"{len(cropped)} volumes lose more than {CROPPED:.0%} of their signal to the box "
-            f"({worst['key']} {worst['cropped']:.0%}): take a larger --shape"
+            f"({worst['key']} {worst['cropped']:.0%}): choose a larger --shape"
         )
     records, schema = index.records, index.schema
+    assignment = index.split().assignment
+    without = [r.key for r in records if r.key not in assignment]
+    if without:
+        more = f" and {len(without) - NAMED} more" if len(without) > NAMED else ""
+        notes.append(
+            f"{len(without)} rows have no value in the split column and belong to no part: "
+            f"{', '.join(without[:NAMED])}{more}"
+        )
     return Summary(
         rows=len(table.rows),
         packed=len(packed),
@@ -194,7 +231,7 @@ def _summary(index: Index, table: Table, packed: Sequence[dict[str, Any]], rejec
     )
 
 
-def _check(schema: Schema, spacing: float, shape: Sequence[int]) -> tuple[int, int, int]:
+def _check_arguments(schema: Schema, spacing: float, shape: Sequence[int]) -> tuple[int, int, int]:
     if not schema.volumes:
         raise DataError("the schema has no volume variable: nothing to pack")
     if not 0.1 <= spacing <= 50:
@@ -204,15 +241,15 @@ def _check(schema: Schema, spacing: float, shape: Sequence[int]) -> tuple[int, i
     return int(shape[0]), int(shape[1]), int(shape[2])
 
 
-def _allowed(limit: str | int, rows: int) -> int:
-    """The largest number of faulty rows."""
+def _allowed_rejects(limit: str | int, rows: int) -> int:
+    """The largest number of rejected rows."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", str(limit).strip())
     if not match or (not match[2] and "." in match[1]) or (match[2] and float(match[1]) > 100):
-        raise DataError(f"max-rejects {limit!r}: expected a count, or a share of the rows as in 5%")
+        raise DataError(f"max-rejects {limit!r}: expected a number of rows, or a share of them as in 5%")
     return int(float(match[1]) / 100 * rows + 1e-9) if match[2] else int(match[1])
 
 
-def _plain(text: str) -> str:
+def _one_line(text: str) -> str:
     """One line without tabs."""
     return " ".join(str(text).split())
 
@@ -222,7 +259,7 @@ def _digest(content: Any) -> str:
 
 
 def _token(table: Table, schema: Schema, target: dict[str, Any], storage: str, group: str) -> str:
-    """Identifies what is being packed: an interrupted packing goes on only where all of this is the same."""
+    """Hash of everything that decides the shards; an interrupted packing resumes only where it is the same."""
     files = [
         [row.key, name, path.stat().st_size, path.stat().st_mtime_ns]
         for row in table.rows
@@ -237,7 +274,7 @@ Outcome = str | dict[str, Canonical]
 
 
 def _convert(row: Row, spacing: float, shape: tuple[int, int, int]) -> Outcome:
-    """A row's canonical volumes, or the reason why there are none."""
+    """A row's canonical volumes, or the reason for its rejection."""
     volumes = {}
     for name, path in row.files.items():
         try:
@@ -259,19 +296,19 @@ def _convert_all(
         for row in rows:
             yield row, row.reason if isinstance(row, Reject) else _convert(row, spacing, shape)
         return
-    context = multiprocessing.get_context("spawn")  # the caller may have threads, which fork does not survive
-    pool = ProcessPoolExecutor(workers, context, initializer=_quiet)
+    context = multiprocessing.get_context("spawn")  # fork is unsafe where the caller has threads
+    pool = ProcessPoolExecutor(workers, context, initializer=_ignore_interrupts)
     pending: deque[tuple[Row | Reject, Future[Outcome] | str]] = deque()
     try:
         for row in rows:
             pending.append((row, row.reason if isinstance(row, Reject) else pool.submit(_convert, row, spacing, shape)))
-            if len(pending) > 4 * workers:  # bounds the results that wait in memory
+            if len(pending) > 4 * workers:  # bounds the results held in memory
                 yield _result(*pending.popleft())
         while pending:
             yield _result(*pending.popleft())
     except BrokenProcessPool:
         raise DataError(
-            "a worker process was killed, for want of memory most likely: try fewer workers; complete shards are reused"
+            "a worker process was killed, most likely for lack of memory: use fewer workers; complete shards are reused"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -281,5 +318,5 @@ def _result(row: Row | Reject, outcome: Future[Outcome] | str) -> tuple[Row | Re
     return row, outcome if isinstance(outcome, str) else outcome.result()
 
 
-def _quiet() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers

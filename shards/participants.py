@@ -1,4 +1,4 @@
-"""A table of people -> rows ready to pack: a BIDS tree, or a CSV with a column of paths."""
+"""Reading tables of participants: a BIDS tree, or a CSV with a column of paths -> rows ready to pack."""
 
 import csv
 import hashlib
@@ -11,19 +11,31 @@ from pathlib import Path
 
 from shards.errors import DataError, nearest
 from shards.schema import MISSING, Schema, Value, Variable
+from shards.split import parse_part
 
-ID, SESSION, PATH = "participant_id", "session_id", "path"  # participant_id and session_id are BIDS' own names
+ID, SESSION, PATH = "participant_id", "session_id", "path"  # the first two are names of the BIDS specification
 LABEL = re.compile(r"[A-Za-z0-9_+-]{1,40}")  # safe in file names, tar members and webdataset keys (which end at a dot)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One visit: who, the scalar values, the volume files that there are, and the group ('' for none)."""
+    """One visit of one subject.
+
+    Attributes:
+        line: of the table.
+        key: ``sub-X`` or ``sub-X_ses-Y``.
+        subject: ``sub-X``.
+        group: value of the group column; empty for none.
+        part: ``train``, ``validation`` or ``test``, from the split column; empty for none.
+        values: scalar variable -> value, None where missing.
+        files: volume variable -> file; missing ones are left out.
+    """
 
     line: int
     key: str
     subject: str
     group: str
+    part: str
     values: dict[str, Value]
     files: dict[str, Path]
 
@@ -39,7 +51,14 @@ class Reject:
 
 @dataclass(frozen=True)
 class Table:
-    """What a source holds: ``kind`` is ``bids`` or ``csv``, ``notes`` are for the user, ``sha256`` is of its tables."""
+    """The content of a source.
+
+    Attributes:
+        kind: ``bids`` or ``csv``.
+        rows: in the order of the table.
+        notes: messages for the user.
+        sha256: of the source's tables.
+    """
 
     kind: str
     rows: list[Row | Reject]
@@ -56,26 +75,27 @@ class _Sheet:
     text: str
 
 
-def read_table(source: str | Path, schema: Schema, group: str = "") -> Table:
+def read_table(source: str | Path, schema: Schema, group: str = "", split_column: str = "") -> Table:
     """Read the rows of a BIDS folder or a CSV (or TSV) file.
 
     Args:
         source: a folder with ``participants.tsv``, or a table with the columns ``participant_id`` and ``path`` (or one
             column for each volume variable; ``session_id`` optional), paths relative to the table.
         schema: the variables.
-        group: column whose equal values keep subjects together; empty for none.
+        group: column of groups, whose subjects belong to one part of a split; empty for none.
+        split_column: column with the part of each row, see :func:`shards.split.parse_part`; empty for none.
 
     Returns:
-        Rows in the order of the table, each to be packed or rejected with its reason.
+        Rows in the order of the table, each either ready to pack or rejected with a reason.
 
     Raises:
-        DataError: the source cannot be read at all, or lacks a column.
+        DataError: the source cannot be read, lacks a column, or has an unknown word in the split column.
     """
     source = Path(source)
     if source.is_dir():
-        return _read_bids(source, schema, group)
+        return _read_bids(source, schema, group, split_column)
     if source.is_file():
-        return _read_csv(source, schema, group)
+        return _read_csv(source, schema, group, split_column)
     raise DataError(f"{source}: no such folder or file; give a BIDS folder or a CSV")
 
 
@@ -104,7 +124,7 @@ def _read_sheet(path: Path) -> _Sheet:
     return _Sheet(columns, rows, text)
 
 
-def _need(columns: list[str], wanted: str, path: Path, remedy: str = "") -> None:
+def _require_column(columns: list[str], wanted: str, path: Path, remedy: str = "") -> None:
     if wanted not in columns:
         raise DataError(f"{path}: {nearest(wanted, columns, 'column')}{remedy}")
 
@@ -118,24 +138,34 @@ def _prefixed(prefix: str, label: str) -> str:
 
 
 class _Reader:
-    """Turns cells and files into rows, remembering the keys seen."""
+    """Turns cells and files into rows; finds duplicate keys."""
 
-    def __init__(self, schema: Schema, group: str) -> None:
-        self.schema, self.group = schema, group
+    def __init__(self, path: Path, schema: Schema, group: str, split_column: str) -> None:
+        self.path, self.schema, self.group, self.split_column = path, schema, group, split_column
         self.rows: list[Row | Reject] = []
         self.seen: dict[str, int] = {}
 
     def add(self, line: int, cells: Mapping[str, str], find: Callable[[Variable], Path | None]) -> None:
-        """Judge one visit; ``find`` gives a volume's file, None where there is none, or raises ValueError."""
+        """Append the row of one visit.
+
+        Args:
+            line: of the table.
+            cells: column -> cell.
+            find: gives a volume's file, None where there is none, or raises ValueError.
+
+        Raises:
+            DataError: an unknown word in the split column.
+        """
         subject, session = cells[ID], cells.get(SESSION, "")
         if _missing(subject):
             self.rows.append(Reject(line, "", f"no {ID}"))
             return
         subject = _prefixed("sub-", subject)
-        parts = [subject] if _missing(session) else [subject, _prefixed("ses-", session)]
-        key = "_".join(parts)
+        part = self._part(line, subject, cells.get(self.split_column, ""))
+        labels = [subject] if _missing(session) else [subject, _prefixed("ses-", session)]
+        key = "_".join(labels)
         try:
-            if not all(map(LABEL.fullmatch, parts)):
+            if not all(map(LABEL.fullmatch, labels)):
                 raise ValueError("an id may hold letters, digits, -, _ and + only, 40 at most")
             if key in self.seen:
                 raise ValueError(f"duplicate id: {key} stands in line {self.seen[key]} already")
@@ -149,18 +179,28 @@ class _Reader:
             self.rows.append(Reject(line, key, str(error)))
             return
         group = cells.get(self.group, "")
-        self.rows.append(Row(line, key, subject, "" if _missing(group) else group, values, files))
+        self.rows.append(Row(line, key, subject, "" if _missing(group) else group, part, values, files))
+
+    def _part(self, line: int, subject: str, cell: str) -> str:
+        """The part of a split that a cell names, '' where it is missing."""
+        try:
+            return "" if _missing(cell) else parse_part(cell)
+        except ValueError as error:  # not a row to reject: without it the split would be another one
+            raise DataError(f"{self.path}: line {line}, {subject}, column {self.split_column!r}: {error}") from error
 
 
-def _read_csv(path: Path, schema: Schema, group: str) -> Table:
+def _read_csv(path: Path, schema: Schema, group: str, split_column: str) -> Table:
     sheet = _read_sheet(path)
     volumes = schema.volumes
     columns = {v.name: v.column for v in volumes}
     if len(volumes) == 1 and volumes[0].column not in sheet.columns:
         columns = {volumes[0].name: PATH}
-    for needed in (ID, *columns.values(), *(v.column for v in schema.scalars), *([group] if group else [])):
-        _need(sheet.columns, needed, path, " (the schema's `column` can name another)" if needed in schema else "")
-    reader = _Reader(schema, group)
+    optional = [column for column in (group, split_column) if column]
+    for needed in (ID, *columns.values(), *(v.column for v in schema.scalars), *optional):
+        _require_column(
+            sheet.columns, needed, path, " (the schema's `column` can name another)" if needed in schema else ""
+        )
+    reader = _Reader(path, schema, group, split_column)
     for line, cells in sheet.rows:
 
         def find(variable: Variable, cells: Mapping[str, str] = cells) -> Path | None:
@@ -176,26 +216,26 @@ def _read_csv(path: Path, schema: Schema, group: str) -> Table:
     return Table("csv", reader.rows, [], hashlib.sha256(sheet.text.encode()).hexdigest())
 
 
-def _read_bids(folder: Path, schema: Schema, group: str) -> Table:
+def _read_bids(folder: Path, schema: Schema, group: str, split_column: str) -> Table:
     path = folder / "participants.tsv"
     sheet = _read_sheet(path)
-    _need(sheet.columns, ID, path)
+    _require_column(sheet.columns, ID, path)
     if group:
-        _need(sheet.columns, group, path)
+        _require_column(sheet.columns, group, path)
     sessions_known: set[str] = set()
-    reader = _Reader(schema, group)
+    reader = _Reader(path, schema, group, split_column)
     digest = hashlib.sha256(sheet.text.encode())
     empty_sessions = 0
     for line, cells in sheet.rows:
         subject = _prefixed("sub-", cells[ID])
-        if _missing(cells[ID]) or not LABEL.fullmatch(subject):  # not a name to look for on the disk
+        if _missing(cells[ID]) or not LABEL.fullmatch(subject):  # not a safe path
             reader.add(line, cells, lambda variable: None)
             continue
         table = folder / subject / f"{subject}_sessions.tsv"
         by_session: dict[str, dict[str, str]] = {}
         if table.is_file():
             sessions = _read_sheet(table)
-            _need(sessions.columns, SESSION, table)
+            _require_column(sessions.columns, SESSION, table)
             sessions_known.update(sessions.columns)
             digest.update(sessions.text.encode())
             by_session = {_prefixed("ses-", row[SESSION]): row for _, row in sessions.rows}
@@ -209,7 +249,7 @@ def _read_bids(folder: Path, schema: Schema, group: str) -> Table:
                 if len(matches) > 1:
                     raise ValueError(
                         f"{variable.name}: {len(matches)} files *_{variable.suffix}.nii[.gz] in one anat folder; "
-                        "leave one there, or name it in a CSV"
+                        "keep one there, or name it in a CSV"
                     )
                 return matches[0] if matches else None
 
@@ -217,14 +257,16 @@ def _read_bids(folder: Path, schema: Schema, group: str) -> Table:
             reader.add(line, {**cells, **own, SESSION: session}, find)
     for variable in schema.scalars:
         if variable.column not in sessions_known:
-            _need(sheet.columns, variable.column, path, " The schema's `column` can name another.")
+            _require_column(sheet.columns, variable.column, path, " The schema's `column` can name another.")
+    if split_column and split_column not in sessions_known:
+        _require_column(sheet.columns, split_column, path)
     notes = []
     listed = {_prefixed("sub-", cells[ID]) for _, cells in sheet.rows}
     unlisted = sum(p.is_dir() and p.name not in listed for p in folder.glob("sub-*"))
     if unlisted:
-        notes.append(f"{unlisted} subject folders have no row in participants.tsv and were left out")
+        notes.append(f"{unlisted} subject folders have no row in participants.tsv and were skipped")
     if empty_sessions:
-        notes.append(f"{empty_sessions} sessions hold none of the volumes and were left out")
+        notes.append(f"{empty_sessions} sessions hold none of the volumes and were skipped")
     return Table("bids", reader.rows, notes, digest.hexdigest())
 
 

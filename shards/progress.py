@@ -1,4 +1,4 @@
-"""Progress of anything that takes more than two seconds: a bar on a terminal, a plain line now and then in a log."""
+"""Progress of work that takes more than two seconds: a bar on a terminal, a plain line every 15 s in a log."""
 
 import sys
 import time
@@ -14,14 +14,14 @@ LINE_EVERY_S = 15.0
 class Progress:
     """A counter with rate and time left.
 
-    On a terminal it is a tqdm bar; elsewhere one plain line every 15 seconds and one at the end, so that a log
-    file stays readable. Used as a context manager.
+    A tqdm bar on a terminal; elsewhere a plain line every 15 seconds and one at the end, so that a log file stays
+    readable. Used as a context manager.
 
     Args:
-        label: what is being counted.
-        total: how many there will be; None where unknown.
+        label: shown before the count.
+        total: number of items; None where unknown.
         unit: name of one item.
-        initial: how many were done before (a resumed run).
+        initial: items done before, in a resumed run.
     """
 
     def __init__(self, label: str, total: int | None, unit: str = "it", initial: int = 0) -> None:
@@ -37,7 +37,7 @@ class Progress:
             )
 
     def update(self, n: int = 1, note: str | None = None) -> None:
-        """Count ``n`` more; ``note`` (a loss, say) is shown behind the rate."""
+        """Count ``n`` more items; ``note`` (such as a loss) is shown after the rate."""
         self.done += n
         self.note = self.note if note is None else note
         if self._bar is not None:
@@ -66,7 +66,7 @@ class Progress:
         print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """End the bar, or write the last line where the work took over two seconds."""
+        """End the bar, or write the last line where the work took more than two seconds."""
         if self._bar is not None:
             self._bar.close()
         elif time.monotonic() - self._start > 2:

@@ -1,4 +1,4 @@
-"""The schema: ordered, named variables of a person, and how each is read from a table."""
+"""The schema: ordered, named variables, and how each is read from a table."""
 
 import math
 import re
@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from shards.errors import DataError, nearest
+from shards.presets import preset_file, read_yaml
 
-SCHEMAS = Path(__file__).resolve().parent / "schemas"
-MISSING = {"", "n/a", "na", "nan", "none", "null"}  # BIDS writes n/a; the others are what tables in use hold
-KINDS = {  # kind: keys it may have
+MISSING = {"", "n/a", "na", "nan", "none", "null"}  # BIDS writes n/a; the others are common in other tables
+KINDS = {  # kind -> allowed keys
     "volume": {"kind", "column", "suffix"},
     "continuous": {"kind", "column", "range", "unit", "values"},
     "ordinal": {"kind", "column", "range", "unit", "values"},
@@ -24,18 +22,18 @@ Value = float | str | None
 
 @dataclass(frozen=True)
 class Variable:
-    """One quantity of a person.
+    """One variable: a volume, a number or a category.
 
     Attributes:
         name: letters, digits and underscores, beginning with a letter.
         kind: ``volume``, ``continuous``, ``ordinal`` (whole numbers: scores, stages, ratings) or ``categorical``.
         column: the table's column; for a volume, the column of paths in a CSV.
         suffix: of a volume's file name in a BIDS tree, as in ``T1w``.
-        range: smallest and largest value allowed of a continuous or ordinal variable.
+        range: smallest and largest allowed value of a continuous or ordinal variable.
         unit: of such a variable.
         classes: of a categorical variable, in the order of their numbers.
         aliases: other spellings of the classes.
-        values: numbers that stand for words: a category read as a continuous variable, or the words of a scale.
+        values: word -> number: for a category read as a continuous variable, or the words of a scale.
     """
 
     name: str
@@ -56,7 +54,7 @@ class Variable:
             DataError: a bad name, an unknown kind or key, or a value that does not fit the kind.
         """
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,31}", name):
-            raise DataError(f"schema: {name!r} is no variable name (a letter, then letters, digits or _, up to 32)")
+            raise DataError(f"schema: {name!r} is not a variable name (a letter, then letters, digits or _, up to 32)")
         if not isinstance(spec, Mapping):
             raise DataError(f"schema: {name} needs keys such as kind, found {spec!r}")
         kind = str(spec.get("kind", ""))
@@ -100,10 +98,10 @@ class Variable:
                 if target not in self.classes:
                     raise ValueError(f"alias {alias}: {nearest(target, self.classes, 'class')}")
             if len({c.casefold() for c in self.classes}) < len(self.classes):
-                raise ValueError("classes that differ in upper and lower case alone")
+                raise ValueError("classes that differ only in upper and lower case")
         for word, number in self.values.items():
             if not self.range[0] <= number <= self.range[1]:
-                raise ValueError(f"values: {word} stands for {number:g}, outside the range")
+                raise ValueError(f"values: {word} is {number:g}, outside the range")
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of a schema file that :meth:`from_dict` reads back to an equal variable."""
@@ -123,10 +121,10 @@ class Variable:
             text: the cell; spaces around it and upper or lower case of words do not matter.
 
         Returns:
-            A number of a continuous or ordinal variable, a class of a category, None where the cell says missing.
+            A number for a continuous or ordinal variable, a class for a category, None for a missing value.
 
         Raises:
-            ValueError: not a (whole) number, outside the range, or an unknown category; the message says which.
+            ValueError: not a (whole) number, outside the range, or an unknown category.
         """
         word = text.strip().casefold()
         known: dict[str, Any] = {w.casefold(): v for w, v in (self.aliases or self.values).items()}
@@ -145,19 +143,19 @@ class Variable:
         if not low <= number <= high:
             raise ValueError(f"{self.name}: {number:g} is outside the range {low:g} to {high:g}")
         if self.kind == "ordinal" and number != round(number):
-            raise ValueError(f"{self.name}: {number:g} is no whole number, as those of an ordinal variable are")
+            raise ValueError(f"{self.name}: {number:g} is not a whole number; values of an ordinal variable are")
         return number
 
 
 def _word(item: Any) -> str:
-    if isinstance(item, bool):  # YAML reads a bare yes or no as a truth value
-        raise ValueError("a class reads as true or false: put it in quotes")
+    if isinstance(item, bool):  # an unquoted yes or no
+        raise ValueError("YAML reads a class as true or false: put it in quotes")
     return str(item)
 
 
 @dataclass(frozen=True)
 class Schema:
-    """The variables of a person, in order."""
+    """Ordered variables."""
 
     variables: tuple[Variable, ...]
 
@@ -166,13 +164,13 @@ class Schema:
         """Build a schema from ``{name: {kind: ..., ...}}``.
 
         Raises:
-            DataError: naming the variable and what is wrong with it.
+            DataError: an invalid variable; the message names it.
         """
         if not isinstance(specs, Mapping) or not specs:
             raise DataError("schema: expected variables by name, as in 'image: {kind: volume, suffix: T1w}'")
         variables = tuple(Variable.from_dict(str(name), spec) for name, spec in specs.items())
-        if len({v.name.lower() for v in variables}) < len(variables):  # webdataset lowers names
-            raise DataError("schema: names that differ in upper and lower case alone")
+        if len({v.name.lower() for v in variables}) < len(variables):  # webdataset converts names to lower case
+            raise DataError("schema: names that differ only in upper and lower case")
         return cls(variables)
 
     @classmethod
@@ -180,19 +178,10 @@ class Schema:
         """Read a schema from a name under ``configs/schema`` or a YAML file.
 
         Raises:
-            DataError: an unknown name, a file that is not there or not YAML, or a bad variable.
+            DataError: an unknown name, a file that cannot be read or is not YAML, or an invalid variable.
         """
-        path = Path(name_or_file)
-        if path.suffix not in {".yaml", ".yml"} and len(path.parts) == 1:
-            path = SCHEMAS / f"{name_or_file}.yaml"
-            if not path.is_file():
-                raise DataError(nearest(str(name_or_file), sorted(p.stem for p in SCHEMAS.glob("*.yaml")), "schema"))
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DataError(f"schema {path}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise DataError(f"schema {path}: not readable as YAML: {str(error).splitlines()[0]}") from error
+        path = preset_file("schema", name_or_file)
+        content = read_yaml(path)
         try:
             return cls.from_dict(content)
         except DataError as error:
@@ -209,7 +198,7 @@ class Schema:
 
     @property
     def scalars(self) -> tuple[Variable, ...]:
-        """All variables but the volumes, in order."""
+        """The other variables, in order."""
         return tuple(v for v in self.variables if v.kind != "volume")
 
     def __iter__(self) -> Iterator[Variable]:
@@ -225,7 +214,7 @@ class Schema:
         """The variable of that name.
 
         Raises:
-            DataError: naming the nearest known one.
+            DataError: an unknown name; the message names the nearest known one.
         """
         for variable in self.variables:
             if variable.name == name:

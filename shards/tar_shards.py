@@ -1,7 +1,7 @@
-"""Tar shards as the `webdataset` library reads them, with known offsets for random access.
+"""Tar shards for the `webdataset` library, with known offsets for random access.
 
-A record is ``KEY.json`` (its scalar values) followed by ``KEY.VARIABLE.npy`` for each volume. Headers are POSIX ustar
-with every field but name and size fixed, so equal content gives equal bytes; data begin at multiples of 512 bytes.
+A record is ``KEY.json`` (its scalar values) followed by ``KEY.VARIABLE.npy`` for each volume. Time, owner and mode of
+the members are fixed, so equal content gives equal bytes. Data begin at multiples of 512 bytes.
 """
 
 import hashlib
@@ -16,23 +16,30 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.errors import IntegrityError
+from shards.errors import DataError, IntegrityError
 from shards.index import Index, Record
 from shards.schema import Value
 
 FOLDER = "shards"
-BLOCK = 512
-END = bytes(2 * BLOCK)  # POSIX: an archive ends with two blocks of zeros
+BLOCK = tarfile.BLOCKSIZE
+MODE = 0o444
+LONGEST = 100  # bytes of a member's name in a ustar header
 
 
 def _header(name: str, size: int) -> bytes:
+    """The header that webdataset writes for a member with the arguments of :class:`TarWriter`."""
     member = tarfile.TarInfo(name)
-    member.size, member.mode, member.mtime = size, 0o444, 0
+    member.size, member.mode, member.mtime = size, MODE, 0
     return member.tobuf(tarfile.USTAR_FORMAT)
 
 
 def _padding(size: int) -> bytes:
     return bytes(-size % BLOCK)
+
+
+def _end(size: int) -> bytes:
+    """The end of an archive of ``size`` bytes: two blocks of zeros, then zeros up to a multiple of tar's record."""
+    return bytes(2 * BLOCK + -(size + 2 * BLOCK) % tarfile.RECORDSIZE)
 
 
 def _npy_header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
@@ -47,43 +54,63 @@ def _json(key: str, subject: str, values: Mapping[str, Value]) -> bytes:
 
 
 class TarWriter:
-    """Writes records one after another; a shard is closed by :meth:`flush`."""
+    """Writes records with :class:`webdataset.TarWriter`; :meth:`flush` ends a shard.
+
+    Args:
+        folder: of the data set.
+        shard: number of the first shard.
+    """
 
     def __init__(self, folder: Path, shard: int) -> None:
         self.folder = folder / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
         self.shard = shard
-        self.file: BinaryIO | None = None
+        self._file: BinaryIO | None = None
+        self._writer: Any = None
 
     @property
     def name(self) -> str:
-        """The current shard, relative to the dataset's folder."""
+        """The current shard, relative to the data set's folder."""
         return f"{FOLDER}/shard-{self.shard:05d}.tar"
 
     def add(
         self, key: str, subject: str, values: Mapping[str, Value], arrays: Mapping[str, NDArray[Any]]
     ) -> dict[str, int]:
-        """Write one record; returns variable -> byte offset of its array."""
-        if self.file is None:
-            self.file = (self.folder.parent / self.name).open("wb")
-        self._member(f"{key}.json", _json(key, subject, values))
+        """Write one record.
+
+        Returns:
+            Variable -> byte offset of its array.
+
+        Raises:
+            DataError: a key too long for a tar file.
+        """
+        for variable in arrays:
+            if len(f"{key}.{variable}.npy") > LONGEST:
+                raise DataError(
+                    f"{key}: longer than a name in a tar file may be; shorten the ids, or use --format zarr"
+                )
+        if self._writer is None:
+            self._open()
+        self._writer.write({"__key__": key, "json": _json(key, subject, values)})
         offsets = {}
-        for variable, array in arrays.items():
+        for variable, array in arrays.items():  # one call each: webdataset sorts the members of a call by name
             head = _npy_header(array.shape, array.dtype)
-            offsets[variable] = self.file.tell() + BLOCK + len(head)
-            self._member(f"{key}.{variable}.npy", head + array.tobytes())
+            offsets[variable] = self._writer.tarstream.offset + BLOCK + len(head)
+            self._writer.write({"__key__": key, f"{variable}.npy": head + array.tobytes()})
         return offsets
 
-    def _member(self, name: str, content: bytes) -> None:
-        assert self.file is not None
-        self.file.write(_header(name, len(content)) + content + _padding(len(content)))
+    def _open(self) -> None:
+        import webdataset  # it imports torch, which takes seconds
+
+        self._file = (self.folder.parent / self.name).open("wb")
+        self._writer = webdataset.TarWriter(self._file, user="", group="", mode=MODE, mtime=0, encoder=False)
 
     def flush(self) -> None:
         """Close the shard, so that the next record begins another."""
-        if self.file is not None:
-            self.file.write(END)
-            self.file.close()
-            self.file, self.shard = None, self.shard + 1
+        if self._file is not None:
+            self._writer.close()
+            self._file.close()
+            self._file, self._writer, self.shard = None, None, self.shard + 1
 
 
 class TarReader:
@@ -96,7 +123,7 @@ class TarReader:
         """The array of ``variable``, (*arrays[variable].shape), unchecked.
 
         Raises:
-            IntegrityError: the file is gone or too short.
+            IntegrityError: the file is missing or too short.
         """
         spec = self.index.arrays[variable]
         dtype = np.dtype(spec["dtype"])
@@ -110,8 +137,8 @@ class TarReader:
             raise IntegrityError(f"{record.shard}: ends within {record.key}.{variable}.npy")
         return np.frombuffer(raw, dtype).reshape(spec["shape"])
 
-    def damage(self, file: str) -> Iterator[str]:
-        """The members of a shard that are not, byte for byte, as written: headers, content and padding."""
+    def damaged_members(self, file: str) -> Iterator[str]:
+        """The members of a shard whose header, content or padding differs from what was written."""
         if not file.startswith(f"{FOLDER}/"):
             return
         raw = memoryview((self.folder / file).read_bytes())
@@ -136,5 +163,5 @@ class TarReader:
                     or raw[end:at] != after
                 ):
                     yield name
-        if raw[at:] != END:
+        if raw[at:] != _end(at):
             yield "end of archive"

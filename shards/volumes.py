@@ -1,6 +1,6 @@
-"""NIfTI file -> canonical array: RAS, one spacing, one shape around the brain's centre, intensities in [0, 1].
+"""NIfTI file -> canonical array: RAS, given spacing, a box around the brain's centre, intensities in [0, 1].
 
-Only voxels and the affine are read of a file; header text, extensions and everything else in it are left behind.
+Only the voxels and the affine are read from a file. Header text, extensions and all other metadata are discarded.
 """
 
 import gzip
@@ -18,16 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-PERCENTILE = 99.5  # of the foreground becomes 1
+PERCENTILE = 99.5  # of the foreground is scaled to 1
 LARGEST = 2**33  # bytes of an unpacked file; a larger one is damaged, or not a structural scan
-MILLIMETRES = {1: 1e3, 3: 1e-3}  # NIfTI's codes for metres and micrometres; all else is read as millimetres
+MILLIMETRES = {1: 1e3, 3: 1e-3}  # NIfTI's codes for metres and micrometres; other codes are read as millimetres
 PLAUSIBLE = (0.05, 50.0)  # mm, of a voxel
 FWHM_TO_SIGMA = 1 / math.sqrt(8 * math.log(2))
 
 
 @dataclass(frozen=True)
 class Scan:
-    """A volume as read.
+    """A volume as read from a file.
 
     Attributes:
         voxels: float32 (X, Y, Z), axes nearest to right, anterior, superior, contiguous.
@@ -58,17 +58,17 @@ class Canonical:
 
 
 def grid(spacing: float, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """The grid that all volumes are brought to: the brain's centre of mass is at voxel ``shape // 2`` and at 0 mm."""
+    """The common grid of all volumes: the brain's centre of mass is at voxel ``shape // 2`` and at 0 mm."""
     affine = np.diag([spacing, spacing, spacing, 1.0])
     affine[:3, 3] = [-spacing * (n // 2) for n in shape]
     return {"spacing": spacing, "shape": list(shape), "affine": affine.tolist()}
 
 
 def canonical(path: Path, spacing: float, shape: tuple[int, int, int]) -> Canonical:
-    """Read a NIfTI file and bring it to the common grid.
+    """Read a NIfTI file and resample it to the common grid.
 
     Scales the 0 to 99.5 percentiles of the foreground to [0, 1], then samples the box around the centre of mass. The
-    box is shifted by at most half a voxel so that grids of equal spacing meet, and nothing is interpolated.
+    box is shifted by at most half a voxel so that grids of equal spacing coincide and are not interpolated.
 
     Args:
         path: ``.nii`` or ``.nii.gz``.
@@ -76,7 +76,7 @@ def canonical(path: Path, spacing: float, shape: tuple[int, int, int]) -> Canoni
         shape: voxels.
 
     Raises:
-        ValueError: the file cannot be used; the message says why, without its path.
+        ValueError: the file cannot be used; the message gives the reason without the path.
     """
     scan = read(path)
     signal = _rescale(scan.voxels)  # (X, Y, Z) in [0, 1]
@@ -93,11 +93,11 @@ def canonical(path: Path, spacing: float, shape: tuple[int, int, int]) -> Canoni
 
 
 def read(path: Path) -> Scan:
-    """Read a NIfTI file, its axes put in the order nearest to right, anterior, superior.
+    """Read a NIfTI file, its axes reordered to those nearest to right, anterior, superior.
 
     Raises:
-        ValueError: no NIfTI file, damaged, not 3D, not real numbers, NaN voxels, or an affine that cannot be used; the
-            message says which, without the file's path.
+        ValueError: not a NIfTI file, damaged, not 3D, not real numbers, NaN voxels, or an affine that cannot be used;
+            the message gives the reason without the path.
     """
     raw = path.read_bytes()
     image = nib.as_closest_canonical(_parse(raw))
@@ -113,16 +113,16 @@ def sample(
 ) -> NDArray[np.float32]:
     """Sample a volume linearly at ``step @ index + offset``, without aliasing.
 
-    Where the target is coarser, the volume is smoothed first with the Gaussian that makes up the difference of the two
-    voxel sizes as point spread functions (Cardoso et al., MICCAI 2015).
+    For a coarser target the volume is smoothed first, with the Gaussian by which the point spread functions of the two
+    voxel sizes differ (Cardoso et al., MICCAI 2015).
 
     Args:
         voxels: (X, Y, Z).
         step: (3, 3), voxels per step along each target axis, in columns.
         offset: (3,), voxel at target index 0.
         shape: of the result.
-        beyond: what lies outside the volume: ``grid-constant`` for zeros, ``nearest`` for its edge. (Of SciPy's two
-            ways to continue with zeros this one does not empty the outermost voxels when their position is rounded.)
+        beyond: SciPy's mode outside the volume: ``grid-constant`` for zeros, ``nearest`` for its edge. (``constant``
+            would set the outermost voxels to zero where rounding moves them out of the volume.)
 
     Returns:
         float32 of ``shape``.
@@ -148,7 +148,7 @@ def _parse(raw: bytes) -> Any:
     size = next((n for n in kind if n in (int.from_bytes(raw[:4], order) for order in ("little", "big"))), 0)
     if not size:
         raise ValueError("not a NIfTI file")
-    logging.getLogger("nibabel").setLevel(logging.CRITICAL)  # it would print each oddity of each header
+    logging.getLogger("nibabel").setLevel(logging.CRITICAL)  # it logs every irregularity of every header
     try:
         image = kind[size].from_bytes(raw)
     except Exception:
@@ -181,13 +181,13 @@ def _directions(image: Any) -> NDArray[np.float64]:
 
 
 def _affine(image: Any) -> NDArray[np.float64]:
-    """(4, 4), voxel to mm, whatever unit the header names."""
+    """(4, 4), voxel to mm, for any unit of the header."""
     unit = MILLIMETRES.get(int(image.header["xyzt_units"]) & 7, 1.0)
     return np.diag([unit, unit, unit, 1.0]) @ image.affine
 
 
 def _voxels(image: Any) -> NDArray[np.float32]:
-    """Scaled voxel values, (X, Y, Z), contiguous so that sums do not depend on how the file was oriented."""
+    """Scaled voxel values, (X, Y, Z), contiguous, so that sums do not depend on the file's orientation."""
     try:
         voxels = np.ascontiguousarray(image.get_fdata(dtype=np.float32))
     except Exception:
@@ -201,8 +201,8 @@ def _voxels(image: Any) -> NDArray[np.float32]:
 def _rescale(voxels: NDArray[np.float32]) -> NDArray[np.float32]:
     """Foreground percentiles 0 to 99.5 -> [0, 1], background -> 0.
 
-    The background is the value that most voxels on the volume's faces have, which is right for brain-extracted volumes
-    whatever that value (0, -1024, 0 amid negative ones); in a volume with noise in the air it removes next to nothing.
+    The background is the most frequent value on the volume's faces. This holds for brain-extracted volumes with any
+    background (0, -1024, 0 among negative values); in a volume with noise in the air it removes almost nothing.
     """
     if voxels.min() == voxels.max():
         raise ValueError(f"constant volume: all voxels are {voxels.flat[0]:g}")

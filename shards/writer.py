@@ -1,4 +1,4 @@
-"""Writing a packed dataset, whole or not at all, and going on after an interruption."""
+"""Writing a packed data set: atomic, and resumable after an interruption."""
 
 import dataclasses
 import fcntl
@@ -21,29 +21,29 @@ from shards.tar_shards import TarWriter
 
 STORAGES = ("webdataset", "zarr")
 PARTIAL = ".partial"
-SHARD_BYTES = 64 * 2**20  # large enough for sequential reads, small enough to have many to share out
+SHARD_BYTES = 64 * 2**20  # large enough for sequential reads, small enough for many shards
 SHARD_RECORDS = 1024  # bounds the chunk table that a Zarr reader fetches with each access
 
 
 class DatasetWriter:
-    """Packs records in the order of :meth:`add`.
+    """Writes records in the order of :meth:`add`.
 
     Everything is written to ``FOLDER/.partial`` and moved by :meth:`finish`; ``index.json`` comes last, and a folder
-    without it holds no dataset. Other files in the folder are left alone.
+    without it holds no data set. Other files in the folder are not touched.
 
     Args:
-        folder: made where missing.
+        folder: created where missing.
         storage: ``zarr`` or ``webdataset``.
         kind: ``volumes`` or ``latents``.
         schema: the variables.
         arrays: volume variable -> {shape, dtype} of one record's array.
         grid: of the volumes, see :class:`shards.index.Index`.
         group: the table's column that ``group`` of :meth:`add` stands for.
-        token: what is being written; what an interrupted writer of the same token left is kept, its records in
-            ``records`` and its notes in ``notes``. None starts afresh.
+        token: identifies the content. A writer resumes after the complete shards of an interrupted writer with the
+            same token: ``records`` and ``notes`` hold what these contain. None starts from the beginning.
 
     Raises:
-        DataError: the folder holds a dataset already, another one writes it, or an argument cannot be used.
+        DataError: the folder holds a data set already, another process writes to it, or an argument cannot be used.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class DatasetWriter:
             raise DataError(nearest(storage, STORAGES, "format"))
         self.folder = Path(folder)
         if (self.folder / NAME).exists():
-            raise DataError(f"{self.folder} already holds a packed dataset; remove it or choose another folder")
+            raise DataError(f"{self.folder} already holds a packed data set; remove it or choose another folder")
         self.storage, self.kind, self.schema, self.group = storage, kind, schema, group
         self.arrays = {
             name: {"shape": [int(n) for n in spec["shape"]], "dtype": np.dtype(spec["dtype"]).str}
@@ -89,32 +89,44 @@ class DatasetWriter:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._unlock()
-            raise DataError(f"{self.folder} is being written by another writer") from None
+            raise DataError(f"{self.folder} is being written by another process") from None
 
     def close(self) -> None:
-        """Let others write the folder; what is complete stays for a writer with the same token to go on from."""
+        """Release the folder; complete shards stay for a writer with the same token."""
         self._unlock()
 
     def _resume(self, token: str | None) -> None:
-        lines = []
-        if token is not None and self._journal.exists():
-            for line in self._journal.read_text(encoding="utf-8").splitlines():
-                try:
-                    lines.append(json.loads(line))
-                except ValueError:  # the line that was being written when the process ended
-                    break
-        if not lines or lines[0].get("token") != token:
-            lines = [{"token": token}]
-            shutil.rmtree(self._partial)
-            self._partial.mkdir()
+        lines = self._read_journal()
+        if token is None or not lines or lines[0] != {"token": token}:
+            lines = []
+        files = {name: entry for line in lines[1:] for name, entry in line["files"].items()}
+        for name in {name.partition("/")[0] for name in files}:
+            if not (self._partial / name).exists() and (self.folder / name).exists():
+                (self.folder / name).replace(self._partial / name)  # finish() was interrupted before the index
+        if not lines or not all((self._partial / name).is_file() for name in files):
+            lines, files = [{"token": token}], {}
+            self._journal.unlink(missing_ok=True)  # first, so that a journal never lists what is gone
+            for path in self._partial.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.files = files
         for line in lines[1:]:
             self.records += [Record(**r) for r in line["records"]]
             self.notes += line["notes"]
-            self.files |= line["files"]
         self._saved_records, self._saved_notes = len(self.records), len(self.notes)
         for path in self._written():
             path.unlink()
         write_bytes(self._journal, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+    def _read_journal(self) -> list[dict[str, Any]]:
+        """The complete lines: a token, then records, notes and files of each shard."""
+        lines = []
+        if self._journal.exists():
+            for line in self._journal.read_text(encoding="utf-8").splitlines():
+                try:
+                    lines.append(json.loads(line))
+                except ValueError:  # the process was killed while it wrote this line
+                    break
+        return lines
 
     def _open_store(self) -> Any:
         if self.storage == "webdataset":
@@ -124,12 +136,12 @@ class DatasetWriter:
         return ZarrWriter(self._partial, self.arrays, len(self.records), self._per_shard)
 
     def _written(self) -> list[Path]:
-        """Data files that the journal does not know yet."""
+        """Data files that are not in the journal yet."""
         found = (p for p in self._partial.rglob("*") if p.is_file() and p.name != "zarr.json" and p != self._journal)
         return sorted(p for p in found if p.relative_to(self._partial).as_posix() not in self.files)
 
     def note(self, item: Any) -> None:
-        """Keep a JSON-able ``item`` with the records, for a resumed writer to find in ``notes``."""
+        """Store a JSON-able ``item`` with the records; a resumed writer has it in ``notes``."""
         self.notes.append(item)
 
     def add(
@@ -144,13 +156,13 @@ class DatasetWriter:
 
         Args:
             key: unique; letters, digits, ``-`` and ``_``.
-            subject: whose record it is.
-            values: scalar variable -> value; those not named are missing.
-            arrays: volume variable -> array of the declared shape and dtype; those not named are missing.
+            subject: ``sub-X``.
+            values: scalar variable -> value; variables left out are missing.
+            arrays: volume variable -> array of the declared shape and dtype; variables left out are missing.
             group: see :class:`shards.index.Record`; the subject where empty.
 
         Raises:
-            DataError: a key seen before, or an array of another name, shape or dtype than declared.
+            DataError: a duplicate key, or an array whose name, shape or dtype was not declared.
         """
         if key in self._keys:
             raise DataError(f"{key}: added twice")
@@ -160,7 +172,7 @@ class DatasetWriter:
             spec = self.arrays[name]
             if list(array.shape) != spec["shape"] or array.dtype != np.dtype(spec["dtype"]):
                 raise DataError(
-                    f"{key} {name}: {array.dtype} {array.shape}, declared were {spec['dtype']} {tuple(spec['shape'])}"
+                    f"{key} {name}: {array.dtype} {array.shape}, declared as {spec['dtype']} {tuple(spec['shape'])}"
                 )
         self._keys.add(key)
         known = {v.name: values.get(v.name) for v in self.schema.scalars}
@@ -177,7 +189,7 @@ class DatasetWriter:
         new = {}
         for path in self._written():
             sync(path)
-            new[path.relative_to(self._partial).as_posix()] = _describe(path)
+            new[path.relative_to(self._partial).as_posix()] = _file_entry(path)
         self.files |= new
         line = {
             "records": [dataclasses.asdict(r) for r in self.records[self._saved_records :]],
@@ -197,13 +209,13 @@ class DatasetWriter:
         extra: Mapping[str, Any] | None = None,
         files: Mapping[str, bytes] | None = None,
     ) -> Index:
-        """Move everything to its place and write the index.
+        """Move the files to their final place and write the index.
 
         Args:
             splits: by name.
             provenance: software, arguments, source.
-            extra: anything JSON-able that belongs to the data.
-            files: further small files of the dataset, by name.
+            extra: further JSON-able metadata.
+            files: further small files of the data set, by name.
 
         Returns:
             The index as written.
@@ -212,13 +224,13 @@ class DatasetWriter:
             self._flush()
         for path in sorted(self._partial.rglob("zarr.json")):
             sync(path)
-            self.files[path.relative_to(self._partial).as_posix()] = _describe(path)
+            self.files[path.relative_to(self._partial).as_posix()] = _file_entry(path)
         for name, content in (files or {}).items():
             write_bytes(self.folder / name, content)
-            self.files[name] = _describe(self.folder / name)
+            self.files[name] = _file_entry(self.folder / name)
         for source in sorted(p for p in self._partial.iterdir() if p.is_dir()):
             target = self.folder / source.name
-            shutil.rmtree(target, ignore_errors=True)  # of a writer that ended between these moves and the index
+            shutil.rmtree(target, ignore_errors=True)  # of an interrupted writer with another token
             source.replace(target)
         sync(self.folder)
         index = Index(
@@ -240,5 +252,5 @@ class DatasetWriter:
         return index
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _file_entry(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -1,4 +1,4 @@
-"""Zarr v3 arrays, one per volume variable: (records, *shape), one record an inner chunk, sharded, Zstandard."""
+"""Zarr v3 arrays, one per volume variable: (records, *shape), a chunk per record, sharded, Zstandard-compressed."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,17 +14,17 @@ from shards.index import Index, Record, array_checksum
 from shards.schema import Value
 
 FOLDER = "data.zarr"
-LEVEL = 3  # Zstandard's own default
+LEVEL = 3  # Zstandard's default
 
 
 class ZarrWriter:
     """Buffers records and writes them as whole Zarr shards.
 
     Args:
-        folder: the dataset's folder.
+        folder: the data set's folder.
         arrays: variable -> {shape, dtype}.
-        row: how many records earlier shards hold; what lies beyond is dropped.
-        per_shard: records a shard.
+        row: number of records in the complete shards; rows after these are dropped.
+        per_shard: records per shard.
     """
 
     name = ""  # a record of a Zarr store needs no file name
@@ -54,12 +54,12 @@ class ZarrWriter:
     def add(
         self, key: str, subject: str, values: Mapping[str, Value], arrays: Mapping[str, NDArray[Any]]
     ) -> dict[str, int]:
-        """Take one record; returns variable -> its row."""
+        """Buffer one record; returns variable -> its row."""
         self.pending.append(dict(arrays))
         return dict.fromkeys(arrays, self.row + len(self.pending) - 1)
 
     def flush(self) -> None:
-        """Write the records taken since the last flush."""
+        """Write the records added since the last flush."""
         if not self.pending:
             return
         end = self.row + len(self.pending)
@@ -87,27 +87,27 @@ class ZarrReader:
             if variable not in self._arrays:
                 self._arrays[variable] = zarr.open_array(self.folder / FOLDER / variable, mode="r", zarr_format=3)
             return np.asarray(self._arrays[variable][record.offsets[variable]])
-        except Exception as error:  # codecs raise whatever they like on damaged bytes
+        except Exception as error:  # codecs raise many types on damaged bytes
             raise IntegrityError(
                 f"{FOLDER}/{variable}: {record.key} cannot be read ({type(error).__name__})"
             ) from error
 
-    def damage(self, file: str) -> Iterator[str]:
+    def damaged_members(self, file: str) -> Iterator[str]:
         """The records whose arrays in a chunk file are damaged; none for metadata."""
         variable, _, chunk = file.removeprefix(f"{FOLDER}/").partition("/c/")
         if not chunk:
             return
         try:
             per_shard = zarr.open_array(self.folder / FOLDER / variable, mode="r", zarr_format=3).shards
-        except Exception:  # its metadata are damaged too, and named by themselves
+        except Exception:  # its metadata are damaged too, and reported as a file of their own
             return
         assert per_shard is not None
         shard = int(chunk.split("/")[0])
         for record in self.index.records:
             if variable in record.offsets and record.offsets[variable] // per_shard[0] == shard:
                 try:
-                    whole = array_checksum(self.read(record, variable)) == record.checksums[variable]
+                    intact = array_checksum(self.read(record, variable)) == record.checksums[variable]
                 except IntegrityError:
-                    whole = False
-                if not whole:
+                    intact = False
+                if not intact:
                     yield f"{record.key} {variable}"

@@ -1,6 +1,9 @@
 """The phantom's law: what is drawn, what the image shows of it, and the exact posterior."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -9,6 +12,8 @@ import pandas as pd
 import pytest
 from scipy.stats import kstest
 
+from shards.__main__ import main
+from shards.files import is_complete
 from shards.phantom import make as phantom
 from shards.phantom.anatomy import AGES, LAW, best_possible, draw_anatomy, draw_person, posterior, read_tables
 from shards.phantom.brain import render_tissues, spacing
@@ -208,7 +213,7 @@ def test_bids_tree_holds_what_was_drawn(tmp_path: Path) -> None:
 def test_refuses_a_folder_in_use_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
-    with pytest.raises(FileExistsError, match="not empty"):
+    with pytest.raises(FileExistsError, match="exists already and is not empty"):
         make_phantoms(tmp_path / "out", 1, workers=1)
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
 
@@ -219,6 +224,42 @@ def test_refuses_a_folder_in_use_and_leaves_nothing_behind(tmp_path: Path, monke
     with pytest.raises(OSError, match="disk full"):
         make_phantoms(tmp_path / "new", 1, (16, 16, 16), workers=1)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import shards.files
+from shards.phantom import make
+moment, out = sys.argv[1:]
+def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
+write = make._write_subject
+if moment == "subject": make._write_subject = lambda *args: die() if args[-1] else write(*args)
+if moment == "rename": Path.replace = die
+if moment == "after the rename": shards.files.sync = die
+make.make_phantoms(Path(out), 2, (16, 16, 16), workers=1)
+"""
+
+
+@pytest.mark.parametrize("moment", ["subject", "rename", "after the rename"])
+def test_a_killed_process_leaves_all_or_nothing(tmp_path: Path, moment: str) -> None:
+    out = tmp_path / "out"
+    killed = subprocess.run([sys.executable, "-c", KILLED, moment, str(out)], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert is_complete(out) == out.exists() == (moment == "after the rename")
+    if not out.exists():
+        make_phantoms(out, 2, (16, 16, 16), workers=1)
+    make_phantoms(tmp_path / "once", 2, (16, 16, 16), workers=1)
+    for path in (p for p in (tmp_path / "once").rglob("*") if p.is_file()):
+        assert (out / path.relative_to(tmp_path / "once")).read_bytes() == path.read_bytes()
+
+
+def test_options_come_from_a_preset(tmp_path: Path) -> None:
+    preset = tmp_path / "two.yaml"
+    preset.write_text("subjects: 2\nshape: [16, 16, 16]\nrich: true\n")
+    assert main(["phantom", str(tmp_path / "out"), "--config", str(preset), "--seed", "3", "--workers", "1"]) == 0
+    make_phantoms(tmp_path / "same", 2, (16, 16, 16), seed=3, workers=1, rich=True)
+    pd.testing.assert_frame_equal(read_tables(tmp_path / "out"), read_tables(tmp_path / "same"))
 
 
 @pytest.mark.parametrize(("subjects", "shape"), [(0, SHAPE), (1, (32, 8, 32))])

@@ -1,7 +1,9 @@
 """A run folder is worked in by one process at a time, however the one before ended."""
 
+import dataclasses
 import errno
 import fcntl
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,10 +13,13 @@ from pathlib import Path
 import pytest
 
 from mvhpc.config import ConfigError, load_config
-from mvhpc.data_stages import PhantomConfig
+from mvhpc.data_stages import PackConfig, PhantomConfig
 from mvhpc.execute import execute, plan
 from mvhpc.runs.folder import exclusive
+from mvhpc.training.vae import VAEConfig
 from shards.files import lock_file
+from shards.index import Index
+from shards.split import record_split
 
 HOLD = """
 import sys
@@ -49,7 +54,7 @@ def test_what_is_refused_leaves_the_record_of_what_is_there(tmp_path: Path) -> N
     execute(plan("phantom", load_config(PhantomConfig, "phantom", "demo", ["subjects=2"], {"out": out})))
     folder = tmp_path / "people.v1.run"
     before = [(folder / name).read_bytes() for name in ("stage.json", "config.yaml")]
-    with pytest.raises(FileExistsError, match=r"people\.v1 is there already"):
+    with pytest.raises(FileExistsError, match=r"people\.v1 exists already"):
         execute(plan("phantom", load_config(PhantomConfig, "phantom", "demo", ["subjects=3"], {"out": out})))
     assert before == [(folder / name).read_bytes() for name in ("stage.json", "config.yaml")]
 
@@ -119,3 +124,31 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         pass
     with exclusive(tmp_path), exclusive(tmp_path):
         pass
+
+
+def test_only_the_split_in_use_identifies_packed_data(tiny_dataset: Path, tmp_path: Path) -> None:
+    """Another split beside it changes no stage; another assignment under its name is another input."""
+    data = shutil.copytree(tiny_dataset, tmp_path / "packed")
+
+    def planned(split: str) -> str:
+        values = {"data": str(data), "out": str(tmp_path / "vae"), "split": split}
+        return plan("vae", load_config(VAEConfig, "vae", "demo", (), values)).fingerprint
+
+    index, before = Index.load(data), planned("default")
+    record_split(data, None, 3, 0, None, None)
+    record_split(data, (0, 0, 1), None, 0, None, "test-only")
+    again = Index.load(data)
+    assert len(again.splits) == len(index.splits) + 4 and again.digest == index.digest
+    assert planned("default") == before
+    assert len({planned(split) for split in again.splits}) == len(again.splits)
+    other = dataclasses.replace(again.splits["default"], assignment=again.splits["fold-1-of-3"].assignment)
+    dataclasses.replace(again, splits={**again.splits, "default": other}).save(data)
+    assert planned("default") != before
+
+
+def test_the_number_of_packing_processes_decides_nothing(tiny_bids: Path, tmp_path: Path) -> None:
+    places = {"source": str(tiny_bids), "out": str(tmp_path / "packed")}
+    prints = {
+        plan("pack", load_config(PackConfig, "pack", "demo", [f"workers={n}"], places)).fingerprint for n in (0, 1, 7)
+    }
+    assert len(prints) == 1

@@ -4,6 +4,8 @@ import gzip
 import itertools
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,9 +16,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from mvhpc.config import load_config
+from mvhpc.data_stages import PackConfig
 from shards.__main__ import main
 from shards.dataset import open_dataset
 from shards.errors import DataError, TooManyRejects
+from shards.files import is_complete
 from shards.index import Index, Record
 from shards.pack import pack
 from shards.split import draw_folds, draw_fractions, merge_groups
@@ -263,7 +268,7 @@ def test_too_many_rejects_fail_and_leave_the_list(tmp_path: Path) -> None:
         with pytest.raises(TooManyRejects, match=r"1 of 7 rows .* sub-03: no file"):
             packed(source, tmp_path / "out", max_rejects=limit)
         assert "sub-03" in (tmp_path / "out" / "rejected.tsv").read_text()
-        with pytest.raises(DataError, match="no packed dataset"):
+        with pytest.raises(DataError, match="no packed data set"):
             open_dataset(tmp_path / "out")
     assert packed(source, tmp_path / "out", max_rejects="15%")["packed"] == 6  # into the same folder
     assert packed(source, tmp_path / "out1", max_rejects=1)["packed"] == 6
@@ -293,7 +298,7 @@ def test_unusable_sources_are_refused(tmp_path: Path) -> None:
     for bad, reason in [
         ({"shape": (4, 4)}, "shape"),
         ({"spacing": 0.0}, "spacing"),
-        ({"fractions": (0.5, 0.1, 0.1)}, "summing to 1"),
+        ({"fractions": (0.5, 0.1, 0.1)}, "sum to 1"),
         ({"group": "famly"}, "unknown column 'famly'"),
         ({"schema": "defalt"}, "Did you mean 'default'"),
     ]:
@@ -344,7 +349,7 @@ def test_sessions_are_records_with_their_own_values(tmp_path: Path) -> None:
     assert dataset.keys() == ["sub-00", "sub-01", "sub-two_ses-1", "sub-two_ses-2"]
     assert [dataset.values(f"sub-two_ses-{i}")["age"] for i in (1, 2)] == [70.0, 72.5]
     assert len({dataset.index.split().assignment[f"sub-two_ses-{i}"] for i in (1, 2)}) == 1
-    assert summary["notes"] == ["1 sessions hold none of the volumes and were left out"]
+    assert summary["notes"] == ["1 sessions hold none of the volumes and were skipped"]
 
 
 # --- reproducible, interrupted, de-identified ---------------------------------------------------------------------
@@ -484,6 +489,157 @@ def test_recorded_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert reason in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("fractions", [(0, 0, 1), (0, 1, 0), (0, 0.5, 0.5), (0, 0.1, 0.9)])
+def test_a_data_set_may_have_no_training_part(fractions: tuple[float, ...]) -> None:
+    records = people(40, visits=2)
+    found = {
+        name: len(keys) / len(records) for name, keys in sides(draw_fractions(records, fractions, 3).assignment).items()
+    }
+    assert found == dict(zip(("train", "validation", "test"), fractions))
+
+
+def with_column(table: Path, name: str, cells: list[str]) -> None:
+    """Append a column to a table."""
+    lines, separator = table.read_text().splitlines(), "," if table.suffix == ".csv" else "\t"
+    table.write_text("".join(f"{line}{separator}{cell}\n" for line, cell in zip(lines, [name, *cells], strict=True)))
+
+
+@pytest.mark.parametrize("kind", ["bids", "csv"])
+def test_a_split_is_taken_from_a_column(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source = bids(tmp_path / "bids", PEOPLE)
+    packed(source, tmp_path / "drawn")
+    table = source / "participants.tsv"
+    if kind == "csv":
+        rows = [f"{name},{name}/anat/{name}_T1w.nii.gz,{age},{sex}\n" for name, age, sex in PEOPLE]
+        source = table = source / "t.csv"
+        table.write_text("participant_id,path,age,sex\n" + "".join(rows))
+    with_column(table, "set", ["train", "Training", "val", "dev", "validation", "TEST", "n/a"])
+    out = tmp_path / "out"
+    command = ["pack", str(source), str(out), "--config", "demo", "--shape", *map(str, SIZE), "--spacing", "2"]
+    assert main([*command, "--workers", "1", "--split-column", "set", "--folds", "2"]) == 0
+    assert "1 rows have no value in the split column and belong to no part: sub-06\n" in capsys.readouterr().out
+    dataset = open_dataset(out)
+    assert dataset.keys("train") == ["sub-00", "sub-01"] and dataset.keys("test") == ["sub-05"]
+    assert dataset.keys("validation") == ["sub-02", "sub-03", "sub-04"] and len(dataset.keys("all")) == 7
+    assert len(dataset.keys("test", "fold-1-of-2")) + len(dataset.keys("test", "fold-2-of-2")) == 7
+    assert dataset.index.provenance["arguments"]["split_column"] == "set" and dataset.index.split().method == "column"
+    assert dataset.index.digest == Index.load(tmp_path / "drawn").digest
+
+
+def test_a_split_column_that_cannot_be_used_is_refused_before_any_work(tmp_path: Path) -> None:
+    family = {"sub-01": "p", "sub-04": "p"}
+    for name, cells, reason in [
+        ("word", ["train"] * 6 + ["held-out"], r"line 8, sub-06, column 'word': unknown part of a split 'held-out'"),
+        ("typo", ["train"] * 6 + ["tets"], "Did you mean 'test'"),
+        ("empty", ["n/a", ""] * 3 + ["na"], "column 'empty' has no value"),
+        ("group", ["train"] * 4 + ["test"] * 3, r"puts sub-01 and sub-04, one group, into both train and test"),
+        ("sett", ["train"] * 7, "Did you mean 'sett'"),
+    ]:
+        source = bids(tmp_path / name, PEOPLE, family)
+        with_column(source / "participants.tsv", name, cells)
+        column = "set" if name == "sett" else name
+        with pytest.raises(DataError, match=reason):
+            packed(source, tmp_path / f"{name}-out", split_column=column, group="family")
+        assert not (tmp_path / f"{name}-out").exists()
+    packed(tmp_path / "group", tmp_path / "no-group", split_column="group")  # without families it is a good split
+
+
+def test_sessions_of_one_subject_belong_to_one_part(tmp_path: Path) -> None:
+    for session in ("ses-1", "ses-2"):
+        save(tmp_path / "sub-two" / session / "anat" / f"sub-two_{session}_T1w.nii.gz", head())
+    (tmp_path / "participants.tsv").write_text("participant_id\tage\tsex\nsub-two\t70\tF\n")
+    sessions = tmp_path / "sub-two/sub-two_sessions.tsv"
+    sessions.write_text("session_id\tset\nses-1\ttrain\nses-2\ttest\n")
+    with pytest.raises(DataError, match="puts sub-two into both train and test"):
+        packed(tmp_path, tmp_path / "out", split_column="set")
+    sessions.write_text("session_id\tset\nses-1\ttrain\nses-2\tn/a\n")
+    packed(tmp_path, tmp_path / "out", split_column="set")
+    assert open_dataset(tmp_path / "out").keys("train") == ["sub-two_ses-1"]
+
+
+# --- processes that are killed ------------------------------------------------------------------------------------
+
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+import shards.files, shards.index, shards.writer
+from shards.pack import pack
+shards.writer.SHARD_RECORDS = 2
+moment, source, out, storage = sys.argv[1:]
+def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
+writer = shards.writer.DatasetWriter
+flush = writer._flush
+def second_flush(self):
+    if self._saved_records: die()
+    flush(self)
+def torn(path, content):
+    path.with_name(".index.json.part").write_bytes(content[:100])
+    die()
+if moment == "second shard": writer._flush = second_flush
+if moment == "move": Path.replace = lambda self, target: die() if self.is_dir() else os.replace(self, target)
+if moment == "index": shards.index.Index.save = die
+if moment == "torn index": shards.index.write_bytes = torn
+if moment == "clean-up": shutil.rmtree = lambda path, **_: die() if Path(path).name == ".partial" else None
+pack(source, out, storage=storage, spacing=2.0, shape=(20, 24, 18), workers=1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "storage"),
+    [
+        *((moment, "zarr") for moment in ("second shard", "move", "index", "torn index", "clean-up")),
+        *((moment, "webdataset") for moment in ("second shard", "index")),
+    ],
+)
+def test_a_killed_packing_is_complete_or_resumes(
+    tmp_path: Path, moment: str, storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever the process is killed, its output is seen as what it is, and the next one ends with the same bytes."""
+    source, out = bids(tmp_path / "bids", PEOPLE), tmp_path / "out"
+    arguments = [moment, str(source), str(out), storage]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert is_complete(out) == (moment == "clean-up")
+    monkeypatch.setattr("shards.writer.SHARD_RECORDS", 2)
+    packed(source, tmp_path / "once", storage=storage, max_rejects="5%")
+    if moment == "clean-up":
+        assert list(verify(out)) == []
+        with pytest.raises(DataError, match="already holds"):
+            packed(source, out, storage=storage, max_rejects="5%")
+        shutil.rmtree(out / ".partial")
+    else:
+        monkeypatch.setattr("shards.pack.canonical", counted := Counted(canonical))
+        packed(source, out, storage=storage, max_rejects="5%")
+        assert counted.calls == (5 if moment == "second shard" else 0)  # complete shards are not made again
+        (out / ".index.json.part").unlink(missing_ok=True)
+    assert content(out) == content(tmp_path / "once") and is_complete(out)
+
+
+class Counted:
+    """A function that counts its calls."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.calls = function, 0
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls += 1
+        return self.function(*args)
+
+
+def test_files_of_others_do_not_make_a_result_complete(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert not is_complete(out)
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    assert not is_complete(out)
+    source = bids(tmp_path / "bids", PEOPLE)
+    (source / "sub-03/anat/sub-03_T1w.nii.gz").unlink()
+    with pytest.raises(TooManyRejects):
+        packed(source, out, max_rejects="0")
+    assert (out / "rejected.tsv").exists() and not is_complete(out)
+    assert is_complete(out / "rejected.tsv")
+
+
 # --- command line -------------------------------------------------------------------------------------------------
 
 
@@ -508,13 +664,47 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "shards/shard-00000.tar: sub-00.image.npy" in capsys.readouterr().err
 
 
+def test_options_come_from_a_preset_and_flags_go_over_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The short form takes spacing and shape from configs/pack, as the stage does."""
+    source = bids(tmp_path / "bids", PEOPLE)
+    for arguments, preset in ([], "default"), (["--config", "demo"], "demo"):
+        out = tmp_path / preset
+        assert main(["pack", str(source), str(out), *arguments, "--workers", "1"]) == 0
+        stage = load_config(PackConfig, "pack", preset, (), {"source": str(source), "out": str(out)})
+        used = Index.load(out).provenance["arguments"]
+        assert {"format": stage.format, "spacing": stage.spacing, "shape": stage.shape} | used == used
+        assert (used["fractions"], used["seed"], used["max_rejects"]) == (stage.split, stage.seed, stage.max_rejects)
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("spacing: 4\nshape: [10, 12, 9]\nworkers: 1\nsplit_column: set\nmax_rejects: 3\n")
+    flags = ["--split", "0", "0", "1", "--format", "webdataset"]
+    assert main(["pack", str(source), str(tmp_path / "mine"), "--config", str(preset), *flags]) == 0
+    index = Index.load(tmp_path / "mine")
+    assert (index.storage, index.grid["spacing"], index.grid["shape"]) == ("webdataset", 4, [10, 12, 9])
+    assert set(index.split().assignment.values()) == {"test"}
+    capsys.readouterr()
+    for text, reason in [
+        ("spacin: 4", "Did you mean 'spacing'"),
+        ("spacing: wide", "spacing: 'wide' where a value such as 2.0"),
+        ("shape: [10, 12]", "shape: [10, 12] where a value such as [80, 96, 80]"),
+        ("folds: true", "folds: True"),
+        ("- 4", "expected 'key: value' lines"),
+        ("a: b: c", "not readable as YAML"),
+    ]:
+        preset.write_text(text)
+        assert main(["pack", str(source), str(tmp_path / "no"), "--config", str(preset)]) == 2
+        assert f"{preset}: " in (message := capsys.readouterr().err) and reason in message
+    with pytest.raises(SystemExit, match="2"):
+        main(["pack", str(source), str(tmp_path / "no"), "--split", "1", "0", "0", "--split-column", "x"])
+    assert "not allowed with argument --split" in capsys.readouterr().err
+
+
 def test_errors_are_one_line_without_traceback(tmp_path: Path) -> None:
     for arguments, status, reason in [
         (["phantom", str(tmp_path / "p"), "--subjects", "0"], 2, "at least one"),
         (["pakc", "a", "b"], 2, "Did you mean 'pack'?"),
-        (["verify", str(tmp_path)], 2, "no packed dataset here"),
+        (["verify", str(tmp_path)], 2, "no packed data set here"),
         (["pack", "nowhere", str(tmp_path), "--spacing", "2", "--shape", "8", "8", "8"], 2, "no such folder"),
-        (["pack", "nowhere", "out"], 2, "--spacing"),
+        (["pack", "nowhere", "out", "--config", "dmo"], 2, "Did you mean 'demo'?"),
     ]:
         done = subprocess.run([sys.executable, "-m", "shards", *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == status

@@ -29,6 +29,7 @@ class Effect(Enum):
 EFFECTS = {
     "out": Effect.NONE,
     "tracking": Effect.NONE,
+    "workers": Effect.NONE,  # processes of packing
     "batch": Effect.NONE,  # of inference: volumes or people at a time
     "training.checkpoint_every": Effect.NONE,
     "training.keep": Effect.NONE,

@@ -2,8 +2,8 @@
 
 Age is uniform over 20-82 years, either sex has probability one half, independent of age. Five anatomical
 quantities are then drawn from the regressions in :data:`LAW`, **independent of one another given age and sex**;
-their residuals are Gaussian (of the logarithm, for the ventricles) and nothing is truncated, so the law is known in
-closed form and every posterior is one quadrature over age.
+their residuals are Gaussian (of the logarithm, for the ventricles) and not truncated, so the density has a closed form
+and every posterior is one quadrature over age.
 
 Sources: intracranial volume, OASIS-1 (316 healthy adults, 18-94 y); ventricles, IXI (588 adults, 20-86 y); grey and
 white matter and hippocampi, IXI (291 adults, 40-86 y; used down to 20 y, which extrapolates).
@@ -11,7 +11,7 @@ white matter and hippocampi, IXI (291 adults, 40-86 y; used down to 20 y, which 
 Grey % + white % is the brain's share of the head; the rest is CSF. The law of that sum,
 85.3 % - 1.35a - 0.26a^2 - 0.96 male with residual SD 2.1 %, agrees in slope, curvature, sex and spread with the
 brain/intracranial ratio measured in OASIS-1, 82.0 % - 1.8a - 0.2a^2 - 1.1 male [2.3 %]; the level differs by 3 points
-as the two segmentations draw the line to the CSF differently. So the ratio is not drawn a second time.
+because the two segmentations place the boundary to the CSF differently. So the ratio is not drawn separately.
 """
 
 from collections.abc import Collection, Mapping
@@ -67,7 +67,7 @@ def draw_anatomy(rng: np.random.Generator, age: float, sex: str) -> dict[str, fl
 
 @dataclass(frozen=True)
 class Posterior:
-    """p(age, sex | what is given) of N subjects on a grid of age.
+    """p(age, sex | given values) of N subjects on a grid of age.
 
     ``mass`` (N, 2, A) is the probability of each sex (F, M) and age cell; a row sums to one. The A cells of equal
     width tile 20-82 years; ``ages`` (A,) holds their centres.
@@ -118,7 +118,7 @@ def posterior(
     sex: Collection[str] | None = None,
     cells: int = 310,
 ) -> Posterior:
-    """Exact p(age, sex | whatever is given), by the midpoint rule over age.
+    """Exact p(age, sex | given values), by the midpoint rule over age.
 
     Args:
         anatomy: the quantities of :data:`LAW`, each a number or (N,); further columns are ignored. None: not given.
@@ -155,12 +155,12 @@ def posterior(
 
 
 def best_possible(source: Path | pd.DataFrame, given: Collection[str]) -> pd.DataFrame:
-    """What an ideal reader of the images would answer for each subject: the yardstick of every prediction.
+    """The best possible predictions for each subject, from the exact posterior; a reference for models.
 
     Args:
         source: a folder written by :func:`shards.phantom.make.make_phantoms`, or a table with a row a subject:
             participant_id, age, sex and the columns of :data:`LAW`.
-        given: any of "image" (stands for the anatomy it shows), "age", "sex".
+        given: any of "image" (the drawn anatomy), "age", "sex".
 
     Returns:
         A table indexed by participant_id: ``age`` (posterior mean, years), ``age_median`` (least absolute error),

@@ -1,10 +1,10 @@
-"""The shape of a procedural brain: tissue maps whose volumes are those of a given anatomy.
+"""The shape of a procedural brain: tissue maps with the volumes of a given anatomy.
 
-A brain is a handful of signed distance functions of its position: the intracranial envelope; the sheets of CSF between
+A brain consists of a few signed distance functions of position: the intracranial envelope; the sheets of CSF between
 and within the hemispheres (fissures, tentorium, sulci); ventricles, deep grey matter and hippocampi. Sulci are the
-nodal surfaces of a random field of narrow spatial frequency, carried inward radially. Every volume that was drawn is
-then *solved for*: head, hippocampi, ventricles, brain and white matter each have one level, moved until the partial
-volumes of the rendered voxels add up to it.
+nodal surfaces of a narrow-band random field, extended inward radially. Each drawn volume is then solved for: head,
+hippocampi, ventricles, brain and white matter have one level each, which a root finder moves until the partial volumes
+of the rendered voxels add up to the drawn volume.
 
 Positions are in millimetres of a template of average size: x right, y anterior, z superior.
 """
@@ -34,9 +34,9 @@ RIM_MM = 0.8  # the CSF over the gyri is that much thinner than half a sulcus
 class Tissues(NamedTuple):
     """Share of each voxel, float32 (H, W, D); csf + grey + white is the share inside the head."""
 
-    csf: Array  # all of it, the ventricles included
-    ventricles: Array  # lateral ones
-    grey: Array  # deep grey matter and hippocampi included
+    csf: Array  # including the ventricles
+    ventricles: Array  # the lateral ventricles
+    grey: Array  # including deep grey matter and hippocampi
     deep: Array
     hippocampus: Array
     white: Array
@@ -50,7 +50,7 @@ def _column(values: ArrayLike) -> Array:
 
 
 def _dot(a: Array, b: Array) -> Array:
-    """Scalar products over the first axis; einsum, as BLAS threads would fight over the workers' cores."""
+    """Scalar products over the first axis; einsum, because BLAS threads would compete for the workers' cores."""
     return np.asarray(np.einsum("i...,i...->...", a.reshape(*a.shape, *[1] * (b.ndim - a.ndim)), b), np.float32)
 
 
@@ -64,7 +64,7 @@ def _ellipsoid(p: Array, centre: tuple[float, ...], radii: tuple[float, ...]) ->
 
 
 def _union(*parts: Array, blend: float = 5.0) -> Array:
-    """Union whose seams are rounded over ``blend`` mm."""
+    """Union with seams rounded over ``blend`` mm."""
     out = parts[0]
     for part in parts[1:]:
         h = np.maximum(blend - np.abs(out - part), 0) / blend
@@ -110,7 +110,7 @@ HIPPOCAMPUS = [(22, -3, -20, 4.2), (27, -13, -19, 5.2), (28, -23, -15, 4.4), (25
 
 
 class _Surfaces(NamedTuple):
-    """What the levels are solved over, at N positions in the head."""
+    """The surfaces that the levels are solved over, at N positions in the head."""
 
     pial: Array  # distance to the CSF around and between the gyri
     medullar: Array  # the same, grown where no cortex lies below the CSF: corpus callosum, brain stem
@@ -207,7 +207,7 @@ def _radial(p: Array) -> tuple[Array, Array]:
 
 
 def _fold_distance(p: Array, folds: Array) -> tuple[Array, Array]:
-    """Distance to the nearest sulcal sheet: a field on the surface, carried inward along the radii."""
+    """Distance to the nearest sulcal sheet: a field on the surface, extended inward along the radii."""
     offset, length = _radial(p)
     reach = np.float32(36)
     pull = (reach + (length - reach) * np.float32(0.25)) / length
@@ -225,9 +225,8 @@ def _folia_distance(side: Array) -> Array:
 
 @lru_cache(1)
 def _fold_lattice() -> tuple[tuple[NDArray[np.intp], ...], Array, Array]:
-    """The waves that make the folds' field: where they stand on the half lattice of frequencies, their amplitudes.
-
-    Third, the radial directions (3, n, n, n) on the lattice of positions.
+    """Of the folds' random field: its waves' indices on the half lattice of frequencies, their amplitudes (waves,), and
+    the radial directions (3, n, n, n) on the lattice of positions.
     """
     k = [fft.fftfreq(LATTICE, LATTICE_MM), fft.fftfreq(LATTICE, LATTICE_MM), fft.rfftfreq(LATTICE, LATTICE_MM)]
     frequency = np.sqrt(sum(np.square(axis) for axis in np.meshgrid(*k, indexing="ij")))
@@ -245,7 +244,7 @@ def _fold_field(rng: np.random.Generator) -> Array:
     waves[shell] = amplitude * (rng.standard_normal((len(amplitude), 2), np.float32) @ np.array([1, 1j], np.complex64))
     field = fft.irfftn(waves, s=(LATTICE,) * 3)
     slope = np.stack(np.gradient(field, LATTICE_MM)).astype(np.float32)
-    squared = _dot(slope, slope) - _dot(slope, radial) ** 2  # what counts is how fast it changes along the surface
+    squared = _dot(slope, slope) - _dot(slope, radial) ** 2  # of the change along the surface only
     wave = np.float32(2 * np.pi / FOLD_MM)
     return np.abs(field) / np.sqrt(np.maximum(squared, 0) + (np.float32(0.5) * wave * field) ** 2 + 1e-20)
 
@@ -254,7 +253,7 @@ def _fold_field(rng: np.random.Generator) -> Array:
 
 
 def spacing(shape: tuple[int, int, int]) -> float:
-    """Edge of the cubic voxels in mm with which ``shape`` holds every head: 6 at 32 cubed, 3 at 64, 2 at 96."""
+    """Edge in mm of the cubic voxels with which ``shape`` holds every head: 6 at 32 cubed, 3 at 64, 2 at 96."""
     return max(extent / n for extent, n in zip(FIELD_OF_VIEW, shape))
 
 
@@ -266,7 +265,7 @@ def _ripples(rng: np.random.Generator, count: int, wavelength: float) -> Callabl
 
 
 def _solve(volume: Callable[[float], float], target: float, low: float, high: float) -> float:
-    """The level at which the monotone ``volume`` meets ``target``; the nearer end where none does."""
+    """The level at which the monotone ``volume`` meets ``target``; the nearer end where there is none."""
     ends = volume(low) - target, volume(high) - target
     if ends[0] * ends[1] >= 0:
         return low if abs(ends[0]) < abs(ends[1]) else high
@@ -285,7 +284,7 @@ def render_tissues(
         shape: voxels (H, W, D) of :func:`spacing` mm.
 
     Returns:
-        Maps of partial volume. An anatomy no brain can have (more tissue than head) is met as nearly as can be.
+        Maps of partial volume. An impossible anatomy (more tissue than head) is approximated as well as possible.
     """
     icv, brain = anatomy["icv_ml"], anatomy["grey_percent"] + anatomy["white_percent"]
     step = spacing(shape) / SUPERSAMPLING

@@ -1,17 +1,15 @@
 """Procedural T1w-like brains as a BIDS tree, their anatomy drawn from a known joint law with age and sex.
 
-The law and its exact posterior are :mod:`shards.phantom.anatomy`, the shape :mod:`shards.phantom.brain`. Whatever
-else varies between subjects (folds, pose, aspect, asymmetry, intensity scale, bias field, noise) comes from a random
-stream of its own that knows nothing of age or sex, so that the drawn anatomy is all an image can tell of them.
+The law and its exact posterior are in :mod:`shards.phantom.anatomy`, the shape in :mod:`shards.phantom.brain`. Other
+variation between subjects (folds, pose, aspect, asymmetry, intensity scale, bias field, noise) comes from a separate
+random stream that is independent of age and sex, so an image depends on these only through the drawn anatomy.
 
-Rich phantoms have a second, T2w-like contrast, one of five sites, whose scanners differ in contrast and noise, and a
-memory score, a whole number, that falls with age (:data:`MEMORY`) and is independent of the anatomy given age and sex.
+Rich phantoms also have a second, T2w-like contrast, one of five sites, whose scanners differ in contrast and noise, and
+a memory score, a whole number, that falls with age (:data:`MEMORY`), independent of anatomy given age and sex.
 """
 
 import json
 import multiprocessing
-import shutil
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,6 +21,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from shards.cpus import available_cores
+from shards.files import atomic_folder
 from shards.phantom.anatomy import LAW, Regression, draw_anatomy, draw_person
 from shards.phantom.brain import Tissues, render_tissues, spacing
 from shards.progress import progress
@@ -33,14 +32,14 @@ NOISE = 0.02  # SD, in the units above
 
 
 class Scanner(NamedTuple):
-    """How a site's images come out: intensities raised to ``gamma``, ``noise`` times :data:`NOISE`."""
+    """The scanner of a site: intensities are raised to ``gamma``; the noise is ``noise`` times :data:`NOISE`."""
 
     gamma: float = 1.0
     noise: float = 1.0
 
 
 PLAIN = Scanner()
-SITES = {  # name: share of the people, scanner
+SITES = {  # name -> share of subjects, scanner
     "Arden": (0.35, PLAIN),
     "Birch": (0.25, Scanner(gamma=0.75)),
     "Cedar": (0.20, Scanner(gamma=1.35)),
@@ -76,7 +75,7 @@ def render_image(
 def draw_subject(
     seed: int, index: int, shape: tuple[int, int, int]
 ) -> tuple[float, str, dict[str, float], NDArray[np.int16]]:
-    """Age, sex, anatomy and image of subject ``index`` (from 0): a function of its arguments alone."""
+    """Age, sex, anatomy and image of subject ``index`` (from 0); a pure function of its arguments."""
     law, nuisance = (np.random.Generator(np.random.Philox(s)) for s in np.random.SeedSequence((seed, index)).spawn(2))
     age, sex = draw_person(law)
     anatomy = draw_anatomy(law, age, sex)
@@ -84,7 +83,7 @@ def draw_subject(
 
 
 class Rich(NamedTuple):
-    """What a rich phantom has besides."""
+    """The additional variables of a rich phantom."""
 
     site: str
     memory: int
@@ -93,7 +92,7 @@ class Rich(NamedTuple):
 
 
 def draw_rich(seed: int, index: int, shape: tuple[int, int, int]) -> tuple[float, str, dict[str, float], Rich]:
-    """Age, sex, anatomy and the rest of subject ``index``: the person of :func:`draw_subject`, seen at a site."""
+    """Age, sex and anatomy of subject ``index``, as of :func:`draw_subject`, and the additional variables."""
     law, nuisance, extra = (
         np.random.Generator(np.random.Philox(s)) for s in np.random.SeedSequence((seed, index)).spawn(3)
     )
@@ -134,28 +133,29 @@ def make_phantoms(
     workers: int = 0,
     rich: bool = False,
 ) -> None:
-    """Write a BIDS tree of ``subjects`` phantoms, whole or not at all.
+    """Write a BIDS tree of phantoms, atomically.
 
-    ``out`` gets dataset_description.json, participants.tsv (participant_id, age in years, sex), an image
-    ``sub-*/anat/sub-*_T1w.nii.gz`` each (int16, RAS, :func:`spacing` mm) and derivatives/phantom/anatomy.tsv with what
-    was drawn (:data:`shards.phantom.anatomy.LAW`) and the brain's and CSF's share that follow. Subject i depends on
-    ``seed`` and i alone, not on ``subjects`` or ``workers`` (processes; 0: one per core). ``rich`` adds ``*_T2w.nii.gz``, and site and memory
-    score to participants.tsv.
+    ``out`` holds dataset_description.json, participants.tsv (participant_id, age in years, sex), an image
+    ``sub-*/anat/sub-*_T1w.nii.gz`` per subject (int16, RAS, :func:`spacing` mm) and derivatives/phantom/anatomy.tsv
+    with the drawn anatomy (:data:`shards.phantom.anatomy.LAW`) and the shares of brain and CSF that follow from it.
+
+    Args:
+        out: new or empty folder.
+        subjects: number of phantoms. Subject i depends only on ``seed`` and i.
+        shape: voxels.
+        seed: of all draws.
+        workers: processes; 0 for one per core.
+        rich: add ``*_T2w.nii.gz``, and site and memory score to participants.tsv.
 
     Raises:
         FileExistsError: ``out`` exists and is not an empty folder.
         ValueError: fewer than one subject, or a side below 16 voxels.
     """
-    out = Path(out)
     if subjects < 1 or min(shape) < 16:
-        raise ValueError(f"{subjects} phantoms of {shape} voxels: ask for at least one, 16 voxels a side")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is there already and not empty: remove it or choose another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+        raise ValueError(f"{subjects} phantoms of {shape} voxels: at least one phantom of 16 voxels a side is needed")
+    workers = workers or available_cores()
+    with atomic_folder(Path(out)) as folder:
         write = partial(_write_subject, folder, seed, shape, rich)
-        workers = workers or available_cores()
         if workers > 1:
             spawn = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(min(workers, subjects), mp_context=spawn) as pool:
@@ -163,11 +163,6 @@ def make_phantoms(
         else:
             rows = list(progress(map(write, range(subjects)), "phantoms", subjects, "brain"))
         _write_tables(folder, pd.DataFrame(rows))
-        folder.chmod(0o755)
-        folder.replace(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _write_tables(folder: Path, table: pd.DataFrame) -> None:

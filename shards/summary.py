@@ -1,4 +1,4 @@
-"""What a packed dataset holds, for people (text) and programs (dictionary)."""
+"""A summary of a packed data set, as a dictionary or as text."""
 
 import statistics
 from collections import Counter
@@ -10,8 +10,8 @@ import numpy as np
 from shards.index import PARTS, Index
 
 
-def describe(index: Index) -> dict[str, Any]:
-    """Counts, arrays, scalars, splits and provenance of a dataset as plain values."""
+def summarize(index: Index) -> dict[str, Any]:
+    """Counts, arrays, scalars, splits and provenance of a data set, as plain values."""
     return {
         "kind": index.kind,
         "storage": index.storage,
@@ -59,9 +59,9 @@ def _scalar(index: Index, name: str, kind: str, unit: str) -> dict[str, Any]:
     }
 
 
-def render(content: dict[str, Any]) -> str:
+def format_summary(summary: dict[str, Any]) -> str:
     """The text of ``shards inspect``."""
-    return "\n".join(_lines(content))
+    return "\n".join(_lines(summary))
 
 
 def _lines(content: dict[str, Any]) -> Iterator[str]:
