@@ -19,7 +19,7 @@ from trials import Fault, audit, keys, settle, suffer
 
 from mvhpc.runs.journal import read, unseen
 from mvhpc.runs.mlflow_store import as_metrics, store_client
-from mvhpc.runs.mlflow_sync import _state
+from mvhpc.runs.mlflow_sync import synced
 from tests.test_mlflow import serve
 
 STEPS = 1998  # whole epochs
@@ -75,7 +75,7 @@ def missing(run: Path, uri: str) -> str:
             expected[re.sub(r"[^\w\-. :/]", "_", name)].append((event["step"], float(value)))
     client = store_client(uri)
     for name, points in expected.items():
-        there = [(m.step, m.value) for m in client.get_metric_history(_state(run)["run"], name)]
+        there = [(m.step, m.value) for m in client.get_metric_history(synced(run)["run_id"], name)]
         if sorted(there) != sorted(points):
             return f"MLflow has {len(there)} points of {name}, not the journal's {len(points)}"
     return ""

@@ -5,7 +5,6 @@ steps, so that what else the machine does meets all alike. What stays with a net
 where in memory it is, makes two equal loops differ by two percent: hence rounds, each with new networks.
 """
 
-import json
 import threading
 import time
 from collections import deque
@@ -25,7 +24,8 @@ from mvhpc.config import Compute, Tracking, load_config
 from mvhpc.execute import execute, plan
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import save_autoencoder
-from mvhpc.runs.mlflow_sync import STATE, Tracker
+from mvhpc.runs.mlflow_sync import synced
+from mvhpc.runs.tracker import Tracker
 from mvhpc.runtime.devices import resolve_device, resolve_precision, send
 from mvhpc.stages import STAGES
 from mvhpc.training.joint import JointConfig, JointTask
@@ -204,7 +204,7 @@ def _tracked(config: JointConfig, folder: Path) -> Iterator[None]:
     tracking = Tracking(f"sqlite:///{folder.parent / 'mlflow.db'}", "overhead")
     config = replace(config, tracking=tracking)
     with Tracker("joint", config, folder, fingerprint="", inputs={}):
-        while not json.loads((folder / STATE).read_text())["described"]:
+        while not synced(folder).get("described"):
             time.sleep(0.1)
         yield
 

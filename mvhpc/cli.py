@@ -133,8 +133,6 @@ def _mlflow_sync(arguments: Sequence[str]) -> int:
     refuse_password(options.uri)
     os.environ |= PATIENCE
     for folder in map(Path, options.folders):
-        if not (folder / "tracking.json").is_file():
-            raise ConfigError(f"{folder}: no run folder (it has no tracking.json)")
         sync(folder, options.uri)
         print(f"{folder} is up to date")
     return 0

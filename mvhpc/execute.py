@@ -16,7 +16,7 @@ from mvhpc.checkpoints.compatibility import check_newest
 from mvhpc.config import ConfigError, decisive, fingerprint, to_yaml
 from mvhpc.runs.folder import Run, exclusive, identity, read_record
 from mvhpc.runs.journal import read
-from mvhpc.runs.mlflow_sync import Tracker
+from mvhpc.runs.tracker import Tracker
 from mvhpc.runtime.importing import resolve
 from mvhpc.stages import STAGES, Stage
 from shards.files import is_complete, write_bytes, write_text
@@ -151,20 +151,20 @@ def execute(planned: PlannedStage) -> dict[str, Any]:
     with exclusive(folder), library_logs(folder / "log.txt"):
         if stage.trains:
             check_newest(folder, config)
-        files = (folder / "stage.json", folder / "config.yaml")
+        files = (folder / "stage.json", folder / "config.yaml", folder / "tracking.json")
         before = {path: path.read_bytes() for path in files if path.is_file()}
         begun = _starts(folder)
-        write_text(files[0], json.dumps({**planned.record(), "status": "running"}, indent=1))
-        write_text(files[1], to_yaml(config))
-        tracker = Tracker(
-            stage.name,
-            config,
-            folder,
-            fingerprint=planned.fingerprint,
-            inputs=dict(planned.inputs),
-            data=getattr(config, "latents", None) or getattr(config, "data", None),
-        )
         try:
+            write_text(files[0], json.dumps({**planned.record(), "status": "running"}, indent=1))
+            write_text(files[1], to_yaml(config))
+            tracker = Tracker(
+                stage.name,
+                config,
+                folder,
+                fingerprint=planned.fingerprint,
+                inputs=dict(planned.inputs),
+                data=getattr(config, "latents", None) or getattr(config, "data", None),
+            )
             with tracker:
                 summary = run_stage(stage, config, run)
                 run.journal.write("summary", metrics=summary)
@@ -173,7 +173,7 @@ def execute(planned: PlannedStage) -> dict[str, Any]:
         except BaseException:
             with (folder / "log.txt").open("a") as log:
                 log.write(traceback.format_exc())
-            if _starts(folder) == begun and read_record(folder)["status"] == "running":
+            if _starts(folder) == begun and read_record(folder).get("status") == "running":
                 for path, content in before.items():
                     write_bytes(path, content)
             raise

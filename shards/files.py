@@ -106,7 +106,7 @@ def lock_file(path: Path, patience: float = math.inf, *, required: bool = True) 
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            _wait_for_lock(descriptor, end, required)
+            _wait_for_lock(descriptor, path, end, required)
             if _is_same_file(path, descriptor):
                 yield descriptor
                 return
@@ -114,14 +114,14 @@ def lock_file(path: Path, patience: float = math.inf, *, required: bool = True) 
             os.close(descriptor)
 
 
-def _wait_for_lock(descriptor: int, end: float, required: bool) -> None:
+def _wait_for_lock(descriptor: int, path: Path, end: float, required: bool) -> None:
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if end == math.inf else fcntl.LOCK_NB))
             return
-        except BlockingIOError:
+        except BlockingIOError as error:
             if time.monotonic() >= end:
-                raise
+                raise BlockingIOError(error.errno, "locked by another process", str(path)) from None
             time.sleep(min(LOCK_POLL_S, max(0.0, end - time.monotonic())))
         except OSError:  # this file system has no locks
             if required:

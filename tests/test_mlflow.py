@@ -1,4 +1,4 @@
-"""Laws of tracking: every point of the journal reaches MLflow once, whatever dies, and nothing that dies is felt."""
+"""Laws of tracking: every point of the journal reaches MLflow once, whatever dies; the stage itself notices nothing."""
 
 import base64
 import getpass
@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -20,10 +21,13 @@ import pytest
 from mvhpc.cli import main
 from mvhpc.config import ConfigError, fingerprint, load_config
 from mvhpc.data_stages import PackConfig
-from mvhpc.runs import mlflow_sync
-from mvhpc.runs.dashboard import dashboard
+from mvhpc.runs import mlflow_process, tracker
+from mvhpc.runs.dashboard import HOST, dashboard, wait_for_server
+from mvhpc.runs.folder import identity
 from mvhpc.runs.journal import Journal
-from mvhpc.runs.mlflow_sync import Tracker, catch_up, sync
+from mvhpc.runs.mlflow_store import store_client
+from mvhpc.runs.mlflow_sync import catch_up, read_state, record_end, sync, synced, write_state
+from mvhpc.runs.tracker import Tracker
 
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a49444154789c6360000000020001"
@@ -31,13 +35,18 @@ PNG = bytes.fromhex(
 )
 
 
-def tracker(root: Path, uri: str = "", seed: int = 0) -> Tracker:
+def track(root: Path, uri: str = "", seed: int = 0) -> Tracker:
     """A tracker around the stage `pack` in ``root``, whose result is there already."""
     (root / "packed").mkdir(exist_ok=True)
     (root / "packed.run").mkdir(exist_ok=True)
-    overrides = [f"source={root}/scans", f"out={root}/packed", f"seed={seed}", f"tracking.uri={uri}"]
-    overrides += ["tracking.experiment=laws"]
-    config = load_config(PackConfig, "pack", "default", overrides)
+    values = {
+        "source": f"{root}/scans",
+        "out": f"{root}/packed",
+        "seed": seed,
+        "tracking.uri": uri,
+        "tracking.experiment": "laws",
+    }
+    config = load_config(PackConfig, "pack", values=values)
     inputs = {"source": "abc123"}
     return Tracker("pack", config, root / "packed.run", fingerprint=fingerprint(seed), inputs=inputs)
 
@@ -52,86 +61,88 @@ def losses(root: Path, steps: range, shift: float = 0.0) -> None:
 
 def history(root: Path, name: str = "train/loss") -> list[tuple[int, float]]:
     """What the store beside the run folder has of a metric."""
-    state = json.loads((root / "packed.run" / "tracking.json").read_text())
-    client = mlflow_sync.store_client(f"sqlite:///{root / 'mlflow.db'}")
-    return [(m.step, m.value) for m in client.get_metric_history(state["run"], name)]
+    client = store_client(f"sqlite:///{root / 'mlflow.db'}")
+    run = synced(root / "packed.run")["run_id"]
+    return [(m.step, m.value) for m in client.get_metric_history(run, name)]
 
 
 def wait_for(condition: Any, seconds: float = 30) -> None:
     """Wait until ``condition()`` holds."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, f"not within {seconds} s"
         time.sleep(0.2)
 
 
 @pytest.mark.slow
 def test_every_point_once_over_failure_resume_and_lost_notes(tmp_path: Path) -> None:
-    journal, state_file = Journal(tmp_path / "packed.run"), tmp_path / "packed.run" / "tracking.json"
-    with pytest.raises(ZeroDivisionError), tracker(tmp_path):
+    folder, journal = tmp_path / "packed.run", Journal(tmp_path / "packed.run")
+    with pytest.raises(ZeroDivisionError), track(tmp_path):
         losses(tmp_path, range(3))
         raise ZeroDivisionError
-    client = mlflow_sync.store_client(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    first = json.loads(state_file.read_text())
-    run = client.get_run(first["run"])
+    client = store_client(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    first = synced(folder)["run_id"]
+    run = client.get_run(first)
     assert (run.info.status, run.data.tags["error"]) == ("FAILED", "ZeroDivisionError")
     assert [step for step, _ in history(tmp_path)] == [0, 1, 2]
 
-    with tracker(tmp_path):  # goes on from a checkpoint of step 1: steps 1 and 2 stand in the journal twice
+    with track(tmp_path):  # goes on from a checkpoint of step 1: steps 1 and 2 stand in the journal twice
         losses(tmp_path, range(1, 5), shift=100.0)
-        figure = tmp_path / "packed.run" / "figures" / "x.png"
+        figure = folder / "figures" / "x.png"
         figure.parent.mkdir()
         figure.write_bytes(PNG)
         journal.write("artifact", step=4, path="figures/x.png")
         journal.write("metrics", step=4, metrics={"validation/loss of état?": float("nan")})
-        journal.write("summary", metrics={"subjects": 6, "note": "words are no metric"})
+        journal.write("summary", metrics={"subjects": 6, "note": "text is no metric"})
     expected = [(s, 1 / (s + 1) + (100 if s > 2 else 0)) for s in range(5)]
     assert history(tmp_path) == expected
-    last = json.loads(state_file.read_text())
-    assert last["run"] == first["run"]
+    assert synced(folder)["run_id"] == first
 
     # A note lost between sending and writing it down: everything is sent again, and found to be there.
-    for lost in ({"sent": 0, "described": False}, {"run": None}):
-        state_file.write_text(json.dumps({k: v for k, v in (last | lost).items() if v is not None}))
-        sync(tmp_path / "packed.run")
+    (note,) = folder.glob("tracking.*.json")
+    last = json.loads(note.read_text())
+    for lost in (last | {"events_sent": 0, "described": False}, {}):
+        note.write_text(json.dumps(lost))
+        sync(folder)
         assert history(tmp_path) == expected
     assert len(client.search_runs([run.info.experiment_id])) == 1
 
-    run = client.get_run(first["run"])
+    run = client.get_run(first)
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "pack: packed"
     assert run.data.metrics["summary/subjects"] == 6
     assert run.data.params["spacing"] == "2.0"
     assert run.data.tags["input.source"] == "abc123"
-    assert run.data.tags["output"] == mlflow_sync.identity(tmp_path / "packed")
+    assert run.data.tags["output"] == identity(tmp_path / "packed")
     assert {"version.torch", "version.python", "fingerprint", "stage"} <= run.data.tags.keys()
-    assert [a.path for a in client.list_artifacts(first["run"])] == ["config.yaml", "figures"]
-    assert Path(client.download_artifacts(first["run"], "figures/x.png")).read_bytes() == PNG
+    assert ("mlflow.source.git.commit" in run.data.tags) == (Path(__file__).parents[1] / ".git").exists()
+    assert [a.path for a in client.list_artifacts(first)] == ["config.yaml", "figures"]
+    assert Path(client.download_artifacts(first, "figures/x.png")).read_bytes() == PNG
     assert "validation/loss of état_" in run.data.metrics
 
-    told = json.dumps([run.data.params, run.data.tags, run.info.run_name, run.info.user_id])
-    told += Path(client.download_artifacts(first["run"], "config.yaml")).read_text()
+    sent = json.dumps([run.data.params, run.data.tags, run.info.run_name, run.info.user_id])
+    sent += Path(client.download_artifacts(first, "config.yaml")).read_text()
     for private in (str(tmp_path), "secret", str(Path.home()), socket.gethostname()):
-        assert private not in told
+        assert private not in sent
     assert getpass.getuser() not in (run.info.user_id, *run.data.tags.values())
 
-    with tracker(tmp_path, seed=1):  # another configuration in the same folder is another run, with its points alone
+    with track(tmp_path, seed=1):  # another configuration in the same folder is another run, with its points alone
         losses(tmp_path, range(2))
-    assert json.loads(state_file.read_text())["run"] != first["run"]
+    assert synced(folder)["run_id"] != first
     assert [step for step, _ in history(tmp_path)] == [0, 1]
 
 
 @pytest.mark.slow
 def test_dead_server_costs_seconds_and_one_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     start = time.monotonic()
-    with tracker(tmp_path, uri="http://127.0.0.1:9"):
+    with track(tmp_path, uri="http://127.0.0.1:9"):
         assert time.monotonic() - start < 2  # nothing is waited for before the stage begins
         losses(tmp_path, range(3))
         time.sleep(4)
     assert time.monotonic() - start < 25
     assert capfd.readouterr().err.count("MLflow: ") == 1
 
-    with tracker(tmp_path):  # the same result into a store that works: from the first point on
+    with track(tmp_path):  # the same result into a store that works: from the first point on
         pass
     assert [step for step, _ in history(tmp_path)] == [0, 1, 2]
 
@@ -148,19 +159,10 @@ def serve(store: Path, port: int) -> subprocess.Popen[bytes]:
     with (store / "server.log").open("ab") as log:
         server = subprocess.Popen(command, cwd=store, stdout=log, stderr=log, start_new_session=True)
 
-    def answers() -> bool:
-        try:
-            return get(f"http://127.0.0.1:{port}/health") == 200
-        except OSError:
-            assert server.poll() is None, (store / "server.log").read_text()
-            return False
-
-    try:
-        wait_for(answers, 240)  # its imports alone take long on a busy machine
-    except AssertionError:
+    if not wait_for_server(f"http://{HOST}:{port}/health", lambda: server.poll() is None, 240):  # its imports are slow
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGKILL)
-        raise
+        raise AssertionError((store / "server.log").read_text())
     return server
 
 
@@ -171,21 +173,21 @@ def test_server_killed_and_started_again_and_a_second_store_have_every_point_onc
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     uri = f"http://127.0.0.1:{port}"
-    client = mlflow_sync.store_client(uri)
+    client = store_client(uri)
 
     def steps() -> list[int]:
-        run = json.loads((folder / "tracking.json").read_text()).get("run")
+        run = synced(folder).get("run_id")
         return [m.step for m in client.get_metric_history(run, "train/loss")] if run else []
 
     server = serve(store, port)
     try:
-        with tracker(tmp_path, uri=uri):
+        with track(tmp_path, uri=uri):
             losses(tmp_path, range(3))
             wait_for(lambda: steps() == [0, 1, 2], 60)
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
             losses(tmp_path, range(3, 6))
-            time.sleep(2 * mlflow_sync.PERIOD_S)
+            time.sleep(2 * mlflow_process.PERIOD_S)
             server = serve(store, port)
             losses(tmp_path, range(6, 9))
         sync(folder)
@@ -195,14 +197,14 @@ def test_server_killed_and_started_again_and_a_second_store_have_every_point_onc
         server.wait()
 
     other = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    before = (folder / "tracking.json").read_text()
+    before = {path: path.read_text() for path in folder.glob("tracking*.json")}
     assert main(["mlflow-sync", str(folder), "--uri", other]) == 0
     Journal(folder).write("metrics", step=9, metrics={"train/loss": 0.1})
-    for note in tmp_path.glob("packed.run/tracking.*.json"):
+    for note in {*folder.glob("tracking*.json")} - before.keys():
         note.unlink()  # what the second store knows is forgotten: all is sent again, and found to be there
     assert main(["mlflow-sync", str(folder), "--uri", other]) == main(["mlflow-sync", str(folder), "--uri", other]) == 0
-    assert (folder / "tracking.json").read_text() == before
-    second = mlflow_sync.store_client(other)
+    assert {path: path.read_text() for path in before} == before
+    second = store_client(other)
     (run,) = second.search_runs([second.get_experiment_by_name("laws").experiment_id])
     assert [m.step for m in second.get_metric_history(run.info.run_id, "train/loss")] == list(range(10))
     assert run.info.status == "FINISHED"
@@ -213,13 +215,13 @@ def test_server_killed_and_started_again_and_a_second_store_have_every_point_onc
 def test_locked_store_is_filled_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with tracker(tmp_path):
+    with track(tmp_path):
         losses(tmp_path, range(1))
-    monkeypatch.setattr(mlflow_sync, "GRACE_S", 3.0)
+    monkeypatch.setattr(tracker, "GRACE_S", 3.0)
     other = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     start = time.monotonic()
-    with tracker(tmp_path):
+    with track(tmp_path):
         losses(tmp_path, range(1, 4))
     assert time.monotonic() - start < 15  # less than the 20 s that sqlite waits for a lock
     assert "keeps what is missing" in capfd.readouterr().err
@@ -227,8 +229,8 @@ def test_locked_store_is_filled_later(
     other.close()
     catch_up(tmp_path)
     assert [step for step, _ in history(tmp_path)] == [0, 1, 2, 3]
-    run = json.loads((tmp_path / "packed.run" / "tracking.json").read_text())["run"]
-    assert mlflow_sync.store_client(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(run).info.status == "FINISHED"
+    run = synced(tmp_path / "packed.run")["run_id"]
+    assert store_client(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(run).info.status == "FINISHED"
 
 
 @pytest.mark.slow
@@ -236,8 +238,8 @@ def test_stage_killed_outright_is_recorded_and_leaves_no_process(tmp_path: Path)
     code = (
         "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[2]); import test_mlflow as t\n"
         "root = Path(sys.argv[1])\n"
-        "with t.tracker(root) as tracker:\n"
-        "    t.losses(root, range(2)); print(tracker._process.pid, flush=True); time.sleep(60)\n"
+        "with t.track(root) as tracker:\n"
+        "    t.losses(root, range(2)); print(tracker.process.pid, flush=True); time.sleep(60)\n"
     )
     stage = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True
@@ -252,10 +254,100 @@ def test_stage_killed_outright_is_recorded_and_leaves_no_process(tmp_path: Path)
         path = Path(f"/proc/{beside}/stat")
         return not path.exists() or path.read_text().split()[2] == "Z"
 
-    wait_for(gone)
+    wait_for(gone, 240)  # creating the store's tables alone takes long on a busy machine
     assert [step for step, _ in history(tmp_path)] == [0, 1]
-    run = json.loads((tmp_path / "packed.run" / "tracking.json").read_text())["run"]
-    assert mlflow_sync.store_client(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(run).info.status == "KILLED"
+    run = synced(tmp_path / "packed.run")["run_id"]
+    assert store_client(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(run).info.status == "KILLED"
+
+
+SYNC = """
+import sys
+from pathlib import Path
+from mvhpc.runs.mlflow_store import store_client
+from mvhpc.runs.mlflow_sync import sync
+store_client(sys.argv[1])
+print(flush=True)
+sys.stdin.readline()
+for folder in sys.argv[2:]:
+    sync(Path(folder))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_sync_one_run_create_it_once(tmp_path: Path) -> None:
+    """Nor do they fail where neither finds the store's tables or the experiment."""
+    store, folders = f"sqlite:///{tmp_path / 'mlflow.db'}", []
+    for number in range(8):
+        root = tmp_path / str(number)
+        root.mkdir()
+        losses(root, range(3))
+        folders.append(root / "packed.run")
+        write_state(folders[-1], track(root, uri=store).state)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SYNC, store, *map(str, folders)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    for process in processes:  # both are connected before either begins
+        assert process.stdout is not None
+        process.stdout.readline()
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+    assert [process.wait(120) for process in processes] == [0, 0]
+    client = store_client(store)
+    runs = client.search_runs([client.get_experiment_by_name("laws").experiment_id])
+    assert sorted(run.data.tags["identity"] for run in runs) == sorted(read_state(f)["identity"] for f in folders)
+    for folder in folders:
+        points = client.get_metric_history(synced(folder)["run_id"], "train/loss")
+        assert [point.step for point in points] == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_a_store_that_was_deleted_is_filled_again(tmp_path: Path) -> None:
+    with track(tmp_path):
+        losses(tmp_path, range(3))
+    (tmp_path / "mlflow.db").unlink()
+    command = [sys.executable, "-m", "mvhpc", "mlflow-sync", str(tmp_path / "packed.run")]
+    assert subprocess.run(command, check=False).returncode == 0
+    assert [step for step, _ in history(tmp_path)] == [0, 1, 2]
+
+
+def test_the_end_of_an_earlier_start_is_not_recorded(tmp_path: Path) -> None:
+    """The process beside a stage that was killed may outlive it, and the stage be started again meanwhile."""
+    folder, first, second = tmp_path / "packed.run", track(tmp_path), track(tmp_path)
+    write_state(folder, second.state)
+    record_end(folder, first.attempt, {"status": "KILLED", "outcome": {"error": "killed"}})
+    assert read_state(folder) == second.state
+    record_end(folder, second.attempt, {"status": "FAILED", "outcome": {"error": "OSError"}})
+    assert read_state(folder)["status"] == "FAILED"
+
+
+def test_a_server_is_waited_for_until_it_answers_in_http() -> None:
+    """Not HTTP, nothing at all, and an error are no answer; and a probe can never connect to itself."""
+    answers = [b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"", b"HTTP/1.1 503 Not yet\r\nContent-Length: 0\r\n\r\n"]
+    answers += [b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"]
+    peers = []
+
+    def serve_all(server: socket.socket) -> None:
+        for answer in answers:
+            connection, peer = server.accept()
+            with connection:
+                peers.append(peer[0])
+                connection.recv(1024)
+                connection.sendall(answer)
+
+    with socket.create_server((HOST, 0)) as server:
+        url = f"http://{HOST}:{server.getsockname()[1]}/health"
+        thread = threading.Thread(target=serve_all, args=(server,))
+        thread.start()
+        assert wait_for_server(url, thread.is_alive, 60)
+        thread.join(10)
+    assert len(peers) == len(answers) and HOST not in peers
+    assert not wait_for_server(url, lambda: True, 1)
+    assert not wait_for_server(url, lambda: False, 3600)
 
 
 def get(url: str, login: str = "") -> int:
@@ -277,11 +369,11 @@ def test_dashboard_needs_its_password_and_takes_what_was_kept_for_it(
     store, runs = tmp_path / "store", tmp_path / "runs"
     store.mkdir()
     runs.mkdir()
-    mlflow_sync.store_client(f"sqlite:///{store / 'mlflow.db'}").search_experiments()
+    store_client(f"sqlite:///{store / 'mlflow.db'}")
     taken = socket.create_server(("127.0.0.1", 0))
     port = taken.getsockname()[1]
     address = f"http://127.0.0.1:{port + 1}"  # the next free port, where nothing listens yet
-    with tracker(runs, uri=address):
+    with track(runs, uri=address):
         losses(runs, range(3))
         (runs / "packed.run" / "x.png").write_bytes(PNG)
         Journal(runs / "packed.run").write("artifact", step=0, path="x.png")
@@ -290,10 +382,10 @@ def test_dashboard_needs_its_password_and_takes_what_was_kept_for_it(
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
-        said = server.stdout.readline().split()
-        password = said[-1]
-        assert said[0].startswith(f"{address}/#/experiments/")
-        assert said[1:] == ["user:", "admin", "password:", password]
+        line = server.stdout.readline().split()
+        password = line[-1]
+        assert line[0].startswith(f"{address}/#/experiments/")
+        assert line[1:] == ["user:", "admin", "password:", password]
         for path in ("/", "/api/2.0/mlflow/experiments/get?experiment_id=0", "/get-artifact?path=x&run_uuid=y"):
             assert get(address + path) == get(address + path, "admin:guess") == 401
         assert get(address, f"admin:{password}") == 200
@@ -305,8 +397,8 @@ def test_dashboard_needs_its_password_and_takes_what_was_kept_for_it(
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
         sync(runs / "packed.run")
-        client = mlflow_sync.store_client(address)
-        run = json.loads((runs / "packed.run" / "tracking.json").read_text())["run"]
+        client = store_client(address)
+        run = synced(runs / "packed.run")["run_id"]
         assert [m.step for m in client.get_metric_history(run, "train/loss")] == [0, 1, 2]
         assert [p.read_bytes() for p in (store / "mlartifacts").rglob("x.png")] == [PNG]
     finally:

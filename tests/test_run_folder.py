@@ -1,9 +1,11 @@
-"""A run folder is worked in by one process at a time, however the one before ended."""
+"""A run folder: one process at a time works in it, and its record describes the result that is there."""
 
 import dataclasses
 import errno
 import fcntl
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -11,12 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from mvhpc.config import ConfigError, load_config
 from mvhpc.data_stages import PackConfig, PhantomConfig
 from mvhpc.execute import execute, plan
-from mvhpc.runs.folder import exclusive
+from mvhpc.inference.predictor import PredictConfig
+from mvhpc.runs.folder import exclusive, read_record
 from mvhpc.training.vae import VAEConfig
+from shards.errors import DataError
 from shards.files import lock_file
 from shards.index import Index
 from shards.split import record_split
@@ -49,14 +54,56 @@ def test_a_folder_is_held_until_its_process_is_gone(tmp_path: Path) -> None:
         pass
 
 
-def test_what_is_refused_leaves_the_record_of_what_is_there(tmp_path: Path) -> None:
-    out = str(tmp_path / "people.v1")
-    execute(plan("phantom", load_config(PhantomConfig, "phantom", "demo", ["subjects=2"], {"out": out})))
-    folder = tmp_path / "people.v1.run"
-    before = [(folder / name).read_bytes() for name in ("stage.json", "config.yaml")]
-    with pytest.raises(FileExistsError, match=r"people\.v1 exists already"):
-        execute(plan("phantom", load_config(PhantomConfig, "phantom", "demo", ["subjects=3"], {"out": out})))
-    assert before == [(folder / name).read_bytes() for name in ("stage.json", "config.yaml")]
+RECORD = ("stage.json", "config.yaml", "tracking.json")
+
+
+def record(folder: Path) -> list[bytes]:
+    """What a run folder says of the result beside it."""
+    return [(folder / name).read_bytes() for name in RECORD]
+
+
+def test_data_that_are_refused_leave_the_record_of_what_is_there(tiny_bids: Path, tmp_path: Path) -> None:
+    values = {"source": str(tiny_bids), "out": str(tmp_path / "packed.v1"), "spacing": 8.0, "shape": [16, 16, 16]}
+    values |= {"workers": 1, "split": [0.4, 0.1, 0.5]}
+    execute(plan("pack", load_config(PackConfig, "pack", values=values)))
+    before = record(tmp_path / "packed.v1.run")
+    changed = plan("pack", load_config(PackConfig, "pack", values={**values, "seed": 1}))
+    assert changed.state() == "changed"
+    with pytest.raises(DataError, match="already holds a packed dataset"):
+        execute(changed)
+    assert record(tmp_path / "packed.v1.run") == before
+    assert plan("pack", load_config(PackConfig, "pack", values=values)).state() == "finished"
+
+
+def test_a_stage_that_fails_or_is_interrupted_leaves_the_record_of_what_is_there(
+    tiny_model: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    values = {"model": str(tiny_model), "data": str(tiny_dataset), "out": str(tmp_path / "age.tsv")}
+    values |= {"given": ["image"], "want": ["age"], "compute.device": "cpu", "compute.threads": 1}
+    finished = plan("predict", load_config(PredictConfig, "predict", values=values))
+    execute(finished)
+    before = record(finished.folder)
+    if not torch.cuda.is_available():
+        absent = load_config(PredictConfig, "predict", values={**values, "compute.device": "cuda"})
+        with pytest.raises(RuntimeError, match="torch sees no CUDA device"):
+            execute(plan("predict", absent))
+        assert record(finished.folder) == before
+
+    def interrupt() -> None:
+        while read_record(finished.folder)["status"] != "running":
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    other = load_config(
+        PredictConfig, "predict", values={**values, "seed": 1, "sampling.conditioning": "clean", "samples": 200}
+    )
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        execute(plan("predict", other))
+    thread.join()
+    assert record(finished.folder) == before
+    assert finished.state() == "finished"
 
 
 def test_a_lock_of_a_dead_node_is_waited_for(tmp_path: Path) -> None:
@@ -102,7 +149,7 @@ def test_a_lock_is_waited_for_as_long_as_patience_lasts(tmp_path: Path) -> None:
     waiting = threading.Thread(target=wait)
     with lock_file(path):
         start = time.monotonic()
-        with pytest.raises(BlockingIOError), lock_file(path, 0.5):
+        with pytest.raises(BlockingIOError, match=f"locked by another process: .{path}"), lock_file(path, 0.5):
             pass
         assert 0.5 <= time.monotonic() - start < 5
         with pytest.raises(BlockingIOError), lock_file(path, 0):

@@ -1,4 +1,4 @@
-"""What a key of the configuration can change; one table, which fingerprints and checkpoints both ask.
+"""The one table of what configuration keys can change; fingerprints and the compatibility of checkpoints follow it.
 
 A key that is not named here decides the result.
 """
@@ -15,9 +15,9 @@ class Effect(Enum):
 
     Attributes:
         NONE: nothing, or the result changes by rounding at most.
-        SELECTION: the same steps of training, of which others are exported: another result, the same checkpoints.
-        LENGTH: the same, as long as the learning rate does not depend on the number of steps.
-        RESULT: another result.
+        SELECTION: the result is another one, the steps of training and their checkpoints are the same.
+        LENGTH: as SELECTION where the learning rate does not depend on the number of steps, else as RESULT.
+        RESULT: the result is another one.
     """
 
     NONE = "none"
@@ -29,8 +29,9 @@ class Effect(Enum):
 EFFECTS = {
     "out": Effect.NONE,
     "tracking": Effect.NONE,
-    "workers": Effect.NONE,  # processes of packing
-    "batch": Effect.NONE,  # of inference: volumes or people at a time
+    "batch": Effect.NONE,  # of inference: volumes or people at a time; noise belongs to the person, not to the batch
+    "workers": Effect.NONE,  # of packing
+    "model.checkpointing": Effect.NONE,  # activations are computed again instead of kept
     "training.checkpoint_every": Effect.NONE,
     "training.keep": Effect.NONE,
     "training.log_every": Effect.NONE,
@@ -39,7 +40,7 @@ EFFECTS = {
     "compute.workers": Effect.NONE,
     "compute.zero_stage": Effect.NONE,
     "compute.offload": Effect.NONE,
-    "compute.device": Effect.NONE,
+    "compute.device": Effect.NONE,  # with precision `auto` it also chooses that: a model may be used where no GPU is
     "compute.compile": Effect.NONE,
     "compute.threads": Effect.NONE,
     "compute.retries": Effect.NONE,

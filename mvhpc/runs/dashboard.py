@@ -1,6 +1,7 @@
 """MLflow's web pages over a store of runs: on this machine only, behind a password."""
 
 import contextlib
+import http.client
 import os
 import secrets
 import signal
@@ -8,10 +9,9 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from mvhpc.config import ConfigError
 from mvhpc.runs.mlflow_store import ENVIRONMENT, SQLITE, store_client
@@ -19,8 +19,9 @@ from mvhpc.runs.mlflow_sync import catch_up
 from shards.files import write_text
 
 HOST = "127.0.0.1"
+PROBE_HOST = "127.0.0.2"  # where probes come from; see `answers`
 USER = "admin"
-PORTS = 100  # tried, from the one asked for
+PORTS = 100  # that are tried, from the given one on
 START_S = 120.0
 
 
@@ -28,8 +29,8 @@ def dashboard(store: str, port: int = 5000) -> None:
     """Serve a store until interrupted; the password is made at the first start and printed then.
 
     Args:
-        store: a folder with ``mlflow.db``, an sqlite URI, or the address of a server, which is only said.
-        port: where it listens, or the next free one.
+        store: a folder with ``mlflow.db``, an sqlite URI, or the address of a server, which is only printed.
+        port: where it listens; where that is taken, the next free one.
 
     Raises:
         ConfigError: there is no store, or no free port.
@@ -45,7 +46,7 @@ def dashboard(store: str, port: int = 5000) -> None:
         catch_up(database.parent)
     except Exception as error:
         print(f"Some runs could not be brought up to date: {error}", file=sys.stderr)
-    for number in (signal.SIGINT, signal.SIGTERM):  # both unwind, so that the server is ended too
+    for number in (signal.SIGINT, signal.SIGTERM):  # both raise here, so that the server is ended too
         signal.signal(number, signal.default_int_handler)
     new = not (_private(database) / "password").exists()
     with contextlib.suppress(KeyboardInterrupt), serve(database, port) as (address, password):
@@ -67,7 +68,7 @@ def serve(database: Path, port: int) -> Iterator[tuple[str, str]]:
     private = _private(database)
     private.mkdir(mode=0o700, exist_ok=True)
     if not (private / "password").exists():
-        (private / "users.db").unlink(missing_ok=True)  # knows the lost password
+        (private / "users.db").unlink(missing_ok=True)  # holds the password that was lost
     password, key = _secret(private / "password"), _secret(private / "session-key")
     write_text(
         private / "auth.ini",
@@ -87,7 +88,7 @@ def serve(database: Path, port: int) -> Iterator[tuple[str, str]]:
         "MLFLOW_AUTH_CONFIG_PATH": str((private / "auth.ini").resolve()),
         "MLFLOW_AUTH_ADMIN_PASSWORD": password,
         "MLFLOW_FLASK_SERVER_SECRET_KEY": key,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # of its own background jobs, which nothing here needs
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # background jobs, which are not needed here
     }
     log = private / "log.txt"
     with log.open("w") as output:
@@ -95,14 +96,16 @@ def serve(database: Path, port: int) -> Iterator[tuple[str, str]]:
             command, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True
         )
     try:
-        _wait(server, address, log)
+        if not wait_for_server(f"{address}/health", lambda: server.poll() is None):
+            tail = "\n".join(log.read_text().splitlines()[-15:])
+            raise RuntimeError(f"MLflow's server did not start; the end of {log}:\n{tail}")
         yield address, password
     finally:
         _end(server)
 
 
 def _newest(database: Path) -> str:
-    """The experiment that was last written to."""
+    """The experiment that was written to last."""
     client = store_client(f"{SQLITE}{database.resolve()}")
     return client.search_experiments(max_results=1, order_by=["last_update_time DESC"])[0].experiment_id
 
@@ -112,7 +115,7 @@ def _private(database: Path) -> Path:
 
 
 def _secret(path: Path) -> str:
-    """A random word, made once and readable by its owner alone."""
+    """A random password, made once and readable by its owner alone."""
     if not path.exists():
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_urlsafe(18))
@@ -128,22 +131,48 @@ def _free(port: int) -> int:
     raise ConfigError(f"no free port from {port} to {port + PORTS - 1}; name another with --port")
 
 
-def _wait(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
-    end = time.monotonic() + START_S
-    while server.poll() is None and time.monotonic() < end:
-        with contextlib.suppress(urllib.error.URLError, OSError):
-            urllib.request.urlopen(f"{address}/health", timeout=5).close()
-            return
+def wait_for_server(url: str, alive: Callable[[], bool], patience: float = START_S) -> bool:
+    """Wait until a server on this machine answers.
+
+    Args:
+        url: a page of it, on a loopback address.
+        alive: whether the server's process still runs; where it does not, nothing is waited for.
+        patience: seconds.
+
+    Returns:
+        Whether it answers.
+    """
+    end = time.monotonic() + patience
+    while alive() and time.monotonic() < end:
+        if answers(url):
+            return True
         time.sleep(0.3)
-    tail = "\n".join(log.read_text().splitlines()[-15:])
-    raise RuntimeError(f"MLflow's server did not start; the end of {log}:\n{tail}")
+    return False
+
+
+def answers(url: str) -> bool:
+    """Whether a GET from a server on this machine succeeds; an answer that is not HTTP is none.
+
+    The request comes from a loopback address of its own. From that of the server, the operating system may choose the
+    server's own port for it while nobody listens there: the connection is then to itself, the request returns as the
+    answer, and the server cannot bind the port.
+    """
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or HOST, parts.port, 5.0, (PROBE_HOST, 0))
+    try:
+        connection.request("GET", parts.path)
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
-    """End the server and its workers, which are a process group of their own."""
-    for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+    """End the server and its workers, which form a process group."""
+    for number, seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(patience)
+            server.wait(seconds)
             return

@@ -1,4 +1,4 @@
-"""What a run folder is: its journal and figures, its record ``stage.json``, its lock, and the identity of inputs."""
+"""The run folder of a stage: journal, figures, the record ``stage.json``, the lock, and the identity of inputs."""
 
 import contextlib
 import hashlib
@@ -16,11 +16,11 @@ from shards.index import Index
 
 
 class Run:
-    """What a stage writes to beside its result.
+    """What a stage writes beside its result.
 
     Attributes:
         folder: the run folder.
-        journal: metrics and figures in the order they came; the tracker and the progress bar follow it.
+        journal: events, followed by the progress bar and MLflow.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,14 +37,14 @@ class Run:
 
 
 def identity(path: str | Path, split: str = "default") -> str:
-    """What the content of an input is, whatever it is called: shards, a trained model, a BIDS tree or a file.
+    """A digest of an input's content, independent of its name.
 
     Args:
-        path: of the input.
-        split: of packed data, the only recorded split that counts.
+        path: of packed data, a trained model, a BIDS tree or a file.
+        split: of packed data, the recorded split that counts; the other ones do not.
 
     Raises:
-        FileNotFoundError: naming the path, where there is nothing.
+        FileNotFoundError: naming the path, where nothing is there.
     """
     path = Path(path)
     if (path / "index.json").is_file():
@@ -62,7 +62,7 @@ def identity(path: str | Path, split: str = "default") -> str:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The content of a run folder's ``stage.json``; empty where no stage was ever started there."""
+    """The content of a run folder's ``stage.json``; empty where no stage was started there."""
     path = folder / "stage.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 

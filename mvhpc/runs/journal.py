@@ -1,8 +1,8 @@
-"""What a run reports while it goes on: one JSON object a line, appended by rank 0, followed by whoever shows it.
+"""The journal of a run: one JSON object per line, appended by rank 0 and followed by progress bars and MLflow.
 
-The training loop writes and knows no reader; progress bars and MLflow read and may die, lag or be replayed without
-touching the run. Events: ``start`` (step, total), ``metrics`` (step, metrics), ``artifact`` (path relative to the
-folder), ``trouble`` (text: one sentence on what went wrong and was survived), ``end`` (step).
+Readers may end, lag or start again without touching the run. Events: ``start`` (step, total), ``metrics`` (step,
+metrics), ``artifact`` (step, path relative to the run folder), ``warning`` (step, text: a failure that the run went on
+after), ``summary`` (metrics of the whole stage), ``end`` (step).
 """
 
 import contextlib
@@ -22,18 +22,18 @@ POLL_S = 0.2
 class Journal:
     """Appends events to ``folder/journal.jsonl``.
 
-    Each line leaves in one ``write`` call on a file opened for appending, so several processes may write and a
-    killed one can only tear its own last line, which the next writer ends and readers skip. Lines that cannot be
-    written, on a full disc say, stay in memory and go before the next ones.
+    Each line is written by one ``write`` call on a file opened for appending, so several processes may write. A
+    process that is killed can only tear its own last line; the next writer ends that line and readers skip it. Lines
+    that cannot be written, as on a full disk, stay in memory and are written before the next ones.
 
     Args:
-        folder: the run folder; made where it is missing.
+        folder: the run folder; created where it is missing.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / FILE
-        self._lines: list[bytes] = []  # not yet written
+        self._lines: list[bytes] = []  # not written yet
 
     def write(self, event: str, **fields: Any) -> None:
         """Append ``event`` with the time (seconds since 1970) and its ``fields`` (JSON-able)."""
@@ -43,17 +43,17 @@ class Journal:
             self.flush()
 
     def flush(self) -> None:
-        """Append what could not be written before.
+        """Append the lines that could not be written before.
 
         Raises:
-            OSError: it still cannot.
+            OSError: they still cannot be written.
         """
         with self.path.open("ab+", buffering=0) as file:
             while self._lines:
                 size = file.seek(0, os.SEEK_END)
                 torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
                 line = (b"\n" if torn else b"") + self._lines[0]
-                if file.write(line) < len(line) - 1:  # the disc is full: what is there is a torn line, readers skip it
+                if file.write(line) < len(line) - 1:  # the disk is full: readers skip the torn line
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
                 del self._lines[0]
 
@@ -69,11 +69,11 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 def follow(folder: Path, stop: threading.Event) -> Iterator[dict[str, Any]]:
     """Yield the events of ``folder/journal.jsonl`` from its beginning, then new ones as they come.
 
-    Ends once ``stop`` is set and everything written before has been yielded. Torn lines are skipped.
+    Ends once ``stop`` is set and everything that was written before has been yielded. Skips torn lines.
     """
     path, position, rest = folder / FILE, 0, b""
     while True:
-        last = stop.is_set()  # asked before reading: what was written before it was set is still yielded
+        last = stop.is_set()  # before reading: what was written before it was set is still yielded
         if path.is_file():
             with path.open("rb") as file:
                 file.seek(position)
@@ -96,7 +96,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def unseen(events: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Drop metrics that a resumed run wrote again: of each (step, name) only the first is kept."""
+    """Drop metrics that a resumed run wrote again: the first value of each (step, name) is kept."""
     seen: set[tuple[int, str]] = set()
     for event in events:
         if event["event"] != "metrics":

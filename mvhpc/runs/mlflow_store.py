@@ -1,4 +1,8 @@
-"""What an MLflow store is told of a run; every call may be repeated."""
+"""Requests to an MLflow store: open a run, describe it, send metrics and figures, set its status.
+
+Every request may be repeated. ``state`` is the content of a run folder's ``tracking.json``; see
+:mod:`mvhpc.runs.mlflow_sync`.
+"""
 
 import functools
 import os
@@ -8,69 +12,99 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from mvhpc.config import flatten
+from shards.files import lock_file
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SQLITE = "sqlite:///"
+PATIENCE_S = 300.0  # for another process that creates the tables of a store
 METRICS, PARAMETERS = 1000, 100  # per request, MLflow's limits
 ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # seconds; its default of 120, five times over, is for people who wait
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # seconds; by default a request may take 120, and is repeated five times
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_CONFIGURE_LOGGING": "false",  # its records go where ours go
+    "MLFLOW_CONFIGURE_LOGGING": "false",  # log records go to the run folder's log.txt
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "60", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}  # where somebody asked for it
+PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "60", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}  # of `mvhpc mlflow-sync`
 
 
 @functools.cache
 def store_client(uri: str) -> "MlflowClient":
-    """A client of the store with that tracking URI."""
+    """A client of the store with that tracking URI.
+
+    Raises:
+        BlockingIOError: another process has been creating the tables of an sqlite store for minutes.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from mlflow import MlflowClient  # a second or two
+    from mlflow import MlflowClient  # takes a second or two
 
-    return MlflowClient(uri)
+    if not uri.startswith(SQLITE):
+        return MlflowClient(uri)
+    database = Path(uri.removeprefix(SQLITE))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    # The first client creates the tables, and fails where two processes do that at the same time.
+    with lock_file(database.with_name(f".{database.name}.lock"), PATIENCE_S, required=False):
+        return MlflowClient(uri)
 
 
 def open_run(client: "MlflowClient", uri: str, state: dict[str, Any]) -> dict[str, str]:
-    """The experiment and the run, found where an earlier attempt got as far as making them."""
-    experiment = client.get_experiment_by_name(state["experiment"])
-    if experiment is not None:
-        number = experiment.experiment_id
-    else:
+    """Experiment and run of ``state``, found by name and identity, created where they are missing.
+
+    Only one process at a time may call this for one run: MLflow cannot search and create in one step.
+
+    Returns:
+        ``experiment_id`` and ``run_id``.
+    """
+    experiment = _open_experiment(client, uri, state["experiment"])
+    found = client.search_runs([experiment], f"tags.identity = '{state['identity']}'", max_results=1)
+    run = found[0] if found else _create_run(client, experiment, state)
+    return {"experiment_id": experiment, "run_id": run.info.run_id}
+
+
+def _create_run(client: "MlflowClient", experiment: str, state: dict[str, Any]) -> Any:
+    return client.create_run(experiment, state["start_time"], {"identity": state["identity"]}, state["run_name"])
+
+
+def _open_experiment(client: "MlflowClient", uri: str, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
         artifacts = Path(uri.removeprefix(SQLITE)).parent / "mlartifacts" if uri.startswith(SQLITE) else None
-        number = client.create_experiment(
-            state["experiment"],
-            artifacts and artifacts.as_uri(),
-            tags={"mlflow.experimentKind": "custom_model_development"},  # its pages open on runs, not on chats
-        )
-    found = client.search_runs([number], f"tags.identity = '{state['id']}'", max_results=1)
-    run = found[0] if found else client.create_run(number, state["start"], {"identity": state["id"]}, state["name"])
-    return {"experiment_id": number, "run": run.info.run_id}
+        tags = {"mlflow.experimentKind": "custom_model_development"}  # its pages open on runs, not on chats
+        try:
+            return client.create_experiment(name, artifacts and artifacts.as_uri(), tags=tags)
+        except MlflowException:  # another run's process created it meanwhile
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    number: str = found.experiment_id
+    return number
 
 
-def describe(client: "MlflowClient", state: dict[str, Any]) -> None:
-    """Parameters, configuration, versions, data, and the runs that made the inputs."""
+def describe(client: "MlflowClient", run_id: str, experiment_id: str, state: dict[str, Any]) -> None:
+    """Send parameters, configuration, versions, data sets, and links to the runs that made the inputs."""
     from mlflow.entities import Param
 
-    run = state["run"]
-    parameters = [Param(name, str(value)) for name, value in _flat(state["config"]).items()]
+    known = client.get_run(run_id).data.params  # a parameter cannot be changed
+    parameters = [Param(name, str(value)) for name, value in flatten(state["config"]).items() if name not in known]
     for i in range(0, len(parameters), PARAMETERS):
-        client.log_batch(run, params=parameters[i : i + PARAMETERS])
-    client.log_text(run, yaml.safe_dump(state["config"], sort_keys=False), "config.yaml")
-    _tag(client, run, state["tags"] | {f"input.{name}": value for name, value in state["inputs"].items()})
-    _log_datasets(client, run, state["datasets"])
+        client.log_batch(run_id, params=parameters[i : i + PARAMETERS])
+    client.log_text(run_id, yaml.safe_dump(state["config"], sort_keys=False), "config.yaml")
+    _tag(client, run_id, state["tags"] | {f"input.{name}": value for name, value in state["inputs"].items()})
+    _log_datasets(client, run_id, state["datasets"])
     links = []
     for name, value in state["inputs"].items():
-        makers = client.search_runs(
-            [state["experiment_id"]], f"tags.output = '{value}'", order_by=["start_time DESC"], max_results=1
+        found = client.search_runs(
+            [experiment_id], f"tags.output = '{value}'", order_by=["start_time DESC"], max_results=1
         )
-        links += [
-            f"{name}: [{m.info.run_name}](#/experiments/{m.info.experiment_id}/runs/{m.info.run_id})" for m in makers
-        ]
+        links += [f"{name}: [{r.info.run_name}](#/experiments/{experiment_id}/runs/{r.info.run_id})" for r in found]
     if links:
-        _tag(client, run, {"mlflow.note.content": "Made from " + ", ".join(links)})
+        _tag(client, run_id, {"mlflow.note.content": "Made from " + ", ".join(links)})
 
 
 def as_metrics(event: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +115,8 @@ def as_metrics(event: dict[str, Any]) -> dict[str, Any]:
     return event | {"event": "metrics", "step": 0, "metrics": metrics}
 
 
-def send(client: "MlflowClient", run: str, folder: Path, events: list[dict[str, Any]]) -> None:
+def send_events(client: "MlflowClient", run_id: str, folder: Path, events: list[dict[str, Any]]) -> None:
+    """Send the metrics and the figures of journal events; ``folder`` is the run folder."""
     from mlflow.entities import Metric
 
     points = [
@@ -91,46 +126,35 @@ def send(client: "MlflowClient", run: str, folder: Path, events: list[dict[str, 
         for name, value in event["metrics"].items()
     ]
     for i in range(0, len(points), METRICS):
-        client.log_batch(run, metrics=points[i : i + METRICS])
-    pictures = dict.fromkeys(event["path"] for event in events if event["event"] == "artifact")
-    for path in map(Path, pictures):
+        client.log_batch(run_id, metrics=points[i : i + METRICS])
+    figures = dict.fromkeys(event["path"] for event in events if event["event"] == "artifact")
+    for path in map(Path, figures):
         if (folder / path).is_file():
-            client.log_artifact(run, str(folder / path), path.parent.as_posix() if path.parent.name else None)
+            client.log_artifact(run_id, str(folder / path), path.parent.as_posix() if path.parent.name else None)
 
 
-def tell(client: "MlflowClient", state: dict[str, Any]) -> None:
-    """How the stage ended, or that it goes on again."""
+def send_status(client: "MlflowClient", run_id: str, state: dict[str, Any]) -> None:
+    """Set the run's status; of a stage that ended also its outcome."""
     if state["status"] == "RUNNING":
-        client.update_run(state["run"], status="RUNNING")
+        client.update_run(run_id, status="RUNNING")
         return
-    _tag(client, state["run"], state["made"])
-    _log_datasets(client, state["run"], state["datasets"])
-    client.set_terminated(state["run"], state["status"], state["end"])
+    _tag(client, run_id, state["outcome"])
+    _log_datasets(client, run_id, state["datasets"])
+    client.set_terminated(run_id, state["status"], state["end_time"])
 
 
-def _tag(client: "MlflowClient", run: str, tags: dict[str, str]) -> None:
+def _tag(client: "MlflowClient", run_id: str, tags: dict[str, str]) -> None:
     from mlflow.entities import RunTag
 
-    client.log_batch(run, tags=[RunTag(name, value) for name, value in tags.items()])
+    client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
 
-def _log_datasets(client: "MlflowClient", run: str, datasets: list[dict[str, str]]) -> None:
+def _log_datasets(client: "MlflowClient", run_id: str, datasets: list[dict[str, str]]) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    client.log_inputs(
-        run,
-        [
-            DatasetInput(
-                Dataset(**{k: v for k, v in d.items() if k != "context"}),
-                [InputTag("mlflow.data.context", d["context"])],
-            )
-            for d in datasets
-        ],
-    )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+    inputs = []
+    for entry in datasets:
+        fields = dict(entry)
+        context = InputTag("mlflow.data.context", fields.pop("context"))
+        inputs.append(DatasetInput(Dataset(**fields), [context]))
+    client.log_inputs(run_id, inputs)
