@@ -61,7 +61,7 @@ class PlannedStage:
             return "changed"
         if not self.out.exists():
             return "new"
-        if record["status"] == "running" and self._has_result():
+        if record["status"] == "running" and self.has_result():
             return "finished"
         status: str = record["status"]
         return status
@@ -72,11 +72,11 @@ class PlannedStage:
             return self.out.exists()
         return self.out.is_dir() and any(child.name not in KEPT for child in self.out.iterdir())
 
-    def _has_result(self) -> bool:
-        """Whether a stage that was killed had its result in place already.
+    def has_result(self) -> bool:
+        """Whether a folder of results is in place, whoever made it.
 
-        A folder appears whole, and a stage does not begin where there is one. A file may be that of an earlier query;
-        training finds out by its checkpoints.
+        A stage does not begin where there is one, and it appears whole: with a record that says ``running`` it is that
+        stage's. A file may be that of an earlier query; training finds out by its checkpoints.
         """
         return not self.stage.trains and self.out.is_dir() and is_complete(self.out)
 
@@ -138,6 +138,7 @@ def execute(planned: PlannedStage) -> dict[str, Any]:
 
     Raises:
         ConfigError: an input that is not there, or another process at work in this folder.
+        FileExistsError: a folder of results is in the place of this one.
         Exception: whatever the stage raises; its traceback is in the run folder's ``log.txt``. What was recorded of an
             earlier result stays, unless training went on from it.
     """
@@ -151,6 +152,8 @@ def execute(planned: PlannedStage) -> dict[str, Any]:
     with exclusive(folder), library_logs(folder / "log.txt"):
         if stage.trains:
             check_newest(folder, config)
+        elif planned.has_result():
+            raise FileExistsError(f"{planned.out} exists already; remove it or choose another name (out=...)")
         files = (folder / "stage.json", folder / "config.yaml", folder / "tracking.json")
         before = {path: path.read_bytes() for path in files if path.is_file()}
         begun = _starts(folder)

@@ -45,6 +45,16 @@ def test_a_result_without_its_record_is_taken_as_finished(tmp_path: Path) -> Non
     assert phantom(out, subjects=3).state() == "changed"
 
 
+def test_a_strangers_folder_is_never_taken_for_a_result(tmp_path: Path) -> None:
+    out = tmp_path / "scans"
+    out.mkdir()
+    (out / "dataset_description.json").write_text("{}")
+    for _ in range(2):
+        with pytest.raises(FileExistsError, match="scans exists already"):
+            execute(phantom(out))
+    assert phantom(out).state() == "changed" and [path.name for path in out.iterdir()] == ["dataset_description.json"]
+
+
 def test_what_is_set_aside_takes_a_free_name(tmp_path: Path) -> None:
     out = tmp_path / "scans"
     (tmp_path / "scans.old-2").mkdir()
