@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from phantom_answers import Answer, Floats, Joint, constant, densenet, ideal
-from phantom_models import QUESTIONS, stages
 from scipy.stats import bootstrap
 
+from benchmarks.phantom.answers import Answer, Floats, Joint, constant, densenet, ideal
+from benchmarks.phantom.models import QUESTIONS, stages
 from mvhpc.config import Sampling
 from mvhpc.evaluation.metrics import mean_over_subjects
 from mvhpc.evaluation.tables import Table

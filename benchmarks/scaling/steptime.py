@@ -1,9 +1,10 @@
-"""The arithmetic of training on many GPUs: seconds of a step, bytes of memory, checkpoints, failures.
+"""A model of training on many GPUs: seconds of a step, bytes of memory, checkpoints, failures.
 
-What the networks ask for is counted (:mod:`workload`), what machines can do stands in :mod:`rates`. Of a step:
+Operations and traffic of the networks are counted (:mod:`benchmarks.scaling.workload`); the machines' constants are in
+:mod:`benchmarks.scaling.rates`. One step takes:
 
     computing = max(GPU, host), for each micro-batch
-    GPU       = the roofline of every operator; rows at rest are skipped as the slowest worker skips them
+    GPU       = the roofline of every operator; the U-Net skips clean rows, as the slowest worker does
     host      = operators x launch + rows x noising
     update    = bytes of weights, gradients, moments and average / bandwidth of memory
     exposed   = communication x (1 - hidden share)
@@ -14,9 +15,8 @@ import math
 from dataclasses import dataclass
 from functools import cache
 
-from rates import Rates
-from workload import VOXELS, Device, Work, count, settings
-
+from benchmarks.scaling.rates import Rates
+from benchmarks.scaling.workload import VOXELS, Device, Work, count, settings
 from mvhpc.training.engines.deepspeed import BUCKET
 
 NODE = 8  # GPUs

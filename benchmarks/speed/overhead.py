@@ -5,7 +5,7 @@
 The demo's joint network on latents of phantoms, the same batches and noise for all; an untrained autoencoder encodes
 them, for what is in the latents costs nothing. A bare loop has what the weights need (noise, forward, loss, backward,
 clipping, AdamW, the running average) and no more: it loads in turn and logs nothing. How the ways of training are kept
-comparable is told in `ways.py`.
+comparable is told in `benchmarks/speed/ways.py`.
 """
 
 import argparse
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 from scipy import stats
-from starts import start
-from ways import CHECKPOINTS, ONE, TURN, TWO, WARM, Plan, prepare, settings
 
+from benchmarks.speed.starts import start
+from benchmarks.speed.ways import CHECKPOINTS, ONE, TURN, TWO, WARM, Plan, prepare, settings
 from mvhpc.runtime.ray_cluster import launch
 from shards.files import write_text
 
@@ -27,7 +27,7 @@ def steps(root: Path, workers: int, ways: tuple[str, ...], turns: int, rounds: i
     """A table of what a step takes each way: the mean over all turns; what it is over another way, and what checkpoints
     add, with a 95 % interval over rounds (Student's t)."""
     plan = Plan(settings(root, workers, WARM + turns * TURN + 1), ways, rounds)
-    found = launch("ways:worker", plan, root / f"workers-{workers}", plan.compute)
+    found = launch("benchmarks.speed.ways:worker", plan, root / f"workers-{workers}", plan.compute)
     taken: dict[str, list[list[float]]] = {way: [[] for _ in range(rounds)] for way in ways}
     for key, seconds in found.items():
         way, number, _ = key.split("|")

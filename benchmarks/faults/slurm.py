@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import psutil
-from trials import RECOVERY_S, Fault, audit, keys, settle, suffer
 
+from benchmarks.faults.trials import RECOVERY_S, Fault, audit, keys, settle, suffer
 from tests.slurm_cluster import SlurmCluster
 from tests.test_slurm import nothing_is_left, submit
 from tests.test_slurm_faults import (

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from shards.files import write_text
 
 if TYPE_CHECKING:
-    from trials import Fault
+    from benchmarks.faults.trials import Fault
 
 MARK = "<!-- what follows is written by benchmarks/chaos.py -->\n"
 WORDS = {
@@ -136,10 +136,10 @@ def main() -> None:
 
 def torment(root: Path, seed: int, bench: str, deadline: float, ledger: Ledger) -> None:
     """Both benches, until the time is over."""
-    from faults import PLAIN, plain  # here, for the table is printed without torch
-    from faults_slurm import SLURM, cluster, on_slurm
-    from faults_tracked import KINDS, tracked
-    from trials import deal, prepare
+    from benchmarks.faults.processes import PLAIN, plain  # here, for the table is printed without torch
+    from benchmarks.faults.slurm import SLURM, cluster, on_slurm
+    from benchmarks.faults.tracked import KINDS, tracked
+    from benchmarks.faults.trials import deal, prepare
 
     prepare(root)
 

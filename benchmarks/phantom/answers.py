@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from phantom_models import densenet_name
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, Normal
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.phantom.models import densenet_name
 from mvhpc.config import Device, Sampling, load_config
 from mvhpc.diffusion.density import crps, quantile
 from mvhpc.evaluation import ensembles

@@ -1,4 +1,4 @@
-"""What the machines of :mod:`scaling` can do: each constant with its source, and those that can be, measured here."""
+"""Constants of the machines in the scaling model: each with its source; some can be measured on this machine."""
 
 import multiprocessing
 import os
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from workload import VOXELS, joint_parts
 
+from benchmarks.scaling.workload import VOXELS, joint_parts
 from mvhpc.runtime.randomness import generator
 from shards.cpus import available_cores
 from shards.dataset import open_dataset

@@ -1,9 +1,9 @@
-"""Training on 1 to 1,024 GPUs by arithmetic: how long a step takes, what it loses to failures, how to submit it.
+"""Predict training on 1 to 1,024 GPUs: time of a step, losses to failures, and the command to submit.
 
-    python benchmarks/scaling.py [--measure] [--markdown docs/scaling.md]
+    python -m benchmarks.scaling.tables [--measure] [--markdown docs/scaling.md]
 
-The model is :mod:`steptime`, its constants :mod:`rates`; ``--measure`` takes those that this machine has from this
-machine. ``--markdown`` puts what is printed into the file, below the line that says so.
+``--measure`` replaces those constants that this machine can measure. ``--markdown`` writes the tables into the file,
+below its marker.
 """
 
 import argparse
@@ -11,10 +11,9 @@ import dataclasses
 import math
 from pathlib import Path
 
-from rates import Rates, measure
-from steptime import NODE, WORD, Setting, device, memory, passes, saving, step, volume, work_of
-from workload import PRESETS, STAGES, count, settings
-
+from benchmarks.scaling.rates import Rates, measure
+from benchmarks.scaling.steptime import NODE, WORD, Setting, device, memory, passes, saving, step, volume, work_of
+from benchmarks.scaling.workload import PRESETS, STAGES, count, settings
 from shards.files import write_text
 
 GPUS = (1, 4, 8, 32, 256, 1024)
@@ -24,7 +23,7 @@ PATHS = {
     "joint": {"latents": "runs/latents", "vae": "runs/vae", "out": "runs/joint"},
     "vae": {"data": "packed", "out": "runs/vae"},
 }
-MARK = "<!-- What follows is printed by benchmarks/scaling.py. -->"
+MARK = "<!-- What follows is printed by benchmarks/scaling/tables.py. -->"
 
 
 def best(kind: str, preset: str, gpus: int, batch: int, rates: Rates) -> Setting:

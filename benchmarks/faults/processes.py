@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trials import RECOVERY_S, Fault, audit, keys, settle, suffer
 
+from benchmarks.faults.trials import RECOVERY_S, Fault, audit, keys, settle, suffer
 from mvhpc.config import load_config
 from mvhpc.runs.journal import read
 from mvhpc.runtime.ray_cluster import launch
@@ -99,7 +99,7 @@ class Forked:
     """A process of its own that has imported everything when it begins; else as subprocess.Popen."""
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["faults", "torch._dynamo"])
+    context.set_forkserver_preload(["benchmarks.faults.processes", "torch._dynamo"])
 
     def __init__(self, target: Callable[..., None], *arguments: Any) -> None:
         self._process = self.context.Process(target=target, args=arguments)
@@ -322,4 +322,4 @@ def main(told: list[str], environment: dict[str, str]) -> None:
     for stream in (1, 2):
         os.dup2(log, stream)
     config = load_config(JointConfig, "joint", "default", told)
-    launch("faults:worker", config, Path(config.out), config.compute)
+    launch("benchmarks.faults.processes:worker", config, Path(config.out), config.compute)

@@ -14,9 +14,8 @@ from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
-from faults import Victim, killed
-from trials import Fault, audit, keys, settle, suffer
-
+from benchmarks.faults.processes import Victim, killed
+from benchmarks.faults.trials import Fault, audit, keys, settle, suffer
 from mvhpc.runs.journal import read, unseen
 from mvhpc.runs.mlflow_store import as_metrics, store_client
 from mvhpc.runs.mlflow_sync import _state

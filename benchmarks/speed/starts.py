@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from ways import settings
 
+from benchmarks.speed.ways import settings
 from mvhpc.runtime.ray_cluster import launch
 from mvhpc.training.joint import JointConfig, JointTask
 from mvhpc.training.loop import train
@@ -71,7 +71,7 @@ def child(root: Path) -> None:
     config.training.checkpoint_every = 4
     config.compute.retries = 2
     config.out = str(folder)
-    launch("starts:started", config, folder, replace(config.compute, workers=2))
+    launch("benchmarks.speed.starts:started", config, folder, replace(config.compute, workers=2))
 
 
 def start(root: Path) -> str:
@@ -79,7 +79,7 @@ def start(root: Path) -> str:
     folder = root / "started"
     folder.mkdir()
     mark(folder, "command")
-    subprocess.run([sys.executable, __file__, str(root)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "benchmarks.speed.starts", str(root)], check=True, stdout=subprocess.DEVNULL)
     events = [json.loads(line) for line in (folder / "marks.jsonl").read_text().splitlines()]
     names = [name for name, _ in events]
     cut = names.index("killed")
