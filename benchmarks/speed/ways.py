@@ -38,17 +38,18 @@ WARM = 5  # steps at the beginning that do not count
 TURN = 10  # steps
 NEVER = 10**6
 CHECKPOINTS = 50  # steps between them, where they are measured
-ONE = ("bare torch", "ours", "ours, MLflow", f"ours, checkpoint every {CHECKPOINTS}")
+BARE, OURS = "bare torch", "ours"
+ONE = (BARE, OURS, "ours, MLflow", f"ours, checkpoint every {CHECKPOINTS}")
 TWO = ("DDP", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", f"ZeRO-1, checkpoint every {CHECKPOINTS}")
 
 
-def prepare(root: Path) -> None:
+def prepare(root: Path, people: int = PEOPLE) -> None:
     """Phantoms, shards, an untrained autoencoder and latents, by the package's own stages."""
     vae = load_config(VAEConfig, "vae", "demo", values={"out": str(root / "vae"), "data": ""})
     torch.manual_seed(0)
     save_autoencoder(root / "vae" / "model", Autoencoder(vae.model), vae.model)
     stages: dict[str, dict[str, str | int]] = {
-        "phantom": {"subjects": PEOPLE, "out": "scans"},
+        "phantom": {"subjects": people, "out": "scans"},
         "pack": {"source": "scans", "out": "packed"},
         "encode": {"data": "packed", "vae": "vae", "out": "latents"},
     }

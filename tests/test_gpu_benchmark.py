@@ -1,0 +1,104 @@
+"""`benchmarks/gpu.py` at its tiny size, run as a user runs it."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu_sections.tables import BEGIN, END, insert, render
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("gpu")
+    done = run("--tiny", "--out", "gpu.json", cwd=folder)  # from another folder than the repository's
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(json.loads((folder / "gpu.json").read_text()))
+
+
+def numbers(tree: Any) -> Iterator[float]:
+    """Every number in nested dictionaries and lists."""
+    for value in tree.values() if isinstance(tree, dict) else tree:
+        if isinstance(value, dict | list):
+            yield from numbers(value)
+        elif isinstance(value, int | float):
+            yield value
+
+
+@pytest.mark.slow
+def test_every_section_has_finite_results_and_no_error(report: dict[str, Any]) -> None:
+    expected = {"training": 3, "autoencoder": 2, "inference": 6, "repeatability": 3, "loop": 1}
+    assert {name: len(section["results"]) for name, section in report["sections"].items()} == expected
+    assert not any(section["errors"] for section in report["sections"].values())
+    assert all(math.isfinite(x) and x >= 0 for x in numbers(report))
+    assert report["seconds"] >= max(section["seconds"] for section in report["sections"].values())
+
+
+@pytest.mark.slow
+def test_rates_agree_with_times(report: dict[str, Any]) -> None:
+    for name in ("training", "autoencoder"):
+        for result in report["sections"][name]["results"].values():
+            if "step_ms" in result:
+                assert result["samples_per_second"] == pytest.approx(1000 * result["batch"] / result["step_ms"])
+                assert result["slowest_block_ms"] >= result["step_ms"]
+                assert result["peak_percent"] is None  # that of a CPU is not known
+    for result in report["sections"]["inference"]["results"].values():
+        assert result["people_per_second"] == pytest.approx(1000 / result["ms_per_person"])
+
+
+@pytest.mark.slow
+def test_blocks_are_compiled_whole_and_once_for_any_number_of_rows(report: dict[str, Any]) -> None:
+    for section, label in (("training", "joint"), ("autoencoder", "autoencoder")):
+        result = report["sections"][section]["results"][f"{label}, blocks compiled"]
+        assert result["graph_breaks"] == 0
+        assert 0 < result["graphs"] <= result["regions"]  # blocks of one shape share their code
+        eager = report["sections"][section]["results"][f"{label}, eager"]
+        assert eager["tflops"] * eager["step_ms"] == pytest.approx(result["tflops"] * result["step_ms"])  # operations
+
+
+@pytest.mark.slow
+def test_two_runs_end_with_equal_bits(report: dict[str, Any]) -> None:
+    results = report["sections"]["repeatability"]["results"]
+    assert set(results) == {"vae", "baseline", "joint"}
+    assert all(result["different"] == 0 < result["tensors"] for result in results.values())
+    assert len({result["sha256"] for result in results.values()}) == 3
+
+
+@pytest.mark.slow
+def test_tables_go_between_the_markers_of_a_document(report: dict[str, Any], tmp_path: Path) -> None:
+    document = tmp_path / "results.md"
+    document.write_text(f"Before.\n\n{BEGIN}\nold\n{END}\n\nAfter.\n")
+    text = render(report)
+    for _ in range(2):  # the second time changes nothing
+        insert(text, document)
+        assert document.read_text() == f"Before.\n\n{BEGIN}\n\n{text}\n{END}\n\nAfter.\n"
+    for section in report["sections"].values():
+        assert all(f"| {label} |" in text for label in section["results"])
+    document.write_text("no markers")
+    with pytest.raises(ValueError, match="no lines"):
+        insert(text, document)
+
+
+@pytest.mark.slow
+def test_what_fails_is_recorded_and_ends_with_status_1(tmp_path: Path) -> None:
+    done = run("--tiny", "--only", "loop", "training", "--seconds", "0.5", "--out", "late.json", cwd=tmp_path)
+    assert done.returncode == 1
+    report = json.loads((tmp_path / "late.json").read_text())
+    assert list(report["sections"]) == ["loop", "training"]  # the second is tried although the first failed
+    for section in report["sections"].values():
+        assert "limit" in section["errors"]["time"] and section["seconds"] < 60
+    assert "failed: stopped" in done.stdout
