@@ -8,6 +8,7 @@ import torch
 from benchmarks.gpu_sections.settings import Settings
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import load_autoencoder, save_autoencoder
+from mvhpc.training.joint import JointTask
 from shards.index import Split
 from shards.schema import Schema
 from shards.writer import DatasetWriter
@@ -35,6 +36,14 @@ def latents(folder: Path, settings: Settings) -> dict[str, str]:
     shape = autoencoder.latent_shape(settings.voxels)
     data = _write(folder / "latents", "latents", shape, settings.samples, settings, extra)
     return {"latents": data, "vae": str(vae)}
+
+
+def untrained_model(folder: Path, settings: Settings) -> str:
+    """The run folder of an untrained joint model."""
+    task = JointTask(settings.joint_config(**latents(folder, settings)))
+    states = {name: network.state_dict() for name, network in task.networks.items()}
+    task.export(folder / "joint" / "model", states, {})
+    return str(folder / "joint")
 
 
 def _write(

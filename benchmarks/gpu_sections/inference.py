@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_sections.data import latents, volumes
+from benchmarks.gpu_sections.data import untrained_model, volumes
 from benchmarks.gpu_sections.settings import Settings
 from benchmarks.gpu_sections.timing import median_seconds
 from mvhpc.config import load_config
@@ -19,7 +19,6 @@ from mvhpc.inference.predictor import Predictor
 from mvhpc.inference.sampler import Sampler
 from mvhpc.runtime.devices import resolve_precision
 from mvhpc.runtime.randomness import generator
-from mvhpc.training.joint import JointTask
 from mvhpc.variables import Categorical
 from shards.dataset import open_dataset
 
@@ -30,7 +29,7 @@ Job = Callable[[], dict[str, Any]]
 def inference(folder: Path, settings: Settings) -> Iterator[tuple[str, Job]]:
     """Section ``inference``, by an untrained joint model of the preset's widths."""
     data = volumes(folder, settings)
-    model = _model(folder, settings)
+    model = untrained_model(folder, settings)
     compute = settings.joint_config(latents="none", vae="none").compute
     asked = load_config(PredictConfig, "predict", "default", values={"out": "", "model": "", "data": "", "want": WANT})
     sampler = Sampler(model, asked.sampling, compute.device, compute.precision, scalars=True)
@@ -86,15 +85,6 @@ def inference(folder: Path, settings: Settings) -> Iterator[tuple[str, Job]]:
         return _per_person(median_seconds(job, device), 1)
 
     yield "encoding of one scan", encode
-
-
-def _model(folder: Path, settings: Settings) -> str:
-    """A run folder of an untrained joint model."""
-    config = settings.joint_config(**latents(folder, settings))
-    task = JointTask(config)
-    states = {name: network.state_dict() for name, network in task.networks.items()}
-    task.export(folder / "joint" / "model", states, {})
-    return str(folder / "joint")
 
 
 def _finite(values: Tensor) -> None:
