@@ -142,7 +142,7 @@ def describe_device() -> dict[str, Any]:
 def commit() -> str:
     """The commit that is measured, with a plus where files differ from it; empty without Git."""
     try:
-        said = subprocess.run(
+        described = subprocess.run(
             ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"],
             capture_output=True,
             text=True,
@@ -150,7 +150,7 @@ def commit() -> str:
         )
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return said.stdout.strip()
+    return described.stdout.strip()
 
 
 def main() -> int:

@@ -31,8 +31,8 @@ def inference(folder: Path, settings: Settings) -> Iterator[tuple[str, Job]]:
     data = volumes(folder, settings)
     model = untrained_model(folder, settings)
     compute = settings.joint_config(latents="none", vae="none").compute
-    asked = load_config(PredictConfig, "predict", "default", values={"out": "", "model": "", "data": "", "want": WANT})
-    sampler = Sampler(model, asked.sampling, compute.device, compute.precision, scalars=True)
+    query = load_config(PredictConfig, "predict", "default", values={"out": "", "model": "", "data": "", "want": WANT})
+    sampler = Sampler(model, query.sampling, compute.device, compute.precision, scalars=True)
     device, volume = sampler.device, sampler.model.variables.volumes[0]
     z = torch.randn(settings.chains, *volume.shape, device=device)  # (B, C, h, w, d)
 
@@ -48,7 +48,7 @@ def inference(folder: Path, settings: Settings) -> Iterator[tuple[str, Job]]:
     yield "one person, from latents", lambda: from_latents(1)
 
     def from_volumes() -> dict[str, Any]:
-        predictor = Predictor(model, data, ["image"], WANT, 1, 0, asked.sampling, 0, compute.device, compute.precision)
+        predictor = Predictor(model, data, ["image"], WANT, 1, 0, query.sampling, 0, compute.device, compute.precision)
         keys = open_dataset(data).keys("train")[:1]
         for row in predictor(keys):
             _finite(torch.tensor([row["age"], row["age_sd"]]))

@@ -8,13 +8,13 @@ import torch
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was asked for."""
+    """Wait until the device has finished all work that is queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds(job: Callable[[], object], device: torch.device, calls: int = 1) -> float:
-    """Seconds of one of several calls that follow each other, as the host prepares one while the GPU does another."""
+    """Seconds per call, over several calls: the host prepares one call while the GPU computes another."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
