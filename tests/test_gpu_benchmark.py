@@ -61,11 +61,11 @@ def test_rates_agree_with_times(report: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_blocks_are_compiled_whole_and_once_for_any_number_of_rows(report: dict[str, Any]) -> None:
+def test_blocks_are_compiled_whole_and_for_any_number_of_rows(report: dict[str, Any]) -> None:
     for section, label in (("training", "joint"), ("autoencoder", "autoencoder")):
         result = report["sections"][section]["results"][f"{label}, blocks compiled"]
         assert result["graph_breaks"] == 0
-        assert 0 < result["graphs"] <= result["regions"]  # blocks of one shape share their code
+        assert 0 < result["graphs"] <= 2 * result["regions"]  # of any number of rows, and of one row
         eager = report["sections"][section]["results"][f"{label}, eager"]
         assert eager["tflops"] * eager["step_ms"] == pytest.approx(result["tflops"] * result["step_ms"])  # operations
 

@@ -1,4 +1,4 @@
-"""How close a trained joint model comes to every conditional of a law that is known in closed form.
+"""Every conditional of a trained joint model beside those of a law in closed form.
 
     python -m benchmarks.law.conditionals [--steps 6000 | --exact] [--scalars] [--markdown FILE]
 
@@ -41,7 +41,7 @@ NUMBERS = ("a", "b")
 VARIABLES = Variables(
     [
         Volume("image", (1, SIDE, SIDE, SIDE)),
-        *(Continuous(name, -1, 1) for name in NUMBERS),  # [-1, 1] is [-1, 1]: numbers are their own encoding
+        *(Continuous(name, -1, 1) for name in NUMBERS),  # so that a number is its own encoding
         Categorical("site", ("x", "y", "z")),
     ]
 )
@@ -177,7 +177,7 @@ class Exact:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is predicted of n people: of r numbers (or voxels) and of the class.
+    """Predictions for n people of r numbers (or voxels) and of the class.
 
     Attributes:
         mean, sd: (n, r).
@@ -202,11 +202,11 @@ def predict(
     method: dict[str, object],
     samples: int,
 ) -> Prediction:
-    """Ask for ``want`` given ``given``: chains by that method, or without one the posterior."""
+    """Predict ``want`` given ``given``: by chains of that method, or by the posterior where there is none."""
     n, numbers = len(people["site"]), [name for name in want if name != "site"]
     if method:
         fixed = {name: people[name].repeat_interleave(samples, 0) for name in given}
-        generators = [generator(0, "predict", i, j) for i in range(n) for j in range(samples)]
+        generators = [generator(0, "answer", i, j) for i in range(n) for j in range(samples)]
         drawn = sample(network, diffusion, fixed, generators, want=want, **method)  # type: ignore[arg-type]
     else:
         assert isinstance(network, JointDenoiser)
@@ -228,9 +228,9 @@ def predict(
 
 
 def c2st(predicted: Prediction, exact: tuple[Tensor, Tensor, Tensor]) -> float:
-    """Accuracy of a classifier that tells pairs (given, joint draw) of the model from exact ones, people held out.
+    """Accuracy of a classifier that separates pairs (given, joint draw) of the model from exact ones, on held-out people.
 
-    What is given is described by the exact means and chances, the draws by how far from the exact mean they are.
+    The given values are represented by the exact means and probabilities, the draws by their difference from that mean.
     """
     chances, means, covariances = exact
     g = torch.Generator().manual_seed(4)
@@ -239,10 +239,10 @@ def c2st(predicted: Prediction, exact: tuple[Tensor, Tensor, Tensor]) -> float:
     k = torch.multinomial(chances, samples, replacement=True, generator=g)  # (n, samples)
     noise = torch.randn(n, samples, r, 1, generator=g, dtype=torch.float64)
     drawn = means[torch.arange(n)[:, None], k] + (torch.linalg.cholesky(covariances)[k] @ noise)[..., 0]
-    classified = torch.cat([centre, chances], 1)[:, None].expand(-1, samples, -1)
+    context = torch.cat([centre, chances], 1)[:, None].expand(-1, samples, -1)
 
     def table(draws: Tensor, classes: Tensor | None) -> Tensor:
-        parts = [classified, draws - centre[:, None]]
+        parts = [context, draws - centre[:, None]]
         if classes is not None:
             parts.append(F.one_hot(classes, K).double())
         return torch.cat(parts, 2).flatten(0, 1)  # (n x samples, features)
@@ -267,12 +267,12 @@ def queries(scalars: bool) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
 
 
 def measure(predicted: Prediction, exact: tuple[Tensor, Tensor, Tensor], several: bool) -> list[list[float]]:
-    """Error over best, spread over exact, distance of the chances, C2ST; of each number, or of all voxels together."""
+    """Error over best, SD over exact, distance of the probabilities, C2ST; of each number, or of all voxels together."""
     chances, means, covariances = exact
     centre = (chances[..., None] * means).sum(1)  # (n, r)
     variance = covariances.diagonal(dim1=1, dim2=2) + (means - centre[:, None]) ** 2  # (n, K, r)
     best = (chances[..., None] * variance).sum(1).mean(0)  # (r,)
-    # E (ours - truth)^2 = E (ours - exact mean)^2 + E variance: the truth's own chance is left out
+    # E (ours - truth)^2 = E (ours - exact mean)^2 + E variance: without the chance of the sampled truth
     off, spread = (predicted.mean - centre).square().mean(0), predicted.sd.square().mean(0)
     if several:
         best, off, spread = (x.mean(0, keepdim=True) for x in (best, off, spread))
@@ -311,11 +311,11 @@ def main() -> None:
             with torch.no_grad():
                 predicted = predict(network, diffusion, people, given, want, method, options.samples)
             seconds = time.time() - start
-            error, ratio, far, classified = measure(predicted, exact, image)
+            error, ratio, far, accuracy = measure(predicted, exact, image)
             columns = found.setdefault((image, label), [[], [], [], []])
-            for column, values in zip(columns, (error, [abs(r - 1) for r in ratio], far, classified)):
+            for column, values in zip(columns, (error, [abs(r - 1) for r in ratio], far, accuracy)):
                 column += values
-            cells = [", ".join(f"{x:.3f}" for x in v) for v in (error, ratio, far, classified)]
+            cells = [", ".join(f"{x:.3f}" for x in v) for v in (error, ratio, far, accuracy)]
             names = ", ".join(given) or "nothing", ", ".join(want)
             lines.append(f"| {' | '.join([*names, label, *cells, f'{seconds:.1f}'])} |")
             print(lines[-1], flush=True)

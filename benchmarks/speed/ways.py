@@ -153,7 +153,7 @@ class Bare:
 def bare(task: JointTask, config: JointConfig, rank: int, world: int) -> None:
     """The bare training loop."""
     order = Order(task.samples, config.training.batch, config.training.seed)
-    engines: Any = {"denoiser": Bare(task.networks["denoiser"], config, world)}
+    engines: Any = {name: Bare(module, config, world) for name, module in task.networks.items()}
     device = resolve_device(config.compute.device)
     for step in range(config.training.epochs * order.steps_per_epoch):
         indices = order.part(step, rank, world)
