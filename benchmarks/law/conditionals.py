@@ -228,7 +228,7 @@ def predict(
 
 
 def c2st(predicted: Prediction, exact: tuple[Tensor, Tensor, Tensor]) -> float:
-    """Accuracy of a classifier that separates pairs (given, joint draw) of the model from exact ones, on held-out people.
+    """Held-out accuracy of a classifier that separates pairs (given, joint draw) of the model from exact ones.
 
     The given values are represented by the exact means and probabilities, the draws by their difference from that mean.
     """
@@ -267,7 +267,7 @@ def queries(scalars: bool) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
 
 
 def measure(predicted: Prediction, exact: tuple[Tensor, Tensor, Tensor], several: bool) -> list[list[float]]:
-    """Error over best, SD over exact, distance of the probabilities, C2ST; of each number, or of all voxels together."""
+    """Error over best, SD over exact, distance of probabilities, C2ST; of each number, or of all voxels together."""
     chances, means, covariances = exact
     centre = (chances[..., None] * means).sum(1)  # (n, r)
     variance = covariances.diagonal(dim1=1, dim2=2) + (means - centre[:, None]) ** 2  # (n, K, r)
