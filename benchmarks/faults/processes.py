@@ -218,7 +218,7 @@ def disk_full(victim: Victim, draw: random.Random) -> float:
     when = time.time()
     end = time.monotonic() + draw.uniform(1, 3)
     with filler.open("wb", buffering=0) as file:
-        while time.monotonic() < end:  # what is freed meanwhile is carried_out too
+        while time.monotonic() < end:  # space freed meanwhile is filled too
             with contextlib.suppress(OSError):
                 file.write(bytes(4096))
     filler.unlink()

@@ -101,7 +101,7 @@ def measure(trainer: Trainer, batch: int, settings: Settings) -> dict[str, Any]:
     }
 
 
-def compile_regions(network: nn.Module) -> int:
+def compile_regions(network: nn.Module, backend: str) -> int:
     """Compile each residual and attention block by itself (PyTorch's "regional compilation"); how many there are.
 
     Blocks of equal shapes share their code. Of a shape only the number of rows may differ from call to call.
@@ -110,7 +110,7 @@ def compile_regions(network: nn.Module) -> int:
     torch._dynamo.config.automatic_dynamic_shapes = False  # blocks of several sizes are no one block of any size
     regions = [part for part in network.modules() if isinstance(part, REGIONS)]
     for part in regions:
-        part.forward = _any_rows(torch.compile(part.forward))
+        part.forward = _any_rows(torch.compile(part.forward, backend=backend))
     return len(regions)
 
 
@@ -127,7 +127,7 @@ def _any_rows(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def compiled(trainer: Trainer, batch: int, settings: Settings) -> dict[str, Any]:
     """As :func:`measure`, with the repeated blocks of the networks compiled; what compiling takes is counted apart."""
     counters.clear()
-    regions = sum(compile_regions(engine.module) for engine in trainer.engines.values())
+    regions = sum(compile_regions(engine.module, settings.backend) for engine in trainer.engines.values())
     first = seconds(lambda: trainer.step(0), trainer.device)
     facts = measure(trainer, batch, settings)
     graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
