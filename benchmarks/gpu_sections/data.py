@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.gpu_sections.settings import Settings
 from mvhpc.models.autoencoder import Autoencoder
-from mvhpc.models.bundle import load_autoencoder, save_autoencoder
+from mvhpc.models.bundle import AutoencoderModel, load, save_autoencoder
 from mvhpc.training.joint import JointTask
 from shards.index import Split
 from shards.schema import Schema
@@ -31,7 +31,7 @@ def latents(folder: Path, settings: Settings) -> dict[str, str]:
     if not vae.is_dir():
         torch.manual_seed(0)
         save_autoencoder(vae / "model", Autoencoder(model), model)
-    autoencoder, meta = load_autoencoder(vae)
+    autoencoder, meta = load(vae, kind=AutoencoderModel)
     extra = {"scale": {"image": 1.0}, "vae": meta["sha256"]}
     shape = autoencoder.latent_shape(settings.voxels)
     data = _write(folder / "latents", "latents", shape, settings.samples, settings, extra)

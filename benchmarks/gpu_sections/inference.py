@@ -14,8 +14,8 @@ from benchmarks.gpu_sections.settings import Settings
 from benchmarks.gpu_sections.timing import median_seconds
 from mvhpc.config import load_config
 from mvhpc.inference.generate import GenerateConfig
-from mvhpc.inference.predict import PredictConfig
-from mvhpc.inference.predictor import Predictor
+from mvhpc.inference.open_predictor import open_predictor
+from mvhpc.inference.predictor import PredictConfig, Predictor
 from mvhpc.inference.sampler import Sampler
 from mvhpc.runtime.randomness import generator
 from mvhpc.variables import Categorical
@@ -26,7 +26,7 @@ Job = Callable[[], dict[str, Any]]
 
 def inference(folder: Path, settings: Settings) -> Iterator[tuple[str, Job]]:
     """Section ``inference``, by an untrained joint model of the preset's widths."""
-    predictor = open_predictor(folder, settings)
+    predictor = untrained_predictor(folder, settings)
     sampler, n = predictor.sampler, settings.chains
     shape = sampler.model.variables.volumes[0].shape
     z = torch.randn(n, *shape, device=sampler.device)  # (B, C, h, w, d)
@@ -40,12 +40,14 @@ def inference(folder: Path, settings: Settings) -> Iterator[tuple[str, Job]]:
     yield "encoding of one scan", lambda: encode(sampler, settings)
 
 
-def open_predictor(folder: Path, settings: Settings) -> Predictor:
+def untrained_predictor(folder: Path, settings: Settings) -> Predictor:
     """Of age and sex from volumes, by an untrained model."""
     paths = {"out": "", "model": untrained_model(folder, settings), "data": volumes(folder, settings)}
-    config = load_config(PredictConfig, "predict", "default", values={**paths, "given": ["image"], "want": WANT})
     precision = settings.joint_config(latents="none", vae="none").compute.precision
-    return Predictor(config.model, config.data, ["image"], WANT, 1, 0, config.sampling, 0, "auto", precision)
+    query = {"given": ["image"], "want": WANT, "compute.precision": precision}
+    predictor = open_predictor(load_config(PredictConfig, "predict", "default", values=paths | query))
+    assert isinstance(predictor, Predictor)
+    return predictor
 
 
 def from_latents(sampler: Sampler, z: Tensor) -> dict[str, Any]:

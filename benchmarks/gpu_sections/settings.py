@@ -7,7 +7,7 @@ from mvhpc.config import load_config
 from mvhpc.training.joint import JointConfig
 from mvhpc.training.vae import VAEConfig
 
-SMALL_VAE = {"model.channels": [8, 8, 8, 16], "model.res_blocks": 1, "model.norm_groups": 4}
+SMALL_VAE = {"model.channels": [8, 8, 16], "model.res_blocks": 1, "model.norm_groups": 4}
 SMALL_JOINT = {
     "model.channels": [16, 16],
     "model.attention": [False, True],
@@ -24,7 +24,7 @@ class Settings:
 
     Attributes:
         preset: of the stages ``joint``, ``vae`` and ``predict``, for widths and batches.
-        voxels: of a volume; in mm, one spacing fits both sizes, for speed depends on neither.
+        voxels: of a volume.
         joint, vae: overrides of the preset's keys.
         samples: training samples of random latents.
         warm: steps before a measurement.
@@ -68,7 +68,7 @@ class Settings:
 FULL = Settings()
 TINY = Settings(
     preset="default",
-    voxels=(32, 32, 32),
+    voxels=(16, 16, 16),
     joint=SMALL_JOINT | {"model.readers": 1, "training.batch": 4, "compute.precision": "auto"},
     vae=SMALL_VAE | {"training.batch": 2, "compute.precision": "auto"},
     samples=8,

@@ -1,6 +1,6 @@
 """Predict training on 1 to 1,024 GPUs: time of a step, losses to failures, and the command to submit.
 
-    python -m benchmarks.scaling.tables [--measure] [--markdown docs/scaling.md]
+    python -m benchmarks.scaling.tables [--measure] [--markdown FILE]
 
 ``--measure`` replaces those constants that this machine can measure. ``--markdown`` writes the tables into the file,
 below its marker.

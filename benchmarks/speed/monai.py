@@ -27,8 +27,9 @@ from benchmarks.gpu_sections.settings import Settings
 from benchmarks.gpu_sections.timing import seconds
 from benchmarks.gpu_sections.training import Trainer
 from mvhpc.config import load_config
-from mvhpc.inference.predict import PredictConfig
+from mvhpc.inference.predictor import PredictConfig
 from mvhpc.inference.sampler import Sampler
+from mvhpc.models.bundle import JointModel, load
 from mvhpc.runtime.devices import resolve_device
 from mvhpc.training.joint import JointConfig, JointTask
 from mvhpc.training.metrics import peak
@@ -86,7 +87,7 @@ def jobs_of(settings: Settings, config: JointConfig, folder: Path) -> dict[str, 
         PredictConfig, "predict", "default", values={"out": "", "model": "", "data": "", "want": WANT}
     )
     model, compute = untrained_model(folder, settings), config.compute
-    sampler = Sampler(model, sampling, compute.device, compute.precision, scalars=True)
+    sampler = Sampler(load(model, resolve_device(compute.device), kind=JointModel), sampling, compute, scalars=True)
     device, shape = sampler.device, sampler.model.variables.volumes[0].shape
     monai, trainer, n = Monai(config, shape, device), Trainer(JointTask(config), config, 1), config.training.batch
     g = torch.Generator().manual_seed(0)
