@@ -83,9 +83,8 @@ class Monai:
 
 def jobs_of(settings: Settings, config: JointConfig, folder: Path) -> dict[str, Callable[[], object]]:
     """What is timed, by name; one call is one batch."""
-    sampling = load_config(
-        PredictConfig, "predict", "default", values={"out": "", "model": "", "data": "", "want": WANT}
-    )
+    paths = {"out": "", "model": "", "data": ""}
+    sampling = load_config(PredictConfig, "predict", "default", values={**paths, "want": WANT}).sampling
     model, compute = untrained_model(folder, settings), config.compute
     sampler = Sampler(load(model, resolve_device(compute.device), kind=JointModel), sampling, compute, scalars=True)
     device, shape = sampler.device, sampler.model.variables.volumes[0].shape
