@@ -76,11 +76,13 @@ def describe(error: Exception) -> str:
 
 def section(name: str, tiny: bool, folder: Path, limit: float) -> dict[str, Any]:
     """Results and errors of one section, which is stopped after ``limit`` seconds."""
+    if limit <= 0:
+        return {"seconds": 0.0, "results": {}, "errors": {"time": "not started: no time was left"}}
     context, out, start = multiprocessing.get_context("forkserver"), folder / f"{name}.json", time.monotonic()
     context.set_forkserver_preload(PRELOADED)  # imported once, not once a section
     process = context.Process(target=child, args=(name, tiny, folder, out))
     process.start()
-    process.join(max(limit, 0))
+    process.join(limit)
     late = process.is_alive()
     if process.pid is not None and late:
         for stop in (os.killpg, os.kill):  # the process alone where it has no group of its own yet
