@@ -1,20 +1,28 @@
-"""The arithmetic of benchmarks/scaling.py."""
+"""The arithmetic of benchmarks/scaling."""
 
 import math
-import sys
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from rates import Rates
-from steptime import Setting, communication, interval, memory, passes, saving, slowest, step, volume, waste, work_of
-from workload import Counter, Device
+from benchmarks.scaling.rates import Rates
+from benchmarks.scaling.steptime import (
+    Setting,
+    communication,
+    interval,
+    memory,
+    passes,
+    saving,
+    slowest,
+    step,
+    volume,
+    waste,
+    work_of,
+)  # fmt: skip
+from benchmarks.scaling.workload import Counter, Device
 
 RATES = Rates()
 

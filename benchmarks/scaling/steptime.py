@@ -1,9 +1,10 @@
-"""The arithmetic of training on many GPUs: seconds of a step, bytes of memory, checkpoints, failures.
+"""A model of training on many GPUs: seconds of a step, bytes of memory, checkpoints, failures.
 
-What the networks ask for is counted (:mod:`workload`), what machines can do stands in :mod:`rates`. Of a step:
+Operations and traffic of the networks are counted (:mod:`benchmarks.scaling.workload`); the machines' constants are in
+:mod:`benchmarks.scaling.rates`. One step takes:
 
     computing = max(GPU, host), for each micro-batch
-    GPU       = the roofline of every operator; rows at rest are skipped as the slowest worker skips them
+    GPU       = the roofline of every operator; the U-Net skips clean rows, as the slowest worker does
     host      = operators x launch + rows x noising
     update    = bytes of weights, gradients, moments and average / bandwidth of memory
     exposed   = communication x (1 - hidden share)
@@ -14,9 +15,8 @@ import math
 from dataclasses import dataclass
 from functools import cache
 
-from rates import Rates
-from workload import VOXELS, Device, Work, count, settings
-
+from benchmarks.scaling.rates import Rates
+from benchmarks.scaling.workload import VOXELS, Device, Work, count, settings
 from mvhpc.training.engines.deepspeed import BUCKET
 
 NODE = 8  # GPUs
@@ -27,7 +27,7 @@ WORD = 4  # bytes: weights, gradients, moments and the average are float32, and 
 
 
 def passes(stage: int, accumulate: int = 1) -> int:
-    """How often a step sends all weights' worth of bytes; one is a reduce-scatter or an all-gather.
+    """Passes over the bytes of all weights in one step; a pass is a reduce-scatter or an all-gather.
 
     Stage 0 all-reduces the gradients: a reduce-scatter and an all-gather. Stages 1 and 2 do so too in DeepSpeed 0.19
     (`use_multi_rank_bucket_allreduce`, its default), then gather the weights that each worker has updated; stage 2
@@ -47,12 +47,12 @@ def volume(size: float, gpus: int) -> tuple[float, float]:
 
 
 def communication(stage: int, work: Work, gpus: int, accumulate: int, rates: Rates) -> float:
-    """Seconds a step spends on communication that nothing hides."""
+    """Seconds of a step spent on communication that is not overlapped."""
     if gpus == 1:
         return 0.0
     near, far = volume(WORD * work.parameters, gpus)
     moving = passes(stage, accumulate) * (near / rates.nvlink + far / rates.infiniband) / rates.reached
-    # Stage 3 fetches every large tensor when its layer comes, and all small ones at once; the others fill buckets.
+    # Stage 3 gathers each large tensor at its layer and all small ones at once; the others use buckets.
     messages = 3 * accumulate * work.large + 1 if stage == 3 else passes(stage, accumulate) * _buckets(work)
     waiting = messages * rates.latency * math.log2(gpus)
     return (moving + waiting) * (1 - rates.hidden if stage == 3 else 1.0)
@@ -67,7 +67,7 @@ def _buckets(work: Work) -> int:
 
 @dataclass(frozen=True)
 class Setting:
-    """One way of training a preset."""
+    """One configuration of training."""
 
     kind: str  # joint | vae
     preset: str
@@ -86,7 +86,7 @@ class Setting:
 def slowest(rows: int, gpus: int, share: float) -> int:
     """Expected largest count, over ``gpus`` workers, of those of ``rows`` that happen with probability ``share``.
 
-    Rounded, and at least 1: all wait for the worker whose U-Net has most to do, and each runs it at least once.
+    Rounded, and at least 1: all workers wait for the one with most rows in its U-Net, which each runs at least once.
     """
     chances = [math.comb(rows, k) * share**k * (1 - share) ** (rows - k) for k in range(rows + 1)]
     below = [sum(chances[: k + 1]) for k in range(rows + 1)]
@@ -94,7 +94,7 @@ def slowest(rows: int, gpus: int, share: float) -> int:
 
 
 def work_of(s: Setting, rates: Rates) -> Work:
-    """What one micro-batch asks of the GPU that has most to do."""
+    """Work of one micro-batch on the GPU with most rows."""
     moving = s.rows
     if s.kind == "joint":
         d = settings("joint", s.preset).diffusion
@@ -104,13 +104,13 @@ def work_of(s: Setting, rates: Rates) -> Work:
 
 
 def device(rates: Rates) -> Device:
-    """What an operator may use."""
+    """The rates that an operator reaches."""
     return Device(rates.peak * rates.arithmetic, rates.bandwidth * rates.traffic)
 
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of a step and of what it is made of."""
+    """Seconds of a step and of its parts."""
 
     gpu: float
     host: float
@@ -169,13 +169,13 @@ def interval(visible: float, between: float) -> float:
 
 
 def waste(seconds: float, visible: float, between: float, restart: float) -> float:
-    """Lost time per useful time with a checkpoint every ``seconds``: stops, and work done twice, and restarts."""
+    """Lost time per useful time with a checkpoint every ``seconds``: pauses, repeated work and restarts."""
     return visible / seconds + (seconds / 2 + restart) / between
 
 
 @dataclass(frozen=True)
 class Saving:
-    """What checkpoints and failures do to a run: seconds, but ``goodput``, the share of time that trains."""
+    """Seconds of checkpoints, and the share of time spent on useful steps (``goodput``)."""
 
     visible: float
     written: float
@@ -185,7 +185,7 @@ class Saving:
 
 
 def saving(s: Setting, rates: Rates) -> Saving:
-    """Checkpoints at the best interval, though never before the one before is written."""
+    """Checkpoints at the best interval, but not before the previous one is written."""
     work = work_of(s, rates)
     whole = WORD * work.parameters
     copies = 2 if s.kind == "joint" else 1  # weights and their average

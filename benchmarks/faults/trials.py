@@ -1,4 +1,4 @@
-"""What every fault is tried on, what is written down of it, and what tells whether a run took harm."""
+"""Data for the fault benchmark, the record of a fault, and the comparison with a reference run."""
 
 import random
 import subprocess
@@ -32,21 +32,21 @@ RECOVERY_S = 600  # after which a fault counts as not survived
 
 @dataclass
 class Fault:
-    """One fault and what came of it.
+    """One fault and its outcome.
 
     Attributes:
-        kind: a key of `chaos.WORDS`.
-        bench: slurm or plain.
+        kind: a key of `chaos.DESCRIPTIONS`.
+        bench: slurm, plain or tracked.
         zero: stage of ZeRO; 0 for one worker.
         seed: of the whole invocation.
-        run: name of the run that it befell.
+        run: name of the run.
         step: the last step before it.
         when: seconds since 1970.
         seconds: until the next good step; None where there was none.
-        again: steps that were done a second time.
-        survived: training went on by itself (or by the same command), and the finished model is the right one.
-        samples: of the whole run, lost or repeated.
-        note: what went wrong.
+        again: steps that were repeated.
+        survived: training continued by itself (or by the same command), and the finished run equals the reference.
+        samples: lost or repeated in the run.
+        note: the error, if any.
     """
 
     kind: str
@@ -64,7 +64,7 @@ class Fault:
 
 
 def prepare(root: Path) -> None:
-    """Twelve people, packed and encoded by an untrained autoencoder, unless they are there already."""
+    """Pack and encode twelve people with an untrained autoencoder, unless the data exist."""
     if (root / "latents" / "index.json").is_file():
         return
     small = AutoencoderConfig([8, 8, 8, 16], latent_channels=4, res_blocks=1, norm_groups=4, checkpointing=False)
@@ -80,24 +80,24 @@ def prepare(root: Path) -> None:
 
 
 def keys(root: Path, out: Path, steps: int, *more: str) -> list[str]:
-    """What a run of the joint stage is told."""
+    """Overrides of the joint stage's configuration."""
     places = [f"latents={root}/latents", f"vae={root}/vae", f"out={out}"]
     length = [f"training.epochs={steps // EPOCH}", "training.validate_every=15"]
     return [*places, *KEYS, *length, *more]
 
 
-# --- whether a run took harm ----------------------------------------------------------------------------------------
+# --- comparison with a reference run --------------------------------------------------------------------------------
 
 
-def recovery(run: Path, when: float, anew: bool) -> tuple[float, int] | None:
-    """Seconds from ``when`` to the next good step, and steps done again; None while there is none.
+def recovery(run: Path, when: float, restart: bool) -> tuple[float, int] | None:
+    """Seconds from ``when`` to the next good step, and the number of repeated steps; None while there is none.
 
     Args:
         run: its folder.
         when: of the fault, seconds since 1970.
-        anew: training must have begun anew meanwhile.
+        restart: only a step after a restart of training counts.
     """
-    reached, again, begun = 0, 0, not anew
+    reached, again, begun = 0, 0, not restart
     for event in read(run):
         late = event["time"] >= when
         if event["event"] == "start" and late:
@@ -109,11 +109,11 @@ def recovery(run: Path, when: float, anew: bool) -> tuple[float, int] | None:
     return None
 
 
-def points(run: Path, excused: list[tuple[float, float]]) -> dict[tuple[int, str], set[str]]:
-    """Every value that a run journalled, by step and name; less those of the machine and of excused times."""
+def points(run: Path, rolled_back: list[tuple[float, float]]) -> dict[tuple[int, str], set[str]]:
+    """All metrics in a run's journal, by step and name, without those of the machine and of intervals rolled back."""
     found: dict[tuple[int, str], set[str]] = {}
     for event in read(run):
-        if event["event"] != "metrics" or any(a <= event["time"] <= b for a, b in excused):
+        if event["event"] != "metrics" or any(a <= event["time"] <= b for a, b in rolled_back):
             continue
         for name, value in event["metrics"].items():
             if not name.startswith("system/"):
@@ -122,48 +122,48 @@ def points(run: Path, excused: list[tuple[float, float]]) -> dict[tuple[int, str
 
 
 def bits(run: Path) -> dict[str, str]:
-    """Hashes over all bits of the exported model and of everything in the newest checkpoint."""
+    """SHA-256 of the exported model and of every file of the newest checkpoint."""
     newest = max((run / "checkpoints").glob("step-*"))
     states = {f"{newest.name}/{p.name}": digest(read_weights(p)) for p in newest.rglob("*.pt")}
     return {**states, "model": digest(dict(load(run / "model").denoiser.state_dict()))}
 
 
-def audit(run: Path, whole: Path, excused: list[tuple[float, float]] = []) -> tuple[int, str]:  # noqa: B006
-    """Compare a finished run with an undisturbed one.
+def audit(run: Path, whole: Path, rolled_back: list[tuple[float, float]] = []) -> tuple[int, str]:  # noqa: B006
+    """Compare a finished run with a reference run.
 
-    A step that was done twice must have had the same loss, gradient norm and all else both times, but within
-    ``excused`` times: those of steps that training went back on.
+    A repeated step must have had the same loss, gradient norm and other metrics both times, except within the
+    intervals ``rolled_back``.
 
     Returns:
-        samples lost or repeated, and what differs; 0 and an empty text where nothing does.
+        samples lost or repeated, and a message on what differs; 0 and an empty text if nothing does.
     """
-    ours, theirs = points(run, excused), points(whole, [])
+    ours, theirs = points(run, rolled_back), points(whole, [])
     wrong = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k) or len(ours.get(k, ())) != 1)
-    said = [f"{name} of step {step}" for step, name in wrong[:3]]
+    differences = [f"{name} of step {step}" for step, name in wrong[:3]]
     mine, right = bits(run), bits(whole)
-    said += [f"bits of {name}" for name in sorted({*mine, *right}) if mine.get(name) != right.get(name)][:3]
+    differences += [f"bits of {name}" for name in sorted({*mine, *right}) if mine.get(name) != right.get(name)][:3]
     newest = max((run / "checkpoints").glob("step-*"))
     total = int(newest.name[5:])
     (skipped,) = {float(value) for value in ours[total, "train/skipped_steps"]}
     updates = {float(moments["step"]) for moments in consolidate(newest / "denoiser").moments.values()}
     if updates != {total - skipped}:
-        said.append(f"{updates} updates, not {total - skipped:.0f}")
-    return BATCH * len({step for step, name in wrong if name == "train/loss"}), "; ".join(said)
+        differences.append(f"{updates} updates, not {total - skipped:.0f}")
+    return BATCH * len({step for step, name in wrong if name == "train/loss"}), "; ".join(differences)
 
 
-def deal(kinds: list[str], draw: random.Random) -> Iterator[str]:
+def shuffled(kinds: list[str], draw: random.Random) -> Iterator[str]:
     """All kinds in random order, again and again."""
     while True:
         yield from draw.sample(kinds, len(kinds))
 
 
-def suffer(fault: Fault, victim: Any, act: Callable[[], float], anew: bool) -> bool:
-    """Let a fault happen and wait for the next good step; whether one came."""
+def apply(fault: Fault, victim: Any, act: Callable[[], float], restart: bool) -> bool:
+    """Inject a fault and wait for the next good step; whether one came."""
     try:
         fault.when = time.time()
         fault.when = act()
-        wait_for(lambda: recovery(victim.run, fault.when, anew) is not None, RECOVERY_S, "training does not go on")
-        found = recovery(victim.run, fault.when, anew)
+        wait_for(lambda: recovery(victim.run, fault.when, restart) is not None, RECOVERY_S, "training does not go on")
+        found = recovery(victim.run, fault.when, restart)
         assert found is not None
         fault.seconds, fault.again = round(found[0], 2), found[1]
     except (AssertionError, OSError, subprocess.SubprocessError) as error:
@@ -173,8 +173,8 @@ def suffer(fault: Fault, victim: Any, act: Callable[[], float], anew: bool) -> b
     return True
 
 
-def settle(faults: list[Fault], samples: int, differs: str) -> None:
-    """Write the verdict on a run to all faults that befell it."""
+def record_verdict(faults: list[Fault], samples: int, differs: str) -> None:
+    """Record the result of a run's comparison in all of its faults."""
     for fault in faults:
         fault.samples = samples
         if differs:

@@ -1,7 +1,7 @@
-"""Faults for runs in plain processes, and the process that suffers them.
+"""Faults of training in a single process.
 
-The process trains the real joint stage on tiny latents and does one more thing at each step: it looks whether a fault
-that can only come from within is ordered (a poisoned micro-batch, a hang).
+The process trains the joint stage on tiny latents. At each step it also looks for a file that requests a fault which
+must come from inside the process (NaN in a micro-batch, a hang).
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trials import RECOVERY_S, Fault, audit, keys, settle, suffer
 
+from benchmarks.faults.trials import RECOVERY_S, Fault, apply, audit, keys, record_verdict
 from mvhpc.config import load_config
 from mvhpc.runs.journal import read
 from mvhpc.runtime.ray_cluster import launch
@@ -29,33 +29,33 @@ from mvhpc.training.metrics import PATIENCE
 from shards.files import write_text
 from tests.slurm_cluster import wait_for
 
-DISC_MIB = 64
-HANG_S = 24  # well above what a busy machine may keep a step waiting
-PACE_S = 0.04  # added to each step: those of a toy are over before a fault that lasts seconds
+DISK_MIB = 64
+HANG_S = 24  # well above the longest step on a busy machine
+PACE_S = 0.04  # added to each step, so that a run outlasts faults of several seconds
 
 
-# --- the process that suffers ---------------------------------------------------------------------------------------
+# --- the process that trains ----------------------------------------------------------------------------------------
 
 
-class Suffering(JointTask):
-    """The joint task, and what is ordered: by the file ``order`` in the folder of notes."""
+class FaultyTask(JointTask):
+    """The joint task with the faults requested by the file ``order`` in the folder of notes."""
 
     def __init__(self, config: JointConfig) -> None:
         super().__init__(config)
         self.notes = Path(os.environ["CHAOS_NOTES"])
-        self.poisoned = {order["step"] for order in taken(self.notes) if order["kind"] == "poisoned"}
+        self.poisoned = {order["step"] for order in carried_out(self.notes) if order["kind"] == "poisoned"}
         self.burst: set[int] = set()
         self.last = -1
 
     def step(self, batch: dict[str, Any], engines: Any, step: int, indices: list[int]) -> dict[str, Tensor]:
         time.sleep(PACE_S)
         if step <= self.last:
-            self.burst.clear()  # once: having gone back, training meets good samples
+            self.burst.clear()  # after the rollback training gets good samples
         self.last = step
         order = self.notes / "order"
         if order.exists():
             kind = order.read_text()
-            with (self.notes / "taken.jsonl").open("a") as file:
+            with (self.notes / "carried_out.jsonl").open("a") as file:
                 file.write(json.dumps({"kind": kind, "step": step, "time": time.time()}) + "\n")
             order.unlink()
             if kind == "poisoned":
@@ -70,25 +70,25 @@ class Suffering(JointTask):
         return super().step(batch, engines, step, indices)
 
 
-def taken(notes: Path) -> list[dict[str, Any]]:
-    """The orders that were carried out."""
-    path = notes / "taken.jsonl"
+def carried_out(notes: Path) -> list[dict[str, Any]]:
+    """The requests that were carried out."""
+    path = notes / "carried_out.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def worker(config: JointConfig, folder: Path, rank: int, world: int) -> dict[str, float]:
-    """As that of the joint stage."""
-    return train(Suffering(config), config, folder, rank, world)
+    """Train as a worker of the joint stage does."""
+    return train(FaultyTask(config), config, folder, rank, world)
 
 
 # --- the bench ------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def disc(folder: Path) -> Iterator[Path]:
+def disk(folder: Path) -> Iterator[Path]:
     """A small file system of its own, which can be filled and made read-only."""
     folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISC_MIB}m", "chaos", str(folder)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "chaos", str(folder)], check=True)
     try:
         yield folder
     finally:
@@ -96,10 +96,10 @@ def disc(folder: Path) -> Iterator[Path]:
 
 
 class Forked:
-    """A process of its own that has imported everything when it begins; else as subprocess.Popen."""
+    """A forked process with everything imported; the interface is that of subprocess.Popen."""
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["faults", "torch._dynamo"])
+    context.set_forkserver_preload(["benchmarks.faults.processes", "torch._dynamo"])
 
     def __init__(self, target: Callable[..., None], *arguments: Any) -> None:
         self._process = self.context.Process(target=target, args=arguments)
@@ -117,35 +117,35 @@ class Forked:
 
 
 class Victim:
-    """A run in a plain process that is started again whenever it ends too soon.
+    """A run in a single process that is started again whenever it ends too soon.
 
     Args:
         run: its folder.
-        notes: folder for orders and the log, which outlives any fault of the run's disc.
-        told: keys of its configuration.
-        whole_command: `mvhpc train joint`, MLflow included; else the training alone, where faults can be ordered.
+        notes: folder of requests and the log, on another file system than the run.
+        overrides: of its configuration.
+        whole_command: run `mvhpc train joint`, MLflow included; otherwise training alone, which takes requests.
     """
 
-    def __init__(self, run: Path, notes: Path, told: list[str], whole_command: bool) -> None:
+    def __init__(self, run: Path, notes: Path, overrides: list[str], whole_command: bool) -> None:
         self.run, self.notes, self.stop_file = run, notes, notes / "stop"
         notes.mkdir(parents=True, exist_ok=True)
-        self.told, self.whole_command = told, whole_command
+        self.overrides, self.whole_command = overrides, whole_command
         self.start()
 
     def start(self) -> None:
-        """Begin, or go on."""
+        """Start or resume."""
         variables = {"CHAOS_NOTES": str(self.notes), "MVHPC_STOP_FILE": str(self.stop_file), "OMP_NUM_THREADS": "1"}
         self.process: Any
         if not self.whole_command:
-            self.process = Forked(main, self.told, variables)
+            self.process = Forked(main, self.overrides, variables)
             return
-        command = [sys.executable, "-m", "mvhpc", "train", "joint", *self.told]
+        command = [sys.executable, "-m", "mvhpc", "train", "joint", *self.overrides]
         environment = os.environ | variables
         with (self.notes / "log").open("ab") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
     def step(self) -> int:
-        """The last step that was done."""
+        """The last finished step."""
         return max((e["step"] for e in read(self.run) if e["event"] == "metrics"), default=0)
 
     def reach(self, step: int) -> None:
@@ -164,7 +164,7 @@ class Victim:
         self.start()
 
     def finish(self) -> None:
-        """Wait until it is done."""
+        """Wait until the run is complete."""
         status = self.process.wait(RECOVERY_S)
         assert status == 0, f"ended with status {status}"
 
@@ -182,7 +182,7 @@ def killed(victim: Victim, draw: random.Random) -> float:
 
 
 def killed_writing(victim: Victim, draw: random.Random) -> float:
-    """While a checkpoint is on its way to the disc."""
+    """While a checkpoint is being written."""
     parts = victim.run / "checkpoints"
     while True:
         while not list(parts.glob(".step-*.part/*/*")):
@@ -193,7 +193,7 @@ def killed_writing(victim: Victim, draw: random.Random) -> float:
         victim.process.wait()
         if list(parts.glob(".step-*.part")) and caught:
             break
-        victim.start()  # it was complete already: once more
+        victim.start()  # the checkpoint was complete already: try again
         victim.reach(victim.step() + 1)
     victim.end()
     return when
@@ -213,22 +213,22 @@ def stopped(victim: Victim, draw: random.Random) -> float:
     return when
 
 
-def disc_full(victim: Victim, draw: random.Random) -> float:
+def disk_full(victim: Victim, draw: random.Random) -> float:
     filler, before = victim.run.parent / "filler", _newest(victim)
     when = time.time()
     end = time.monotonic() + draw.uniform(1, 3)
     with filler.open("wb", buffering=0) as file:
-        while time.monotonic() < end:  # what is freed meanwhile is taken too
+        while time.monotonic() < end:  # space freed meanwhile is filled too
             with contextlib.suppress(OSError):
                 file.write(bytes(4096))
     filler.unlink()
-    wait_for(lambda: _newest(victim) > before, 60, "no checkpoint is written any more")
+    wait_for(lambda: _newest(victim) > before, 60, "no further checkpoint is written")
     return when
 
 
 def read_only(victim: Victim, draw: random.Random) -> float:
     def remount(how: str) -> bool:
-        """The mount, not the file system: that would be refused for as long as anybody maps a file that is removed."""
+        """Remount the bind mount: the file system itself refuses while a removed file is still mapped."""
         command = ["mount", "-o", f"remount,bind,{how}", victim.run.parent]
         return subprocess.run(command, capture_output=True).returncode == 0
 
@@ -238,7 +238,7 @@ def read_only(victim: Victim, draw: random.Random) -> float:
     when, before = time.time(), _newest(victim)
     time.sleep(draw.uniform(1, 3))
     assert remount("rw")
-    wait_for(lambda: _newest(victim) > before, 60, "no checkpoint is written any more")
+    wait_for(lambda: _newest(victim) > before, 60, "no further checkpoint is written")
     return when
 
 
@@ -248,25 +248,25 @@ def _newest(victim: Victim) -> str:
 
 def _ordered(kind: str) -> Callable[[Victim, random.Random], float]:
     def fault(victim: Victim, draw: random.Random) -> float:
-        if kind == "five poisoned":  # training goes back to a checkpoint, so there must be one
+        if kind == "five poisoned":  # training rolls back to a checkpoint, so there must be one
             wait_for(lambda: bool(_newest(victim)), 60, "no checkpoint is written")
-        count = len(taken(victim.notes))
+        count = len(carried_out(victim.notes))
         write_text(victim.notes / "order", kind)
-        wait_for(lambda: len(taken(victim.notes)) > count, 60, "the order was not taken")
+        wait_for(lambda: len(carried_out(victim.notes)) > count, 60, "the request was not carried out")
         if kind == "hang":
             victim.end()
-        return float(taken(victim.notes)[-1]["time"])
+        return float(carried_out(victim.notes)[-1]["time"])
 
     return fault
 
 
-ANEW = {"killed", "killed writing", "terminated", "stopped", "five poisoned", "hang"}
+RESTARTING = {"killed", "killed writing", "terminated", "stopped", "five poisoned", "hang"}
 PLAIN: dict[str, Callable[[Victim, random.Random], float]] = {
     "killed": killed,
     "killed writing": killed_writing,
     "terminated": terminated,
     "stopped": stopped,
-    "disc full": disc_full,
+    "disk full": disk_full,
     "read-only": read_only,
     "poisoned": _ordered("poisoned"),
     "five poisoned": _ordered("five poisoned"),
@@ -274,18 +274,18 @@ PLAIN: dict[str, Callable[[Victim, random.Random], float]] = {
 }
 
 
-def excuses(notes: Path, run: Path) -> list[tuple[float, float]]:
-    """The times between five lost gradients and the return to before them."""
+def rollbacks(notes: Path, run: Path) -> list[tuple[float, float]]:
+    """Intervals from five consecutive NaN batches to the rollback."""
     back = [e["time"] for e in read(run) if e["event"] == "warning" and "goes back" in e["text"]]
-    bursts = [order["time"] for order in taken(notes) if order["kind"] == "five poisoned"]
+    bursts = [order["time"] for order in carried_out(notes) if order["kind"] == "five poisoned"]
     return [(burst, min((t for t in back if t >= burst), default=burst)) for burst in bursts]
 
 
 def plain(root: Path, name: str, seed: int, plan: Iterator[str], draw: random.Random, deadline: float) -> list[Fault]:
-    """One run under faults until its steps or the time are used up; beside it an undisturbed one, as poisoned."""
+    """One run under faults until its steps or the time end, compared with a reference run with the same NaN batches."""
     steps, faults, notes = 396, list[Fault](), root / name
     more = ("training.checkpoint_every=10", f"compute.hang_minutes={HANG_S / 60}")
-    with disc(root / name / "disc") as mounted:
+    with disk(root / name / "disk") as mounted:
         victim = Victim(mounted / "joint", notes, keys(root, mounted / "joint", steps, *more), False)
         try:
             victim.reach(1)
@@ -298,7 +298,7 @@ def plain(root: Path, name: str, seed: int, plan: Iterator[str], draw: random.Ra
                 faults.append(Fault(kind, "plain", 0, seed, name, victim.step(), 0.0))
                 act = PLAIN[kind]
                 try:
-                    if not suffer(faults[-1], victim, lambda act=act: act(victim, draw), kind in ANEW):
+                    if not apply(faults[-1], victim, lambda act=act: act(victim, draw), kind in RESTARTING):
                         break
                 except Missed:
                     faults.pop()
@@ -307,19 +307,19 @@ def plain(root: Path, name: str, seed: int, plan: Iterator[str], draw: random.Ra
             victim.finish()
             whole = Victim(notes / "whole", notes, keys(root, notes / "whole", steps, *more), False)
             whole.finish()
-            settle(faults, *audit(victim.run, whole.run, excuses(notes, victim.run)))
+            record_verdict(faults, *audit(victim.run, whole.run, rollbacks(notes, victim.run)))
         except (AssertionError, subprocess.SubprocessError) as error:
-            settle(faults, 0, f"the run did not finish: {error}"[:300])
+            record_verdict(faults, 0, f"the run did not finish: {error}"[:300])
         finally:
             victim.process.kill()
     return faults
 
 
-def main(told: list[str], environment: dict[str, str]) -> None:
-    """The process that suffers."""
+def main(overrides: list[str], environment: dict[str, str]) -> None:
+    """Run the training process."""
     os.environ.update(environment)
     log = os.open(Path(environment["CHAOS_NOTES"]) / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
-    config = load_config(JointConfig, "joint", "default", told)
-    launch("faults:worker", config, Path(config.out), config.compute)
+    config = load_config(JointConfig, "joint", "default", overrides)
+    launch("benchmarks.faults.processes:worker", config, Path(config.out), config.compute)

@@ -1,4 +1,4 @@
-"""What the machines of :mod:`scaling` can do: each constant with its source, and those that can be, measured here."""
+"""Constants of the machines in the scaling model: each with its source; some can be measured on this machine."""
 
 import multiprocessing
 import os
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from workload import VOXELS, joint_parts
 
+from benchmarks.scaling.workload import VOXELS, joint_parts
 from mvhpc.runtime.randomness import generator
 from shards.cpus import available_cores
 from shards.dataset import open_dataset
@@ -41,7 +41,7 @@ class Rates:
     bandwidth: float = rate(4.8e12, "bytes/s of a GPU's memory", "NVIDIA's data sheet of the H200")
     traffic: float = rate(0.7, "of it in every operator", "assumed")
     memory: float = rate(141e9, "bytes of a GPU", "NVIDIA's data sheet of the H200")
-    filled: float = rate(0.9, "of them that a configuration may use", "assumed")
+    filled: float = rate(0.9, "share of it that a configuration may use", "assumed")
     launch: float = rate(6.5e-5, "s of the host per operator", "measured, the virtual machine of one H200; eager")
     noising: float = rate(1.9e-3, "s of the host per row of the joint diffusion", "measured on 2 CPU cores")
     nvlink: float = rate(450e9, "bytes/s each way of a GPU inside a node", "NVIDIA's data sheet of the H200")
@@ -63,14 +63,14 @@ class Rates:
 
 
 def measure(folder: Path | None = None) -> tuple[Rates, dict[str, str], dict[str, float]]:
-    """The constants with those that this machine can measure in place.
+    """The constants, those that this machine can measure replaced by measurements.
 
     Args:
         folder: on the file system whose writing is measured; a temporary one where None.
 
     Returns:
-        the constants; the sources of those that were measured; and figures of this machine that no GPU cluster has,
-        for the record: what a collective takes over loopback, and what storage takes.
+        the constants; the sources of those that were measured; and further figures of this machine: collectives over
+        loopback, and storage.
     """
     with tempfile.TemporaryDirectory(dir=folder) as name:
         place = Path(name)
@@ -87,7 +87,7 @@ def measure(folder: Path | None = None) -> tuple[Rates, dict[str, str], dict[str
 
 
 def _seconds(job: Callable[[], object], repeat: int = 5) -> float:
-    """The median of a few calls, after one to warm up."""
+    """Median seconds of a few calls, after a warm-up call."""
     job()
     times = []
     for _ in range(repeat):

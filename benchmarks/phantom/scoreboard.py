@@ -1,9 +1,9 @@
-"""The joint model against what it must be measured by, on phantoms whose exact posterior is known.
+"""The joint model beside other methods, on phantoms whose exact posterior is known.
 
-    python benchmarks/phantom_scoreboard.py [--root runs/scoreboard] [--markdown FILE]
+    python -m benchmarks.phantom.scoreboard [--root runs/scoreboard] [--markdown FILE]
 
-2,000 training phantoms at 32 cubed, one split for all. Rows: the best possible (the phantom's own law), predicting
-the mean, 3D DenseNet121 (stage `baseline`, once for each question that gives the image), the paper's procedure (its
+2,000 training phantoms at 32 cubed, one split for all. Rows: the best possible (the exact posterior), predicting
+the mean, 3D DenseNet121 (stage `baseline`, once for each query that gives the image), the paper's procedure (its
 design, one shared time, eps, repainting, 3 chains of 50 steps), and ours by 30 chains of 10 steps and by its posterior.
 Both joint models have the same widths, autoencoder, epochs and learning rate. Stages that are complete are reused.
 """
@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from phantom_answers import Answer, Floats, Joint, constant, densenet, ideal
-from phantom_models import QUESTIONS, stages
 from scipy.stats import bootstrap
 
+from benchmarks.phantom.models import QUERIES, stages
+from benchmarks.phantom.predictions import Floats, Joint, Prediction, constant, densenet, ideal
 from mvhpc.config import Sampling
 from mvhpc.evaluation.metrics import mean_over_subjects
 from mvhpc.evaluation.tables import Table
@@ -33,8 +33,8 @@ POSTERIOR = Sampling(conditioning="posterior", steps=50, stride=20, solver="ddim
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("runs/scoreboard"))
-    parser.add_argument("--slow", type=int, default=200, help="test people asked about by chains, of all")
-    parser.add_argument("--quick", action="store_true", help="a few people and one epoch, to try the script")
+    parser.add_argument("--slow", type=int, default=200, help="test people that chains are drawn for")
+    parser.add_argument("--quick", action="store_true", help="60 people and one epoch, to try the script")
     parser.add_argument("--markdown", type=Path, help="write the tables there too")
     options = parser.parse_args()
     root, started = options.root.resolve(), time.monotonic()
@@ -46,7 +46,7 @@ def main() -> None:
         "age": np.array([dataset.values(key)["age"] for key in keys], float),
         "sex": np.array([dataset.values(key)["sex"] == "M" for key in keys], float),
     }
-    methods: dict[str, Callable[[str, Sequence[str], Sequence[str]], Answer | None]] = {
+    methods: dict[str, Callable[[str, Sequence[str], Sequence[str]], Prediction | None]] = {
         "best possible": lambda want, given, k: ideal(root, k, want, given, truth[want][: len(k)]),
         "predicting the mean": lambda want, given, k: constant(dataset, len(k), want, truth[want][: len(k)]),
         "DenseNet121": lambda want, given, k: densenet(root, k, want, given),
@@ -57,33 +57,33 @@ def main() -> None:
         "ours, posterior": Joint(root / "ours", dataset, POSTERIOR),
     }
     for label, joint in joints.items():
-        methods[label] = lambda want, given, k, j=joint: j.answer(k, want, given, truth[want][: len(k)])  # type: ignore[misc]
+        methods[label] = lambda want, given, k, j=joint: j.predict(k, want, given, truth[want][: len(k)])  # type: ignore[misc]
 
-    answers: dict[tuple[str, int], Answer] = {}
+    predictions: dict[tuple[str, int], Prediction] = {}
     for label, method in methods.items():
-        for number, (want, given) in enumerate(QUESTIONS):
+        for number, (want, given) in enumerate(QUERIES):
             slow = label in joints and not joints[label].exact
             start = time.monotonic()
-            said = method(want, given, keys[: options.slow] if slow else keys)
+            predicted = method(want, given, keys[: options.slow] if slow else keys)
             took = time.monotonic() - start
-            if said is not None:
-                answers[label, number] = said
+            if predicted is not None:
+                predictions[label, number] = predicted
                 print(f"{label}: {want} given {', '.join(given) or 'nothing'}: {took:.0f} s", flush=True)
-    text = report(answers, list(methods), truth) + minutes(root, begun - started, time.monotonic() - begun)
+    text = report(predictions, list(methods), truth) + minutes(root, begun - started, time.monotonic() - begun)
     print(text)
     if options.markdown:
         write_text(options.markdown, text)
 
 
-def minutes(root: Path, making: float, asking: float) -> str:
-    """What every stage took, the models two at a time, asking everybody everything, and this invocation in all."""
+def minutes(root: Path, making: float, predicting: float) -> str:
+    """Minutes of every stage (models two at a time), of all predictions, and of this invocation."""
     marks = sorted(root.glob("*/stage.json"), key=lambda path: path.stat().st_mtime)
     took = {path.parent.name.removesuffix(".run"): read_record(path.parent)["seconds"] for path in marks}
-    parts = ", ".join(f"{name} {s / 60:.1f}" for name, s in {**took, "asking": asking}.items())
-    return f"\nMinutes: {parts}; this invocation {(making + asking) / 60:.0f}.\n"
+    parts = ", ".join(f"{name} {s / 60:.1f}" for name, s in {**took, "predictions": predicting}.items())
+    return f"\nMinutes: {parts}; this invocation {(making + predicting) / 60:.0f}.\n"
 
 
-def scores(answer: Answer, want: str, truth: Floats) -> Floats:
+def scores(answer: Prediction, want: str, truth: Floats) -> Floats:
     """Absolute errors in years, or hits, per person."""
     n = len(answer.point)
     if want == "sex":
@@ -91,41 +91,41 @@ def scores(answer: Answer, want: str, truth: Floats) -> Floats:
     return np.abs(answer.point - truth[:n])
 
 
-def report(answers: dict[tuple[str, int], Answer], labels: Sequence[str], truth: dict[str, Floats]) -> str:
-    """Three tables in Markdown: errors, whole distributions, costs; and paired differences."""
-    names = [f"{want} given {', '.join(given) or 'nothing'}" for want, given in QUESTIONS]
-    errors, laws, costs = [], [], []
+def report(predictions: dict[tuple[str, int], Prediction], labels: Sequence[str], truth: dict[str, Floats]) -> str:
+    """Three tables in Markdown: errors, distributions, costs; and paired differences."""
+    names = [f"{want} given {', '.join(given) or 'nothing'}" for want, given in QUERIES]
+    errors, densities, costs = [], [], []
     for label in labels:
-        found = [answers.get((label, number)) for number in range(len(QUESTIONS))]
+        found = [predictions.get((label, number)) for number in range(len(QUERIES))]
         cells = []
-        for said, (want, _) in zip(found, QUESTIONS):
-            cells.append(mean_over_subjects(scores(said, want, truth[want])).format(2) if said else "-")
+        for predicted, (want, _) in zip(found, QUERIES):
+            cells.append(mean_over_subjects(scores(predicted, want, truth[want])).format(2) if predicted else "-")
         errors.append([label, *cells])
         cells = []
-        for said in found[:4]:
+        for predicted in found[:4]:
             inside = ""
-            if said and said.interval is not None:
-                low, high = said.interval.T
+            if predicted and predicted.interval is not None:
+                low, high = predicted.interval.T
                 t = truth["age"][: len(low)]
                 inside = f"{100 * np.mean((low <= t) & (t <= high)):.0f} %"
-            score = f"{said.crps.mean():.2f}" if said and said.crps is not None else ""
+            score = f"{predicted.crps.mean():.2f}" if predicted and predicted.crps is not None else ""
             cells.append(", ".join(x for x in (inside, score) if x) or "-")
         nothing = found[3]
-        laws.append([label, *cells, f"{nothing.sd:.1f}" if nothing else "-"])
-        asked = found[0]
-        if asked and asked.calls:
-            costs.append([label, str(asked.calls), f"{asked.flops / 1e9:.3g}", f"{1000 * asked.seconds:.3g}"])
+        densities.append([label, *cells, f"{nothing.sd:.1f}" if nothing else "-"])
+        first = found[0]
+        if first and first.calls:
+            costs.append([label, str(first.calls), f"{first.flops / 1e9:.3g}", f"{1000 * first.seconds:.3g}"])
     tables = [
         Table(["error in years, or accuracy", *names], errors),
-        Table(["90 % interval holds, CRPS in years", *names[:4], "SD of p(age)"], laws),
+        Table(["90 % interval holds, CRPS in years", *names[:4], "SD of p(age)"], densities),
         Table(["per person, age given image and sex", "network calls", "GFLOP", "ms"], costs),
     ]
     lines = [table.markdown() + "\n" for table in tables]
     lines.append("Ours by its posterior less DenseNet121, paired over people:\n")
-    for number, (want, _) in enumerate(QUESTIONS):
-        if ("DenseNet121", number) in answers:
+    for number, (want, _) in enumerate(QUERIES):
+        if ("DenseNet121", number) in predictions:
             mine, theirs = (
-                scores(answers[label, number], want, truth[want]) for label in ("ours, posterior", "DenseNet121")
+                scores(predictions[label, number], want, truth[want]) for label in ("ours, posterior", "DenseNet121")
             )
             lines.append(f"- {names[number]}: {paired(mine, theirs)}")
     return "\n".join(lines) + "\n"

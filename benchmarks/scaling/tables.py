@@ -1,9 +1,9 @@
-"""Training on 1 to 1,024 GPUs by arithmetic: how long a step takes, what it loses to failures, how to submit it.
+"""Predict training on 1 to 1,024 GPUs: time of a step, losses to failures, and the command to submit.
 
-    python benchmarks/scaling.py [--measure] [--markdown docs/scaling.md]
+    python -m benchmarks.scaling.tables [--measure] [--markdown FILE]
 
-The model is :mod:`steptime`, its constants :mod:`rates`; ``--measure`` takes those that this machine has from this
-machine. ``--markdown`` puts what is printed into the file, below the line that says so.
+``--measure`` replaces those constants that this machine can measure. ``--markdown`` writes the tables into the file,
+below its marker.
 """
 
 import argparse
@@ -11,10 +11,9 @@ import dataclasses
 import math
 from pathlib import Path
 
-from rates import Rates, measure
-from steptime import NODE, WORD, Setting, device, memory, passes, saving, step, volume, work_of
-from workload import PRESETS, STAGES, count, settings
-
+from benchmarks.scaling.rates import Rates, measure
+from benchmarks.scaling.steptime import NODE, WORD, Setting, device, memory, passes, saving, step, volume, work_of
+from benchmarks.scaling.workload import PRESETS, STAGES, count, settings
 from shards.files import write_text
 
 GPUS = (1, 4, 8, 32, 256, 1024)
@@ -24,11 +23,11 @@ PATHS = {
     "joint": {"latents": "runs/latents", "vae": "runs/vae", "out": "runs/joint"},
     "vae": {"data": "packed", "out": "runs/vae"},
 }
-MARK = "<!-- What follows is printed by benchmarks/scaling.py. -->"
+MARK = "<!-- What follows is printed by benchmarks/scaling/tables.py. -->"
 
 
 def best(kind: str, preset: str, gpus: int, batch: int, rates: Rates) -> Setting:
-    """The fastest setting that fits into memory, failures included; of equals the one that divides least.
+    """The fastest setting that fits into memory, failures included; among equals the lowest ZeRO stage.
 
     Raises:
         ValueError: none fits.
@@ -46,7 +45,7 @@ def best(kind: str, preset: str, gpus: int, batch: int, rates: Rates) -> Setting
 
 
 def grown(kind: str, preset: str, gpus: int) -> int:
-    """The preset's batch, or the smallest that leaves no GPU without a row."""
+    """The preset's batch, or one row per GPU where that is more."""
     return max(settings(kind, preset).training.batch, gpus)
 
 
@@ -63,7 +62,7 @@ def checkpoint_every(s: Setting, rates: Rates) -> int:
 
 
 def command(s: Setting, rates: Rates) -> str:
-    """How to submit it; the learning rate grows with the root of the batch."""
+    """The command to submit it; the learning rate grows with the square root of the batch."""
     config = settings(s.kind, s.preset)
     factor = math.sqrt(s.batch / config.training.batch)
     keys: dict[str, object] = {
@@ -89,7 +88,7 @@ def command(s: Setting, rates: Rates) -> str:
 
 
 def table(head: str, rows: list[list[str]], right: bool = True) -> str:
-    """A table of Markdown; ``head`` has its columns apart by |, all but the first to the ``right``."""
+    """A Markdown table; ``head`` holds the columns, separated by |; all but the first are aligned ``right``."""
     columns = head.split("|")
     lines = [columns, ["---", *["---:" if right else "---"] * (len(columns) - 1)], *rows]
     return "\n".join("| " + " | ".join(cell.strip() for cell in line) + " |" for line in lines) + "\n"
@@ -104,8 +103,8 @@ def constants(rates: Rates, measured: dict[str, str]) -> str:
     return table("constant | value | of what | source", rows, right=False)
 
 
-def asked(rates: Rates) -> str:
-    """What one sample asks for."""
+def per_sample(rates: Rates) -> str:
+    """Work of one sample, by stage and preset."""
     rows = []
     for kind in STAGES:
         for preset in PRESETS:
@@ -121,7 +120,7 @@ def asked(rates: Rates) -> str:
 
 
 def scaled(kind: str, preset: str, rates: Rates) -> str:
-    """A preset over the numbers of GPUs."""
+    """One preset over numbers of GPUs."""
     config, rows = settings(kind, preset), []
     base = config.training.batch
     alone = best(kind, preset, 1, base, rates)
@@ -142,7 +141,7 @@ def scaled(kind: str, preset: str, rates: Rates) -> str:
 
 
 def made_of(kind: str, preset: str, rates: Rates) -> str:
-    """Where the time of a step goes, by ZeRO stage."""
+    """The parts of a step's time, by ZeRO stage."""
     rows = []
     for gpus in ADVISED:
         found = best(kind, preset, gpus, grown(kind, preset, gpus), rates)
@@ -160,12 +159,12 @@ def made_of(kind: str, preset: str, rates: Rates) -> str:
 
 
 def report(rates: Rates, measured: dict[str, str], local: dict[str, float]) -> str:
-    """All of it, as Markdown."""
+    """The whole report, in Markdown."""
     parts = ["## Constants\n", constants(rates, measured)]
     if local:
-        parts += ["Measured besides, and not used, as no cluster is like it:\n"]
+        parts += ["Also measured on this machine; not used, for it is no GPU cluster:\n"]
         parts += [table("on this machine | value", [[name, f"{value:.3g}"] for name, value in local.items()])]
-    parts += ["## What a sample asks for\n", asked(rates)]
+    parts += ["## Work per sample\n", per_sample(rates)]
     for kind in STAGES:
         for preset in PRESETS:
             parts += [f"## Stage {kind}, preset {preset}\n", scaled(kind, preset, rates), made_of(kind, preset, rates)]
@@ -180,9 +179,9 @@ def report(rates: Rates, measured: dict[str, str], local: dict[str, float]) -> s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true", help="measure what can be (two minutes)")
-    parser.add_argument("--folder", type=Path, help="where the speed of writing is measured")
-    parser.add_argument("--markdown", type=Path, help="put the tables into this file, below its mark")
+    parser.add_argument("--measure", action="store_true", help="measure what this machine can (two minutes)")
+    parser.add_argument("--folder", type=Path, help="on the file system that writing is measured on")
+    parser.add_argument("--markdown", type=Path, help="write the tables into this file, below its marker")
     options = parser.parse_args()
     text = report(*(measure(options.folder) if options.measure else (Rates(), {}, {})))
     print(text)

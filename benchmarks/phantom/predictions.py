@@ -1,4 +1,4 @@
-"""What everybody on the scoreboard says of people, and what it costs."""
+"""Predictions of every method on the scoreboard, and their cost."""
 
 import math
 import time
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from phantom_models import densenet_name
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, Normal
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.phantom.models import densenet_name
 from mvhpc.config import Device, Sampling, load_config
 from mvhpc.diffusion.density import crps, quantile
 from mvhpc.evaluation import ensembles
@@ -35,14 +35,14 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a method says about N people, and what it costs.
+class Prediction:
+    """Predictions of a method for N people, and their cost.
 
     Attributes:
-        point: ages (N,), or chances of being M (N,); of a whole law the median, which errs least by the absolute error.
+        point: ages (N,), or chances of being M (N,); of a density the median, which minimises the absolute error.
         interval: 90 %, (N, 2); None where there is none.
         crps: (N,).
-        sd: SD of all that is drawn or said of everybody together: for "nothing given", that of p(age).
+        sd: SD of the mixture over all people: with nothing given, that of p(age).
         calls, flops, seconds: per person, flops from latents (DenseNet: from voxels).
     """
 
@@ -55,12 +55,12 @@ class Answer:
     seconds: float = math.nan
 
 
-def ideal(root: Path, keys: Sequence[str], want: str, given: Sequence[str], truth: Floats) -> Answer:
-    """The phantom's own posterior."""
+def ideal(root: Path, keys: Sequence[str], want: str, given: Sequence[str], truth: Floats) -> Prediction:
+    """The exact posterior of the phantoms."""
     source = read_tables(root / "source").set_index("participant_id", drop=False)
     table = source.loc[list(keys)]
     if want == "sex":
-        return Answer(best_possible(table, given)["M"].to_numpy())
+        return Prediction(best_possible(table, given)["M"].to_numpy())
     exact: Exact = posterior(table if "image" in given else None, None, table["sex"] if "sex" in given else None)
     n = len(keys)
     mass = np.broadcast_to(exact.age_mass, (n, len(exact.ages)))
@@ -69,25 +69,25 @@ def ideal(root: Path, keys: Sequence[str], want: str, given: Sequence[str], trut
     score = ((below - (exact.ages >= truth[:, None])) ** 2).sum(1) * step
     low, median, high = (np.broadcast_to(exact.quantile(q), n) for q in (0.05, 0.5, 0.95))
     spread = np.broadcast_to(exact.sd, n)
-    return Answer(
+    return Prediction(
         median.copy(), np.stack([low, high], 1), score, float(np.sqrt(np.mean(spread**2) + np.var(exact.mean)))
     )
 
 
-def constant(dataset: Dataset, n: int, want: str, truth: Floats) -> Answer:
-    """The training people's mean age, or their share of men."""
+def constant(dataset: Dataset, n: int, want: str, truth: Floats) -> Prediction:
+    """The mean age of the training part, or its share of men."""
     seen = [dataset.values(key)[want] for key in dataset.keys("train")]
     if want == "sex":
-        return Answer(np.full(n, np.mean([v == "M" for v in seen])))
+        return Prediction(np.full(n, np.mean([v == "M" for v in seen])))
     ages = np.array(seen, float)
     interval = np.tile(np.quantile(ages, [0.05, 0.95]), (n, 1))
     apart = np.abs(ages[:, None] - ages).mean()
     score = np.abs(ages - truth[:, None]).mean(1) - apart / 2
-    return Answer(np.full(n, ages.mean()), interval, score, float(ages.std()))
+    return Prediction(np.full(n, ages.mean()), interval, score, float(ages.std()))
 
 
-def densenet(root: Path, keys: Sequence[str], want: str, given: Sequence[str], batch: int = 32) -> Answer | None:
-    """The DenseNet121 of the question; None where no image is given."""
+def densenet(root: Path, keys: Sequence[str], want: str, given: Sequence[str], batch: int = 32) -> Prediction | None:
+    """The DenseNet121 of the query; None where no image is given."""
     if "image" not in given:
         return None
     places = {"model": str(root / densenet_name(want, given)), "data": str(root / "packed"), "out": ""}
@@ -96,24 +96,24 @@ def densenet(root: Path, keys: Sequence[str], want: str, given: Sequence[str], b
     assert isinstance(predictor, BaselinePredictor)
     people = [predictor.inputs(keys[i : i + batch]) for i in range(0, len(keys), batch)]
     start = time.monotonic()
-    said = torch.cat([predictor.predict(*part) for part in people])
+    predicted = torch.cat([predictor.predict(*part) for part in people])
     seconds = (time.monotonic() - start) / len(keys)
     with FlopCounterMode(display=False) as counter:
         predictor.predict(*predictor.inputs(keys[:1]))
-    point = said.numpy() if want == "age" else said[:, 1].numpy()
-    return Answer(point, calls=1, flops=counter.get_total_flops(), seconds=seconds)
+    point = predicted.numpy() if want == "age" else predicted[:, 1].numpy()
+    return Prediction(point, calls=1, flops=counter.get_total_flops(), seconds=seconds)
 
 
 class Joint:
-    """A joint model asked in one way about people whose latents are there.
+    """A joint model with one way of sampling, on people whose latents are stored.
 
     Args:
         model: run folder of a joint model.
         dataset: packed volumes.
-        sampling: how it is asked.
-        samples: chains a person, where it is asked by chains.
-        whole: cost is that of running the whole U-Net in every call, as the paper does; ours leaves out what no wanted
-            variable needs, which changes no answer.
+        sampling: how a conditional is sampled.
+        samples: chains per person, where it is sampled by chains.
+        whole: count the cost of the whole U-Net in every call, as in the paper; ours skips what no wanted variable
+            needs, which changes no prediction.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Joint:
         self.exact, self.whole = sampling.conditioning == "posterior", whole
 
     def given(self, keys: Sequence[str], names: Sequence[str]) -> dict[str, Tensor]:
-        """Encoded values of some variables, a row a person."""
+        """Encoded values of some variables, one row per person."""
         model = self.sampler.model
         scalars, _ = model.variables.encode_scalars([self.dataset.values(key) for key in keys])
         if "image" in names:
@@ -133,32 +133,34 @@ class Joint:
             scalars["image"] = volume.encode(torch.stack(stored))
         return {name: scalars[name] for name in names}
 
-    def answer(self, keys: Sequence[str], want: str, names: Sequence[str], truth: Floats, batch: int = 50) -> Answer:
-        """Ask everybody, in batches, from latents; the autoencoder's part is not counted."""
+    def predict(
+        self, keys: Sequence[str], want: str, names: Sequence[str], truth: Floats, batch: int = 50
+    ) -> Prediction:
+        """Predict for all people, in batches, from latents; the autoencoder is not counted."""
         given = self.given(keys, names)
-        ask = self.laws if self.exact else self.chains
+        predict = self.densities if self.exact else self.chains
         parts = []
         for i in range(0, len(keys), batch):
             rows = {name: value[i : i + batch] for name, value in given.items()}
-            parts.append(ask(rows, len(keys[i : i + batch]), want, keys[i:]))
-        few = 20  # as the whole U-Net takes its time
+            parts.append(predict(rows, len(keys[i : i + batch]), want, keys[i:]))
+        few = 20  # the whole U-Net is slow
         cost = self.cost({name: value[:few] for name, value in given.items()}, min(few, len(keys)), want, keys)
-        said = np.concatenate(parts)
+        predicted = np.concatenate(parts)
         if want == "sex":
-            return Answer(said, **cost)
+            return Prediction(predicted, **cost)
         if self.exact:
-            mean, sd, low, median, high, score = self.described(said, truth)
+            mean, sd, low, median, high, score = self.described(predicted, truth)
             whole = float(np.sqrt(np.mean(sd**2) + mean.var()))
-            return Answer(median, np.stack([low, high], 1), score, whole, **cost)
-        return Answer(
-            said.mean(1),
-            ensembles.quantiles(said, [0.05, 0.95]),
-            ensembles.crps(said, truth),
-            float(said.std()),
+            return Prediction(median, np.stack([low, high], 1), score, whole, **cost)
+        return Prediction(
+            predicted.mean(1),
+            ensembles.quantiles(predicted, [0.05, 0.95]),
+            ensembles.crps(predicted, truth),
+            float(predicted.std()),
             **cost,
         )
 
-    def laws(self, given: dict[str, Tensor], rows: int, want: str, keys: Sequence[str] = ()) -> Floats:
+    def densities(self, given: dict[str, Tensor], rows: int, want: str, keys: Sequence[str] = ()) -> Floats:
         """Chances of M (rows,), or per person the logits, means and SDs of the density's components."""
         law = self.sampler.posterior(given, rows).laws([want])[want]
         if isinstance(law, Tensor):
@@ -166,11 +168,11 @@ class Joint:
         parts = law.component_distribution
         return torch.stack([law.mixture_distribution.logits, parts.mean, parts.stddev], 1).numpy()
 
-    def described(self, said: Floats, truth: Floats) -> tuple[Floats, Floats, Floats, Floats, Floats, Floats]:
-        """Mean, SD, 5 %, 50 % and 95 % quantiles and CRPS, in years, of the laws that :meth:`laws` found."""
+    def described(self, predicted: Floats, truth: Floats) -> tuple[Floats, Floats, Floats, Floats, Floats, Floats]:
+        """Mean, SD, 5 %, 50 % and 95 % quantiles and CRPS, in years, of the densities that :meth:`densities` found."""
         age = self.sampler.model.variables["age"]
         assert isinstance(age, Continuous)
-        logits, means, sds = torch.from_numpy(said).unbind(1)
+        logits, means, sds = torch.from_numpy(predicted).unbind(1)
         law = MixtureSameFamily(Categorical(logits=logits), Normal(means, sds))
         scale, z = (age.high - age.low) / 2, age.encode(truth.tolist())[:, 0].double()
         points = quantile(law, torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64))
@@ -188,28 +190,28 @@ class Joint:
         return drawn.double().reshape(rows, n).mean(1).numpy()
 
     def cost(self, given: dict[str, Tensor], rows: int, want: str, keys: Sequence[str]) -> dict[str, Any]:
-        """Network calls, FLOPs and seconds per person, when ``rows`` people are asked about together."""
+        """Network calls, FLOPs and seconds per person, for a batch of ``rows`` people."""
         model = self.sampler.model
         calls = self.sampler.calls(given, [want]) * (1 if self.exact else self.samples)
         if self.whole:
             self.sampler.model = replace(model, denoiser=Whole(model.denoiser))  # type: ignore[arg-type]
-        ask = self.laws if self.exact else self.chains
+        predict = self.densities if self.exact else self.chains
         with FlopCounterMode(display=False) as counter:
-            ask({name: value[:1] for name, value in given.items()}, 1, want, keys)
+            predict({name: value[:1] for name, value in given.items()}, 1, want, keys)
         start = time.monotonic()
-        ask(given, rows, want, keys)
+        predict(given, rows, want, keys)
         seconds = (time.monotonic() - start) / rows
         self.sampler.model = model
         return {"calls": calls, "flops": counter.get_total_flops(), "seconds": seconds}
 
 
 class Whole(torch.nn.Module):
-    """A denoiser that says everything, whatever is wanted."""
+    """A denoiser that computes all outputs, whatever is wanted."""
 
     def __init__(self, denoiser: torch.nn.Module) -> None:
         super().__init__()
         self.denoiser = denoiser
 
     def forward(self, z: dict[str, Tensor], t: dict[str, Tensor], want: Sequence[str]) -> dict[str, Tensor]:
-        said: dict[str, Tensor] = self.denoiser(z, t)
-        return said
+        predicted: dict[str, Tensor] = self.denoiser(z, t)
+        return predicted

@@ -1,8 +1,8 @@
-"""The ways of training that are measured beside each other: what each does, and how they take turns.
+"""Ways of training that are compared with each other, and how they take turns.
 
-In a round every way has a thread of the same process (of the same two, with two workers), and they take turns of ten
-steps, so that what else the machine does meets all alike. What stays with a network for as long as it lives, such as
-where in memory it is, makes two equal loops differ by two percent: hence rounds, each with new networks.
+In a round each way has a thread of the same process (of the same two, with two workers). They take turns of ten steps,
+so that other load on the machine affects all alike. Properties of one network, such as its place in memory, make two
+equal loops differ by two percent; therefore there are several rounds, each with new networks.
 """
 
 import threading
@@ -34,21 +34,22 @@ from mvhpc.training.vae import VAEConfig
 from shards.order import Order
 
 PEOPLE = 64
-WARM = 5  # steps at the beginning that do not count
+WARM = 5  # first steps, which do not count
 TURN = 10  # steps
 NEVER = 10**6
-CHECKPOINTS = 50  # steps between them, where they are measured
-ONE = ("bare torch", "ours", "ours, MLflow", f"ours, checkpoint every {CHECKPOINTS}")
+CHECKPOINTS = 50  # steps between two, where they are measured
+BARE, OURS = "bare torch", "ours"
+ONE = (BARE, OURS, "ours, MLflow", f"ours, checkpoint every {CHECKPOINTS}")
 TWO = ("DDP", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", f"ZeRO-1, checkpoint every {CHECKPOINTS}")
 
 
-def prepare(root: Path) -> None:
-    """Phantoms, shards, an untrained autoencoder and latents, by the package's own stages."""
+def prepare(root: Path, people: int = PEOPLE) -> None:
+    """Make phantoms, shards, an untrained autoencoder and latents, by the stages of the package."""
     vae = load_config(VAEConfig, "vae", "demo", values={"out": str(root / "vae"), "data": ""})
     torch.manual_seed(0)
     save_autoencoder(root / "vae" / "model", Autoencoder(vae.model), vae.model)
     stages: dict[str, dict[str, str | int]] = {
-        "phantom": {"subjects": PEOPLE, "out": "scans"},
+        "phantom": {"subjects": people, "out": "scans"},
         "pack": {"source": "scans", "out": "packed"},
         "encode": {"data": "packed", "vae": "vae", "out": "latents"},
     }
@@ -58,7 +59,7 @@ def prepare(root: Path) -> None:
 
 
 def settings(root: Path, workers: int, steps: int) -> JointConfig:
-    """The demo's joint stage for ``steps`` steps, without validation and checkpoints on the way."""
+    """The demo's joint stage for ``steps`` steps, without validation or checkpoints before the end."""
     paths = {"latents": str(root / "latents"), "vae": str(root / "vae"), "out": str(root / "joint")}
     config = load_config(
         JointConfig, "joint", "demo", values={**paths, "compute.threads": 1, "compute.workers": workers}
@@ -70,19 +71,19 @@ def settings(root: Path, workers: int, steps: int) -> JointConfig:
 
 
 class Turns:
-    """Of several threads one goes on at a time, then the next."""
+    """Lets one of several threads run at a time, in a fixed order."""
 
     def __init__(self, count: int) -> None:
         self._order = deque(range(count))
         self._changed = threading.Condition()
 
     def wait(self, me: int) -> None:
-        """Until it is the turn of ``me``."""
+        """Block until it is the turn of thread ``me``."""
         with self._changed:
             self._changed.wait_for(lambda: self._order[0] == me)
 
     def pass_on(self, leave: bool = False) -> None:
-        """End the present turn; with ``leave`` there will be no other of this thread."""
+        """End the current turn; with ``leave``, this thread gets no further one."""
         with self._changed:
             if leave:
                 self._order.popleft()
@@ -95,7 +96,7 @@ class Timed(JointTask):
     """The joint task, trained in turns with others.
 
     Attributes:
-        seconds: of a step, a mean for each turn after the warm-up.
+        seconds: mean time of a step, for each turn after the warm-up.
     """
 
     def __init__(self, config: JointConfig, turns: Turns, me: int) -> None:
@@ -112,7 +113,7 @@ class Timed(JointTask):
 
     def _change(self) -> None:
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # what this turn has asked for is this turn's
+            torch.cuda.synchronize()  # work queued in this turn belongs to this turn
         if self._done > WARM:
             self.seconds.append((time.perf_counter() - self._began) / TURN)
         self.turns.pass_on()
@@ -121,7 +122,7 @@ class Timed(JointTask):
 
 
 class Bare:
-    """A network and AdamW as anyone writes them down, with what an engine is asked for."""
+    """A network and AdamW without further machinery, with the interface of an engine."""
 
     def __init__(self, module: nn.Module, config: JointConfig, world: int) -> None:
         device = resolve_device(config.compute.device)
@@ -150,9 +151,9 @@ class Bare:
 
 
 def bare(task: JointTask, config: JointConfig, rank: int, world: int) -> None:
-    """The loop without us."""
+    """The bare training loop."""
     order = Order(task.samples, config.training.batch, config.training.seed)
-    engines: Any = {"denoiser": Bare(task.networks["denoiser"], config, world)}
+    engines: Any = {name: Bare(module, config, world) for name, module in task.networks.items()}
     device = resolve_device(config.compute.device)
     for step in range(config.training.epochs * order.steps_per_epoch):
         indices = order.part(step, rank, world)
@@ -162,7 +163,7 @@ def bare(task: JointTask, config: JointConfig, rank: int, world: int) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the workers are told.
+    """Arguments of the workers.
 
     Attributes:
         config: of the joint stage.
@@ -176,12 +177,12 @@ class Plan:
 
     @property
     def compute(self) -> Compute:
-        """Where it runs."""
+        """Devices and workers."""
         return self.config.compute
 
 
 def run(way: str, task: Timed, config: JointConfig, folder: Path, rank: int, world: int) -> None:
-    """Train to the end one way, in a folder of its own."""
+    """Train to the end in one way, in a folder of its own."""
     if way in (ONE[0], TWO[0]):
         bare(task, config, rank, world)
         return
@@ -199,7 +200,7 @@ def run(way: str, task: Timed, config: JointConfig, folder: Path, rank: int, wor
 
 @contextmanager
 def _tracked(config: JointConfig, folder: Path) -> Iterator[None]:
-    """MLflow beside, once it has come up: its start costs a run seconds, not every step."""
+    """With MLflow tracking, entered once that has started: its start does not count."""
     folder.mkdir(parents=True)
     tracking = Tracking(f"sqlite:///{folder.parent / 'mlflow.db'}", "overhead")
     config = replace(config, tracking=tracking)

@@ -1,4 +1,4 @@
-"""Faults of MLflow: its server dies and comes back while `mvhpc train joint` goes on, or dies itself."""
+"""Faults of MLflow: its server is killed and started again during `mvhpc train joint`, or the stage is killed."""
 
 import contextlib
 import os
@@ -14,9 +14,8 @@ from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
-from faults import Victim, killed
-from trials import Fault, audit, keys, settle, suffer
-
+from benchmarks.faults.processes import Victim, killed
+from benchmarks.faults.trials import Fault, apply, audit, keys, record_verdict
 from mvhpc.runs.journal import read, unseen
 from mvhpc.runs.mlflow_store import as_metrics, store_client
 from mvhpc.runs.mlflow_sync import synced
@@ -25,11 +24,11 @@ from tests.test_mlflow import serve
 STEPS = 1998  # whole epochs
 KINDS = ["server killed", "stage killed", "server killed"]
 HOUR_S = 3600
-UNDISTURBED = threading.Lock()
+REFERENCE = threading.Lock()
 
 
 class Server:
-    """An MLflow server that always comes back at the same port."""
+    """An MLflow server that is restarted at the same port."""
 
     def __init__(self, store: Path) -> None:
         store.mkdir(parents=True)
@@ -53,7 +52,7 @@ class Server:
         return when
 
     def leave(self, victim: Victim) -> float:
-        """Kill it, and start it again an hour later, which training fills: it is let go on a few steps at a time."""
+        """Kill it, and start it again an hour later; training advances a few steps at a time for all of that hour."""
         when, began, first = time.time(), time.monotonic(), victim.step()
         steps = STEPS - 100 - first
         self.kill()
@@ -68,7 +67,7 @@ class Server:
 
 
 def missing(run: Path, uri: str) -> str:
-    """What the store does not have exactly once of the journal's points; empty where nothing."""
+    """A message on the first metric whose points are not in the store exactly once; empty if all are."""
     expected: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for event in unseen(map(as_metrics, read(run))):
         for name, value in event.get("metrics", {}).items() if event["event"] == "metrics" else ():
@@ -82,10 +81,10 @@ def missing(run: Path, uri: str) -> str:
 
 
 def tracked(root: Path, name: str, seed: int, kinds: list[str], draw: random.Random, deadline: float) -> list[Fault]:
-    """One run of the whole stage with MLflow under these faults; afterwards the store has every point once."""
+    """One run of the stage with MLflow under these faults; afterwards the store must hold every point once."""
     faults: list[Fault] = []
     every, whole = "training.checkpoint_every=10", root / "whole" / "tracked"
-    with UNDISTURBED:  # made once
+    with REFERENCE:  # made once
         if not (whole / "checkpoints" / f"step-{STEPS:08d}").is_dir():
             Victim(whole, whole.with_name("notes"), keys(root, whole, STEPS, every), False).finish()
     server = Server(root / name / "store")
@@ -104,7 +103,7 @@ def tracked(root: Path, name: str, seed: int, kinds: list[str], draw: random.Ran
                 "server away": partial(server.leave, victim),
                 "stage killed": partial(killed, victim, draw),
             }
-            if not suffer(faults[-1], victim, acts[kind], again):
+            if not apply(faults[-1], victim, acts[kind], again):
                 break
             print(f"{name}: {kind} at step {faults[-1].step}: {faults[-1].seconds} s", flush=True)
         victim.finish()
@@ -112,9 +111,9 @@ def tracked(root: Path, name: str, seed: int, kinds: list[str], draw: random.Ran
         status = subprocess.run(command, timeout=300, check=False).returncode
         assert status == 0, f"mvhpc mlflow-sync ended with status {status}"
         samples, differs = audit(victim.run, whole)
-        settle(faults, samples, " ".join(filter(None, [differs, missing(victim.run, server.uri)])))
+        record_verdict(faults, samples, " ".join(filter(None, [differs, missing(victim.run, server.uri)])))
     except (AssertionError, subprocess.SubprocessError) as error:
-        settle(faults, 0, f"the run did not finish: {error}"[:300])
+        record_verdict(faults, 0, f"the run did not finish: {error}"[:300])
     finally:
         victim.process.kill()
         server.kill()

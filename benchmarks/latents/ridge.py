@@ -1,10 +1,10 @@
-"""What a linear reader makes of the latents: a yardstick for the joint model's own answers.
+"""Linear prediction of age and sex from latents, for comparison with the joint model.
 
-    python benchmarks/ridge_on_latents.py runs/ixi/fold-1/latents fold-1-of-3
+    python -m benchmarks.latents.ridge runs/ixi/fold-1/latents fold-1-of-3
 
-Ridge regression of age and ridge classification of sex on standardised latents, the mirrored ones too in training, of
-the people that the joint model's readers learn from: the training and the validation part. Its strength by
-cross-validation over them, both versions of a person on one side.
+Ridge regression of age and ridge classification of sex on standardised latents. It is fitted to the people whom the
+joint model's scalar networks are trained on, the training and the validation part, with mirrored latents too. The
+strength is chosen by cross-validation over these people, with both versions of a person in one fold.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The scoreboard's models: phantoms, packed and encoded, and all that is trained on them, where it is not there yet."""
+"""Data and models of the scoreboard, made where they are missing."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ from mvhpc.config import load_config
 from mvhpc.execute import execute, plan
 from mvhpc.stages import STAGES
 
-QUESTIONS = [  # wanted, given
+QUERIES = [  # wanted, given
     ("age", ("image", "sex")),
     ("age", ("image",)),
     ("age", ("sex",)),
@@ -22,7 +22,7 @@ QUESTIONS = [  # wanted, given
     ("sex", ("image", "age")),
     ("sex", ("image",)),
 ]
-PEOPLE = {"train": 2000, "validation": 300, "test": 1700}  # many to test: what two methods differ by is small
+PEOPLE = {"train": 2000, "validation": 300, "test": 1700}  # many to test: the differences between methods are small
 EPOCHS = {"vae": 5, "joint": 40, "densenet": 8}
 WIDTHS = {
     "model.channels": [32, 64],
@@ -35,7 +35,7 @@ WIDTHS = {
 
 
 def stages(root: Path, quick: bool) -> None:
-    """Make phantoms, pack them, train the autoencoder and all models, each where it is not complete."""
+    """Run every stage that is not complete: phantoms, packing, autoencoder, encoding, models."""
     people = 60 if quick else sum(PEOPLE.values())
     split = [n / sum(PEOPLE.values()) for n in PEOPLE.values()]
     epochs = {name: 1 if quick else n for name, n in EPOCHS.items()}
@@ -61,7 +61,7 @@ def stages(root: Path, quick: bool) -> None:
             {
                 "data": root / "packed",
                 "out": root / "vae",
-                "model.channels": [8, 16, 64],  # half of the demo's where voxels are many: half the time
+                "model.channels": [8, 16, 64],  # half of the demo's widths where voxels are many
                 "model.latent_channels": 8,
                 "training.batch": 4,
                 "training.epochs": epochs["vae"],
@@ -84,18 +84,18 @@ def stages(root: Path, quick: bool) -> None:
         ("joint", "paper", joint | {"out": root / "paper"}),
         *(
             ("baseline", "default", densenet | {"want": w, "given": list(g), "out": root / densenet_name(w, g)})
-            for w, g in QUESTIONS
+            for w, g in QUERIES
             if "image" in g
         ),
     ]
-    # A core each: faster than in turn.
+    # One core each is faster than one after the other.
     with ProcessPoolExecutor(2, get_context("spawn"), end_with_parent, (os.getpid(),)) as two:
         for future in [two.submit(complete, root, *model) for model in models]:
             future.result()
 
 
 def complete(root: Path, stage: str, preset: str, values: dict[str, Any]) -> None:
-    """Run a stage, where its result is not complete."""
+    """Run a stage whose result is not complete."""
     values = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
     values["tracking.uri"] = f"sqlite:///{root / 'mlflow.db'}"
     config: Any = load_config(STAGES[stage].config_class(), stage, preset, (), values)
@@ -112,7 +112,7 @@ def densenet_name(want: str, given: Sequence[str]) -> str:
 
 
 def end_with_parent(parent: int) -> None:
-    """A process of the pool is killed where the script is: it would write into the next run's folders."""
+    """Kill a process of the pool when the script dies: it would write into the folders of the next run."""
     pr_set_pdeathsig = 1  # of prctl(2)
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it died before

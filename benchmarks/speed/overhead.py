@@ -1,11 +1,11 @@
-"""What the training loop costs beside a bare one, and how long a start and a resumption take; one run for all.
+"""The cost of the training loop beside a bare one, and the time of a start and of a resumption.
 
-    python benchmarks/overhead.py [--turns 10] [--rounds 5] [--only checkpoint] [--markdown FILE]
+    python -m benchmarks.speed.overhead [--turns 10] [--rounds 5] [--only checkpoint] [--markdown FILE]
 
-The demo's joint network on latents of phantoms, the same batches and noise for all; an untrained autoencoder encodes
-them, for what is in the latents costs nothing. A bare loop has what the weights need (noise, forward, loss, backward,
-clipping, AdamW, the running average) and no more: it loads in turn and logs nothing. How the ways of training are kept
-comparable is told in `ways.py`.
+The demo's joint network is trained on latents of phantoms, with the same batches and noise in all ways of training; an
+untrained autoencoder encodes them, for speed does not depend on the content of latents. The bare loop does what the
+weights need (noise, forward, loss, backward, clipping, AdamW, the running average) and nothing else: no prefetching,
+no logging. `benchmarks/speed/ways.py` describes how the ways are kept comparable.
 """
 
 import argparse
@@ -16,18 +16,18 @@ from pathlib import Path
 
 import torch
 from scipy import stats
-from starts import start
-from ways import CHECKPOINTS, ONE, TURN, TWO, WARM, Plan, prepare, settings
 
+from benchmarks.speed.starts import start
+from benchmarks.speed.ways import CHECKPOINTS, ONE, TURN, TWO, WARM, Plan, prepare, settings
 from mvhpc.runtime.ray_cluster import launch
 from shards.files import write_text
 
 
 def steps(root: Path, workers: int, ways: tuple[str, ...], turns: int, rounds: int) -> str:
-    """A table of what a step takes each way: the mean over all turns; what it is over another way, and what checkpoints
-    add, with a 95 % interval over rounds (Student's t)."""
+    """A table of the time of a step in each way: the mean over all turns, and the difference from the first way and the
+    cost of checkpoints, with a 95 % interval over rounds (Student's t)."""
     plan = Plan(settings(root, workers, WARM + turns * TURN + 1), ways, rounds)
-    found = launch("ways:worker", plan, root / f"workers-{workers}", plan.compute)
+    found = launch("benchmarks.speed.ways:worker", plan, root / f"workers-{workers}", plan.compute)
     taken: dict[str, list[list[float]]] = {way: [[] for _ in range(rounds)] for way in ways}
     for key, seconds in found.items():
         way, number, _ = key.split("|")
@@ -53,8 +53,8 @@ def _percent(shares: list[float]) -> tuple[str, str]:
 
 
 def _checkpoints(seconds: list[float]) -> float:
-    """What one adds to the steps up to the next, as a share: the turns in which one is begun and written beside the
-    others, of the same network."""
+    """The cost of checkpoints as a share of a step: turns in which one is written compared with the others of the same
+    network."""
     ends = [(WARM + turn * TURN) // CHECKPOINTS for turn in range(len(seconds) + 1)]
     written = [s for s, a, b in zip(seconds, ends, ends[1:]) if a != b]
     others = statistics.fmean(s for s, a, b in zip(seconds, ends, ends[1:]) if a == b)
@@ -63,9 +63,11 @@ def _checkpoints(seconds: list[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=10, help=f"of {TURN} steps, in a round; five or more")
+    parser.add_argument("--turns", type=int, default=10, help=f"of {TURN} steps, per round; five or more")
     parser.add_argument("--rounds", type=int, default=5, help="two or more")
-    parser.add_argument("--only", metavar="TEXT", default="", help="ways of training whose name holds it; no starts")
+    parser.add_argument(
+        "--only", metavar="TEXT", default="", help="only ways of training whose name contains it; no starts"
+    )
     parser.add_argument("--markdown", type=Path, help="write the tables there too")
     options = parser.parse_args()
     one, two = (tuple(way for way in ways if options.only in way) for ways in (ONE, TWO))
@@ -76,7 +78,7 @@ def main() -> None:
         parts.append(lambda root: "One worker:\n\n" + steps(root, 1, one, options.turns, options.rounds))
     text = ""
     if torch.cuda.device_count() == 1:
-        text = f"{torch.cuda.get_device_name()}, one: no room for two workers.\n\n"
+        text = f"{torch.cuda.get_device_name()}, one GPU: not measured with two workers.\n\n"
     elif two:
         parts.append(lambda root: "Two workers:\n\n" + steps(root, 2, two, options.turns, options.rounds))
         if not options.only:

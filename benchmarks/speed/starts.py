@@ -1,4 +1,4 @@
-"""How long a start and a resumption take, and where the time goes."""
+"""The time of a start and of a resumption, by phase."""
 
 import json
 import os
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from ways import settings
 
+from benchmarks.speed.ways import settings
 from mvhpc.runtime.ray_cluster import launch
 from mvhpc.training.joint import JointConfig, JointTask
 from mvhpc.training.loop import train
@@ -21,13 +21,13 @@ KILLED = 14  # the step (from 0) in which a worker is killed; a checkpoint every
 
 
 def mark(folder: Path, what: str) -> None:
-    """Note the time of an event."""
+    """Record the time of an event."""
     with (folder / "marks.jsonl").open("a") as file:
         file.write(json.dumps([what, time.time()]) + "\n")
 
 
 class Killed(JointTask):
-    """Notes its first steps; in step :data:`KILLED` worker 1 is killed, once."""
+    """Records its first steps; in step :data:`KILLED` worker 1 is killed, once."""
 
     def __init__(self, config: JointConfig, folder: Path, rank: int) -> None:
         super().__init__(config)
@@ -48,7 +48,7 @@ class Killed(JointTask):
 
 
 def started(config: JointConfig, folder: Path, rank: int, world: int) -> dict[str, float]:
-    """Train as worker ``rank``, noting what has been reached."""
+    """Train as worker ``rank``, and record each phase."""
 
     def reached(what: str) -> None:
         if rank == 0:
@@ -64,39 +64,39 @@ def started(config: JointConfig, folder: Path, rank: int, world: int) -> dict[st
 
 
 def child(root: Path) -> None:
-    """What the measured command, this file, does."""
+    """The command that is measured."""
     folder = root / "started"
     mark(folder, "imports")
     config = settings(root, 2, KILLED + 4)
     config.training.checkpoint_every = 4
     config.compute.retries = 2
     config.out = str(folder)
-    launch("starts:started", config, folder, replace(config.compute, workers=2))
+    launch("benchmarks.speed.starts:started", config, folder, replace(config.compute, workers=2))
 
 
 def start(root: Path) -> str:
-    """A table of where the time goes until the first step, and from a kill to the first new one."""
+    """A table of the phases up to the first step, and from a kill to the first new step."""
     folder = root / "started"
     folder.mkdir()
     mark(folder, "command")
-    subprocess.run([sys.executable, __file__, str(root)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "benchmarks.speed.starts", str(root)], check=True, stdout=subprocess.DEVNULL)
     events = [json.loads(line) for line in (folder / "marks.jsonl").read_text().splitlines()]
     names = [name for name, _ in events]
     cut = names.index("killed")
-    words = {
+    phases = {
         "imports": "Python and imports of the command",
         "worker": "Ray, its workers, their imports and process group",
         "DeepSpeed": "import of DeepSpeed",
         "data": "data and network",
         "engines": "engines; checkpoint read",
         "first step": "first step",
-        "new step": "steps done again, and the first new one",
+        "new step": "repeated steps and the first new one",
     }
     lines = ["| s | start | after the kill of a worker |", "|---|---:|---:|"]
     both = [dict(zip(names[:cut], _laps(events[:cut]))), dict(zip(names[cut:], _laps(events[cut:])))]
-    for name, text in words.items():
+    for name, text in phases.items():
         lines.append(f"| {text} | " + " | ".join(f"{laps[name]:.1f}" if name in laps else "" for laps in both) + " |")
-    lines.append("| altogether | " + " | ".join(f"{sum(laps.values()):.1f}" for laps in both) + " |")
+    lines.append("| total | " + " | ".join(f"{sum(laps.values()):.1f}" for laps in both) + " |")
     return "\n".join(lines) + "\n"
 
 

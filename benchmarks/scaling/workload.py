@@ -1,9 +1,9 @@
-"""What one micro-batch of a preset asks of one GPU, counted on tensors without data.
+"""Work of one micro-batch of a preset on one GPU, counted on tensors without data.
 
 The real networks run forward and backward on fake tensors under bfloat16 autocast. Every operator that PyTorch sends
 to the device is counted: its floating-point operations (:data:`torch.utils.flop_counter.flop_registry`), the bytes it
-reads and writes, the memory that is alive beside it. An operator takes as long as the slower of its arithmetic and its
-traffic: a roofline.
+reads and writes, and the memory in use. The time of an operator is the longer of its arithmetic and its traffic (the
+roofline model).
 """
 
 import weakref
@@ -46,7 +46,7 @@ FORMULAS = flop_registry | {  # the fused attention of fake tensors is that of C
 
 @dataclass(frozen=True)
 class Device:
-    """What an operator may use of a GPU: arithmetic in FLOP/s and memory traffic in bytes/s."""
+    """The rates that an operator reaches: arithmetic in FLOP/s and memory traffic in bytes/s."""
 
     arithmetic: float
     traffic: float
@@ -76,7 +76,7 @@ class Work:
 
 
 class Counter(TorchDispatchMode):
-    """Counts what passes: see :class:`Work`."""
+    """Counts the operators inside its context; see :class:`Work`."""
 
     def __init__(self, device: Device) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Faults for runs on two nodes of a real SLURM: processes, nodes, the job."""
+"""Faults of training on two nodes of a SLURM cluster: processes, nodes, the job."""
 
 import contextlib
 import os
@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import psutil
-from trials import RECOVERY_S, Fault, audit, keys, settle, suffer
 
+from benchmarks.faults.trials import RECOVERY_S, Fault, apply, audit, keys, record_verdict
 from tests.slurm_cluster import SlurmCluster
 from tests.test_slurm import nothing_is_left, submit
 from tests.test_slurm_faults import (
@@ -30,7 +30,7 @@ STEPS = 240  # whole epochs, and enough for every fault once
 
 
 def of_node(training: Training, title: str, number: int) -> psutil.Process:
-    """The oldest of the job's processes on one of its nodes, by a word of its command line."""
+    """The oldest of the job's processes on one of its nodes, by a part of its command line."""
     found = []
     for process in training.slurm.job_processes(training.job):
         with contextlib.suppress(psutil.Error):
@@ -53,7 +53,7 @@ def other_supervisor_killed(training: Training) -> None:
 
 
 def srun_killed(training: Training) -> None:
-    """What SLURM's script started the supervisors with; not the process that it forks to clear up after it."""
+    """The srun that started the supervisors, not the process that it forks for cleaning up."""
     slurm = training.slurm
     restarts = slurm.restarts(training.job)
     sruns = [p for p in slurm.job_processes(training.job) if p.name() == "srun"]
@@ -63,7 +63,7 @@ def srun_killed(training: Training) -> None:
 
 
 def node_down(training: Training) -> None:
-    """One of the job's nodes is called dead; SLURM takes the job back by itself and chooses others."""
+    """One of the job's nodes is set to DOWN; SLURM requeues the job on other nodes."""
     slurm = training.slurm
     restarts = slurm.restarts(training.job)
     nodes = slurm.run("squeue", "--noheader", "--jobs", training.job, "--format=%N")
@@ -91,9 +91,9 @@ SLURM: dict[str, Callable[[Training], None]] = {
 
 @contextlib.contextmanager
 def cluster(root: Path) -> Iterator[SlurmCluster]:
-    """A SLURM, and this process's environment pointing to it."""
+    """A running cluster; this process's environment refers to it."""
     os.environ["PATH"] += os.pathsep + "/usr/sbin"  # where Debian keeps the daemons
-    os.environ["XDG_STATE_HOME"] = str(root / "state")  # no note of these runs among the user's
+    os.environ["XDG_STATE_HOME"] = str(root / "state")  # keeps these runs out of the user's job notes
     folder = Path(tempfile.mkdtemp(prefix="chaos-", dir="/tmp"))  # short, for the paths of sockets
     slurm = SlurmCluster(folder)
     os.environ["SLURM_CONF"] = slurm.environment["SLURM_CONF"]
@@ -107,13 +107,15 @@ def cluster(root: Path) -> Iterator[SlurmCluster]:
 
 def start(slurm: SlurmCluster, root: Path, run: Path, zero: int) -> Training:
     """Submit the joint stage to two nodes, or submit it again."""
-    told = keys(root, run, STEPS, f"compute.zero_stage={zero}", "compute.retries=20", "training.checkpoint_every=10")
-    job = submit("--stage", "joint", "--nodes", "2", "--time", "60", *told).stdout.strip()
+    overrides = keys(
+        root, run, STEPS, f"compute.zero_stage={zero}", "compute.retries=20", "training.checkpoint_every=10"
+    )
+    job = submit("--stage", "joint", "--nodes", "2", "--time", "60", *overrides).stdout.strip()
     return Training(slurm, run, job)
 
 
-def undisturbed(slurm: SlurmCluster, root: Path, zero: int) -> Path:
-    """What training comes to when nothing happens."""
+def reference_run(slurm: SlurmCluster, root: Path, zero: int) -> Path:
+    """A run without faults, made once."""
     run = root / "whole" / f"zero-{zero}" / "joint"
     if not (run / "stage.json").is_file() or '"finished"' not in (run / "stage.json").read_text():
         slurm.wait(start(slurm, root, run, zero).job, "COMPLETED", seconds=600)
@@ -124,9 +126,9 @@ def on_slurm(
     slurm: SlurmCluster, root: Path, name: str, zero: int, seed: int, kinds: list[str], draw: random.Random,
     deadline: float,
 ) -> list[Fault]:  # fmt: skip
-    """One run under these faults, as far as its steps and the time go, compared with an undisturbed one."""
+    """One run under these faults, until its steps or the time end, compared with a reference run."""
     faults: list[Fault] = []
-    whole = undisturbed(slurm, root, zero)
+    whole = reference_run(slurm, root, zero)
     training = start(slurm, root, root / name / "joint", zero)
     try:
         training.reach(1, RECOVERY_S)
@@ -137,27 +139,27 @@ def on_slurm(
             training.reach(target, RECOVERY_S)
             fault = Fault(kind, "slurm", zero, seed, name, training.step(), 0.0)
             faults.append(fault)
-            if not suffer(fault, training, partial(act, training, kind), True):
+            if not apply(fault, training, partial(act, training, kind), True):
                 state = slurm.state(training.job)
                 fault.note = f"{fault.note} (the job is {state or 'forgotten'})"
                 if state in {"RUNNING", "PENDING", "COMPLETING"}:
                     break
-                training = start(slurm, root, training.run, zero)  # what a person would do
+                training = start(slurm, root, training.run, zero)  # as a user would
                 training.reach(target + 1, RECOVERY_S)
             print(f"{name}: {kind} at step {fault.step}: {fault.seconds} s {fault.note}", flush=True)
         state = slurm.wait(training.job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "", seconds=600)
         assert state in {"COMPLETED", ""}, f"the job is {state}"
-        settle(faults, *audit(training.run, whole))
+        record_verdict(faults, *audit(training.run, whole))
         nothing_is_left(slurm, training.job, training.run)
     except (AssertionError, OSError) as error:
-        settle(faults, 0, f"the run did not finish well: {error}"[:300])
+        record_verdict(faults, 0, f"the run did not finish well: {error}"[:300])
         with contextlib.suppress(AssertionError):
             slurm.run("scancel", training.job)
     return faults
 
 
 def act(training: Training, kind: str) -> float:
-    """Let it happen, and say when."""
+    """Inject the fault; the time at which it began."""
     when = time.time()
     SLURM[kind](training)
     return when

@@ -1,14 +1,14 @@
-"""How close a trained joint model comes to every conditional of a law that is known in closed form.
+"""Every conditional of a trained joint model beside those of a law in closed form.
 
-    python benchmarks/joint_law.py [--steps 6000 | --exact] [--scalars] [--markdown FILE]
+    python -m benchmarks.law.conditionals [--steps 6000 | --exact] [--scalars] [--markdown FILE]
 
-The law: a category of three classes; given the class a small image (4 x 4 x 4) and two numbers are jointly Gaussian.
-Our network learns it from fresh draws, then answers, for every subset of given variables, what the other scalars are,
-by each way of conditioning, and draws the image given every subset of the scalars. Beside the exact answers stand: the
-error of the mean in units of the exact posterior mean's own error (1 is the best possible), the spread in units of the
-exact SD, the mean distance of the chances of the classes, and C2ST, the accuracy of a classifier that tells (given,
-answer) pairs of the model from exact ones (0.5: it cannot; Lopez-Paz and Oquab 2017). With --exact the law's own
-denoiser takes the network's place, and what is left is the solvers' error. Everything is drawn from fixed seeds.
+The law: a category of three classes; given the class, a small image (4 x 4 x 4) and two numbers are jointly Gaussian.
+The network is trained on fresh draws. Then it predicts the other scalars given every subset of the variables, by each
+way of conditioning, and samples the image given every subset of the scalars. Compared with the exact conditionals are:
+the error of the mean in units of the exact posterior mean's error (1 is the best possible), the SD in units of the
+exact SD, the mean distance of the class probabilities, and C2ST, the accuracy of a classifier that separates (given,
+prediction) pairs of the model from exact ones (0.5 is chance; Lopez-Paz and Oquab 2017). With --exact the denoiser of
+the law itself replaces the network, which leaves the error of the solvers. All seeds are fixed.
 """
 
 import argparse
@@ -41,14 +41,14 @@ NUMBERS = ("a", "b")
 VARIABLES = Variables(
     [
         Volume("image", (1, SIDE, SIDE, SIDE)),
-        *(Continuous(name, -1, 1) for name in NUMBERS),  # [-1, 1] is [-1, 1]: numbers are their own encoding
+        *(Continuous(name, -1, 1) for name in NUMBERS),  # so that a number is its own encoding
         Categorical("site", ("x", "y", "z")),
     ]
 )
 NETWORK = config.DenoiserConfig("late", 8, 1, [32, 64], [False, True], 1, 32, 8, 64, 0.0, False)
 DIFFUSION = config.DiffusionConfig(1000, 0.0015, 0.0195, "independent", 0.1, 0.4, 0.3, "v", "v", {})
 SCALARS = (*NUMBERS, "site")
-QUESTIONS, REVEAL = 8, 0.7  # of configs/joint/default.yaml
+QUERIES, CLEAN_VOLUME_PROB = 8, 0.7  # of configs/joint/default.yaml
 METHODS: dict[str, dict[str, object]] = {
     "posterior": {},
     "repaint, DDIM, 50 steps": {"conditioning": "repaint", "solver": "ddim", "steps": 50, "stride": 20},
@@ -74,7 +74,7 @@ class Law:
         self.covariance = covariance / spread / spread[:, None]
 
     def draw(self, n: int, g: torch.Generator) -> dict[str, Tensor]:
-        """n people."""
+        """Draw n people."""
         k = torch.multinomial(self.prior, n, replacement=True, generator=g)
         root = torch.linalg.cholesky(self.covariance)
         x = self.mean[k] + (root[k] @ torch.randn(n, VOXELS + 2, 1, generator=g, dtype=torch.float64))[..., 0]
@@ -85,7 +85,7 @@ class Law:
     def given(
         self, people: dict[str, Tensor], given: tuple[str, ...], want: tuple[str, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The exact law of the class and of some other variables given some.
+        """The exact conditional of the class and of further variables.
 
         Returns:
             Chances of the classes (n, K); mean (n, K, r) and covariance (K, r, r), by class, of the r numbers or voxels
@@ -109,7 +109,7 @@ class Law:
 
 
 def trained(law: Law, steps: int, path: Path | None) -> tuple[JointDenoiser, JointDiffusion]:
-    """The network of ``path``; where that is not there, one that learns the law now."""
+    """The network of ``path`` where that exists, else one that is trained now."""
     diffusion = JointDiffusion(VARIABLES, DIFFUSION)
     torch.manual_seed(0)
     network = JointDenoiser(VARIABLES, NETWORK, diffusion.masked_level)
@@ -132,9 +132,9 @@ def learn(law: Law, network: JointDenoiser, diffusion: JointDiffusion, steps: in
     )
     g = torch.Generator().manual_seed(1)
     for step in progress(range(steps), "training", unit="step"):
-        generators = [generator(0, "law", step, i, q) for i in range(batch) for q in range(QUESTIONS)]
+        generators = [generator(0, "law", step, i, q) for i in range(batch) for q in range(QUERIES)]
         noised = diffusion.noise(law.draw(batch, g), {}, diffusion.draw_times(generators), generators)
-        chosen = rand([generator(0, "reveal", step, i) for i in range(batch)], (1,)) < REVEAL
+        chosen = rand([generator(0, "reveal", step, i) for i in range(batch)], (1,)) < CLEAN_VOLUME_PROB
         outputs = network(noised.z, noised.t, shown=diffusion.show_clean(noised, chosen))
         loss = diffusion.total(diffusion.losses(outputs, noised)).mean()
         optimizer.zero_grad()
@@ -147,7 +147,7 @@ def learn(law: Law, network: JointDenoiser, diffusion: JointDiffusion, steps: in
 
 
 class Exact:
-    """The denoiser of the law itself: E[x_0 | z_t] as v, and the chances of the classes, at any levels."""
+    """The denoiser of the law itself: E[x_0 | z_t] as v, and the class probabilities, at any levels."""
 
     def __init__(self, law: Law, diffusion: JointDiffusion) -> None:
         self.law, self.diffusion = law, diffusion
@@ -167,13 +167,17 @@ class Exact:
         x0 = law.mean + torch.einsum("kij,nkj->nki", gain, off)
         x0 = (logits.softmax(1)[..., None] * x0).sum(1)  # (n, D)
         v = (a * (x - a * x0) / b.clamp(min=1e-6) - b * x0).float()
-        said = {"image": v[:, :VOXELS].reshape(z["image"].shape), "a": v[:, VOXELS, None], "b": v[:, VOXELS + 1, None]}
-        return {name: {**said, "site": logits}[name] for name in want}
+        predicted = {
+            "image": v[:, :VOXELS].reshape(z["image"].shape),
+            "a": v[:, VOXELS, None],
+            "b": v[:, VOXELS + 1, None],
+        }
+        return {name: {**predicted, "site": logits}[name] for name in want}
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What is said of n people: of r numbers (or voxels) and of the class.
+class Prediction:
+    """Predictions for n people of r numbers (or voxels) and of the class.
 
     Attributes:
         mean, sd: (n, r).
@@ -189,7 +193,7 @@ class Answer:
     classes: Tensor | None
 
 
-def answer(
+def predict(
     network: JointDenoiser | Exact,
     diffusion: JointDiffusion,
     people: dict[str, Tensor],
@@ -197,8 +201,8 @@ def answer(
     want: tuple[str, ...],
     method: dict[str, object],
     samples: int,
-) -> Answer:
-    """Ask for ``want`` given ``given``: chains by that method, or without one the posterior."""
+) -> Prediction:
+    """Predict ``want`` given ``given``: by chains of that method, or by the posterior where there is none."""
     n, numbers = len(people["site"]), [name for name in want if name != "site"]
     if method:
         fixed = {name: people[name].repeat_interleave(samples, 0) for name in given}
@@ -214,35 +218,37 @@ def answer(
     classes = drawn["site"].reshape(n, samples) if "site" in want else None
     if method:
         chances = None if classes is None else F.one_hot(classes, K).double().mean(1)
-        return Answer(draws.mean(1), draws.std(1), chances, draws, classes)
+        return Prediction(draws.mean(1), draws.std(1), chances, draws, classes)
     laws = posterior.laws(want)
-    said = [law for law in laws.values() if not isinstance(law, Tensor)]
-    mean, sd = (torch.stack([getattr(law, k) for law in said], 1) if said else draws[:, 0] for k in ("mean", "stddev"))
-    return Answer(mean, sd, laws.get("site"), draws, classes)  # type: ignore[arg-type]
+    predicted = [law for law in laws.values() if not isinstance(law, Tensor)]
+    mean, sd = (
+        torch.stack([getattr(law, k) for law in predicted], 1) if predicted else draws[:, 0] for k in ("mean", "stddev")
+    )
+    return Prediction(mean, sd, laws.get("site"), draws, classes)  # type: ignore[arg-type]
 
 
-def c2st(said: Answer, exact: tuple[Tensor, Tensor, Tensor]) -> float:
-    """Accuracy of a classifier that tells pairs (given, joint draw) of the model from exact ones, people held out.
+def c2st(predicted: Prediction, exact: tuple[Tensor, Tensor, Tensor]) -> float:
+    """Held-out accuracy of a classifier that separates pairs (given, joint draw) of the model from exact ones.
 
-    What is given is described by the exact means and chances, the draws by how far from the exact mean they are.
+    The given values are represented by the exact means and probabilities, the draws by their difference from that mean.
     """
     chances, means, covariances = exact
     g = torch.Generator().manual_seed(4)
-    n, samples, r = said.draws.shape
+    n, samples, r = predicted.draws.shape
     centre = (chances[..., None] * means).sum(1)  # (n, r)
     k = torch.multinomial(chances, samples, replacement=True, generator=g)  # (n, samples)
     noise = torch.randn(n, samples, r, 1, generator=g, dtype=torch.float64)
     drawn = means[torch.arange(n)[:, None], k] + (torch.linalg.cholesky(covariances)[k] @ noise)[..., 0]
-    told = torch.cat([centre, chances], 1)[:, None].expand(-1, samples, -1)
+    context = torch.cat([centre, chances], 1)[:, None].expand(-1, samples, -1)
 
     def table(draws: Tensor, classes: Tensor | None) -> Tensor:
-        parts = [told, draws - centre[:, None]]
+        parts = [context, draws - centre[:, None]]
         if classes is not None:
             parts.append(F.one_hot(classes, K).double())
         return torch.cat(parts, 2).flatten(0, 1)  # (n x samples, features)
 
-    model = table(said.draws, said.classes)
-    x = torch.cat([model, table(drawn, None if said.classes is None else k)]).numpy()
+    model = table(predicted.draws, predicted.classes)
+    x = torch.cat([model, table(drawn, None if predicted.classes is None else k)]).numpy()
     x = (x - x.mean(0)) / (x.std(0) + 1e-9)
     y = np.repeat([0, 1], len(model))
     people = np.tile(np.repeat(np.arange(n), samples), 2)
@@ -251,37 +257,37 @@ def c2st(said: Answer, exact: tuple[Tensor, Tensor, Tensor]) -> float:
     return float(cross_val_score(classifier, x, y, groups=people, cv=folds).mean())
 
 
-def questions(scalars: bool) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+def queries(scalars: bool) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
     """(wanted, given): all scalars that are not given, given every subset; the image given every subset of them, unless
-    ``scalars`` alone are asked for."""
+    ``scalars`` alone are wanted."""
     subsets = [given for size in range(4) for given in combinations(VARIABLES.names, size)]
     numbers = [(tuple(name for name in SCALARS if name not in given), given) for given in subsets]
     images = [(("image",), given) for given in subsets if "image" not in given]
     return [*((want, given) for want, given in numbers if want), *(() if scalars else images)]
 
 
-def measure(said: Answer, exact: tuple[Tensor, Tensor, Tensor], several: bool) -> list[list[float]]:
-    """Error over best, spread over exact, distance of the chances, C2ST; of each number, or of all voxels together."""
+def measure(predicted: Prediction, exact: tuple[Tensor, Tensor, Tensor], several: bool) -> list[list[float]]:
+    """Error over best, SD over exact, distance of probabilities, C2ST; of each number, or of all voxels together."""
     chances, means, covariances = exact
     centre = (chances[..., None] * means).sum(1)  # (n, r)
     variance = covariances.diagonal(dim1=1, dim2=2) + (means - centre[:, None]) ** 2  # (n, K, r)
     best = (chances[..., None] * variance).sum(1).mean(0)  # (r,)
-    # E (ours - truth)^2 = E (ours - exact mean)^2 + E variance: the truth's own chance is left out
-    off, spread = (said.mean - centre).square().mean(0), said.sd.square().mean(0)
+    # E (ours - truth)^2 = E (ours - exact mean)^2 + E variance: without the chance of the sampled truth
+    off, spread = (predicted.mean - centre).square().mean(0), predicted.sd.square().mean(0)
     if several:
         best, off, spread = (x.mean(0, keepdim=True) for x in (best, off, spread))
-    far = [] if said.chances is None else [float((said.chances - chances).abs().mean())]
-    return [(1 + off / best).sqrt().tolist(), (spread / best).sqrt().tolist(), far, [c2st(said, exact)]]
+    far = [] if predicted.chances is None else [float((predicted.chances - chances).abs().mean())]
+    return [(1 + off / best).sqrt().tolist(), (spread / best).sqrt().tolist(), far, [c2st(predicted, exact)]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6000, help="of training")
     parser.add_argument("--network", type=Path, help="the trained network: read where it is, else written there")
-    parser.add_argument("--exact", action="store_true", help="the law's own denoiser in place of a network")
-    parser.add_argument("--scalars", action="store_true", help="not the image, which takes most of the time")
-    parser.add_argument("--people", type=int, default=100, help="asked about")
-    parser.add_argument("--samples", type=int, default=30, help="chains a question")
+    parser.add_argument("--exact", action="store_true", help="the denoiser of the law itself in place of a network")
+    parser.add_argument("--scalars", action="store_true", help="leave out the image, which takes most of the time")
+    parser.add_argument("--people", type=int, default=100, help="to predict for")
+    parser.add_argument("--samples", type=int, default=30, help="chains per query")
     parser.add_argument("--markdown", type=Path, help="write the tables there too")
     options = parser.parse_args()
     law = Law()
@@ -296,20 +302,20 @@ def main() -> None:
     print("\n".join(lines))
     found: dict[tuple[bool, str], list[list[float]]] = {}
     people = law.draw(options.people, torch.Generator().manual_seed(2))
-    for want, given in questions(options.scalars):
+    for want, given in queries(options.scalars):
         exact, image = law.given(people, given, want), want == ("image",)
         for label, method in METHODS.items():
             if not method and (image or options.exact):
                 continue
             start = time.time()
             with torch.no_grad():
-                said = answer(network, diffusion, people, given, want, method, options.samples)
+                predicted = predict(network, diffusion, people, given, want, method, options.samples)
             seconds = time.time() - start
-            error, ratio, far, told = measure(said, exact, image)
+            error, ratio, far, accuracy = measure(predicted, exact, image)
             columns = found.setdefault((image, label), [[], [], [], []])
-            for column, values in zip(columns, (error, [abs(r - 1) for r in ratio], far, told)):
+            for column, values in zip(columns, (error, [abs(r - 1) for r in ratio], far, accuracy)):
                 column += values
-            cells = [", ".join(f"{x:.3f}" for x in v) for v in (error, ratio, far, told)]
+            cells = [", ".join(f"{x:.3f}" for x in v) for v in (error, ratio, far, accuracy)]
             names = ", ".join(given) or "nothing", ", ".join(want)
             lines.append(f"| {' | '.join([*names, label, *cells, f'{seconds:.1f}'])} |")
             print(lines[-1], flush=True)

@@ -1,0 +1,66 @@
+"""Data for the measurements: random numbers where only the size matters, phantoms where training is compared."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.gpu_sections.settings import Settings
+from mvhpc.models.autoencoder import Autoencoder
+from mvhpc.models.bundle import AutoencoderModel, load, save_autoencoder
+from mvhpc.training.joint import JointTask
+from shards.index import Split
+from shards.schema import Schema
+from shards.writer import DatasetWriter
+
+VOLUMES = 8  # random ones: training reads them again and again
+
+
+def volumes(folder: Path, settings: Settings) -> str:
+    """A data set of random volumes, made where it is missing."""
+    return _write(folder / "volumes", "volumes", settings.voxels, VOLUMES, settings, {})
+
+
+def latents(folder: Path, settings: Settings) -> dict[str, str]:
+    """A data set of random latents and an untrained autoencoder of their shape, made where they are missing.
+
+    Returns:
+        The keys ``latents`` and ``vae`` of the joint stage.
+    """
+    vae, model = folder / "vae", settings.vae_config().model
+    if not vae.is_dir():
+        torch.manual_seed(0)
+        save_autoencoder(vae / "model", Autoencoder(model), model)
+    autoencoder, meta = load(vae, kind=AutoencoderModel)
+    extra = {"scale": {"image": 1.0}, "vae": meta["sha256"]}
+    shape = autoencoder.latent_shape(settings.voxels)
+    data = _write(folder / "latents", "latents", shape, settings.samples, settings, extra)
+    return {"latents": data, "vae": str(vae)}
+
+
+def untrained_model(folder: Path, settings: Settings) -> str:
+    """The run folder of an untrained joint model."""
+    task = JointTask(settings.joint_config(**latents(folder, settings)))
+    states = {name: network.state_dict() for name, network in task.networks.items()}
+    task.export(folder / "joint" / "model", states, {})
+    return str(folder / "joint")
+
+
+def _write(
+    folder: Path, kind: str, shape: tuple[int, ...], train: int, settings: Settings, extra: dict[str, object]
+) -> str:
+    """``train`` records of the training part and half as many of the validation part."""
+    if (folder / "index.json").is_file():
+        return str(folder)
+    grid = {"spacing": 1.0, "shape": list(settings.voxels), "affine": np.eye(4).tolist()}
+    arrays = {"image": {"shape": shape, "dtype": "float16"}}
+    writer = DatasetWriter(folder, "zarr", kind, Schema.load(), arrays, grid)
+    rng, parts = np.random.default_rng(0), {}
+    for i in range(train + train // 2):
+        values = {"age": float(rng.uniform(20, 80)), "sex": "FM"[int(rng.integers(2))]}
+        image = rng.random(shape, np.float32).astype(np.float16)
+        key = f"sub-{i:04d}"
+        writer.add(key, key, values, {"image": image})
+        parts[key] = "train" if i < train else "validation"
+    writer.finish({"default": Split("fractions", 0, [0.7, 0.3, 0.0], [], "", parts)}, extra=extra)
+    return str(folder)
