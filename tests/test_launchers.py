@@ -289,7 +289,7 @@ def run_chained(stage: str, run: Path, overrides: list[str]) -> None:
     (run / "jobs" / "7_0_log.out").touch()
     with jobs.locked(run) as lock:
         lock.set_holder(jobs.new_job(run, "7", "slurm", stage, 1))
-    run_stage(stage, to_dict(load_config(STAGES[stage].config_class(), stage, "demo", overrides)), chained=True)
+    run_stage(stage, to_dict(load_config(STAGES[stage].config_class(), stage, "default", overrides)), chained=True)
 
 
 def files_of_the_job(run: Path) -> set[str]:
@@ -317,7 +317,7 @@ def test_a_changed_training_of_a_chain_is_set_aside_without_the_files_of_its_job
     """The run folder is the output folder here: the job's files alone are no earlier result."""
     run = tmp_path / "joint"
     keys = [f"latents={tiny_latents}", f"vae={tiny_model.parent / 'vae'}", f"out={run}", "training.epochs=1"]
-    keys += ["training.batch=2", "compute.workers=1", *(f"{key}={value}" for key, value in SMALL_JOINT.items())]
+    keys += ["training.batch=2", "compute.threads=1", *(f"{key}={value}" for key, value in SMALL_JOINT.items())]
     run_chained("joint", run, keys)
     assert "set aside" not in capsys.readouterr().err
     assert [path.name for path in tmp_path.glob("joint*")] == ["joint"]
