@@ -28,8 +28,8 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(watchdog, "PERIOD_S", 0.0)
-    monkeypatch.setattr(loop, "INSIST_S", 0.0)
-    monkeypatch.setattr(loop, "RETRY_S", 0.0)
+    monkeypatch.setattr(loop, "RETRY_FOR_S", 0.0)
+    monkeypatch.setattr(loop, "RETRY_EVERY_S", 0.0)
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     torch.set_num_threads(threads)
@@ -93,7 +93,7 @@ def test_a_full_disc_costs_checkpoints_alone(tmp_path: Path) -> None:
     assert all(name.startswith("step-") for name in checkpoints(tmp_path / "run"))
 
     full = toy_config(tracking__full=[5, 1000])
-    with pytest.raises(CheckpointError, match=r"File too large.*free or mend the storage"):
+    with pytest.raises(CheckpointError, match=r"File too large.*free or repair the storage"):
         run_toy(full, tmp_path / "late", 0, 1)
     assert checkpoints(tmp_path / "late")[0] == "step-00000004"
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
