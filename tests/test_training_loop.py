@@ -225,15 +225,16 @@ def test_nothing_but_finished_folders_is_visible(tmp_path: Path) -> None:
 
 
 def test_learning_rate_is_its_closed_form() -> None:
-    constant = Optimizer(1.0, [0.9, 0.95], 0.0, 4, "constant", 0.0)
+    adamw = {"lr": 1.0, "betas": [0.9, 0.95], "weight_decay": 0.0, "clip": 0.0}
+    constant = Optimizer(warmup=4, schedule="constant", **adamw)
     assert [learning_rate(s, 10, 2.0, constant) for s in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
-    cosine = Optimizer(1.0, [0.9, 0.95], 0.0, 2, "cosine", 0.0)
+    cosine = Optimizer(warmup=2, schedule="cosine", **adamw)
     rates = [learning_rate(s, 10, 2.0, cosine) for s in range(10)]
     assert rates[:3] == [1.0, 2.0, 2.0]
     assert rates[6] == pytest.approx(1.0)  # half way between warm-up and end
     assert all(a + b == pytest.approx(2.0) for a, b in zip(rates[2:], [*rates[3:], 0.0][::-1], strict=True))
     with pytest.raises(ConfigError, match="Did you mean 'cosine'"):
-        learning_rate(5, 10, 1.0, Optimizer(1.0, [0.9, 0.95], 0.0, 2, "cosin", 0.0))
+        learning_rate(5, 10, 1.0, Optimizer(warmup=2, schedule="cosin", **adamw))
 
 
 def test_average_is_its_closed_form_and_exchange_undoes_itself() -> None:
@@ -332,8 +333,7 @@ def test_bfloat16_gradients_of_thin_volumes_are_those_of_float32(first: int) -> 
     for precision in ("float32", "bfloat16"):
         torch.manual_seed(0)
         network = nn.Conv3d(16, 16, 3, padding=1)
-        compute = dataclasses.replace(toy_config().compute, precision=precision)
-        engine = LocalEngine(network, 0.0, Optimizer(0.0, [0.9, 0.99], 0.0, 0, "constant", 0.0), compute, None, 1)
+        engine = local(network, compute__precision=precision)
         dirty = [torch.full((1 << 16,), torch.inf) for _ in range(8)]
         del dirty
         engine(x).square().mean().backward()

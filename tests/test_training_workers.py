@@ -1,4 +1,4 @@
-"""Two workers: the laws of the loop hold at every stage of ZeRO (two processes on gloo), and under Ray."""
+"""Several workers: the laws of the loop hold at every stage of ZeRO (processes on gloo), and under Ray."""
 
 import os
 import pickle
@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import profile
 
 from mvhpc.checkpoints.consolidate import MOMENTS, consolidate, read_weights
-from mvhpc.config import ConfigError
+from mvhpc.config import ConfigError, Optimizer
 from mvhpc.runs.journal import read
+from mvhpc.runtime.collectives import Collectives
 from mvhpc.runtime.ray_cluster import WorkerError, launch, ray_session
 from mvhpc.runtime.watchdog import Interrupted as StoppedOnRequest
+from mvhpc.training.engines.make import make_engine
 from tests.conftest import listening
 from tests.toy_task import Interrupted, curves, digest, exported, join, run_toy, toy_config
 
@@ -45,9 +48,40 @@ ELASTIC = {"zero0": 3, "zero1": 2, "zero2": 0, "zero3": 1}  # stage that goes on
 DIVIDED = ("zero1", "zero2", "zero3")
 
 
+class UsedTwice(nn.Module):
+    """A network of which one layer is used twice in a forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.twice, self.last = nn.Linear(16, 16), nn.Linear(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.twice(self.twice(x).tanh()).tanh())
+
+
+def one_step_of_a_layer_used_twice(rank: int, world: int, zero: int, accumulate: int, folder: Path) -> None:
+    """One update in bfloat16 with a global batch of 16; writes this worker's part of a checkpoint."""
+    optimizer = Optimizer(
+        lr=1e-3, betas=[0.0, 0.9], weight_decay=0.0, warmup=0, schedule="constant", clip=0.0
+    )  # without momentum the first moment is the gradient
+    compute = toy_config(compute__precision="bfloat16", compute__workers=world, compute__zero_stage=zero).compute
+    micro = 16 // world // accumulate
+    engine = make_engine(UsedTwice(), 1e-3, optimizer, compute, None, accumulate, micro, Collectives(rank, world))
+    batch = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
+    for part in batch.chunk(world)[rank].chunk(accumulate):
+        engine.backward((engine(part) - 1).square().mean())
+        engine.step()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in engine.snapshot().items():
+        torch.save(content, folder / name)
+
+
 def _worker(rank: int, folder: Path) -> None:
     """Every run, undisturbed and in pieces; the process group and DeepSpeed start once for all of them."""
     join(rank, 2, folder / "rendezvous")
+    for zero, accumulate in product((1, 2, 3), (1, 2)):
+        one_step_of_a_layer_used_twice(rank, 2, zero, accumulate, folder / f"twice-{zero}-{accumulate}")
     for name, changes in RUNS.items():
         run_toy(toy_config(**changes), folder / name, rank, 2)
         torch.use_deterministic_algorithms(name == "zero3")  # fills with NaN what nobody has set
@@ -162,6 +196,20 @@ def compare(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("zero", "accumulate"), product((1, 2, 3), (1, 2)))
+def test_a_layer_used_twice_in_bfloat16_gets_its_whole_gradient(
+    runs: Path, tmp_path: Path, zero: int, accumulate: int
+) -> None:
+    """ZeRO-2 of DeepSpeed before 0.19.8 loses a part of it (DeepSpeed#7718, #8224)."""
+    one_step_of_a_layer_used_twice(0, 1, 0, accumulate, tmp_path)
+    one, two = consolidate(tmp_path).moments, consolidate(runs / f"twice-{zero}-{accumulate}").moments
+    assert one.keys() == two.keys() and len(one) == 4
+    for name in one:
+        gradient = one[name]["exp_avg"]
+        assert gradient.abs().max() > 1e-3
+        torch.testing.assert_close(two[name]["exp_avg"], gradient, rtol=0, atol=0.02 * float(gradient.abs().max()))
 
 
 @pytest.mark.parametrize("name", ELASTIC)
@@ -313,23 +361,23 @@ def test_a_stop_and_a_killed_worker_under_ray_change_not_one_bit(
     assert len(printed.splitlines()) <= 2, printed  # Ray, DeepSpeed and torch keep to the logs
 
 
-def test_ray_on_this_machine_listens_to_nobody_else(tmp_path: Path, nothing_is_left: None) -> None:
+def test_ray_on_this_machine_listens_on_loopback_alone(tmp_path: Path, nothing_is_left: None) -> None:
     before = set(psutil.Process().children(recursive=True))
     with ray_session(1, tmp_path):
         rays = set(psutil.Process().children(recursive=True)) - before
         assert set.union(*map(listening, rays)) == {"127.0.0.1"}
 
 
-def heard(config: Any, folder: Path, rank: int, world: int) -> dict[str, float]:
-    """``run_toy``, and a note of where the worker listens, with its server of Ray's and PyTorch's store."""
-    (folder / f"ears-{rank}").write_text(" ".join(listening(psutil.Process())))
+def note_listening(config: Any, folder: Path, rank: int, world: int) -> dict[str, float]:
+    """``run_toy``, and a file with the addresses on which the worker listens: Ray's server, gloo, PyTorch's store."""
+    (folder / f"listening-{rank}").write_text(" ".join(listening(psutil.Process())))
     return run_toy(config, folder, rank, world)
 
 
 def test_an_error_of_a_worker_comes_back_as_one_sentence(tmp_path: Path, nothing_is_left: None) -> None:
-    """And workers of one machine listen to nobody outside of it."""
+    """And workers of one machine listen on loopback alone."""
     config = toy_config(compute__workers=2, training__batch=7)
     with pytest.raises(WorkerError, match=r"worker [01]: .*ConfigError: training\.batch=7 does not.*worker-[01]\.log"):
-        launch("tests.test_training_workers:heard", config, tmp_path, config.compute)
-    assert {(tmp_path / f"ears-{rank}").read_text() for rank in range(2)} == {"127.0.0.1"}
+        launch("tests.test_training_workers:note_listening", config, tmp_path, config.compute)
+    assert {(tmp_path / f"listening-{rank}").read_text() for rank in range(2)} == {"127.0.0.1"}
     assert "ConfigError" in (tmp_path / "logs" / "worker-0.log").read_text()

@@ -13,7 +13,6 @@ import os
 import secrets
 import shutil
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ import torch.distributed as dist
 from mvhpc.config import Compute, ConfigError
 from mvhpc.runtime.importing import resolve
 from mvhpc.runtime.process_group import bind, connect
-from mvhpc.runtime.scratch import scratch_folder
+from mvhpc.runtime.scratch import scratch_folder, temporary_folder
 from mvhpc.runtime.watchdog import STOP_FILE, Interrupted
 from shards.cpus import available_cores
 
@@ -95,7 +94,7 @@ def _launch_ray(target: str, settings: Any, folder: Path, compute: Compute) -> d
     logs.mkdir(parents=True, exist_ok=True)
     for leftover in ("error.json", "result.json", "stopped.json"):
         (logs / leftover).unlink(missing_ok=True)
-    with ray_session(workers, logs), _scratch(folder) as storage:
+    with ray_session(workers, logs), _ray_folder(folder) as storage:
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
@@ -154,7 +153,7 @@ def _take(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
+def _ray_folder(folder: Path) -> Iterator[Path]:
     """Folder for Ray Train's own state: visible from all nodes, removed afterwards."""
     path = folder / ".ray"
     shutil.rmtree(path, ignore_errors=True)  # left by a driver that was killed
@@ -210,11 +209,10 @@ def ray_session(workers: int, logs: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         local: dict[str, Any] = {}
         if address is None:
-            temporary = tempfile.TemporaryDirectory(prefix="", dir=scratch_folder(), ignore_cleanup_errors=True)
             local = {
                 "num_cpus": max(workers, available_cores()),
                 "object_store_memory": 100 * 2**20,
-                "_temp_dir": stack.enter_context(temporary),
+                "_temp_dir": str(stack.enter_context(temporary_folder())),
             }
         try:
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
