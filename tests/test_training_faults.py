@@ -40,7 +40,7 @@ def warnings(folder: Path) -> list[str]:
 
 
 def test_stopped_on_request_and_resumed_equals_undisturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_toy(toy_config(dropout=0.2), tmp_path / "whole", 0, 1)
+    run_toy(toy_config(dropout=0.2), tmp_path / "undisturbed", 0, 1)
     file = tmp_path / "stop"
     monkeypatch.setenv("MVHPC_STOP_FILE", str(file))
     step = random.randrange(14)
@@ -50,31 +50,33 @@ def test_stopped_on_request_and_resumed_equals_undisturbed(tmp_path: Path, monke
         assert checkpoints(tmp_path / "run")[-1] == f"step-{at + 1:08d}", step
         file.unlink()
     run_toy(toy_config(dropout=0.2), tmp_path / "run", 0, 1)
-    assert final_state(tmp_path / "run") == final_state(tmp_path / "whole"), step
-    assert curves(tmp_path / "run") == curves(tmp_path / "whole"), step
+    assert final_state(tmp_path / "run") == final_state(tmp_path / "undisturbed"), step
+    assert curves(tmp_path / "run") == curves(tmp_path / "undisturbed"), step
 
 
 def test_a_poisoned_step_is_skipped_and_counted_also_after_a_resumption(tmp_path: Path) -> None:
     poison = [2, 6, 7]
-    run_toy(toy_config(tracking__poison=poison), tmp_path / "whole", 0, 1)
+    run_toy(toy_config(tracking__poison=poison), tmp_path / "undisturbed", 0, 1)
     with pytest.raises(Broken):  # between the poisoned steps
         run_toy(toy_config(tracking__poison=poison, tracking__fail_at=7), tmp_path / "pieces", 0, 1)
     run_toy(toy_config(tracking__poison=poison), tmp_path / "pieces", 0, 1)
-    assert final_state(tmp_path / "whole") == final_state(tmp_path / "pieces")
-    assert curves(tmp_path / "whole") == curves(tmp_path / "pieces")
+    assert final_state(tmp_path / "undisturbed") == final_state(tmp_path / "pieces")
+    assert curves(tmp_path / "undisturbed") == curves(tmp_path / "pieces")
     counted = {
-        step: value for (step, name), value in curves(tmp_path / "whole").items() if name.endswith("skipped_steps")
+        step: value
+        for (step, name), value in curves(tmp_path / "undisturbed").items()
+        if name.endswith("skipped_steps")
     }
     assert [counted[step] for step in (2, 4, 6, 8, 15)] == [0, 1, 1, 3, 3]
-    assert all(value == value for value in curves(tmp_path / "whole").values())
-    assert all(value.isfinite().all() for value in exported(tmp_path / "whole").values())
+    assert all(value == value for value in curves(tmp_path / "undisturbed").values())
+    assert all(value.isfinite().all() for value in exported(tmp_path / "undisturbed").values())
 
 
 def test_after_five_consecutive_skips_training_goes_back_and_where_they_recur_stops(tmp_path: Path) -> None:
-    run_toy(toy_config(), tmp_path / "whole", 0, 1)
+    run_toy(toy_config(), tmp_path / "undisturbed", 0, 1)
     poison = [9, 10, 11, 12, 13]
     run_toy(toy_config(tracking__poison=poison, tracking__transient=True), tmp_path / "run", 0, 1)
-    assert final_state(tmp_path / "run") == final_state(tmp_path / "whole")
+    assert final_state(tmp_path / "run") == final_state(tmp_path / "undisturbed")
     expected = "the gradients of steps 10 to 14 are not finite or explode; training goes back to step 8"
     assert warnings(tmp_path / "run") == [expected]
     with pytest.raises(FloatingPointError, match=r"steps 10 to 14 are not finite.*lower optimizer\.lr"):
@@ -83,10 +85,10 @@ def test_after_five_consecutive_skips_training_goes_back_and_where_they_recur_st
 
 
 def test_a_full_disc_costs_checkpoints_alone(tmp_path: Path) -> None:
-    run_toy(toy_config(), tmp_path / "whole", 0, 1)
+    run_toy(toy_config(), tmp_path / "undisturbed", 0, 1)
     run_toy(toy_config(tracking__full=[5, 12]), tmp_path / "run", 0, 1)
-    assert final_state(tmp_path / "run") == final_state(tmp_path / "whole")
-    assert curves(tmp_path / "run") == curves(tmp_path / "whole")  # the journal's lines waited in memory
+    assert final_state(tmp_path / "run") == final_state(tmp_path / "undisturbed")
+    assert curves(tmp_path / "run") == curves(tmp_path / "undisturbed")  # the journal's lines waited in memory
     texts = warnings(tmp_path / "run")
     assert any("the checkpoint of step" in text and "File too large" in text for text in texts), texts
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints", "figures", "journal.jsonl", "model"]
@@ -98,7 +100,7 @@ def test_a_full_disc_costs_checkpoints_alone(tmp_path: Path) -> None:
     assert checkpoints(tmp_path / "late")[0] == "step-00000004"
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     run_toy(toy_config(), tmp_path / "late", 0, 1)
-    assert final_state(tmp_path / "late") == final_state(tmp_path / "whole")
+    assert final_state(tmp_path / "late") == final_state(tmp_path / "undisturbed")
 
 
 # --- a process of its own ---
@@ -126,9 +128,9 @@ def test_killed_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert list((tmp_path / "run").glob(part))
-    for folder in ("run", "whole"):
+    for folder in ("run", "undisturbed"):
         run_toy(toy_config(**large), tmp_path / folder, 0, 1)
-    assert final_state(tmp_path / "run") == final_state(tmp_path / "whole")
+    assert final_state(tmp_path / "run") == final_state(tmp_path / "undisturbed")
     assert not list((tmp_path / "run").glob(part))
 
 

@@ -40,12 +40,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "compiled": {"compute__zero_stage": 2, "compute__compile": True},
     "offload": {"compute__zero_stage": 2, "compute__offload": "cpu", **POISON},
 }
-EXACT = [
-    name for name in RUNS if name not in {"bfloat16", "compiled"}
-]  # whose sums do not depend on how they are divided
+EXACT = [name for name in RUNS if name not in {"bfloat16", "compiled"}]  # whose sums do not depend on the partition
 STOPS = (3, 11)  # before the first checkpoint, and between those of steps 8 and 12
 ELASTIC = {"zero0": 3, "zero1": 2, "zero2": 0, "zero3": 1}  # stage that goes on where one worker left off
-DIVIDED = ("zero1", "zero2", "zero3")
+PARTITIONED = ("zero1", "zero2", "zero3")
 
 
 class UsedTwice(nn.Module):
@@ -84,7 +82,7 @@ def _worker(rank: int, folder: Path) -> None:
         one_step_of_a_layer_used_twice(rank, 2, zero, accumulate, folder / f"twice-{zero}-{accumulate}")
     for name, changes in RUNS.items():
         run_toy(toy_config(**changes), folder / name, rank, 2)
-        torch.use_deterministic_algorithms(name == "zero3")  # fills with NaN what nobody has set
+        torch.use_deterministic_algorithms(name == "zero3")  # fills uninitialised memory with NaN
         for stop in STOPS:
             _pieces(rank, 2, folder / f"{name}-pieces", tracking__fail_at=stop, **changes)
         run_toy(toy_config(**changes), folder / f"{name}-pieces", rank, 2)
@@ -96,13 +94,13 @@ def _worker(rank: int, folder: Path) -> None:
             _pieces(rank, 1, where, tracking__fail_at=11, **changes)
         dist.barrier()
         run_toy(toy_config(**{**changes, "compute__zero_stage": stage}), where, rank, 2)
-    # The disc is full for one worker, and later everybody is asked to stop.
+    # The disc is full for one worker, and later a stop is requested.
     faults = {"tracking__full": [5, 9], "tracking__stop_at": 11}
     _pieces(rank, 2, folder / "zero2-faults", **RUNS["zero2"], **faults)
     (folder / "stop").unlink(missing_ok=True)
     dist.barrier()
     run_toy(toy_config(**RUNS["zero2"]), folder / "zero2-faults", rank, 2)
-    # The same five gradients are lost, once.
+    # Five consecutive gradients are not finite, once.
     lost = {"tracking__poison": [9, 10, 11, 12, 13], "tracking__transient": True}
     for stage in range(4):
         clean = {"compute__zero_stage": stage}
@@ -119,9 +117,9 @@ def _worker(rank: int, folder: Path) -> None:
 
 
 def _one_of_four_or_two(rank: int, world: int, stop: int, folder: Path) -> None:
-    """The divided stages, until all are asked to stop in step ``stop``; -1: to the end."""
+    """The stages with partitions, until a stop is requested in step ``stop``; -1: to the end."""
     join(rank, world, folder / f"rendezvous-{stop}")
-    for name in DIVIDED:
+    for name in PARTITIONED:
         if stop < 0:
             run_toy(toy_config(**RUNS[name]), folder / f"{name}-four", rank, world)
             continue
@@ -143,8 +141,8 @@ def _pieces(rank: int, world: int, folder: Path, **changes: Any) -> None:
 
 
 @dataclass
-class _Evil:
-    """What a pickle may do: anything."""
+class _Malicious:
+    """A pickle that runs code."""
 
     mark: Path
 
@@ -176,9 +174,9 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(runs: Path, name: str) -> None:
-    whole, pieces = digests(runs / name), digests(runs / f"{name}-pieces")
-    assert len(whole) >= 5 - (name == "zero0")
-    assert whole == pieces
+    full, pieces = digests(runs / name), digests(runs / f"{name}-pieces")
+    assert len(full) >= 5 - (name == "zero0")
+    assert full == pieces
     assert curves(runs / name) == curves(runs / f"{name}-pieces")
 
 
@@ -214,27 +212,29 @@ def test_a_layer_used_twice_in_bfloat16_gets_its_whole_gradient(
 
 @pytest.mark.parametrize("name", ELASTIC)
 def test_two_workers_then_one_then_two_of_another_stage_change_nothing(runs: Path, name: str) -> None:
-    whole, elastic = curves(runs / name), curves(runs / f"{name}-elastic")
-    assert whole.keys() == elastic.keys()
-    for key in whole:
-        assert elastic[key] == pytest.approx(whole[key], abs=1e-5), key
+    full, elastic = curves(runs / name), curves(runs / f"{name}-elastic")
+    assert full.keys() == elastic.keys()
+    for key in full:
+        assert elastic[key] == pytest.approx(full[key], abs=1e-5), key
     compare(exported(runs / name), exported(runs / f"{name}-elastic"))
 
 
-@pytest.mark.parametrize("name", DIVIDED)
+@pytest.mark.parametrize("name", PARTITIONED)
 def test_four_workers_then_two_then_four_change_nothing(runs: Path, four_two_four: Path, name: str) -> None:
-    whole, elastic = curves(runs / name), curves(four_two_four / f"{name}-four")
+    full, elastic = curves(runs / name), curves(four_two_four / f"{name}-four")
     assert [e["step"] for e in read(four_two_four / f"{name}-four") if e["event"] == "start"] == [0, 7, 12]
-    assert whole.keys() == elastic.keys()
-    for key in whole:
-        assert elastic[key] == pytest.approx(whole[key], abs=1e-5), key
+    assert full.keys() == elastic.keys()
+    for key in full:
+        assert elastic[key] == pytest.approx(full[key], abs=1e-5), key
     compare(exported(runs / name), exported(four_two_four / f"{name}-four"))
 
 
 def test_storage_that_fails_one_worker_costs_checkpoints_and_a_stop_costs_nothing(runs: Path) -> None:
     events = read(runs / "zero2-faults")
-    told = [event["text"] for event in events if event["event"] == "warning"]
-    assert told and all("could not be written: File too large" in text and "(worker 1)" in text for text in told)
+    warnings = [event["text"] for event in events if event["event"] == "warning"]
+    assert warnings and all(
+        "could not be written: File too large" in text and "(worker 1)" in text for text in warnings
+    )
     assert [event["step"] for event in events if event["event"] in {"start", "stopped"}] == [0, 12, 12]
     assert digests(runs / "zero2-faults") == digests(runs / "zero2")
     assert curves(runs / "zero2-faults") == curves(runs / "zero2")
@@ -260,15 +260,15 @@ def test_whole_weights_are_those_of_deepspeeds_own_converter(runs: Path) -> None
         assert digest(consolidate(newest / "denoiser").network) == digest(dict(theirs))
 
 
-@pytest.mark.parametrize("name", DIVIDED)
+@pytest.mark.parametrize("name", PARTITIONED)
 def test_the_universal_checkpoint_holds_every_number_of_all_workers_once(runs: Path, name: str) -> None:
     newest = max((runs / name / "checkpoints").glob("step-*")) / "denoiser"
-    whole = consolidate(newest)
+    full = consolidate(newest)
     shards = [read_weights(file)["optimizer_state_dict"] for file in newest.glob("*_optim_states.pt")]
     for key in MOMENTS:
         states = [shard.get("base_optimizer_state") or shard["optimizer_state_dict"] for shard in shards]
         theirs = torch.cat([group[key] for state in states for group in state["state"].values()])
-        ours = torch.cat([moments[key].flatten() for moments in whole.moments.values()])
+        ours = torch.cat([moments[key].flatten() for moments in full.moments.values()])
         assert len(ours) <= len(theirs)
         for values in (theirs, ours):
             assert values.count_nonzero() > 0.5 * len(values)
@@ -276,11 +276,11 @@ def test_the_universal_checkpoint_holds_every_number_of_all_workers_once(runs: P
         assert torch.equal(theirs, ours), key
 
 
-@pytest.mark.parametrize("name", DIVIDED)
+@pytest.mark.parametrize("name", PARTITIONED)
 def test_no_pickle_in_a_checkpoint_is_run(runs: Path, tmp_path: Path, name: str) -> None:
     """Neither by us nor by DeepSpeed's converter."""
     newest = max((runs / name / "checkpoints").glob("step-*")) / "denoiser"
-    evil = _Evil(tmp_path / "mark")
+    evil = _Malicious(tmp_path / "mark")
     for victim in sorted(newest.glob("*.pt")):
         folder = tmp_path / victim.stem / "denoiser"
         shutil.copytree(newest, folder)
