@@ -14,7 +14,6 @@ PREFIX, LOCK = "mvhpc-", "lock"
 _locks: list[int] = []  # descriptors, open for the lifetime of the process
 
 
-@functools.cache
 def scratch_folder(parent: str = "/tmp") -> Path:
     """The folder of this process, mode 0700, removed when the process ends.
 
@@ -24,7 +23,12 @@ def scratch_folder(parent: str = "/tmp") -> Path:
     Args:
         parent: an existing folder on a local file system.
     """
-    sweep(Path(parent))
+    return _create(Path(parent))
+
+
+@functools.cache
+def _create(parent: Path) -> Path:
+    sweep(parent)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     _locks.append(os.open(folder / f".{LOCK}", os.O_CREAT | os.O_RDWR, 0o600))
