@@ -37,7 +37,7 @@ from mvhpc.runtime.devices import repeatable, resolve_device, resolve_precision
 from mvhpc.runtime.randomness import generator
 from mvhpc.training.engines.base import adamw
 from mvhpc.training.joint import JointConfig
-from mvhpc.training.metrics import peak
+from mvhpc.training.metrics import peak_tflops
 from mvhpc.training.vae import VAEConfig
 from mvhpc.variables import Categorical, Continuous, Variables, Volume
 
@@ -213,7 +213,7 @@ def main() -> None:
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             job()
         value, rate = median[name], counter.get_total_flops() / median[name]
-        most = peak(device)
+        most = peak_tflops(device)
         share = f" ({100 * rate / 1e12 / most:.0f} % of peak)" if most else ""
         samples = 1 if "one" in name else options.batch
         theirs = median.get("train, MONAI" if name.startswith("train") else "denoise, MONAI")
