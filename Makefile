@@ -1,4 +1,4 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Needs Python 3.11 or 3.12, make and a C++ compiler.
+# Two commands on a fresh machine: `make demo` and `make test`. Needs Python 3.11 or 3.12 and make.
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$python && break; \
 	done)

@@ -8,8 +8,9 @@ It runs in a process of its own: where a network or a GPU hangs, only this proce
 import json
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
+
+from mvhpc.runtime.process_group import bind, connect
 
 MEBIBYTES = {"cuda": 256, "cpu": 8}
 ROUNDS = 3
@@ -22,13 +23,9 @@ def main(address: str, rank: int, world: int, out: Path) -> None:
     import torch.distributed as dist
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"tcp://{address}",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=TIMEOUT_S),
-    )
+    host, port = address.rsplit(":", 1)
+    listener = bind(host, int(port)) if rank == 0 else None
+    connect("nccl" if device.type == "cuda" else "gloo", host, int(port), rank, world, TIMEOUT_S, listener)
     size = MEBIBYTES[device.type] * 2**20
     correct, seconds = True, float("inf")
     for _ in range(ROUNDS):

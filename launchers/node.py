@@ -22,7 +22,6 @@ from launchers.allocation import Allocation, Assignment
 from launchers.preflight import examine
 from launchers.process import ManagedProcess
 from launchers.rendezvous import Message
-from mvhpc.runtime.bind_address import only_at
 from shards.files import write_text
 
 BOOT_TIMEOUT_S = 300  # for the registration of all nodes, the preflight and the start of Ray, each
@@ -80,14 +79,13 @@ class Node:
         self.scratch = _make_scratch(Path(assignment.scratch), allocation)
         self.environment = {
             **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
-            **only_at(ip),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "RAY_prestart_worker_first_driver": "0",
             "RAY_worker_niceness": "0",  # default 15; the cores of the job are there for the workers
-            # 0, on any system: no other machine joins. Ray then listens on loopback, even where only_at cannot help.
+            # 0, on any system: no other machine joins. Ray then listens on loopback.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": str(int(allocation.nodes > 1)),
             # One per job: a compiler that is killed leaves a lock in a shared cache, and all later jobs would hang.
             "TORCH_EXTENSIONS_DIR": str(self.scratch / "extensions"),

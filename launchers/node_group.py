@@ -13,10 +13,6 @@ from launchers.rendezvous import Message, RendezvousServer, free_port, own_addre
 from shards.files import write_text
 
 SHUTDOWN_TIMEOUT_S = 20  # for the nodes to stop what they run
-LISTENS_EVERYWHERE = (
-    "mvhpc/listening.c was not compiled: the store of PyTorch's workers, and of several nodes Ray's servers too, "
-    "listen on all of a node's interfaces; install a C compiler, then mvhpc again, in a path without spaces"
-)
 
 
 class JobFailed(Exception):
@@ -78,8 +74,6 @@ class NodeGroup:
             except (RuntimeError, OSError) as error:
                 raise JobFailed(str(error)) from error
             self._stack = stack.pop_all()
-        if self.with_ray and "MVHPC_LISTEN" not in self.node.environment:
-            print(LISTENS_EVERYWHERE, flush=True)
 
     def close(self) -> None:
         """Stop everything on all nodes."""

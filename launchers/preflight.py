@@ -1,6 +1,6 @@
-"""Seconds of looking before any training: what would make a job fail or crawl later, said in words that name the node.
+"""Checks before training for what would make a job fail or slow later. Each problem names its node.
 
-Every node examines itself and writes what it found to the run folder; node 0 compares and reports all that is wrong.
+Every node examines itself and writes a report to the run folder; node 0 compares the reports and lists all problems.
 """
 
 import contextlib
@@ -9,37 +9,40 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from mvhpc.runtime.cudnn import cudnn_fault
+
 PACKAGES = ["mvhpc", "torch", "deepspeed", "ray", "monai", "numpy", "zarr", "safetensors"]
-FREE_GIB = 1.0  # of the run folder, and of the scratch folder, below which a checkpoint or a session may not fit
-GPU_FAULTS = {  # part of a name in `nvidia-smi -q -x` -> what any value but "no" of it means
+FREE_GIB = 1.0  # that the run folder and the scratch folder need for checkpoints and Ray's session
+GPU_FAULTS = {  # part of a name in `nvidia-smi -q -x` -> the meaning of any value that is not healthy
     "uncorrectable": "has uncorrected memory errors",
     "remapped_row_pending": "has memory rows to remap; it needs a reset",
     "remapped_row_failure": "has memory rows that cannot be remapped",
     "pending_retirement": "has memory pages to retire; it needs a reset",
     "hw_slowdown": "is slowed down by its hardware (heat or power)",
 }
-WELL = {"0", "No", "Not Active", "N/A", ""}
+HEALTHY = {"0", "No", "Not Active", "N/A", ""}
 
 
 def examine(run: Path, inputs: Mapping[str, str], scratch: Path, gpus: int) -> dict[str, Any]:
-    """What this node says of itself.
+    """Examine this node.
 
     Args:
         run: the run folder.
         inputs: configuration key -> path that the stage reads.
         scratch: this node's temporary folder.
-        gpus: how many the job was given here.
+        gpus: number that the job has on this node.
 
     Returns:
-        ``versions`` and ``problems``, sentences without the node's name.
+        ``versions``, and ``problems`` without the node's name.
     """
-    problems = [*_folder(run), *_scratch(scratch), *_gpus(gpus)]
+    problems = [*_folder(run), *_scratch(scratch), *_gpus(gpus), *_cudnn(gpus)]
     for key, path in inputs.items():
         problems += _readable(key, Path(path))
     versions = {"python": platform.python_version()}
@@ -55,7 +58,7 @@ def _folder(run: Path) -> list[str]:
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
-        return [f"cannot write to the run folder {run} ({error.strerror}); look at its permissions and quota"]
+        return [f"cannot write to the run folder {run} ({error.strerror}); check its permissions and quota"]
     free = shutil.disk_usage(run).free / 2**30
     if free < FREE_GIB:
         return [f"only {free:.1f} GiB are free in the run folder {run}; make room for checkpoints"]
@@ -73,7 +76,7 @@ def _scratch(scratch: Path) -> list[str]:
 
 
 def _readable(key: str, path: Path) -> list[str]:
-    """Read the first bytes of the input: of its index and of one file of its data."""
+    """Read the first bytes of an input: of its index and of one file of its data."""
     try:
         files = (
             [path]
@@ -101,39 +104,52 @@ def _gpus(expected: int) -> list[str]:
         done = subprocess.run(["nvidia-smi", "-q", "-x"], capture_output=True, check=True, timeout=60)
         found = ElementTree.fromstring(done.stdout).findall("gpu")
     except (OSError, subprocess.SubprocessError, ElementTree.ParseError) as error:
-        return [f"nvidia-smi does not answer ({error}); exclude the node and tell the site"]
+        return [f"nvidia-smi fails ({error}); exclude the node and report it to the site"]
     problems = []
     if len(found) < expected:
-        problems.append(f"{expected} GPUs were asked for and nvidia-smi sees {len(found)}; exclude the node")
+        problems.append(f"{expected} GPUs were requested and nvidia-smi lists {len(found)}; exclude the node")
     for number, gpu in enumerate(found):
         for part in [gpu.find("ecc_errors/volatile"), *gpu]:
             for entry in part if part is not None else ():
                 meaning = next((m for word, m in GPU_FAULTS.items() if word in entry.tag), None)
-                if meaning and (entry.text or "").strip() not in WELL:
-                    problems.append(f"GPU {number} {meaning}; exclude the node and tell the site")
+                if meaning and (entry.text or "").strip() not in HEALTHY:
+                    problems.append(f"GPU {number} {meaning}; exclude the node and report it to the site")
     return list(dict.fromkeys(problems))
 
 
+def _cudnn(gpus: int) -> list[str]:
+    """Whether cuDNN is a faulty one. Another process imports torch, which would stay in this one for the whole job."""
+    if gpus == 0:
+        return []
+    command = [sys.executable, "-c", "import torch; print(torch.backends.cudnn.version() or 0)"]
+    try:
+        version = subprocess.run(command, capture_output=True, check=True, timeout=120).stdout
+    except subprocess.SubprocessError as error:
+        return [f"torch cannot be imported ({error})"]
+    fault = cudnn_fault(int(version))
+    return [] if fault is None else [fault]
+
+
 def find_problems(reports: Mapping[str, Mapping[str, Any]], missing: Sequence[str] = ()) -> list[str]:
-    """All that is wrong, a sentence each.
+    """All problems of all nodes.
 
     Args:
-        reports: node name -> what :func:`examine` returned there, with ``allreduce`` where nodes were connected.
-        missing: nodes whose report did not come.
+        reports: node name -> the result of :func:`examine`, with ``allreduce`` where the all-reduce was checked.
+        missing: nodes without a report.
     """
     problems = [f"{node}: {problem}" for node, report in reports.items() for problem in report["problems"]]
     problems += [
-        f"{node}: its report cannot be seen in the run folder; is that on a file system that all nodes share?"
+        f"{node}: its report is not in the run folder; is that on a file system that all nodes share?"
         for node in missing
     ]
     versions = {node: report["versions"] for node, report in reports.items()}
     for name in sorted({name for found in versions.values() for name in found}):
-        told = {node: found.get(name, "none") for node, found in versions.items()}
-        usual, _ = Counter(told.values()).most_common(1)[0]
+        versions_of = {node: found.get(name, "none") for node, found in versions.items()}
+        most_common, _ = Counter(versions_of.values()).most_common(1)[0]
         problems += [
-            f"{node}: {name} {version} where other nodes have {usual}; let all nodes use one environment"
-            for node, version in told.items()
-            if version != usual
+            f"{node}: {name} {version} where other nodes have {most_common}; let all nodes use one environment"
+            for node, version in versions_of.items()
+            if version != most_common
         ]
     for node, report in reports.items():
         if (found := report.get("allreduce")) is None:
@@ -144,5 +160,7 @@ def find_problems(reports: Mapping[str, Mapping[str, Any]], missing: Sequence[st
                 f"cluster's YAML, or exclude the node"
             )
         elif not found["correct"]:
-            problems.append(f"{node}: the test all-reduce gave a wrong sum; exclude the node and tell the site")
+            problems.append(
+                f"{node}: the test all-reduce returned a wrong sum; exclude the node and report it to the site"
+            )
     return problems

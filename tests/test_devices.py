@@ -1,4 +1,4 @@
-"""A CPU computes in the precision, and by the kernels, that are fast there."""
+"""Devices compute in a precision, and by kernels, that are fast and correct there."""
 
 from itertools import product
 
@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.profiler import profile
 
+from mvhpc.config import ConfigError
 from mvhpc.models.kernels.cpu_conv3d import ONEDNN, mend_convolutions
+from mvhpc.runtime.cudnn import cudnn_fault
 from mvhpc.runtime.devices import resolve_precision
 
 
@@ -27,6 +29,35 @@ def test_auto_is_what_the_cpu_does_faster(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     assert resolve_precision("auto", torch.device("cpu")) is precision
     assert resolve_precision("bfloat16", torch.device("cpu")) is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("version", "faulty"),
+    [
+        (None, False),
+        (8902, False),  # before 9 a minor version had one digit
+        (90701, False),
+        (90800, True),
+        (91002, True),
+        (91299, True),
+        (91300, False),
+        (92000, False),
+        (100000, False),
+    ],
+)
+def test_cudnn_with_faulty_convolutions_is_refused_in_bfloat16_alone(
+    monkeypatch: pytest.MonkeyPatch, version: int | None, faulty: bool
+) -> None:
+    assert (cudnn_fault(version) is not None) == faulty
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    cuda = torch.device("cuda")
+    assert resolve_precision("float32", cuda) is torch.float32
+    assert resolve_precision("bfloat16", torch.device("cpu")) is torch.bfloat16
+    if not faulty:
+        assert resolve_precision("bfloat16", cuda) is torch.bfloat16
+        return
+    with pytest.raises(ConfigError, match=r"cuDNN 9\.\d+\.\d+ .*pytorch#163539.*or set compute\.precision=float32"):
+        resolve_precision("bfloat16", cuda)
 
 
 @pytest.mark.parametrize(("kernel", "stride", "batch"), [*product((1, 2, 3), (1, 2), (1, 2)), (4, 2, 1)])

@@ -44,8 +44,8 @@ def test_zero_divides_memory_and_multiplies_messages() -> None:
     bytes_of = [memory(setting(1024, stage), RATES) for stage in range(4)]
     assert bytes_of == sorted(bytes_of, reverse=True)
     work = work_of(setting(1), RATES)
-    whole = 4 * work.parameters
-    assert memory(setting(1, 0), RATES) == 5 * whole + work.activations  # weights, gradients, moments, average
+    full = 4 * work.parameters
+    assert memory(setting(1, 0), RATES) == 5 * full + work.activations  # weights, gradients, moments, average
     assert communication(3, work, 1, 1, RATES) == 0
     seconds = [communication(0, work, gpus, 1, RATES) for gpus in (1, 2, 8, 16, 1024)]
     assert seconds == sorted(seconds)

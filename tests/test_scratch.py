@@ -1,23 +1,23 @@
-"""A process's own folder in /tmp goes with it, or with the next one."""
+"""The temporary folder of a process is removed with it, or by the next process."""
 
 import subprocess
 import sys
 from pathlib import Path
 
-from mvhpc.runtime.scratch import scratch_folder, sweep
+from mvhpc.runtime.scratch import scratch_folder, sweep, temporary_folder
 
 CODE = "import sys, mvhpc.runtime.scratch as t; print(t.scratch_folder(sys.argv[1]), flush=True); sys.stdin.read()"
 
 
 def start(parent: Path) -> tuple[subprocess.Popen[str], Path]:
-    """A process that has a folder, and it."""
+    """A process with a folder, and the folder."""
     command = [sys.executable, "-c", CODE, str(parent)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     return process, Path(process.stdout.readline().strip())
 
 
-def test_a_killed_processs_folder_is_swept_and_no_others(tmp_path: Path) -> None:
+def test_the_folder_of_a_killed_process_is_removed_and_no_other(tmp_path: Path) -> None:
     (killed, left), (living, used) = start(tmp_path), start(tmp_path)
     others = tmp_path / "mvhpc-of-something-else"
     others.mkdir()
@@ -33,3 +33,10 @@ def test_a_killed_processs_folder_is_swept_and_no_others(tmp_path: Path) -> None
 
 def test_one_folder_a_process() -> None:
     assert scratch_folder() == scratch_folder()
+
+
+def test_a_temporary_folder_is_removed_with_its_content() -> None:
+    with temporary_folder() as folder, temporary_folder() as other:
+        assert folder != other and folder.parent == other.parent == scratch_folder()
+        (folder / "file").touch()
+    assert not folder.exists() and not other.exists()

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import math
 import shutil
@@ -54,13 +53,13 @@ def interrupted(folder: Path, *steps: int, **changes: object) -> dict[str, float
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path, changes: dict) -> None:
-    whole = run_toy(toy_config(**changes), tmp_path / "whole", 0, 1)
+    full = run_toy(toy_config(**changes), tmp_path / "undisturbed", 0, 1)
     pieces = interrupted(tmp_path / "pieces", 1, 6, 7, 11, 14, **changes)
-    assert final_state(tmp_path / "whole") == final_state(tmp_path / "pieces")
-    assert curves(tmp_path / "whole") == curves(tmp_path / "pieces")
-    for summary in (whole, pieces):
+    assert final_state(tmp_path / "undisturbed") == final_state(tmp_path / "pieces")
+    assert curves(tmp_path / "undisturbed") == curves(tmp_path / "pieces")
+    for summary in (full, pieces):
         assert summary.pop("system/samples_per_second") > 0
-    assert whole == pieces
+    assert full == pieces
 
 
 def test_training_lowers_the_error_and_exports_the_best(tmp_path: Path) -> None:
@@ -102,7 +101,7 @@ def test_parts_that_share_no_weights_are_exported_each_at_its_own_best(tmp_path:
     plain = TwoParts(config)
     train(plain, config, tmp_path / "plain")
     best = plain.seen[4], plain.seen[2]
-    summary = train(TwoParts(config, best), config, tmp_path / "whole")
+    summary = train(TwoParts(config, best), config, tmp_path / "undisturbed")
     assert summary["validation/first"] == summary["validation/rest"] == 0
     assert summary["validation/far"] == pytest.approx(float(best[0]["0.weight"].norm()))
     assert summary["validation/loud"] == pytest.approx(float(best[1]["3.weight"].norm()))
@@ -112,10 +111,10 @@ def test_parts_that_share_no_weights_are_exported_each_at_its_own_best(tmp_path:
             stopped = toy_config(training__epochs=6, tracking__fail_at=step)
             train(TwoParts(stopped, best), stopped, tmp_path / "pieces")
     train(TwoParts(config, best), config, tmp_path / "pieces")
-    for run in ("whole", "pieces"):
+    for run in ("undisturbed", "pieces"):
         for name, weight in exported(tmp_path / run).items():
             assert torch.equal(weight, best[0 if name.startswith("0.") else 1][name])
-    assert final_state(tmp_path / "whole") == final_state(tmp_path / "pieces")
+    assert final_state(tmp_path / "undisturbed") == final_state(tmp_path / "pieces")
 
 
 def test_validation_counts_each_sample_once_and_leaves_out_missing_values(tmp_path: Path) -> None:
@@ -187,8 +186,8 @@ def test_the_last_k_are_kept_and_what_is_incomplete_is_swept(tmp_path: Path) -> 
         run_toy(toy_config(tracking__fail_at=10), tmp_path, 0, 1)
     assert checkpoints(tmp_path) == ["step-00000010"]
     interrupted(tmp_path)
-    run_toy(toy_config(), tmp_path / "whole", 0, 1)
-    assert final_state(tmp_path) == final_state(tmp_path / "whole")
+    run_toy(toy_config(), tmp_path / "undisturbed", 0, 1)
+    assert final_state(tmp_path) == final_state(tmp_path / "undisturbed")
 
 
 def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
@@ -225,15 +224,16 @@ def test_nothing_but_finished_folders_is_visible(tmp_path: Path) -> None:
 
 
 def test_learning_rate_is_its_closed_form() -> None:
-    constant = Optimizer(1.0, [0.9, 0.95], 0.0, 4, "constant", 0.0)
+    adamw = {"lr": 1.0, "betas": [0.9, 0.95], "weight_decay": 0.0, "clip": 0.0}
+    constant = Optimizer(warmup=4, schedule="constant", **adamw)
     assert [learning_rate(s, 10, 2.0, constant) for s in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
-    cosine = Optimizer(1.0, [0.9, 0.95], 0.0, 2, "cosine", 0.0)
+    cosine = Optimizer(warmup=2, schedule="cosine", **adamw)
     rates = [learning_rate(s, 10, 2.0, cosine) for s in range(10)]
     assert rates[:3] == [1.0, 2.0, 2.0]
     assert rates[6] == pytest.approx(1.0)  # half way between warm-up and end
     assert all(a + b == pytest.approx(2.0) for a, b in zip(rates[2:], [*rates[3:], 0.0][::-1], strict=True))
     with pytest.raises(ConfigError, match="Did you mean 'cosine'"):
-        learning_rate(5, 10, 1.0, Optimizer(1.0, [0.9, 0.95], 0.0, 2, "cosin", 0.0))
+        learning_rate(5, 10, 1.0, Optimizer(warmup=2, schedule="cosin", **adamw))
 
 
 def test_average_is_its_closed_form_and_exchange_undoes_itself() -> None:
@@ -280,8 +280,8 @@ def test_weights_in_the_order_of_gpus_learn_the_same_and_resume_to_the_same_bits
     assert not ours.module[2].weight.is_contiguous()
     for name, content in ours.snapshot().items():
         torch.save(content, tmp_path / name)
-    whole = consolidate(tmp_path)
-    assert all(x.is_contiguous() for part in (whole.network, *whole.moments.values()) for x in part.values())
+    full = consolidate(tmp_path)
+    assert all(x.is_contiguous() for part in (full.network, *full.moments.values()) for x in part.values())
     again.load(tmp_path, ours.layout)
     step(plain, ours, again)
     assert digest(ours.weights()) == digest(again.weights())
@@ -332,8 +332,7 @@ def test_bfloat16_gradients_of_thin_volumes_are_those_of_float32(first: int) -> 
     for precision in ("float32", "bfloat16"):
         torch.manual_seed(0)
         network = nn.Conv3d(16, 16, 3, padding=1)
-        compute = dataclasses.replace(toy_config().compute, precision=precision)
-        engine = LocalEngine(network, 0.0, Optimizer(0.0, [0.9, 0.99], 0.0, 0, "constant", 0.0), compute, None, 1)
+        engine = local(network, compute__precision=precision)
         dirty = [torch.full((1 << 16,), torch.inf) for _ in range(8)]
         del dirty
         engine(x).square().mean().backward()

@@ -1,4 +1,4 @@
-"""Two workers: the laws of the loop hold at every stage of ZeRO (two processes on gloo), and under Ray."""
+"""Several workers: the laws of the loop hold at every stage of ZeRO (processes on gloo), and under Ray."""
 
 import os
 import pickle
@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import profile
 
 from mvhpc.checkpoints.consolidate import MOMENTS, consolidate, read_weights
-from mvhpc.config import ConfigError
+from mvhpc.config import ConfigError, Optimizer
 from mvhpc.runs.journal import read
+from mvhpc.runtime.collectives import Collectives
 from mvhpc.runtime.ray_cluster import WorkerError, launch, ray_session
 from mvhpc.runtime.watchdog import Interrupted as StoppedOnRequest
+from mvhpc.training.engines.make import make_engine
 from tests.conftest import listening
 from tests.toy_task import Interrupted, curves, digest, exported, join, run_toy, toy_config
 
@@ -37,20 +40,49 @@ RUNS: dict[str, dict[str, Any]] = {
     "compiled": {"compute__zero_stage": 2, "compute__compile": True},
     "offload": {"compute__zero_stage": 2, "compute__offload": "cpu", **POISON},
 }
-EXACT = [
-    name for name in RUNS if name not in {"bfloat16", "compiled"}
-]  # whose sums do not depend on how they are divided
+EXACT = [name for name in RUNS if name not in {"bfloat16", "compiled"}]  # whose sums do not depend on the partition
 STOPS = (3, 11)  # before the first checkpoint, and between those of steps 8 and 12
 ELASTIC = {"zero0": 3, "zero1": 2, "zero2": 0, "zero3": 1}  # stage that goes on where one worker left off
-DIVIDED = ("zero1", "zero2", "zero3")
+PARTITIONED = ("zero1", "zero2", "zero3")
+
+
+class UsedTwice(nn.Module):
+    """A network of which one layer is used twice in a forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.twice, self.last = nn.Linear(16, 16), nn.Linear(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.twice(self.twice(x).tanh()).tanh())
+
+
+def one_step_of_a_layer_used_twice(rank: int, world: int, zero: int, accumulate: int, folder: Path) -> None:
+    """One update in bfloat16 with a global batch of 16; writes this worker's part of a checkpoint."""
+    optimizer = Optimizer(
+        lr=1e-3, betas=[0.0, 0.9], weight_decay=0.0, warmup=0, schedule="constant", clip=0.0
+    )  # without momentum the first moment is the gradient
+    compute = toy_config(compute__precision="bfloat16", compute__workers=world, compute__zero_stage=zero).compute
+    micro = 16 // world // accumulate
+    engine = make_engine(UsedTwice(), 1e-3, optimizer, compute, None, accumulate, micro, Collectives(rank, world))
+    batch = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
+    for part in batch.chunk(world)[rank].chunk(accumulate):
+        engine.backward((engine(part) - 1).square().mean())
+        engine.step()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in engine.snapshot().items():
+        torch.save(content, folder / name)
 
 
 def _worker(rank: int, folder: Path) -> None:
     """Every run, undisturbed and in pieces; the process group and DeepSpeed start once for all of them."""
     join(rank, 2, folder / "rendezvous")
+    for zero, accumulate in product((1, 2, 3), (1, 2)):
+        one_step_of_a_layer_used_twice(rank, 2, zero, accumulate, folder / f"twice-{zero}-{accumulate}")
     for name, changes in RUNS.items():
         run_toy(toy_config(**changes), folder / name, rank, 2)
-        torch.use_deterministic_algorithms(name == "zero3")  # fills with NaN what nobody has set
+        torch.use_deterministic_algorithms(name == "zero3")  # fills uninitialised memory with NaN
         for stop in STOPS:
             _pieces(rank, 2, folder / f"{name}-pieces", tracking__fail_at=stop, **changes)
         run_toy(toy_config(**changes), folder / f"{name}-pieces", rank, 2)
@@ -62,13 +94,13 @@ def _worker(rank: int, folder: Path) -> None:
             _pieces(rank, 1, where, tracking__fail_at=11, **changes)
         dist.barrier()
         run_toy(toy_config(**{**changes, "compute__zero_stage": stage}), where, rank, 2)
-    # The disc is full for one worker, and later everybody is asked to stop.
+    # The disc is full for one worker, and later a stop is requested.
     faults = {"tracking__full": [5, 9], "tracking__stop_at": 11}
     _pieces(rank, 2, folder / "zero2-faults", **RUNS["zero2"], **faults)
     (folder / "stop").unlink(missing_ok=True)
     dist.barrier()
     run_toy(toy_config(**RUNS["zero2"]), folder / "zero2-faults", rank, 2)
-    # The same five gradients are lost, once.
+    # Five consecutive gradients are not finite, once.
     lost = {"tracking__poison": [9, 10, 11, 12, 13], "tracking__transient": True}
     for stage in range(4):
         clean = {"compute__zero_stage": stage}
@@ -85,9 +117,9 @@ def _worker(rank: int, folder: Path) -> None:
 
 
 def _one_of_four_or_two(rank: int, world: int, stop: int, folder: Path) -> None:
-    """The divided stages, until all are asked to stop in step ``stop``; -1: to the end."""
+    """The stages with partitions, until a stop is requested in step ``stop``; -1: to the end."""
     join(rank, world, folder / f"rendezvous-{stop}")
-    for name in DIVIDED:
+    for name in PARTITIONED:
         if stop < 0:
             run_toy(toy_config(**RUNS[name]), folder / f"{name}-four", rank, world)
             continue
@@ -109,8 +141,8 @@ def _pieces(rank: int, world: int, folder: Path, **changes: Any) -> None:
 
 
 @dataclass
-class _Evil:
-    """What a pickle may do: anything."""
+class _Malicious:
+    """A pickle that runs code."""
 
     mark: Path
 
@@ -142,9 +174,9 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(runs: Path, name: str) -> None:
-    whole, pieces = digests(runs / name), digests(runs / f"{name}-pieces")
-    assert len(whole) >= 5 - (name == "zero0")
-    assert whole == pieces
+    full, pieces = digests(runs / name), digests(runs / f"{name}-pieces")
+    assert len(full) >= 5 - (name == "zero0")
+    assert full == pieces
     assert curves(runs / name) == curves(runs / f"{name}-pieces")
 
 
@@ -164,29 +196,45 @@ def compare(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("zero", "accumulate"), product((1, 2, 3), (1, 2)))
+def test_a_layer_used_twice_in_bfloat16_gets_its_whole_gradient(
+    runs: Path, tmp_path: Path, zero: int, accumulate: int
+) -> None:
+    """ZeRO-2 of DeepSpeed before 0.19.8 loses a part of it (DeepSpeed#7718, #8224)."""
+    one_step_of_a_layer_used_twice(0, 1, 0, accumulate, tmp_path)
+    one, two = consolidate(tmp_path).moments, consolidate(runs / f"twice-{zero}-{accumulate}").moments
+    assert one.keys() == two.keys() and len(one) == 4
+    for name in one:
+        gradient = one[name]["exp_avg"]
+        assert gradient.abs().max() > 1e-3
+        torch.testing.assert_close(two[name]["exp_avg"], gradient, rtol=0, atol=0.02 * float(gradient.abs().max()))
+
+
 @pytest.mark.parametrize("name", ELASTIC)
 def test_two_workers_then_one_then_two_of_another_stage_change_nothing(runs: Path, name: str) -> None:
-    whole, elastic = curves(runs / name), curves(runs / f"{name}-elastic")
-    assert whole.keys() == elastic.keys()
-    for key in whole:
-        assert elastic[key] == pytest.approx(whole[key], abs=1e-5), key
+    full, elastic = curves(runs / name), curves(runs / f"{name}-elastic")
+    assert full.keys() == elastic.keys()
+    for key in full:
+        assert elastic[key] == pytest.approx(full[key], abs=1e-5), key
     compare(exported(runs / name), exported(runs / f"{name}-elastic"))
 
 
-@pytest.mark.parametrize("name", DIVIDED)
+@pytest.mark.parametrize("name", PARTITIONED)
 def test_four_workers_then_two_then_four_change_nothing(runs: Path, four_two_four: Path, name: str) -> None:
-    whole, elastic = curves(runs / name), curves(four_two_four / f"{name}-four")
+    full, elastic = curves(runs / name), curves(four_two_four / f"{name}-four")
     assert [e["step"] for e in read(four_two_four / f"{name}-four") if e["event"] == "start"] == [0, 7, 12]
-    assert whole.keys() == elastic.keys()
-    for key in whole:
-        assert elastic[key] == pytest.approx(whole[key], abs=1e-5), key
+    assert full.keys() == elastic.keys()
+    for key in full:
+        assert elastic[key] == pytest.approx(full[key], abs=1e-5), key
     compare(exported(runs / name), exported(four_two_four / f"{name}-four"))
 
 
 def test_storage_that_fails_one_worker_costs_checkpoints_and_a_stop_costs_nothing(runs: Path) -> None:
     events = read(runs / "zero2-faults")
-    told = [event["text"] for event in events if event["event"] == "warning"]
-    assert told and all("could not be written: File too large" in text and "(worker 1)" in text for text in told)
+    warnings = [event["text"] for event in events if event["event"] == "warning"]
+    assert warnings and all(
+        "could not be written: File too large" in text and "(worker 1)" in text for text in warnings
+    )
     assert [event["step"] for event in events if event["event"] in {"start", "stopped"}] == [0, 12, 12]
     assert digests(runs / "zero2-faults") == digests(runs / "zero2")
     assert curves(runs / "zero2-faults") == curves(runs / "zero2")
@@ -212,15 +260,15 @@ def test_whole_weights_are_those_of_deepspeeds_own_converter(runs: Path) -> None
         assert digest(consolidate(newest / "denoiser").network) == digest(dict(theirs))
 
 
-@pytest.mark.parametrize("name", DIVIDED)
+@pytest.mark.parametrize("name", PARTITIONED)
 def test_the_universal_checkpoint_holds_every_number_of_all_workers_once(runs: Path, name: str) -> None:
     newest = max((runs / name / "checkpoints").glob("step-*")) / "denoiser"
-    whole = consolidate(newest)
+    full = consolidate(newest)
     shards = [read_weights(file)["optimizer_state_dict"] for file in newest.glob("*_optim_states.pt")]
     for key in MOMENTS:
         states = [shard.get("base_optimizer_state") or shard["optimizer_state_dict"] for shard in shards]
         theirs = torch.cat([group[key] for state in states for group in state["state"].values()])
-        ours = torch.cat([moments[key].flatten() for moments in whole.moments.values()])
+        ours = torch.cat([moments[key].flatten() for moments in full.moments.values()])
         assert len(ours) <= len(theirs)
         for values in (theirs, ours):
             assert values.count_nonzero() > 0.5 * len(values)
@@ -228,11 +276,11 @@ def test_the_universal_checkpoint_holds_every_number_of_all_workers_once(runs: P
         assert torch.equal(theirs, ours), key
 
 
-@pytest.mark.parametrize("name", DIVIDED)
+@pytest.mark.parametrize("name", PARTITIONED)
 def test_no_pickle_in_a_checkpoint_is_run(runs: Path, tmp_path: Path, name: str) -> None:
     """Neither by us nor by DeepSpeed's converter."""
     newest = max((runs / name / "checkpoints").glob("step-*")) / "denoiser"
-    evil = _Evil(tmp_path / "mark")
+    evil = _Malicious(tmp_path / "mark")
     for victim in sorted(newest.glob("*.pt")):
         folder = tmp_path / victim.stem / "denoiser"
         shutil.copytree(newest, folder)
@@ -313,23 +361,23 @@ def test_a_stop_and_a_killed_worker_under_ray_change_not_one_bit(
     assert len(printed.splitlines()) <= 2, printed  # Ray, DeepSpeed and torch keep to the logs
 
 
-def test_ray_on_this_machine_listens_to_nobody_else(tmp_path: Path, nothing_is_left: None) -> None:
+def test_ray_on_this_machine_listens_on_loopback_alone(tmp_path: Path, nothing_is_left: None) -> None:
     before = set(psutil.Process().children(recursive=True))
     with ray_session(1, tmp_path):
         rays = set(psutil.Process().children(recursive=True)) - before
         assert set.union(*map(listening, rays)) == {"127.0.0.1"}
 
 
-def heard(config: Any, folder: Path, rank: int, world: int) -> dict[str, float]:
-    """``run_toy``, and a note of where the worker listens, with its server of Ray's and PyTorch's store."""
-    (folder / f"ears-{rank}").write_text(" ".join(listening(psutil.Process())))
+def note_listening(config: Any, folder: Path, rank: int, world: int) -> dict[str, float]:
+    """``run_toy``, and a file with the addresses on which the worker listens: Ray's server, gloo, PyTorch's store."""
+    (folder / f"listening-{rank}").write_text(" ".join(listening(psutil.Process())))
     return run_toy(config, folder, rank, world)
 
 
 def test_an_error_of_a_worker_comes_back_as_one_sentence(tmp_path: Path, nothing_is_left: None) -> None:
-    """And workers of one machine listen to nobody outside of it."""
+    """And workers of one machine listen on loopback alone."""
     config = toy_config(compute__workers=2, training__batch=7)
     with pytest.raises(WorkerError, match=r"worker [01]: .*ConfigError: training\.batch=7 does not.*worker-[01]\.log"):
-        launch("tests.test_training_workers:heard", config, tmp_path, config.compute)
-    assert {(tmp_path / f"ears-{rank}").read_text() for rank in range(2)} == {"127.0.0.1"}
+        launch("tests.test_training_workers:note_listening", config, tmp_path, config.compute)
+    assert {(tmp_path / f"listening-{rank}").read_text() for rank in range(2)} == {"127.0.0.1"}
     assert "ConfigError" in (tmp_path / "logs" / "worker-0.log").read_text()

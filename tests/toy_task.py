@@ -1,6 +1,6 @@
 """A small task that trains in seconds: a generator and a discriminator on points of a plane.
 
-It draws its noise from (seed, step, sample), as real tasks do, so that every law of the training loop holds for it.
+Like the real tasks it draws noise from (seed, step, sample), so every law of the training loop holds for it.
 """
 
 import contextlib
@@ -34,12 +34,12 @@ from shards.order import Order
 
 @dataclass
 class Faults:
-    """What befalls a run."""
+    """Faults that are injected into a run."""
 
     fail_at: int = -1  # step at which it is interrupted
-    kill_at: int = -1  # step at which one of its processes is killed, once: the one that makes the file `mark`
+    kill_at: int = -1  # step at which one process is killed, once: the one that creates the file `mark`
     mark: str = ""
-    poison: list[int] = field(default_factory=list)  # steps of whose samples one is not finite
+    poison: list[int] = field(default_factory=list)  # steps with a sample that is not finite
     transient: bool = False  # poisoned only the first time
     stop_at: int = -1  # step at which the stop file appears
     full: list[int] = field(default_factory=list)  # first and last step at which no file can grow
@@ -66,8 +66,17 @@ def toy_config(**changes: Any) -> ToyConfig:
     config = ToyConfig(
         out="toy",
         ema=0.9,
-        optimizer=Optimizer(1e-2, [0.9, 0.95], 0.01, 3, "constant", 1.0),
-        training=Training(3, 8, 1, 1, 4, 2, 2, 0),
+        optimizer=Optimizer(lr=1e-2, betas=[0.9, 0.95], weight_decay=0.01, warmup=3, schedule="constant", clip=1.0),
+        training=Training(
+            epochs=3,
+            batch=8,
+            accumulate=1,
+            validate_every=1,
+            checkpoint_every=4,
+            keep=2,
+            log_every=2,
+            seed=0,
+        ),
         compute=Compute(
             device="cpu",
             precision="float32",
@@ -92,18 +101,18 @@ def toy_config(**changes: Any) -> ToyConfig:
 
 
 class Interrupted(Exception):
-    """Stands for whatever stops a run."""
+    """Stops a run at a step."""
 
 
 class Network(nn.Sequential):
-    """Layers in a row; torch.compile takes networks with a ``forward`` of their own."""
+    """Consecutive layers; torch.compile needs a ``forward`` of the class itself."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
 
 
 class ToyTask(Task):
-    """Denoise points of a curve, with an adversary that tells denoised points from real ones."""
+    """Denoise points of a curve, with an adversary that distinguishes denoised points from real ones."""
 
     averaged = "denoiser"
     best = "denoiser"
@@ -119,7 +128,7 @@ class ToyTask(Task):
                 nn.Linear(2, config.width), nn.SiLU(), nn.Dropout(config.dropout), nn.Linear(config.width, 2)
             )
         }
-        self.struck: set[int] = set()
+        self.poisoned: set[int] = set()
         self.learning_rates = {"denoiser": config.optimizer.lr}
         if config.adversarial:
             self.networks["discriminator"] = Network(nn.Linear(2, 8), nn.SiLU(), nn.Linear(8, 1))
@@ -133,8 +142,8 @@ class ToyTask(Task):
     def load(self, indices: list[int]) -> dict[str, Any]:
         return {"x": self.points(indices)}
 
-    def _suffer(self, step: int, x: Tensor, indices: list[int]) -> Tensor:
-        """What the configuration says befalls this step."""
+    def _inject_faults(self, step: int, x: Tensor, indices: list[int]) -> Tensor:
+        """Apply the faults of this step."""
         faults = self.config.tracking
         if step == faults.fail_at:
             raise Interrupted
@@ -153,16 +162,16 @@ class ToyTask(Task):
         if faults.full and rank >= world - 1:  # for every file of this process, the last of the workers
             soft = 100 if faults.full[0] <= step <= faults.full[1] else resource.RLIM_INFINITY
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, resource.RLIM_INFINITY))
-        if step in faults.poison and not (faults.transient and step in self.struck):
+        if step in faults.poison and not (faults.transient and step in self.poisoned):
             first = Order(self.samples, self.config.training.batch, self.config.training.seed).indices(step)[0]
             x = torch.where(torch.tensor(indices, device=x.device)[:, None] == first, torch.nan, x)
-        self.struck.add(step)
+        self.poisoned.add(step)
         return x
 
     def step(
         self, batch: dict[str, Any], engines: dict[str, Engine], step: int, indices: list[int]
     ) -> dict[str, Tensor]:
-        x = self._suffer(step, batch["x"], indices)
+        x = self._inject_faults(step, batch["x"], indices)
         noise = randn([generator(self.config.training.seed, "train", step, i) for i in indices], (2,))
         denoised = engines["denoiser"](x + 0.3 * noise.to(x.device))
         loss = (denoised - x).square().mean()
@@ -174,10 +183,10 @@ class ToyTask(Task):
         engines["denoiser"].step()
         if self.config.adversarial:
             adversary = engines["discriminator"]
-            told = (adversary(x) - 1).square().mean() + adversary(denoised.detach()).square().mean()
-            adversary.backward(told)
+            adversary_loss = (adversary(x) - 1).square().mean() + adversary(denoised.detach()).square().mean()
+            adversary.backward(adversary_loss)
             adversary.step()
-            scalars["discriminator"] = told
+            scalars["discriminator"] = adversary_loss
         return {"loss": loss, **scalars}
 
     def validate(self, indices: list[int], networks: dict[str, nn.Module]) -> dict[str, Tensor]:
@@ -206,7 +215,7 @@ def exported(folder: Path) -> dict[str, Tensor]:
 
 def run_toy(config: ToyConfig, folder: Path, rank: int, world: int) -> dict[str, float]:
     """Train the toy task; importable by workers."""
-    deepspeed.KEPT = 100  # under ZeRO-3 some of its few weights are fetched then
+    deepspeed.PERSISTENT = 100  # under ZeRO-3 some of its few weights are fetched then
     return train(ToyTask(config), config, folder, rank, world)
 
 
@@ -241,7 +250,7 @@ def digest(value: object) -> str:
 
 
 def curves(folder: Path) -> dict[tuple[int, str], float]:
-    """Every metric a run journalled, by step and name, but those of the machine."""
+    """All metrics in the journal of a run by step and name, except those of the machine."""
     return {
         (e["step"], name): value
         for e in unseen(read(folder))

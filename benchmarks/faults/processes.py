@@ -25,7 +25,7 @@ from mvhpc.runs.journal import read
 from mvhpc.runtime.ray_cluster import launch
 from mvhpc.training.joint import JointConfig, JointTask
 from mvhpc.training.loop import train
-from mvhpc.training.metrics import PATIENCE
+from mvhpc.training.metrics import MAX_SKIPPED
 from shards.files import write_text
 from tests.slurm_cluster import wait_for
 
@@ -61,7 +61,7 @@ class FaultyTask(JointTask):
             if kind == "poisoned":
                 self.poisoned.add(step)
             elif kind == "five poisoned":
-                self.burst.update(range(step, step + PATIENCE))
+                self.burst.update(range(step, step + MAX_SKIPPED))
             else:
                 time.sleep(600)
         if step in self.poisoned or step in self.burst:

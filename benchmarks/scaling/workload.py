@@ -25,7 +25,7 @@ from mvhpc.diffusion.joint import JointDiffusion, Noised
 from mvhpc.models.autoencoder import Autoencoder, kl_divergence
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.models.perceptual import SqueezeLPIPS, slice_distance
-from mvhpc.training.engines.deepspeed import KEPT
+from mvhpc.training.engines.deepspeed import PERSISTENT
 from mvhpc.training.joint import JointConfig
 from mvhpc.training.vae import Discriminator, VAEConfig, discriminator_loss, generator_loss
 from mvhpc.variables import Categorical, Continuous, Variables, Volume
@@ -210,5 +210,5 @@ def count(stage: str, preset: str, batch: int, moving: int, device: Device) -> W
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         with Counter(device) as c:
             step()
-    large = sum(p.numel() > KEPT for p in weights)
+    large = sum(p.numel() > PERSISTENT for p in weights)
     return Work(sum(p.numel() for p in weights), large, c.flops, c.traffic, c.kernels, c.seconds, c.peak)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of the run that wants to go on from it."""
+"""Whether a run may resume from a checkpoint."""
 
 import math
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 from mvhpc.checkpoints.manifest import Checkpoint, CheckpointError, complete, read_checkpoint
 from mvhpc.config import ConfigError, Effect, effect, flatten
 
-PLACES = ("data", "latents", "vae")  # may be spelt another way
+PATHS = ("data", "latents", "vae")  # paths, which may be written in several ways
 
 
 def check_newest(folder: Path, config: Any) -> None:
-    """Refuse the newest checkpoint of a run folder where another configuration wrote it; a damaged one is not judged.
+    """Refuse the newest checkpoint of a run folder where another configuration wrote it. Skips a damaged one.
 
     Raises:
         ConfigError: naming the key that differs and what to do.
@@ -27,9 +27,9 @@ def check(checkpoint: Checkpoint, config: Any, total: float = math.inf) -> None:
     """Refuse a checkpoint that another configuration wrote.
 
     Args:
-        checkpoint: of whatever number of workers.
-        config: of this run, of a stage that trains.
-        total: its steps, where they are known.
+        checkpoint: of any number of workers.
+        config: of this run.
+        total: number of steps of this run, where known.
 
     Raises:
         ConfigError: naming the key that differs and what to do.
@@ -37,7 +37,7 @@ def check(checkpoint: Checkpoint, config: Any, total: float = math.inf) -> None:
     before, now = checkpoint.state["configuration"], flatten(config)
     free = {Effect.NONE, Effect.SELECTION, *([Effect.LENGTH] if config.optimizer.schedule == "constant" else [])}
     for key in sorted({*before, *now}):
-        same = before.get(key) == now.get(key) or (key in PLACES and _one_place(before.get(key), now.get(key)))
+        same = before.get(key) == now.get(key) or (key in PATHS and _same_path(before.get(key), now.get(key)))
         if not same and effect(key) not in free:
             raise ConfigError(
                 f"{checkpoint.folder} was trained with {key}={before.get(key)}, not {now.get(key)}; "
@@ -50,5 +50,5 @@ def check(checkpoint: Checkpoint, config: Any, total: float = math.inf) -> None:
         )
 
 
-def _one_place(path: Any, other: Any) -> bool:
+def _same_path(path: Any, other: Any) -> bool:
     return isinstance(path, str) and isinstance(other, str) and Path(path).resolve() == Path(other).resolve()

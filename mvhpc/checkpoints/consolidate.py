@@ -1,7 +1,7 @@
-"""Checkpoints of any number of workers and any ZeRO stage, put together again.
+"""The full state of a network from a checkpoint of any number of workers and any ZeRO stage.
 
-What ZeRO has divided goes through DeepSpeed's universal checkpoint (Lian et al. 2024, "Universal Checkpointing"). All
-files are read as weights alone, by DeepSpeed too: nothing runs what a pickle may hold.
+Partitions of ZeRO go through DeepSpeed's universal checkpoint (Lian et al. 2024, "Universal Checkpointing"). All files
+are read with ``weights_only``, also by DeepSpeed, so that no code in a pickle runs.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from mvhpc.checkpoints.manifest import CheckpointError
-from mvhpc.runtime.scratch import scratch_folder
+from mvhpc.runtime.scratch import temporary_folder
 
 LOCAL = "state.pt"  # a checkpoint of one worker
 MODEL = "mp_rank_00_model_states.pt"
@@ -30,43 +30,43 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class NetworkState:
-    """All that decides the future of one network, by parameter name.
+    """Everything that determines further training of one network, by parameter name.
 
     Attributes:
         network: its state dict.
         moments: parameter name -> AdamW's ``step``, ``exp_avg`` and ``exp_avg_sq``; empty before the first update.
         average: running average of its parameters; empty where there is none.
         updates: optimiser updates done.
-        usual: the largest gradient norm of late.
+        largest_norm: the largest recent gradient norm.
     """
 
     network: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     average: dict[str, Tensor] = field(default_factory=dict)
     updates: int = 0
-    usual: Tensor = field(default_factory=lambda: torch.zeros(()))
+    largest_norm: Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
 def trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Names and parameters that an optimiser updates, in its order."""
+    """Names and parameters that the optimiser updates, in its order."""
     return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
 
 def partition(value: Tensor, rank: int, world: int) -> Tensor:
-    """The share of one worker of a tensor under ZeRO-3: equal parts of it flattened, padded with zeros at the end."""
+    """One worker's partition of a tensor under ZeRO-3: equal parts of the flat tensor, padded with zeros at the end."""
     size = -(-value.numel() // world)
     padded = nn.functional.pad(value.flatten(), (0, size * world - value.numel()))
     return padded[rank * size : (rank + 1) * size]
 
 
 def read_weights(path: Path) -> Any:
-    """A file of tensors, DeepSpeed's own included, onto the CPU and without running what a pickle may hold."""
+    """Load a file of tensors, also one of DeepSpeed, onto the CPU without running code in a pickle."""
     with safe_globals():
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def safe_globals() -> Any:
-    """The context in which ``torch.load`` takes the few types that DeepSpeed's files hold beside tensors."""
+    """A context in which ``torch.load`` accepts the few types other than tensors in DeepSpeed's files."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -75,63 +75,65 @@ def safe_globals() -> Any:
 
 
 def consolidate(folder: Path) -> NetworkState:
-    """One network's part of a checkpoint, whoever wrote it.
+    """The state of one network in a checkpoint of any layout.
 
     Args:
         folder: ``step-XXXXXXXX/NETWORK``.
 
     Raises:
-        FileNotFoundError: there is none in it.
-        CheckpointError: divided by ZeRO, and of before the first update.
+        FileNotFoundError: the folder has no checkpoint.
+        CheckpointError: partitioned by ZeRO, and from before the first update.
     """
     if (folder / LOCAL).is_file():
         parts = torch.load(folder / LOCAL, map_location="cpu", weights_only=True, mmap=True)
-        return NetworkState(**tree_map_only(Tensor, Tensor.contiguous, parts))  # a GPU had them in an order of its own
+        return NetworkState(
+            **tree_map_only(Tensor, Tensor.contiguous, parts)
+        )  # on a GPU their memory format may differ
     name = MODEL if (folder / MODEL).is_file() else MODEL_3
     if not (folder / name).is_file():
-        raise FileNotFoundError(f"{folder}: no checkpoint of a network in it")
+        raise FileNotFoundError(f"{folder}: it holds no checkpoint of a network")
     model = read_weights(folder / name)
-    whole = NetworkState(dict(model["module"]), updates=model["global_steps"], usual=model["usual"])
+    state = NetworkState(dict(model["module"]), updates=model["global_steps"], largest_norm=model["largest_norm"])
     if model["optimizer"] is not None:  # ZeRO-0
-        whole.moments = {model["trained"][i]: moments for i, moments in model["optimizer"]["state"].items()}
+        state.moments = {model["trained"][i]: moments for i, moments in model["optimizer"]["state"].items()}
     else:
-        _add_divided(whole, folder, {k: shape for group in model["param_shapes"] for k, shape in group.items()})
+        _add_partitioned(state, folder, {k: shape for group in model["param_shapes"] for k, shape in group.items()})
     averages = [read_weights(path) for path in sorted(folder.glob("average*.pt"))]
     if averages:
-        shapes = [whole.network[parameter].shape for parameter in model["parameters"]]
+        shapes = [state.network[parameter].shape for parameter in model["parameters"]]
         sizes = [-(-shape.numel() // len(averages)) for shape in shapes]
         pieces = zip(*(average.split(sizes) for average in averages), strict=True)
         for parameter, shape, piece in zip(model["parameters"], shapes, pieces, strict=True):
-            whole.average[parameter] = torch.cat(piece)[: shape.numel()].view(shape)
-    return whole
+            state.average[parameter] = torch.cat(piece)[: shape.numel()].view(shape)
+    return state
 
 
-def _add_divided(whole: NetworkState, folder: Path, shapes: dict[str, torch.Size]) -> None:
-    """Add weights and moments that ZeRO has divided, from a universal checkpoint on this machine's own disc."""
+def _add_partitioned(state: NetworkState, folder: Path, shapes: dict[str, torch.Size]) -> None:
+    """Add weights and moments that ZeRO partitions, by a temporary universal checkpoint on a local disc."""
     shard = read_weights(folder / OPTIMIZER)["optimizer_state_dict"]
-    state = shard["base_optimizer_state" if "base_optimizer_state" in shard else "optimizer_state_dict"]["state"]
-    if not state:
+    adamw = shard["base_optimizer_state" if "base_optimizer_state" in shard else "optimizer_state_dict"]["state"]
+    if not adamw:
         raise CheckpointError(
-            f"{folder.parent}: every update had been left out by then, and of that DeepSpeed writes no universal "
-            "checkpoint; go on with as many workers as before, or remove the folder to begin anew"
+            f"{folder.parent}: all updates before it were skipped, and DeepSpeed converts no such checkpoint; resume "
+            "with the number of workers that wrote it, or remove the folder to begin anew"
         )
-    with tempfile.TemporaryDirectory(dir=scratch_folder(tempfile.gettempdir())) as scratch:
-        _write_universal(folder, Path(scratch))
+    with temporary_folder(tempfile.gettempdir()) as scratch:
+        _write_universal(folder, scratch)
         for name, shape in shapes.items():
-            place = Path(scratch) / "zero" / name
-            files = {key: read_weights(place / f"{key}.pt") for key in ("fp32", *MOMENTS)}
+            folder_of_parameter = scratch / "zero" / name
+            files = {key: read_weights(folder_of_parameter / f"{key}.pt") for key in ("fp32", *MOMENTS)}
             values = {key: file["param"] if isinstance(file, dict) else file for key, file in files.items()}
             shaped = {key: value.view(shape) for key, value in values.items()}
-            whole.network[name] = shaped.pop("fp32")
-            whole.moments[name] = shaped | {"step": state[0]["step"].clone()}
+            state.network[name] = shaped.pop("fp32")
+            state.moments[name] = shaped | {"step": adamw[0]["step"].clone()}
 
 
 def _write_universal(folder: Path, target: Path) -> None:
-    """DeepSpeed's universal checkpoint of its own checkpoint of one network, by its own converter.
+    """Convert DeepSpeed's checkpoint of one network to its universal checkpoint.
 
     Args:
         folder: ``step-XXXXXXXX/NETWORK``.
-        target: an existing folder; gets ``zero/PARAMETER/{fp32,exp_avg,exp_avg_sq}.pt`` and more.
+        target: an existing folder; gets ``zero/PARAMETER/{fp32,exp_avg,exp_avg_sq}.pt`` among others.
     """
     from deepspeed.checkpoint import ds_to_universal
 
@@ -142,7 +144,7 @@ def _write_universal(folder: Path, target: Path) -> None:
         num_merge_workers=1,
         keep_temp_folder=False,
         strict=True,
-        inject_missing_state=True,  # which DeepSpeed itself leaves out of stages 1 and 2
+        inject_missing_state=True,  # missing in DeepSpeed's files of stages 1 and 2
     )
     quiet = io.StringIO()
     with safe_globals(), _weights_only(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
@@ -151,7 +153,7 @@ def _write_universal(folder: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _weights_only() -> Iterator[None]:
-    """In it ``torch.load`` runs no pickle, whatever DeepSpeed tells it."""
+    """Inside, ``torch.load`` runs no code in a pickle, whatever its arguments."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"

@@ -1,4 +1,4 @@
-"""What a complete checkpoint says of itself, to be read without loading a network."""
+"""The manifest of a complete checkpoint, read without loading a network."""
 
 import json
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ class Checkpoint:
     """One complete checkpoint.
 
     Attributes:
-        folder: where its files are.
-        step: steps done when it was written.
-        state: what the training loop wrote into it (JSON).
+        folder: of its files.
+        step: number of steps done before it.
+        state: of the training loop (JSON).
         files: relative path -> {"size": bytes, "sha256": hex digits}.
     """
 
@@ -39,7 +39,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in ``folder``, by its manifest.
 
     Raises:
-        CheckpointError: naming the manifest that cannot be read.
+        CheckpointError: naming a manifest that cannot be read.
     """
     path = folder / MANIFEST
     try:

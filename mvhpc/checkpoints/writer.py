@@ -1,13 +1,14 @@
-"""Checkpoints that exist whole or not at all, written while training goes on.
+"""Atomic checkpoints, written in the background of training.
 
-Every worker hands over copies of its tensors, which a thread writes into a hidden folder; once all workers have
+Each worker passes copies of its tensors to a thread, which writes them into a hidden folder. When all workers have
 written, rank 0 adds ``manifest.json`` (sizes and SHA-256 of all files) and renames the folder to ``step-XXXXXXXX``.
-A folder without its manifest does not exist and is swept.
+A folder without a manifest is incomplete and is removed at the next start.
 """
 
 import contextlib
+import hashlib
 import json
-import mmap
+import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 
-from mvhpc.checkpoints.direct_io import BLOCK, Direct
 from mvhpc.checkpoints.manifest import MANIFEST, Checkpoint, CheckpointError, Digests, complete, read_checkpoint
 from mvhpc.runtime.collectives import Collectives
 from shards.files import sha256, sync, write_text
@@ -25,7 +25,7 @@ from shards.files import sha256, sync, write_text
 
 @dataclass(frozen=True)
 class _Pending:
-    """A checkpoint on its way to the disc."""
+    """A checkpoint that is being written."""
 
     step: int
     state: dict[str, Any]
@@ -36,86 +36,85 @@ class _Pending:
 class Checkpoints:
     """The checkpoints of one run.
 
-    Methods are collective, but for :meth:`report` and :meth:`close`: all workers call them, in the same order.
+    All methods but :meth:`report` and :meth:`close` are collective: all workers call them in the same order.
 
     Args:
         folder: holds ``step-XXXXXXXX`` folders.
-        keep: how many of the newest are kept.
+        keep: number of the newest ones that are kept.
         collectives: the workers.
     """
 
     def __init__(self, folder: Path, keep: int, collectives: Collectives) -> None:
         self.folder, self.keep, self.collectives = folder, max(1, keep), collectives
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._buffer = mmap.mmap(-1, 1024 * BLOCK)
         torch.serialization.set_crc32_options(False)  # the manifest has SHA-256
-        # Where the pending one stands, the same at all workers: everybody writes, then rank 0 completes it.
+        # State of the pending checkpoint, the same at all workers: all write, then rank 0 completes it.
         self._pending: _Pending | None = None
-        self._begun = 0
+        self._count = 0
         self._completing = False
-        self._work: Future[Any] | None = None  # this worker's part in that
+        self._task: Future[Any] | None = None  # this worker's part in that
 
     # --- writing ---
 
     def begin(self, step: int, files: dict[str, Any], state: dict[str, Any], best: int = 0) -> str | None:
-        """Begin a checkpoint, once the one before it is finished; :meth:`settle` or :meth:`finish` completes it.
+        """Begin a checkpoint after finishing the one before; :meth:`settle` or :meth:`finish` completes it.
 
         Args:
-            step: steps done.
-            files: relative path -> what ``torch.save`` writes there, of this worker; nobody changes it from now on.
-            state: JSON-able; rank 0's is kept.
-            best: step of a checkpoint that is kept beside the newest ones; 0 for none.
+            step: number of steps done.
+            files: relative path -> content for ``torch.save``, of this worker; must not change afterwards.
+            state: JSON; that of rank 0 is kept.
+            best: step of a checkpoint that is kept in addition to the newest ones; 0 for none.
 
         Returns:
-            what went wrong with the one before; None where nothing did.
+            a warning about the checkpoint before, or None.
         """
         warning = self.finish()
-        self._begun += 1  # each part has a name of its own: what is left of a failed one is removed meanwhile
-        part = self.folder / f".step-{step:08d}.{self._begun}.part"
+        self._count += 1  # a name of its own: a failed part may still be being removed
+        part = self.folder / f".step-{step:08d}.{self._count}.part"
         self._pending, self._completing = _Pending(step, state, best, part), False
-        self._work = self._writer.submit(self._write, part, files)
+        self._task = self._writer.submit(self._write, part, files)
         return warning
 
     def report(self, wait: bool = False) -> Any:
-        """How far this worker has come with its part, for :meth:`settle`: None while it is busy.
+        """The state of this worker's part, for :meth:`settle`; None while it is being written.
 
         Args:
-            wait: until it is done.
+            wait: wait until it is written.
         """
-        if self._work is None or not (wait or self._work.done()):
+        if self._task is None or not (wait or self._task.done()):
             return None
         try:
-            return self._work.result()
+            return self._task.result()
         except OSError as error:
             return f"{error.strerror or error}: {error.filename or self.folder} (worker {self.collectives.rank})"
 
     def settle(self, reports: Sequence[Any]) -> str | None:
-        """Go on with the pending checkpoint as far as all workers' :meth:`report` allow; waits for nothing.
+        """Advance the pending checkpoint as far as the :meth:`report` of all workers allow, without waiting.
 
         Returns:
-            what went wrong, in which case the pending checkpoint is dropped; None where nothing did.
+            a warning, in which case the pending checkpoint is dropped, or None.
         """
         pending = self._pending
         if pending is None or (reports[0] is None if self._completing else None in reports):
             return None
-        words = [report for report in reports if isinstance(report, str)]
-        if words or self._completing:
-            self._pending = self._work = None
-        if words:
+        errors = [report for report in reports if isinstance(report, str)]
+        if errors or self._completing:
+            self._pending = self._task = None
+        if errors:
             if self.collectives.rank == 0:
                 self._writer.submit(shutil.rmtree, pending.part, ignore_errors=True)
-            return f"the checkpoint of step {pending.step} could not be written: {words[0]}"
+            return f"the checkpoint of step {pending.step} could not be written: {errors[0]}"
         if not self._completing:
-            self._completing, self._work = True, None
+            self._completing, self._task = True, None
             if self.collectives.rank == 0:
-                self._work = self._writer.submit(self._complete, pending, list(reports))
+                self._task = self._writer.submit(self._complete, pending, list(reports))
         return None
 
     def finish(self) -> str | None:
         """Wait for the pending checkpoint.
 
         Returns:
-            as :meth:`settle`.
+            as :meth:`settle` does.
         """
         warning = None
         while self._pending is not None:
@@ -123,7 +122,7 @@ class Checkpoints:
         return warning
 
     def close(self) -> None:
-        """Let the writer end: with one worker the pending checkpoint is completed, with more it is left to be swept."""
+        """End the thread. One worker completes its pending checkpoint; with several it is removed at the next start."""
         if self.collectives.world == 1:
             self.finish()
         self._writer.shutdown(wait=True)
@@ -133,7 +132,7 @@ class Checkpoints:
         for name, content in files.items():
             path = part / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            digests[name] = _save(content, path, self._buffer)
+            digests[name] = _save(content, path)
         return digests
 
     def _complete(self, pending: _Pending, reports: list[Digests]) -> bool:
@@ -153,11 +152,11 @@ class Checkpoints:
     # --- reading ---
 
     def sweep(self) -> None:
-        """Remove what an interrupted run left unfinished."""
+        """Remove incomplete checkpoints of an interrupted run."""
         if self.collectives.rank == 0 and self.folder.is_dir():
-            whole = set(complete(self.folder))
+            finished = set(complete(self.folder))
             for path in [*self.folder.glob("step-*"), *self.folder.glob(".step-*.part")]:
-                if path not in whole:
+                if path not in finished:
                     shutil.rmtree(path)
         self.collectives.barrier()
 
@@ -167,9 +166,9 @@ class Checkpoints:
         Raises:
             CheckpointError: naming the manifest that cannot be read.
         """
-        whole = complete(self.folder)
-        # Rank 0's view is everybody's: shared file systems show a new folder to some nodes later than to others.
-        name = self.collectives.gather(whole[-1].name if whole else None)[0]
+        finished = complete(self.folder)
+        # Rank 0 decides: shared file systems show a new folder to some nodes later than to others.
+        name = self.collectives.gather(finished[-1].name if finished else None)[0]
         if name is None:
             return None
         try:
@@ -178,7 +177,7 @@ class Checkpoints:
             raise CheckpointError(f"{error}; {self._advice()}") from error
 
     def verify(self, checkpoint: Checkpoint) -> None:
-        """Check the size and SHA-256 of every file, the work shared among the workers.
+        """Check the size and SHA-256 of every file; the workers share the files.
 
         Raises:
             CheckpointError: at every worker, naming the first damaged or missing file and what to do.
@@ -195,18 +194,56 @@ class Checkpoints:
             raise CheckpointError(f"{found[0]}; {self._advice()}")
 
     def _advice(self) -> str:
-        whole = complete(self.folder)
-        before = f"to resume from {whole[-2].name}" if len(whole) > 1 else "to begin anew"
-        return f"remove the folder {whole[-1]} {before}"
+        finished = complete(self.folder)
+        before = f"to resume from {finished[-2].name}" if len(finished) > 1 else "to begin anew"
+        return f"remove the folder {finished[-1]} {before}"
 
 
-def _save(content: Any, path: Path, buffer: mmap.mmap) -> dict[str, Any]:
-    """``torch.save`` to the disc, flushed.
+class _HashingFile:
+    """A new file, and the size and SHA-256 of its content.
+
+    Attributes:
+        size: bytes written.
+        sha: their SHA-256.
+        error: of a failed write; ``torch.save`` replaces it with an error of its own.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.size, self.sha = 0, hashlib.sha256()
+        self.error: OSError | None = None
+        self._file = path.open("wb", buffering=2**20)
+
+    def write(self, content: Any) -> int:
+        """Append a buffer of bytes. Returns their number."""
+        try:
+            self._file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+        self.sha.update(content)
+        size = memoryview(content).nbytes
+        self.size += size
+        return size
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        """Flush to the disc."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+
+def _save(content: Any, path: Path) -> dict[str, Any]:
+    """``torch.save``, flushed to the disc.
 
     Raises:
         OSError: it cannot be written.
     """
-    file = Direct(path, buffer)
+    file = _HashingFile(path)
     try:
         with contextlib.closing(file):
             torch.save(content, file)  # type: ignore[arg-type]
@@ -219,6 +256,6 @@ def _save(content: Any, path: Path, buffer: mmap.mmap) -> dict[str, Any]:
 
 
 def _discard(folder: Path) -> None:
-    """Remove a checkpoint, its manifest first, so that a half-removed one does not exist."""
+    """Remove a checkpoint, its manifest first, so that a partly removed one is incomplete."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,1 +1,1 @@
-"""Where code runs: devices, random numbers, processes, workers."""
+"""Devices, random numbers, temporary folders, processes and workers."""

@@ -1,4 +1,4 @@
-"""The workers of one run as a group: what little they must tell one another beside gradients."""
+"""Collectives over the workers of a run for everything but gradients."""
 
 from typing import TypeVar
 
@@ -10,16 +10,16 @@ T = TypeVar("T")
 
 
 class Collectives:
-    """Collectives over all workers, on the CPU; with one worker each of them is the identity.
+    """Collectives over all workers, on the CPU; with one worker each is the identity.
 
     Args:
         rank: this worker.
-        world: how many there are. With more than one, ``torch.distributed`` must be initialised.
+        world: number of workers. With several, ``torch.distributed`` must be initialised.
     """
 
     def __init__(self, rank: int = 0, world: int = 1) -> None:
         self.rank, self.world = rank, world
-        # A gloo group of its own: bookkeeping never waits for, nor occupies, the accelerator.
+        # A gloo group of its own: these collectives neither wait for the accelerator nor occupy it.
         self._group = dist.new_group(backend="gloo") if world > 1 else None
 
     def barrier(self) -> None:
@@ -28,7 +28,7 @@ class Collectives:
             dist.barrier(group=self._group)
 
     def gather(self, value: T) -> list[T]:
-        """Every worker's ``value``, in the order of ranks, at every worker."""
+        """The ``value`` of every worker, in the order of ranks, at every worker."""
         if self.world == 1:
             return [value]
         values: list[T | None] = [None] * self.world
@@ -44,7 +44,7 @@ class Collectives:
         return values[0]
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over workers of a tensor of one shape, in float64 on the CPU."""
+        """The sum over workers of tensors of equal shape, in float64 on the CPU."""
         total = values.detach().to("cpu", torch.float64)
         if self.world > 1:
             total = total.clone()

@@ -1,4 +1,4 @@
-"""Which device and which precision a network computes with, and what must be known of them."""
+"""Devices and precisions, and settings of PyTorch for repeatable results."""
 
 import contextlib
 import os
@@ -7,41 +7,50 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mvhpc.config import choose
+from mvhpc.config import ConfigError, choose
+from mvhpc.runtime.cudnn import cudnn_fault
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when first used: what cuBLAS's equal bits ask for
-torch.backends.cuda.enable_cudnn_sdp(False)  # has no attention whose gradients are the same every time
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at first use; cuBLAS then repeats its bits
+torch.backends.cuda.enable_cudnn_sdp(False)  # its attention has no repeatable gradients
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """The type that matrix products are done in: as named, or for ``auto`` bfloat16 where the device is made for it.
+    """The type of matrix products: as named, or for ``auto`` bfloat16 where the device computes it faster.
 
-    On a CPU without bfloat16 instructions it would be slower than float32, not faster. So it is on those that Intel
-    made for AMX (Sapphire Rapids and later, told by their float16 instructions) where a virtual machine hides AMX: what
-    is left does two thirds of float32's operations a second (oneDNN 3, Emerald Rapids).
+    A CPU without bfloat16 instructions computes it slower than float32. So do Intel's CPUs with AMX (Sapphire Rapids
+    and later, which have float16 instructions) where a virtual machine hides AMX: their other bfloat16 instructions
+    reach two thirds of the rate of float32 (oneDNN 3, Emerald Rapids).
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, or bfloat16 with a faulty cuDNN (:func:`mvhpc.runtime.cudnn.cudnn_fault`).
     """
+    precision = _precision(name, device)
+    fault = cudnn_fault(torch.backends.cudnn.version()) if device.type == "cuda" else None
+    if fault is not None and precision is torch.bfloat16:
+        raise ConfigError(f"{fault}, or set compute.precision=float32")
+    return precision
+
+
+def _precision(name: str, device: torch.device) -> torch.dtype:
     choose(name, ("auto", *PRECISIONS), "compute.precision")
     if name != "auto":
         return PRECISIONS[name]
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # an older PyTorch cannot say
+        has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # an older PyTorch does not report them
         fast = has.get("amx_bf16", False) or (has.get("avx512_bf16", False) and not has.get("avx512_fp16", False))
     return torch.bfloat16 if fast else torch.float32
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called ``auto``, ``cpu`` or ``cuda``; ``auto`` is CUDA where there is some.
+    """The device ``auto``, ``cpu`` or ``cuda``; ``auto`` is CUDA where it is available.
 
     Raises:
         ConfigError: an unknown name.
-        RuntimeError: CUDA asked for where there is none.
+        RuntimeError: CUDA is requested and not available.
     """
     choose(name, ("auto", "cpu", "cuda"), "compute.device")
     available = torch.cuda.is_available()
@@ -54,8 +63,7 @@ def resolve_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
-    """In which gradients are the same, to the bit, every time: on a GPU those of attention would not be, whose parts
-    are added up in the order in which they are ready."""
+    """Gradients inside are bit-identical in every run. On a GPU those of attention are otherwise not."""
     if device.type != "cuda":
         yield
         return
@@ -68,8 +76,7 @@ def repeatable(device: torch.device) -> Iterator[None]:
 
 
 def send(x: Tensor, device: torch.device | str) -> Tensor:
-    """``x`` on a device. A GPU takes it when it comes to it, from memory that does not move: the host need not wait for
-    what the GPU still has to do, and prepares the next step meanwhile."""
+    """Copy ``x`` to a device; to a GPU from pinned memory, so that the host does not wait for the GPU's queue."""
     if torch.device(device).type != "cuda" or x.device.type != "cpu":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)

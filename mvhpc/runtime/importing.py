@@ -1,10 +1,10 @@
-"""What a name in a table or a job's settings stands for."""
+"""Import of objects that tables and jobs name."""
 
 import importlib
 from typing import Any
 
 
 def resolve(name: str) -> Any:
-    """What ``module:name`` is called; the module is imported now."""
+    """The object that ``module:name`` names; imports its module."""
     module, attribute = name.split(":")
     return getattr(importlib.import_module(module), attribute)

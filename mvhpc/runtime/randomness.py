@@ -1,7 +1,7 @@
-"""Random draws that depend on what they are for, not on when, where or beside what they are drawn.
+"""Random draws that are functions of their purpose.
 
-Noise for a sample comes from (seed, step, sample), so it is the same whatever the number of workers, the batch it
-sits in, or whether the run was interrupted.
+Noise for a sample is drawn from (seed, step, sample). It does not depend on the number of workers, on the batch of the
+sample, or on interruptions of the run.
 """
 
 import hashlib

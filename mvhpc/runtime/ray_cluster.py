@@ -1,7 +1,7 @@
-"""A training function run in this process (one worker) or by Ray Train workers (more). Nothing else imports Ray here.
+"""Runs a training function in this process (one worker) or in Ray Train workers (several).
 
-Everything Ray, DeepSpeed and torch print goes to ``FOLDER/logs/worker-RANK.log``; what stops a run comes back as one
-sentence that names the worker and its log. Nothing outlives :func:`launch`: no process, no temporary folder.
+All output of Ray, DeepSpeed and torch goes to ``FOLDER/logs/worker-RANK.log``. An error comes back as one sentence that
+names the worker and its log. No process and no temporary folder outlives :func:`launch`.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import os
 import secrets
 import shutil
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -21,17 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from mvhpc.config import Compute, ConfigError
-from mvhpc.runtime.bind_address import only_at
 from mvhpc.runtime.importing import resolve
-from mvhpc.runtime.scratch import scratch_folder
+from mvhpc.runtime.process_group import bind, connect
+from mvhpc.runtime.scratch import scratch_folder, temporary_folder
 from mvhpc.runtime.watchdog import STOP_FILE, Interrupted
 from shards.cpus import available_cores
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
-# What a worker sees when another one is gone; such a run is worth trying again.
-CONSEQUENCES = ("connection closed", "connection reset", "connection refused", "broken pipe", "nccl", "timed out")
+COLLECTIVE_TIMEOUT_S = 1800
+# Words in the errors that a worker raises because another one died; such a run is retried.
+PEER_FAILURES = ("connection closed", "connection reset", "connection refused", "broken pipe", "nccl", "timed out")
 
 
 class WorkerError(RuntimeError):
@@ -39,24 +40,23 @@ class WorkerError(RuntimeError):
 
 
 def launch(target: str, settings: Any, folder: Path, compute: Compute) -> dict[str, float]:
-    """Call ``target(settings, folder, rank, world)`` at each of ``compute.workers`` workers.
+    """Call ``target(settings, folder, rank, world)`` in each of ``compute.workers`` workers.
 
-    With one worker that is a plain call. With more, Ray Train starts them (on the cluster of ``RAY_ADDRESS`` where that
-    is set, else on this machine), sets up their process group, and after a worker was killed starts all of them again,
-    ``compute.retries`` times at most; the function is expected to resume by itself. An exception that the
-    function raises is not tried again.
+    With one worker this is a plain call. With several, Ray Train starts them on the cluster of ``RAY_ADDRESS`` or,
+    without one, on this machine. When a worker dies all of them are restarted, at most ``compute.retries`` times; the
+    function resumes by itself. An exception that the function raises is not retried.
 
     Args:
         target: ``module:function``, importable by workers.
-        settings: what it is given; pickled.
+        settings: its first argument; pickled.
         folder: the run folder, shared by all workers.
         compute: workers, threads, device, retries.
 
     Returns:
-        what rank 0 returned: names -> numbers.
+        the result of rank 0: names -> numbers.
 
     Raises:
-        WorkerError: with several workers. With one, whatever the function raises.
+        WorkerError: an error of one of several workers. With one worker the exception itself is raised.
         Interrupted: stopped on request.
         ConfigError: more workers than GPUs.
     """
@@ -72,10 +72,10 @@ def launch(target: str, settings: Any, folder: Path, compute: Compute) -> dict[s
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep what is freed instead of returning it to the kernel, where libc can.
+    """Let malloc keep freed memory instead of returning it to the kernel, where libc supports it.
 
-    Activations of volumes are megabytes each; fetched anew from the kernel at every step, zeroing their pages took a
-    fifth of the time of a training step on CPUs.
+    Activations of volumes take megabytes each. Fetched from the kernel at every step, zeroing their pages took a fifth
+    of a training step on CPUs.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
@@ -94,7 +94,7 @@ def _launch_ray(target: str, settings: Any, folder: Path, compute: Compute) -> d
     logs.mkdir(parents=True, exist_ok=True)
     for leftover in ("error.json", "result.json", "stopped.json"):
         (logs / leftover).unlink(missing_ok=True)
-    with ray_session(workers, logs), _scratch(folder) as storage:
+    with ray_session(workers, logs), _ray_folder(folder) as storage:
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
@@ -109,17 +109,18 @@ def _launch_ray(target: str, settings: Any, folder: Path, compute: Compute) -> d
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
             "OMP_NUM_THREADS": str(threads),
             **({} if gpus else {"DS_ACCELERATOR": "cpu"}),
-            **({} if "RAY_ADDRESS" in os.environ else only_at("127.0.0.1")),  # a cluster's nodes see to it themselves
             **{name: os.environ[name] for name in (STOP_FILE,) if name in os.environ},
         }
         trainer = TorchTrainer(
             _worker,
+            torch_config=_torch_config(),
             train_loop_config={
                 "target": target,
                 "settings": settings,
                 "folder": str(folder),
-                "place": str(Path.cwd()),  # the paths of a configuration may be relative to it
+                "working_directory": str(Path.cwd()),  # paths of a configuration may be relative
                 "threads": threads,
+                "backend": "nccl" if gpus else "gloo",
             },
             scaling_config=ScalingConfig(
                 num_workers=workers,
@@ -145,17 +146,17 @@ def _launch_ray(target: str, settings: Any, folder: Path, compute: Compute) -> d
 
 
 def _take(path: Path) -> Any:
-    """The content of a JSON file, which is gone afterwards."""
+    """Read a JSON file and remove it."""
     content = json.loads(path.read_text())
     path.unlink()
     return content
 
 
 @contextlib.contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    """Where Ray Train keeps its own notes: seen from all nodes, and gone afterwards."""
+def _ray_folder(folder: Path) -> Iterator[Path]:
+    """Folder for Ray Train's own state: visible from all nodes, removed afterwards."""
     path = folder / ".ray"
-    shutil.rmtree(path, ignore_errors=True)  # of a driver that was killed
+    shutil.rmtree(path, ignore_errors=True)  # left by a driver that was killed
     path.mkdir()
     try:
         yield path
@@ -164,39 +165,41 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 def _explain(error: Any, logs: Path) -> WorkerError:
-    """The sentence that says what stopped the run: an exception of the function, else a death that Ray saw."""
+    """The error that stopped the run: an exception of the function, else the death of a worker that Ray reports."""
     path = logs / "error.json"
     if path.is_file():
-        told = json.loads(path.read_text())
-        rank, what = told["rank"], told["error"].strip()
+        report = json.loads(path.read_text())
+        rank, reason = report["rank"], report["error"].strip()
     else:
         failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
         dead = {r: e for r, e in failures.items() if "Died" in type(e).__name__}
         rank, cause = min((dead or failures).items(), default=(0, error))
-        what = "died (killed, out of memory, or ended after a hang)" if dead else str(cause).strip().splitlines()[-1]
+        reason = (
+            "died (killed, out of memory, or ended by the watchdog)" if dead else str(cause).strip().splitlines()[-1]
+        )
     log = logs / f"worker-{rank}.log"
-    return WorkerError(f"worker {rank}: {what} (its log: {log})")
+    return WorkerError(f"worker {rank}: {reason} (its log: {log})")
 
 
 @contextlib.contextmanager
 def ray_session(workers: int, logs: Path) -> Iterator[None]:
-    """A connection to Ray: the cluster of ``RAY_ADDRESS``, or one of this machine for the time being.
+    """A connection to Ray: to the cluster of ``RAY_ADDRESS``, or to a temporary one on this machine.
 
-    All of this program's own sessions ask for one token: Ray keeps the first way of a process for its whole life.
+    The temporary sessions of one process share a token, since Ray keeps the first token of a process for its lifetime.
 
     Args:
-        workers: CPUs it has at least.
-        logs: folder that takes Ray's own logs where it fails.
+        workers: the least number of CPUs of a temporary cluster.
+        logs: folder that gets Ray's own logs after a failure.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # of Ray's own clusters; SLURM has its signals
-    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # idle ones, in another environment than is wanted
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default is 15: behind all else on the machine
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # SLURM signals preemption itself
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # they would have another environment
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 yields to every other process
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # "no other machine joins": it listens on loopback alone
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # no other machine joins: use loopback
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token())
     import ray
@@ -206,11 +209,10 @@ def ray_session(workers: int, logs: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         local: dict[str, Any] = {}
         if address is None:
-            temporary = tempfile.TemporaryDirectory(prefix="", dir=scratch_folder(), ignore_cleanup_errors=True)
             local = {
                 "num_cpus": max(workers, available_cores()),
                 "object_store_memory": 100 * 2**20,
-                "_temp_dir": stack.enter_context(temporary),
+                "_temp_dir": str(stack.enter_context(temporary_folder())),
             }
         try:
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
@@ -219,7 +221,7 @@ def ray_session(workers: int, logs: Path) -> Iterator[None]:
         except Interrupted:
             raise
         except BaseException:
-            if local and not (logs / "error.json").is_file():  # no fault of the function's: Ray's logs may say more
+            if local and not (logs / "error.json").is_file():  # not an error of the function: keep Ray's logs
                 for session in Path(local["_temp_dir"]).glob("session_latest/logs"):
                     shutil.copytree(session, logs / "ray", dirs_exist_ok=True)
             raise
@@ -230,9 +232,9 @@ def ray_session(workers: int, logs: Path) -> Iterator[None]:
 
 @functools.cache
 def _token() -> Path:
-    """A file with the secret that Ray's processes of this one ask of one another, for the life of this process.
+    """A file with the token that this process's Ray sessions require, for the lifetime of this process.
 
-    Without it any user of the machine could run code through Ray's ports.
+    Without it, any user of the machine could run code through Ray's ports.
     """
     path = scratch_folder() / "token"
     path.touch(mode=0o600)
@@ -240,52 +242,81 @@ def _token() -> Path:
     return path
 
 
+def _torch_config() -> Any:
+    """Ray Train's configuration for torch without its process group, whose store listens on every interface."""
+    from ray.train.backend import Backend
+    from ray.train.torch import TorchConfig
+
+    class NoProcessGroup(Backend):
+        share_cuda_visible_devices = True  # as Ray's own backend for torch
+
+    class WorkersConnect(TorchConfig):
+        @property
+        def backend_cls(self) -> type[Backend]:
+            return NoProcessGroup
+
+    return WorkersConnect()
+
+
 # --- the workers ---
 
 
 def _worker(settings: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
+    """The main function of each Ray Train worker."""
     import ray.train
 
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(context.get_local_rank())}
     folder = Path(settings["folder"])
     logs = folder / "logs"
-    os.chdir(settings["place"])
+    os.chdir(settings["working_directory"])
     if (logs / "error.json").is_file():
-        return  # the function itself failed; Ray starting everybody again would not help
+        return  # the function itself failed; a restart by Ray would not help
     _redirect(logs / f"worker-{rank}.log")
     torch.set_num_threads(settings["threads"])
     keep_freed_memory()
     try:
+        _connect(rank, world, settings["backend"])
         result = resolve(settings["target"])(settings["settings"], folder, rank, world)
-    except Interrupted as error:  # no failure, which Ray would try again
+    except Interrupted as error:  # not a failure, which Ray would retry
         _write_once(logs / "stopped.json", str(error))
         return
     except Exception as error:
         traceback.print_exc()
-        if not any(word in str(error).lower() for word in CONSEQUENCES):
+        if not any(word in str(error).lower() for word in PEER_FAILURES):
             _write_once(logs / "error.json", {"rank": rank, "error": "".join(traceback.format_exception_only(error))})
         raise
     if rank == 0:
         _write_once(logs / "result.json", result)
+    dist.destroy_process_group()
+
+
+def _connect(rank: int, world: int, backend: str) -> None:
+    """Initialise the process group, with its store on the address that Ray uses for rank 0's node."""
+    import ray.util
+    from ray.train.collective import broadcast_from_rank_zero
+
+    listener = bind(ray.util.get_node_ip_address()) if rank == 0 else None
+    host, port = broadcast_from_rank_zero(listener.getsockname()[:2] if listener is not None else ("", 0))
+    connect(backend, host, port, rank, world, COLLECTIVE_TIMEOUT_S, listener)
 
 
 def _redirect(log: Path) -> None:
-    """Send all this process prints, from Python or below it, to ``log``."""
+    """Send all output of this process, also of its native libraries, to ``log``."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
         stream.flush()
         os.dup2(descriptor, number)
     os.close(descriptor)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 for the life of the process
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 for the lifetime of the process
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     logging.basicConfig(level=logging.WARNING, force=True, stream=sys.stderr)
     print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} process {os.getpid()}", flush=True)
 
 
 def _write_once(path: Path, content: Any) -> None:
-    """Write JSON whole, unless another worker was first."""
+    """Write JSON atomically, unless the file exists."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(json.dumps(content))
     with contextlib.suppress(FileExistsError):

@@ -1,4 +1,4 @@
-"""What watches over a run from within: a file that asks it to stop, and a clock that ends it where it hangs."""
+"""Stopping a run from outside (a stop file), and ending it when it hangs (a watchdog timer)."""
 
 import contextlib
 import faulthandler
@@ -8,24 +8,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STOP_FILE = "MVHPC_STOP_FILE"  # environment variable
-PERIOD_S = 1.0  # between polls, about
+PERIOD_S = 1.0  # seconds between polls, approximately
 
 
 class Interrupted(RuntimeError):
-    """A stage stopped on request, its state in a checkpoint; the same command goes on from there."""
+    """A stage stopped on request after it wrote a checkpoint; the same command resumes it."""
 
 
 def stop_requested() -> bool:
-    """Whether the file that ``MVHPC_STOP_FILE`` names is there."""
+    """Whether the file that ``MVHPC_STOP_FILE`` names exists."""
     name = os.environ.get(STOP_FILE)
     return bool(name) and Path(str(name)).exists()
 
 
-class Pace:
-    """Every how many steps the workers talk, so that it is about once a second.
+class PollInterval:
+    """After how many steps the workers exchange their states, so that they do about once a second.
 
     Attributes:
-        next: the step after which they do.
+        next: the step after which they do so next.
     """
 
     def __init__(self, start: int) -> None:
@@ -33,34 +33,34 @@ class Pace:
         self._done, self._mark = start, time.monotonic()
 
     def suggest(self, done: int) -> int:
-        """Steps until the next poll, as this worker sees it after ``done`` steps."""
+        """Steps until the next poll, from the rate of this worker up to step ``done``."""
         now = time.monotonic()
         rate = (done - self._done) / max(now - self._mark, 1e-3)
         self._done, self._mark = done, now
         return max(1, round(rate * PERIOD_S))
 
 
-class Watch:
-    """Writes the stacks of all threads to standard error and ends the process once it has hung for too long.
+class Watchdog:
+    """Writes the stacks of all threads to standard error and ends the process when it has not been reset in time.
 
-    Done by a thread of its own below Python, so that a call that never returns does not stop it. Whoever started the
-    process starts it anew.
+    A thread of :mod:`faulthandler` does so without the interpreter, hence also when a call never returns. The launcher
+    restarts the process.
 
     Args:
-        minutes: without :meth:`arm`; 0 for never.
+        minutes: between two calls of :meth:`arm`; 0 turns it off.
     """
 
     def __init__(self, minutes: float) -> None:
         self._seconds = 60 * minutes
 
     def arm(self) -> None:
-        """Begin to count anew."""
+        """Start, or reset, the timer."""
         if self._seconds > 0:
             faulthandler.dump_traceback_later(self._seconds, exit=True, file=2)
 
     @contextlib.contextmanager
     def armed(self) -> Iterator[None]:
-        """Counting while inside."""
+        """The timer runs inside."""
         self.arm()
         try:
             yield
@@ -69,7 +69,7 @@ class Watch:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Not counting while inside; counting anew afterwards."""
+        """The timer is off inside, and is reset afterwards."""
         faulthandler.cancel_dump_traceback_later()
         yield
         self.arm()

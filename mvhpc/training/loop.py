@@ -1,9 +1,9 @@
-"""The training loop: what every stage that trains networks shares.
+"""The training loop, shared by all stages that train networks.
 
-Every quantity that decides the weights is a pure function of the configuration and the step: the samples of a batch
-(:class:`shards.order.Order`), their noise (drawn from seed, step and sample by the task), the learning rate. Hence a
-run that was stopped and resumed ends with the same bits as one that was not, and the number of workers changes
-nothing but the order of floating-point sums.
+Everything that determines the weights is a pure function of the configuration and the step: the samples of a batch
+(:class:`shards.order.Order`), their noise (drawn by the task from seed, step and sample), the learning rate. A run that
+was stopped and resumed therefore ends with the same bits as one that was not, and the number of workers changes only
+the order of floating-point sums.
 """
 
 import contextlib
@@ -28,32 +28,33 @@ from mvhpc.runs.journal import Journal
 from mvhpc.runtime.collectives import Collectives
 from mvhpc.runtime.devices import resolve_device, send
 from mvhpc.runtime.randomness import generator
-from mvhpc.runtime.watchdog import Interrupted, Pace, Watch, stop_requested
+from mvhpc.runtime.watchdog import Interrupted, PollInterval, Watchdog, stop_requested
 from mvhpc.training.best import Best
 from mvhpc.training.engines.base import Engine, learning_rate
 from mvhpc.training.engines.make import make_engine
-from mvhpc.training.metrics import Clock, Diverged, Meter, Skips, peak
+from mvhpc.training.metrics import Diverged, MetricMeans, SkippedUpdates, Stopwatch, peak_tflops
 from mvhpc.training.task import Config, Task, micro_batch
 from mvhpc.training.validation import validate
 from shards.order import Order, prefetch
 
-INSIST_S = 300.0  # how long the last checkpoint is tried again where it cannot be written
-RETRY_S = 5.0  # between two attempts
+RETRY_FOR_S = 300.0  # how long writing a checkpoint that a run needs is tried again
+RETRY_EVERY_S = 5.0
 
 
 def train(task: Task, config: Config, folder: Path, rank: int = 0, world: int = 1) -> dict[str, float]:
     """Train ``task`` to the end, from its newest checkpoint in ``folder`` where there is one.
 
     Writes ``folder/checkpoints``, ``folder/model`` (the best validation, by ``task.export``), ``folder/figures`` and
-    the journal. Where an update would not be finite it is left out; after several in a row training goes back to its
-    newest checkpoint, once for each place. Storage that cannot be written for a while costs checkpoints, not the run.
-    The file of ``MVHPC_STOP_FILE`` stops it. A checkpoint of any number of workers and any ZeRO stage is taken up.
+    the journal. An update that is not finite is skipped; after several consecutive ones training goes back to its
+    newest checkpoint, once per place. While storage cannot be written, checkpoints are missing but training goes on.
+    It stops when the file of ``MVHPC_STOP_FILE`` appears. A checkpoint of any number of workers and any ZeRO stage
+    can be resumed.
 
-    A run that was finished before returns its summary at once. A finished run with a constant schedule
-    goes on when ``training.epochs`` is raised.
+    A finished run returns its summary at once. A finished run with a constant schedule continues when
+    ``training.epochs`` is raised.
 
     Args:
-        task: what is trained.
+        task: networks, data and one step of training.
         config: its ``optimizer``, ``training`` and ``compute``.
         folder: the run folder, the same for all workers.
         rank: this worker.
@@ -66,8 +67,8 @@ def train(task: Task, config: Config, folder: Path, rank: int = 0, world: int = 
     Raises:
         ConfigError: a batch that does not divide evenly, or a configuration that is not the checkpoint's.
         CheckpointError: a damaged checkpoint, or one that cannot be written at the end.
-        FloatingPointError: gradients that are not finite or explode, step after step, also after going back.
-        Interrupted: stopped on request, a checkpoint written.
+        FloatingPointError: gradients of consecutive steps are not finite or explode, again after going back.
+        Interrupted: stopped on request, after a checkpoint was written.
     """
     return _Run(task, config, folder, Collectives(rank, world)).train()
 
@@ -80,15 +81,15 @@ class _Run:
         training = self.training = config.training
         self.micro_batch = micro_batch(training, collectives.world)
         if task.samples < 1:
-            raise ValueError("there is not a single training sample; look at the split of the data")
+            raise ValueError("there are no training samples; check the split of the data")
         self.order = Order(task.samples, training.batch, training.seed)
         self.total = training.epochs * self.order.steps_per_epoch
         self.device = resolve_device(config.compute.device)
         self.journal = Journal(folder) if collectives.rank == 0 else None
         self.checkpoints = Checkpoints(folder / "checkpoints", training.keep, collectives)
-        self.meter, self.skips = Meter(collectives), Skips()
-        self.watch = Watch(config.compute.hang_minutes)
-        self.clock = Clock()
+        self.means, self.skipped = MetricMeans(collectives), SkippedUpdates()
+        self.watchdog = Watchdog(config.compute.hang_minutes)
+        self.stopwatch = Stopwatch()
         self.engines: dict[str, Engine] = {}
 
     def train(self) -> dict[str, float]:
@@ -101,7 +102,7 @@ class _Run:
                     return dict(checkpoint.state["summary"])
             self._build()
             start = self._resume(checkpoint)
-            with self.watch.armed():
+            with self.watchdog.armed():
                 self._attempts(start)
             self._write("end", step=self.total)
             return self._summary()
@@ -112,7 +113,7 @@ class _Run:
                 module,
                 self.task.learning_rates[name],
                 self.config.optimizer,
-                self.config.compute if name == self.task.best else self._beside(),
+                self.config.compute if name == self.task.best else self._auxiliary_compute(),
                 getattr(self.config, "ema", None) if name == self.task.averaged else None,
                 self.training.accumulate,
                 self.micro_batch,
@@ -120,14 +121,14 @@ class _Run:
             )
         self.best = Best(self.task, self.engines[self.task.best], self.folder, self.collectives)
 
-    def _beside(self) -> Compute:
-        """Networks beside the exported one, critics, stay whole: `Engine.frozen` needs all their weights."""
+    def _auxiliary_compute(self) -> Compute:
+        """The settings of networks that are not exported: without ZeRO-3, since `Engine.frozen` needs all weights."""
         compute = self.config.compute
         return dataclasses.replace(compute, zero_stage=min(compute.zero_stage, 2))
 
     def _attempts(self, start: int) -> None:
-        """All steps, going back once from each place where the gradients are lost."""
-        lost: set[int] = set()
+        """All steps; goes back to the newest checkpoint once for each place where training diverges."""
+        diverged: set[int] = set()
         while True:
             self._write("start", step=start, total=self.total)
             try:
@@ -135,70 +136,72 @@ class _Run:
             except Diverged as error:
                 self._warn(start, self.checkpoints.finish())
                 checkpoint = self.checkpoints.latest()
-                if error.first in lost or checkpoint is None:
+                if error.first in diverged or checkpoint is None:
                     raise
-                lost.add(error.first)
-                with self.watch.paused():
+                diverged.add(error.first)
+                with self.watchdog.paused():
                     start = self._resume(checkpoint)
-                self._warn(start, f"{error.what}; training goes back to step {start}")
+                self._warn(start, f"{error.reason}; training goes back to step {start}")
 
     # --- steps ---
 
     def _steps(self, start: int) -> None:
         training, epoch = self.training, self.order.steps_per_epoch
-        self.clock = Clock(self.clock.seconds)  # building the networks was no training
-        self.pace = Pace(start)
+        self.stopwatch = Stopwatch(self.stopwatch.seconds)  # building the networks does not count
+        self.poll_interval = PollInterval(start)
         with contextlib.closing(self._batches(start)) as batches:
             for step in range(start, self.total):
                 self._step(step, batches)
                 done = step + 1
                 last = done == self.total
-                stop = done >= self.pace.next and self._poll(done) and not last
+                stop = done >= self.poll_interval.next and self._poll(done) and not last
                 if done % training.log_every == 0 or last:
                     self._log(done)
                 improved = False
                 if last or done % (training.validate_every * epoch) == 0:
-                    with self._aside():
+                    with self._not_training():
                         improved = self._validate(done)
                 if last or stop or improved or done % training.checkpoint_every == 0:
-                    with self._aside():
-                        self._checkpoint(done, insist=last or stop)
+                    with self._not_training():
+                        self._checkpoint(done, required=last or stop)
                 if stop:
                     self._write("stopped", step=done)
-                    raise Interrupted(f"stopped on request after step {done} of {self.total}; run it again to go on")
+                    raise Interrupted(f"stopped on request after step {done} of {self.total}; run it again to continue")
 
     def _step(self, step: int, batches: Generator[tuple[list[int], dict[str, Any]]]) -> None:
         for name, engine in self.engines.items():
             base = self.task.learning_rates[name]
             engine.set_learning_rate(learning_rate(step, self.total, base, self.config.optimizer))
-        # Layers such as dropout draw from the global state: seeded anew, they too depend on the step alone.
+        # Layers such as dropout draw from the global generator; seeded here, they too depend on the step alone.
         torch.manual_seed(generator(self.training.seed, "step", step, self.collectives.rank).initial_seed())
         scalars = []
         for _ in range(self.training.accumulate):
-            with self.clock.waiting():
+            with self.stopwatch.waiting():
                 indices, batch = next(batches)
             batch = tree_map_only(Tensor, lambda x: send(x, self.device), batch)
             scalars.append(self.task.step(batch, self.engines, step, indices))
         skipped = torch.stack([engine.skipped for engine in self.engines.values()]).amax()
-        self.skips.add(step, skipped)
-        for of_micro_batch in scalars:
-            self.meter.add(of_micro_batch, skipped)
-        self.clock.tick()
+        self.skipped.add(step, skipped)
+        for micro_batch_scalars in scalars:
+            self.means.add(micro_batch_scalars, skipped)
+        self.stopwatch.tick()
 
     @contextlib.contextmanager
-    def _aside(self) -> Generator[None]:
-        """What is done inside is no training: it may take long, and its time does not count."""
-        with self.clock.stopped(), self.watch.paused():
+    def _not_training(self) -> Generator[None]:
+        """Neither the stopwatch nor the watchdog counts the time inside."""
+        with self.stopwatch.stopped(), self.watchdog.paused():
             yield
 
     def _poll(self, done: int) -> bool:
-        """What the workers agree on about once a second; whether to stop after ``done`` steps."""
-        self.watch.arm()
-        said = self.collectives.gather((stop_requested(), self.checkpoints.report(), self.pace.suggest(done)))
-        self._warn(done, self.checkpoints.settle([report for _, report, _ in said]))
-        self.pace.next = done + said[0][2]
-        self.skips.collect()
-        return any(stop for stop, _, _ in said)
+        """Exchange the workers' states, about once a second. Returns whether to stop after ``done`` steps."""
+        self.watchdog.arm()
+        states = self.collectives.gather(
+            (stop_requested(), self.checkpoints.report(), self.poll_interval.suggest(done))
+        )
+        self._warn(done, self.checkpoints.settle([report for _, report, _ in states]))
+        self.poll_interval.next = done + states[0][2]
+        self.skipped.collect()
+        return any(stop for stop, _, _ in states)
 
     def _batches(self, start: int) -> Generator[tuple[list[int], dict[str, Any]]]:
         accumulate = self.training.accumulate
@@ -212,23 +215,23 @@ class _Run:
         yield from prefetch(load, range(start * accumulate, self.total * accumulate))
 
     def _log(self, step: int) -> None:
-        self.skips.collect()
-        metrics = {f"train/{name}": value for name, value in self.meter.mean().items()}
+        self.skipped.collect()
+        metrics = {f"train/{name}": value for name, value in self.means.mean().items()}
         for name, engine in self.engines.items():
             suffix = "" if name == self.task.best else f"_{name}"
             norm = float(engine.grad_norm)
             metrics |= {f"train/grad_norm{suffix}": norm} if math.isfinite(norm) and norm >= 0 else {}
             base = self.task.learning_rates[name]
             metrics[f"train/lr{suffix}"] = learning_rate(step - 1, self.total, base, self.config.optimizer)
-        metrics["train/skipped_steps"] = float(self.skips.total)
-        metrics |= self.clock.interval(self.training.batch)
-        # Of the exported network alone; a backward pass costs two forward passes.
+        metrics["train/skipped_steps"] = float(self.skipped.total)
+        metrics |= self.stopwatch.interval(self.training.batch)
+        # Of the exported network alone; a backward pass costs as much as two forward passes.
         flops = 3 * self.engines[self.task.best].flops / self.micro_batch
         metrics["system/model_tflops"] = flops * metrics["system/samples_per_second"] / 1e12
-        most = peak(self.device) if self.config.compute.precision != "float32" else None
-        if most is not None:
-            share = metrics["system/model_tflops"] / (most * self.collectives.world)
-            metrics["system/utilisation_percent"] = 100 * share
+        peak = peak_tflops(self.device) if self.config.compute.precision != "float32" else None
+        if peak is not None:
+            utilisation = metrics["system/model_tflops"] / (peak * self.collectives.world)
+            metrics["system/utilisation_percent"] = 100 * utilisation
         metrics["system/memory_gib"] = psutil.Process().memory_info().rss / 2**30
         if self.device.type == "cuda":
             metrics["system/gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
@@ -237,8 +240,8 @@ class _Run:
     # --- validation ---
 
     def _validate(self, step: int) -> bool:
-        """Validate, and export what is better than all before; whether it was."""
-        self.meter.collect()
+        """Validate, and export an improvement. Returns whether there was one."""
+        self.means.collect()
         with contextlib.ExitStack() as stack:
             for engine in self.engines.values():
                 stack.enter_context(engine.evaluating())
@@ -267,63 +270,65 @@ class _Run:
 
     # --- checkpoints ---
 
-    def _checkpoint(self, step: int, insist: bool) -> None:
-        """Begin a checkpoint, and where ``insist`` wait until it is there. It implies that the model is exported.
+    def _checkpoint(self, step: int, required: bool) -> None:
+        """Begin a checkpoint; where it is ``required``, wait for it and retry. The model is exported before it.
 
         Raises:
-            CheckpointError: it cannot be written for too long.
+            CheckpointError: it is required and could not be written for :data:`RETRY_FOR_S` seconds.
         """
-        self.meter.collect()
-        self.skips.collect()
-        if self.skips.streak and not insist:
-            return  # a run that is about to go back goes back to before it all
+        self.means.collect()
+        self.skipped.collect()
+        if self.skipped.consecutive and not required:
+            return  # the run may be about to go back, and then has to go back to before the first skipped update
         files = {
             f"{name}/{file}": content
             for name, engine in self.engines.items()
             for file, content in engine.snapshot().items()
         }
-        state, end = self._state(step), time.monotonic() + INSIST_S
+        state, end = self._state(step), time.monotonic() + RETRY_FOR_S
         while True:
             warning = self.best.write()
             if warning is None:
                 before = self.checkpoints.begin(step, files, state, self.best.step)
                 self._warn(step, before)
-                warning = self.checkpoints.finish() if insist else None
+                warning = self.checkpoints.finish() if required else None
             self._warn(step, warning)
-            if warning is None or not insist:
+            if warning is None or not required:
                 return
             if self.collectives.share(time.monotonic() > end):
-                raise CheckpointError(f"{warning}; free or mend the storage and run it again, from the last checkpoint")
-            time.sleep(RETRY_S)
+                raise CheckpointError(
+                    f"{warning}; free or repair the storage and run it again; it resumes from its last checkpoint"
+                )
+            time.sleep(RETRY_EVERY_S)
 
     def _state(self, step: int) -> dict[str, Any]:
         return {
             "configuration": flatten(self.config),
             "layouts": {name: engine.layout for name, engine in self.engines.items()},
             "best": self.best.metrics,
-            "seconds": self.clock.seconds,
-            "meter": self.meter.state(),
-            "skips": self.skips.state(),
+            "seconds": self.stopwatch.seconds,
+            "means": self.means.state(),
+            "skipped": self.skipped.state(),
             "summary": self._summary() if step == self.total else None,
         }
 
     def _resume(self, checkpoint: Checkpoint | None) -> int:
-        """Take up a checkpoint; the steps done by then."""
+        """Load a checkpoint. Returns the number of steps done before it."""
         if checkpoint is None:
             return 0
         self.checkpoints.verify(checkpoint)
         for name, engine in self.engines.items():
             engine.load(checkpoint.folder / name, checkpoint.state["layouts"][name])
         self.best.restore(checkpoint.state["best"])
-        self.clock = Clock(checkpoint.state["seconds"])
-        self.meter.restore(checkpoint.state["meter"])
-        self.skips.restore(checkpoint.state["skips"])
+        self.stopwatch = Stopwatch(checkpoint.state["seconds"])
+        self.means.restore(checkpoint.state["means"])
+        self.skipped.restore(checkpoint.state["skipped"])
         return checkpoint.step
 
-    # --- words ---
+    # --- journal ---
 
     def _summary(self) -> dict[str, float]:
-        rate = self.total * self.training.batch / max(self.clock.seconds, 1e-9)
+        rate = self.total * self.training.batch / max(self.stopwatch.seconds, 1e-9)
         return {**self.best.metrics, "steps": self.total, "system/samples_per_second": rate}
 
     def _write(self, event: str, **fields: Any) -> None:
@@ -331,7 +336,7 @@ class _Run:
             self.journal.write(event, **fields)
 
     def _warn(self, step: int, text: str | None) -> None:
-        """Say what went wrong and was survived."""
+        """Record a problem that training survives."""
         if text is not None and self.collectives.rank == 0:
             self._write("warning", step=step, text=text)
             logging.getLogger(__name__).warning("step %d: %s", step, text)

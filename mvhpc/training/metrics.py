@@ -1,4 +1,4 @@
-"""What the training loop measures: means of scalars over steps and workers, and where the time goes."""
+"""Metrics of the training loop: means over steps and workers, skipped updates, throughput."""
 
 import contextlib
 import math
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mvhpc.runtime.collectives import Collectives
 
-PATIENCE = 5  # updates left out in a row
+MAX_SKIPPED = 5  # consecutive updates
 # Dense bfloat16 TFLOP/s by name of the GPU (NVIDIA's data sheets), the longer names first.
 PEAKS = {
     "H100 PCIe": 756.0,
@@ -25,54 +25,54 @@ PEAKS = {
     "A40": 150.0,
     "RTX 4090": 165.0,
 }
-ADVICE = "lower optimizer.lr, lengthen optimizer.warmup or set optimizer.clip; the checkpoints were written before it"
+ADVICE = "lower optimizer.lr, lengthen optimizer.warmup or set optimizer.clip; the checkpoints are from before"
 
 
 class Diverged(FloatingPointError):
-    """Updates were left out :data:`PATIENCE` times in a row.
+    """:data:`MAX_SKIPPED` consecutive updates were skipped.
 
     Args:
-        first: step (from 0) of the first of them.
+        first: step (from 0) of the first one.
 
     Attributes:
-        what: the message without advice.
+        reason: the message without advice.
     """
 
     def __init__(self, first: int) -> None:
         self.first = first
-        self.what = f"the gradients of steps {first + 1} to {first + PATIENCE} are not finite or explode"
-        super().__init__(f"{self.what}; {ADVICE}")
+        self.reason = f"the gradients of steps {first + 1} to {first + MAX_SKIPPED} are not finite or explode"
+        super().__init__(f"{self.reason}; {ADVICE}")
 
 
-def peak(device: torch.device) -> float | None:
-    """TFLOP/s that a device reaches at most in bfloat16; None where that is not known."""
+def peak_tflops(device: torch.device) -> float | None:
+    """The peak of a device in dense bfloat16, in TFLOP/s; None where it is unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     return next((value for part, value in PEAKS.items() if part in name), None)
 
 
-class Skips:
-    """The updates that engines left out; like the scalars of :class:`Meter` they stay on their device for a while.
+class SkippedUpdates:
+    """Counts the updates that engines skipped. The flags stay on their device until :meth:`collect`.
 
     Attributes:
-        total: how many steps had one.
-        streak: how many of the last steps had one, one after another.
+        total: steps with a skipped update.
+        consecutive: how many of these are the last steps, without a gap.
     """
 
     def __init__(self) -> None:
-        self.total = self.streak = 0
+        self.total = self.consecutive = 0
         self._pending: list[tuple[int, Tensor]] = []
 
     def add(self, step: int, skipped: Tensor) -> None:
-        """Take in whether an engine left out its update in ``step`` (from 0): 1 or 0."""
+        """Add the flag of ``step`` (from 0): 1 where an engine skipped its update, else 0."""
         self._pending.append((step, skipped))
 
     def collect(self) -> None:
-        """Bring in what is still on the devices.
+        """Count the flags that are still on the devices.
 
         Raises:
-            Diverged: at every worker, since they all leave out the same updates.
+            Diverged: at every worker, since all of them skip the same updates.
         """
         if not self._pending:
             return
@@ -81,25 +81,25 @@ class Skips:
         self._pending.clear()
         for step, flag in zip(steps, skipped, strict=True):
             self.total += int(flag)
-            self.streak = self.streak + 1 if flag else 0
-            if self.streak == PATIENCE:
-                raise Diverged(step + 1 - PATIENCE)
+            self.consecutive = self.consecutive + 1 if flag else 0
+            if self.consecutive == MAX_SKIPPED:
+                raise Diverged(step + 1 - MAX_SKIPPED)
 
     def state(self) -> dict[str, int]:
-        """What a checkpoint must hold; :meth:`collect` first."""
-        return {"total": self.total, "streak": self.streak}
+        """The state for a checkpoint; call :meth:`collect` before."""
+        return {"total": self.total, "consecutive": self.consecutive}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Take up what :meth:`state` gave."""
-        self.total, self.streak = state["total"], state["streak"]
+        """Restore what :meth:`state` returned."""
+        self.total, self.consecutive = state["total"], state["consecutive"]
         self._pending.clear()
 
 
-class Meter:
-    """Means of the scalars of each step, over the steps since the last mean and over all workers.
+class MetricMeans:
+    """Means of the scalars of a step over all workers and over the steps since the last call of :meth:`mean`.
 
-    A step whose update was left out does not count, nor does a value that is not finite.
-    Scalars stay on their device until :meth:`collect`, so that a step never waits for them.
+    Steps whose update was skipped and values that are not finite do not count. Scalars stay on their device until
+    :meth:`collect`, so that a step never waits for them.
     """
 
     def __init__(self, collectives: Collectives) -> None:
@@ -108,14 +108,14 @@ class Meter:
         self._sums: dict[str, list[float]] = {}  # name -> [sum, count]
 
     def add(self, scalars: dict[str, Tensor], skipped: Tensor) -> None:
-        """Take in the scalars of a micro-batch; they do not count where ``skipped`` is 1."""
+        """Add the scalars of a micro-batch; they do not count where ``skipped`` is 1."""
         if scalars:
             values = torch.stack([value.detach().double().reshape(()) for value in scalars.values()])
             values = torch.where(skipped > 0, torch.nan, values)
             self._pending.append((list(scalars), values))
 
     def collect(self) -> None:
-        """Bring in what is still on the devices. Collective."""
+        """Add the values that are still on the devices. Collective."""
         if not self._pending:
             return
         values = self._collectives.sum(torch.cat([v for _, v in self._pending])) / self._collectives.world
@@ -136,20 +136,20 @@ class Meter:
         return means
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold for the next mean to come out the same; :meth:`collect` first."""
+        """The state for a checkpoint; call :meth:`collect` before."""
         return {name: list(pair) for name, pair in self._sums.items()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up what :meth:`state` gave."""
+        """Restore what :meth:`state` returned."""
         self._sums = {name: list(pair) for name, pair in state.items()}
         self._pending.clear()
 
 
-class Clock:
-    """Time spent on steps, and within it on waiting for data; validation and checkpoints do not count.
+class Stopwatch:
+    """Time spent on steps, and the part of it spent on waiting for data; validation and checkpoints do not count.
 
     Attributes:
-        seconds: spent on steps since the run began, over all attempts.
+        seconds: spent on steps since the run began, all attempts together.
     """
 
     def __init__(self, seconds: float = 0.0) -> None:
@@ -179,7 +179,7 @@ class Clock:
         self._waited += time.perf_counter() - start
 
     def tick(self) -> None:
-        """A step is done."""
+        """Count a step."""
         self._steps += 1
 
     def interval(self, batch: int) -> dict[str, float]:

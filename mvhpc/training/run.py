@@ -1,4 +1,4 @@
-"""Training as a stage: from the driver to every worker."""
+"""Runs the training of a task in its workers."""
 
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ def run_training(task: str, config: Any, run: Run) -> dict[str, float]:
 
     Args:
         task: ``module:class`` of a :class:`mvhpc.training.task.Task`.
-        config: of the stage.
+        config: configuration of the stage.
         run: its run folder.
 
     Returns:
-        the best validation's metrics, steps and samples per second.
+        metrics of the best validation, number of steps, samples per second.
 
     Raises:
-        ConfigError: a configuration or data that the task refuses; before anything is started.
+        ConfigError: the task refuses the configuration or data; raised before anything starts.
     """
     resolve(task).check(config)
     return launch("mvhpc.training.run:train_worker", (task, config), run.folder, config.compute)

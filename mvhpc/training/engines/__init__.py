@@ -1,1 +1,1 @@
-"""A network with its optimiser: in one process, or spread over workers by DeepSpeed."""
+"""A network with its optimiser: in one process, or distributed over workers by DeepSpeed."""

@@ -1,7 +1,7 @@
-"""A network with its optimiser and the running average of its weights, in one process or spread over workers.
+"""A network with its optimiser and the moving average of its weights, in one process or distributed over workers.
 
-Both engines keep the weights in float32; ``precision: bfloat16`` computes in bfloat16 under autocast and returns
-float32, the same way with one worker or many.
+Both engines keep the weights in float32. With ``precision: bfloat16`` they compute in bfloat16 under autocast and
+return float32.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from mvhpc.models.kernels.cpu_conv3d import mend_convolutions
 from mvhpc.runtime.devices import resolve_precision
 
 SCHEDULES = ("constant", "cosine")
-SPIKE = 1000.0  # times the largest gradient norm of late: a gradient that would undo what was learnt
-SETTLED = 100  # updates before a norm can be called a spike
-MEMORY = 0.99  # per update, of the largest norm of late
+SPIKE_FACTOR = 1000.0  # times the largest recent gradient norm; a larger gradient is not applied
+SPIKE_AFTER = 100  # updates; earlier norms are never spikes
+NORM_DECAY = 0.99  # of the largest recent norm, per update
 
 
 def learning_rate(step: int, total: int, base: float, optimizer: Optimizer) -> float:
@@ -36,8 +36,8 @@ def learning_rate(step: int, total: int, base: float, optimizer: Optimizer) -> f
     Args:
         step: 0 to total - 1.
         total: steps of the whole run.
-        base: the network's largest rate.
-        optimizer: its ``warmup`` and ``schedule``.
+        base: the largest rate of the network.
+        optimizer: ``warmup`` and ``schedule`` are read.
     """
     if step < optimizer.warmup:
         return base * (step + 1) / optimizer.warmup
@@ -50,10 +50,10 @@ def learning_rate(step: int, total: int, base: float, optimizer: Optimizer) -> f
 class Average:
     """Exponential moving average of weights: a <- d a + (1 - d) w with d = min(decay, (1 + s) / (10 + s)) at update s.
 
-    The growing decay (as in TensorFlow's ExponentialMovingAverage) forgets the initial weights quickly.
+    The decay grows, as in TensorFlow's ExponentialMovingAverage, so that the initial weights vanish quickly.
 
     Args:
-        weights: the live float32 tensors that are averaged; on ZeRO-3 this worker's partitions of them.
+        weights: the float32 tensors that are averaged; under ZeRO-3 this worker's partitions.
         decay: in [0, 1).
     """
 
@@ -64,7 +64,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, s: int) -> None:
-        """Take in the present weights, as update number ``s`` (from 0)."""
+        """Add the present weights, as update number ``s`` (from 0)."""
         d = min(self.decay, (1 + s) / (10 + s))
         torch._foreach_lerp_(self.values, [w.detach() for w in self.weights], 1 - d)
 
@@ -77,19 +77,19 @@ class Average:
             value.copy_(live)
 
     def flat(self) -> Tensor:
-        """A copy in host memory, one value after another: a file of one tensor is written sooner than of hundreds."""
-        whole = torch.empty(sum(value.numel() for value in self.values))
-        for piece, value in zip(self._pieces(whole), self.values, strict=True):
+        """A copy in host memory as one flat tensor, which is written faster than hundreds of tensors."""
+        flat = torch.empty(sum(value.numel() for value in self.values))
+        for piece, value in zip(self._pieces(flat), self.values, strict=True):
             piece.copy_(value)
-        return whole
+        return flat
 
-    def restore(self, whole: Tensor) -> None:
-        """Take up what :meth:`flat` gave."""
-        for piece, value in zip(self._pieces(whole), self.values, strict=True):
+    def restore(self, flat: Tensor) -> None:
+        """Restore what :meth:`flat` returned."""
+        for piece, value in zip(self._pieces(flat), self.values, strict=True):
             value.copy_(piece)
 
-    def _pieces(self, whole: Tensor) -> list[Tensor]:
-        pieces = whole.split([value.numel() for value in self.values])
+    def _pieces(self, flat: Tensor) -> list[Tensor]:
+        pieces = flat.split([value.numel() for value in self.values])
         return [piece.view(value.shape) for piece, value in zip(pieces, self.values, strict=True)]
 
 
@@ -98,14 +98,14 @@ class Engine(ABC):
 
     Attributes:
         module: the network.
-        device: where it is and its inputs must be.
+        device: of the network and its inputs.
         grad_norm: gradient norm before clipping, over all workers, of the last step; a 0-dimensional tensor, not finite
             or negative where there is none.
-        skipped: 1 where the last update was left out because its gradient was not finite or exploded, else 0; a
+        skipped: 1 where the last update was skipped because its gradient was not finite or exploded, else 0; a
             0-dimensional tensor, the same at all workers.
-        updates: optimiser updates done, those left out too.
+        updates: number of optimiser updates, skipped ones included.
         flops: of one forward pass of one micro-batch at this worker; 0 before the first.
-        layout: how a checkpoint of this engine is divided; :meth:`load` reads that of any other too.
+        layout: how a checkpoint of this engine is partitioned; :meth:`load` reads every layout.
     """
 
     layout: str
@@ -122,17 +122,17 @@ class Engine(ABC):
         self.device = device
         self.grad_norm = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)
-        self.usual = torch.zeros((), device=device)  # the largest gradient norm of late
+        self.largest_norm = torch.zeros((), device=device)  # the largest recent gradient norm
         self.updates = 0
         self.flops = 0
         self._clip = optimizer.clip
         self._accumulate = accumulate
         self._micro = 0
-        self._parameters = list(module.parameters())  # walking through all layers for them takes milliseconds
+        self._parameters = list(module.parameters())  # collecting them takes milliseconds
         self._dtype = resolve_precision(compute.precision, device)
         if device.type == "cpu":
             mend_convolutions(module)
-        self.average: Average | None = None  # set by subclasses once the weights are in place
+        self.average: Average | None = None  # set by subclasses after the weights are in place
 
     def autocast(self) -> torch.autocast:
         """The context in which the network computes."""
@@ -149,7 +149,7 @@ class Engine(ABC):
             return _float32(self._forward(*args, **kwargs))
 
     def _count(self, *args: Any, **kwargs: Any) -> None:
-        """Count the operations of a forward pass by taking one more, which leaves no trace."""
+        """Count the operations of one extra forward pass, in evaluation mode and without gradients."""
         self.module.eval()
         counter = FlopCounterMode(display=False)
         with torch.no_grad(), self.autocast(), torch.compiler.set_stance("force_eager"), counter:
@@ -160,7 +160,7 @@ class Engine(ABC):
     def frozen(self, *args: Any, **kwargs: Any) -> Any:
         """Forward with the weights held constant: gradients reach the inputs but not the weights.
 
-        For the adversarial term of a generator. Needs whole weights, so not under ZeRO-3.
+        For the adversarial term of a generator. Not available under ZeRO-3, which partitions the weights.
         """
         constants = {name: p.detach() for name, p in self.module.named_parameters()}
         with self.autocast():
@@ -168,10 +168,10 @@ class Engine(ABC):
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Add this micro-batch's share of the gradient of ``loss``, a mean over the micro-batch."""
+        """Add the gradient of ``loss``, a mean over this micro-batch, to the gradient of the step."""
 
     def step(self) -> None:
-        """End a micro-batch; after the last one of a step, clip, update the weights and their average."""
+        """End a micro-batch. After the last one of a step, clip, update the weights and their average."""
         self._micro += 1
         last = self._micro == self._accumulate
         self._update(last)
@@ -184,29 +184,29 @@ class Engine(ABC):
     @abstractmethod
     def _update(self, last: bool) -> None: ...
 
-    def _clip_and_judge(self, optimizer: torch.optim.AdamW) -> None:
-        """Clip whole gradients, and tell a fused optimiser whether to leave this update out."""
+    def _clip_gradients(self, optimizer: torch.optim.AdamW) -> None:
+        """Clip the gradients, and set whether the fused optimiser skips this update."""
         norm = nn.utils.clip_grad_norm_(self._parameters, self._clip if self._clip > 0 else math.inf)
-        optimizer.found_inf = self._judge(norm)  # type: ignore[attr-defined]
+        optimizer.found_inf = self._check(norm)  # type: ignore[attr-defined]
 
-    def _judge(self, norm: Tensor) -> Tensor:
-        """Whether an update with this gradient norm is to be left out, as 1 or 0, decided on the norm's device."""
+    def _check(self, norm: Tensor) -> Tensor:
+        """Whether to skip the update with this gradient norm, as 1 or 0, without waiting for its device."""
         norm = norm.detach().float()
         bad = ~torch.isfinite(norm) | (norm < 0)
-        if self.updates >= SETTLED:
-            bad = bad | ((norm > SPIKE * self.usual) & (self.usual > 0))
-        self.usual = torch.where(bad, self.usual, torch.maximum(MEMORY * self.usual, norm))
+        if self.updates >= SPIKE_AFTER:
+            bad = bad | ((norm > SPIKE_FACTOR * self.largest_norm) & (self.largest_norm > 0))
+        self.largest_norm = torch.where(bad, self.largest_norm, torch.maximum(NORM_DECAY * self.largest_norm, norm))
         self.grad_norm = norm
         self.skipped = bad.float()
         return self.skipped
 
     @abstractmethod
     def set_learning_rate(self, rate: float) -> None:
-        """Use ``rate`` from the next update on."""
+        """Set the rate of the next updates."""
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """In evaluation mode, without gradients, and with the averaged weights in place where there are some."""
+        """Evaluation mode without gradients, with the averaged weights in place where there are some."""
         self.module.eval()
         self._exchange()
         try:
@@ -222,32 +222,33 @@ class Engine(ABC):
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
-        """The whole state dict on the CPU, of what is in place now. Collective; only rank 0's result is whole."""
+        """The full state dict on the CPU, of the weights now in place. Collective; only rank 0 gets it."""
 
     @abstractmethod
     def snapshot(self) -> dict[str, Any]:
-        """Copies in host memory of this worker's part of all that decides the future: file name -> content. Collective.
+        """This worker's part of the full training state, copied to host memory. Collective.
 
-        Each content is for ``torch.save``.
+        Returns:
+            file name -> content for ``torch.save``.
         """
 
     @abstractmethod
     def load(self, folder: Path, layout: str) -> None:
-        """Take up what :meth:`snapshot` gave. Collective.
+        """Restore what :meth:`snapshot` returned. Collective.
 
         Args:
-            folder: holds the files of all workers.
-            layout: of the engines that wrote them.
+            folder: with the files of all workers.
+            layout: of the engines that wrote these.
         """
 
 
 def to_host(tree: Any) -> Any:
-    """A copy in host memory of all tensors of a nested structure."""
+    """Copy all tensors of a nested structure to host memory."""
     return tree_map_only(
         Tensor,
         lambda x: x.detach().to("cpu", copy=True),
         tree,
-        is_leaf=lambda node: isinstance(node, torch.Size),  # not to become a plain tuple
+        is_leaf=lambda node: isinstance(node, torch.Size),  # else it becomes a plain tuple
     )
 
 
@@ -256,7 +257,7 @@ def _float32(output: Any) -> Any:
 
 
 def adamw(module: nn.Module, rate: float, optimizer: Optimizer) -> torch.optim.AdamW:
-    """AdamW over what is trained of a network; fused, so that ``found_inf`` leaves a step out without waiting."""
+    """AdamW of the trained parameters; fused, so that ``found_inf`` skips an update without synchronisation."""
     trained = [p for p in module.parameters() if p.requires_grad]
     first, second = optimizer.betas
     return torch.optim.AdamW(trained, lr=rate, betas=(first, second), weight_decay=optimizer.weight_decay, fused=True)

@@ -1,4 +1,4 @@
-"""One worker: plain torch."""
+"""Training with one worker: plain torch."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from mvhpc.training.engines.base import Average, Engine, adamw, to_host
 
 
 class LocalEngine(Engine):
-    """One worker: plain torch. ``compute.zero_stage`` and ``compute.offload`` have nothing to divide or move here."""
+    """One worker. ``compute.zero_stage`` and ``compute.offload`` have no effect here."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class LocalEngine(Engine):
     def _update(self, last: bool) -> None:
         if not last:
             return
-        self._clip_and_judge(self.optimizer)
+        self._clip_gradients(self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -58,31 +58,31 @@ class LocalEngine(Engine):
 
     def snapshot(self) -> dict[str, Any]:
         average = () if self.average is None else self.average.values
-        whole = NetworkState(
+        state = NetworkState(
             network=dict(self.module.state_dict()),
             moments={name: self.optimizer.state[p] for name, p in trained(self.module) if p in self.optimizer.state},
             average={name: value for (name, _), value in zip(self.module.named_parameters(), average)},
             updates=self.updates,
-            usual=self.usual,
+            largest_norm=self.largest_norm,
         )
-        return {LOCAL: to_host(vars(whole))}
+        return {LOCAL: to_host(vars(state))}
 
     def load(self, folder: Path, layout: str) -> None:
-        whole = consolidate(folder)
-        self.module.load_state_dict(whole.network)
-        state = {
-            i: {key: _laid_out(value, p) for key, value in whole.moments[name].items()}
+        state = consolidate(folder)
+        self.module.load_state_dict(state.network)
+        moments = {
+            i: {key: _in_format_of(value, p) for key, value in state.moments[name].items()}
             for i, (name, p) in enumerate(trained(self.module))
-            if name in whole.moments
+            if name in state.moments
         }
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
-        self.updates = whole.updates
-        self.usual.copy_(whole.usual)
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        self.updates = state.updates
+        self.largest_norm.copy_(state.largest_norm)
         if self.average is not None:
             for (name, _), value in zip(self.module.named_parameters(), self.average.values, strict=True):
-                value.copy_(whole.average[name])
+                value.copy_(state.average[name])
 
 
-def _laid_out(value: Tensor, like: Tensor) -> Tensor:
-    """A moment in the order of its weight, as the fused optimiser wants it."""
+def _in_format_of(value: Tensor, like: Tensor) -> Tensor:
+    """A moment in the memory format of its weight, as the fused optimiser requires."""
     return torch.empty_like(like, device=value.device).copy_(value) if value.shape == like.shape else value

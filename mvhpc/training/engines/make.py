@@ -1,4 +1,4 @@
-"""The engine that suits the number of workers."""
+"""The choice of the engine."""
 
 from torch import nn
 
@@ -21,14 +21,14 @@ def make_engine(
     """The engine of one network.
 
     Args:
-        module: the network, with equal weights at every worker.
-        rate: its largest learning rate.
-        optimizer: AdamW's other settings and the clipping.
+        module: the network, with the same weights at every worker.
+        rate: the largest learning rate.
+        optimizer: the other settings of AdamW, and the clipping.
         compute: precision, device, ZeRO stage, offload and compilation.
-        decay: of the running average of its weights; None for none.
+        decay: of the moving average of its weights; None for no average.
         accumulate: micro-batches per step.
-        micro_batch: samples in each.
-        collectives: the workers; one gives a :class:`LocalEngine`, more a :class:`DeepSpeedEngine`.
+        micro_batch: samples per micro-batch and worker.
+        collectives: one worker gives a :class:`LocalEngine`, several a :class:`DeepSpeedEngine`.
     """
     if collectives.world == 1:
         return LocalEngine(module, rate, optimizer, compute, decay, accumulate)
