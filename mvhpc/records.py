@@ -1,4 +1,4 @@
-"""What a packed data set says of people, as models take it."""
+"""Records of a packed data set as inputs of models, and checks that data, model and query fit together."""
 
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
@@ -32,10 +32,10 @@ def volume_shape(dataset: Dataset, names: Sequence[str] = ()) -> tuple[int, ...]
 def true_value(dataset: Dataset, key: str, variable: Variable) -> float | str | None:
     """The recorded value of a scalar, as ``variable`` reads it; None where it is missing.
 
-    A model may read a recorded category as a number (``values`` in its schema).
+    A model may take a recorded category as a number (``values`` in its schema).
 
     Raises:
-        ConfigError: a category that the model does not know, and whose.
+        ConfigError: a category that the model does not have, with its record.
     """
     value = dataset.values(key).get(variable.name)
     if not isinstance(value, str):
@@ -47,12 +47,12 @@ def true_value(dataset: Dataset, key: str, variable: Variable) -> float | str | 
 
 
 def scalar_values(dataset: Dataset, key: str, schema: Schema, names: Container[str]) -> dict[str, float | str | None]:
-    """The recorded scalars of one person among ``names``, None where missing.
+    """The recorded scalars of one record among ``names``, None where missing.
 
-    Others are not looked at: a site that the model does not know keeps nobody from asking for the age.
+    Others are not parsed: a site that the model does not have is no obstacle to a prediction of the age.
 
     Raises:
-        ConfigError: a category that the model does not know, and whose.
+        ConfigError: a category that the model does not have, with its record.
     """
     return {v.name: true_value(dataset, key, v) for v in schema.scalars if v.name in names}
 
@@ -60,21 +60,21 @@ def scalar_values(dataset: Dataset, key: str, schema: Schema, names: Container[s
 def read_people(
     dataset: Dataset, keys: Sequence[str], schema: Schema, volumes: Sequence[str], scalars: Variables
 ) -> tuple[Tensor, Batch, Batch]:
-    """What a baseline takes of people who have all its volumes.
+    """The inputs of a baseline for records that have all its volumes.
 
     Args:
         dataset: packed volumes.
-        keys: B people.
+        keys: of B records.
         schema: of the model.
         volumes: names of V given volumes.
-        scalars: encodings of the question's scalars.
+        scalars: encodings of the query's scalars.
 
     Returns:
-        voxels (B, V, H, W, D) float16, and by scalar its encoded values and who has it.
+        voxels (B, V, H, W, D) float16; by scalar, encoded values and presence (B,) bool.
 
     Raises:
-        ConfigError: a category that the model does not know, and whose.
-        IntegrityError: a damaged volume, named.
+        ConfigError: a category that the model does not have, with its record.
+        IntegrityError: a damaged volume, with its record.
     """
     voxels = np.stack([np.stack([dataset.read(key, name) for name in volumes]) for key in keys])
     values, present = scalars.encode_scalars([scalar_values(dataset, key, schema, scalars.names) for key in keys])
@@ -82,7 +82,7 @@ def read_people(
 
 
 def check_names(schema: Schema, given: Sequence[str], want: Sequence[str]) -> None:
-    """Refuse a question about variables that the model does not have, or that names one twice.
+    """Refuse a query about variables that the model does not have, or that names one twice.
 
     Raises:
         ConfigError: an unknown variable (naming the nearest), one both given and wanted, or named twice.
@@ -97,18 +97,18 @@ def check_names(schema: Schema, given: Sequence[str], want: Sequence[str]) -> No
 def check_data(
     grid: Mapping[str, Any], schema: Schema, dataset: Dataset, given: Sequence[str], want: Sequence[str] = ()
 ) -> None:
-    """Refuse data that are not as the model saw them.
+    """Refuse data that differ from those that a model was trained on.
 
     Args:
         grid: ``spacing``, ``shape`` and ``affine`` of the model's volumes.
         schema: of the model.
         dataset: packed data.
-        given: names of the variables that are known.
-        want: and of those that are asked for, which the data need not have.
+        given: names of the given variables.
+        want: names of the wanted variables, which the data need not have.
 
     Raises:
-        ConfigError: latents instead of volumes, a given variable the data lack, one of another kind, unit or contrast,
-            or another grid.
+        ConfigError: latents instead of volumes, a given variable that the data lack, one of another kind, unit or
+            contrast, or another grid.
     """
     index = dataset.index
     if index.kind != "volumes":
@@ -142,9 +142,9 @@ def check_grid(grid: Mapping[str, Any], dataset: Dataset) -> None:
 
 
 def _difference(ours: Variable, theirs: Variable) -> str:
-    """In what a recorded variable is another than the model's; empty where in nothing."""
+    """How a recorded variable differs from the model's; empty where it does not."""
     words = theirs.kind == "categorical"
-    if words != (ours.kind == "categorical") and not (words and ours.values):  # numbers may stand for words
+    if words != (ours.kind == "categorical") and not (words and ours.values):  # a schema may map classes to numbers
         return f"is {theirs.kind} there, {ours.kind} to the model"
     for what, mine, other in (("unit", ours.unit, theirs.unit), ("contrast", ours.suffix, theirs.suffix)):
         if mine and other and mine != other:
@@ -156,7 +156,7 @@ def subjects(dataset: Dataset, part: str, split: str) -> list[str]:
     """Keys of one part of a recorded split: train | validation | test | all.
 
     Raises:
-        ConfigError: an unknown part or split (naming the nearest), or nobody in it.
+        ConfigError: an unknown part or split (naming the nearest), or an empty part.
     """
     choose(part, ["train", "validation", "test", "all"], "part")
     choose(split, list(dataset.index.splits), "split")

@@ -1,7 +1,7 @@
-"""Variables: what a person is made of, in the representation that diffusion works on.
+"""Variables as tensors, in the representation that diffusion works on.
 
-A schema (data plane) says which variables there are; this module says how each becomes a tensor and back. A batch of B
-people is a ``dict`` from variable name to tensor, with a second ``dict`` of booleans (B,) that says who has a value.
+A schema (data plane) lists the variables; this module turns their values into tensors and back. A batch of B people is
+a ``dict`` from variable name to tensor, with a second ``dict`` of (B,) bool for the presence of each value.
 """
 
 import math
@@ -22,13 +22,13 @@ SD_FLOOR = 1e-9  # of numbers that are no constant, in units of the largest
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """An image, by its latent, standardised.
+    """An image, represented by its standardised latent.
 
     Attributes:
         name: of the variable.
         shape: of one latent, (C, h, w, d).
-        mean: taken off the latents; of that shape, or one number.
-        sd: what the rest is then divided by, likewise.
+        mean: subtracted from latents; of that shape, or one number.
+        sd: divides the difference, likewise.
     """
 
     name: str
@@ -45,12 +45,12 @@ class Volume:
         return z * send(self.sd, z.device) + send(self.mean, z.device)
 
     def channelwise(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift, each (C, h, w, d), that make of z_0 latents standardised by channel: the same content then
-        looks alike in all places, as it does to the autoencoder."""
+        """Scale and shift, each (C, h, w, d), that turn z_0 into latents standardised by channel, so that the same
+        content has the same values everywhere, as in the autoencoder's latents."""
         mean, sd = self.mean.expand(self.shape), self.sd.expand(self.shape)
         centre = mean.mean((1, 2, 3), keepdim=True)
-        spread = (sd.square() + (mean - centre).square()).mean((1, 2, 3), keepdim=True).sqrt()
-        return sd / spread, (mean - centre) / spread
+        channel_sd = (sd.square() + (mean - centre).square()).mean((1, 2, 3), keepdim=True).sqrt()
+        return sd / channel_sd, (mean - centre) / channel_sd
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Continuous:
     """A number, scaled linearly so that [low, high] becomes [-1, 1] (paper, section 3.1).
 
     Values outside the interval are neither refused nor clipped, samples included. An ordinal variable has ``whole``
-    numbers: the scale carries the order of its levels, which classes would not. They lie within ``levels``.
+    numbers within ``levels``: a scale keeps their order, classes would not.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Continuous:
         return ((self.high - self.low) * z.double().flatten() + self.low + self.high) / 2
 
     def snap(self, values: Tensor) -> Tensor:
-        """Values in units, those of an ordinal variable brought to the nearest level."""
+        """Values in units, of an ordinal variable rounded to the nearest level."""
         return values.round().clamp(*self.levels) if self.whole else values
 
 
@@ -100,7 +100,7 @@ class Categorical:
         """B class names -> x_0 (B,) int64; a missing value becomes class 0.
 
         Raises:
-            ValueError: for a name that is no class, with the nearest that is.
+            ValueError: an unknown class, naming the nearest.
         """
         for value in values:
             if not _missing(value) and value not in self.classes:
@@ -121,14 +121,15 @@ def _missing(value: Value) -> bool:
 
 
 def standard_intervals(schema: Schema, rows: Sequence[Mapping[str, Value]]) -> dict[str, list[float]]:
-    """What becomes [-1, 1] of each number: one SD each way of its mean over some people.
+    """The interval that becomes [-1, 1] of each number: its mean plus and minus one SD.
 
     Args:
         schema: of the variables.
-        rows: the people's values by name; None, or no entry, where missing.
+        rows: values of people by name; None, or no entry, where missing.
 
     Returns:
-        Nothing for a variable that does not vary, but for rounding: it takes its schema's range.
+        [low, high] by variable; no entry for a variable that is constant up to rounding, which takes its schema's
+        range.
     """
     intervals: dict[str, list[float]] = {}
     for v in schema.scalars:
@@ -163,10 +164,10 @@ class Variables:
         Args:
             schema: names, kinds, ranges and classes.
             latent: for each volume its latent's ``shape`` [C, h, w, d], ``mean`` and ``sd``.
-            intervals: for a continuous variable, what becomes [-1, 1]; the schema's range where not named.
+            intervals: of a continuous variable, what becomes [-1, 1]; the schema's range where not named.
 
         Raises:
-            ValueError: where a volume has no latent, or a continuous variable neither interval nor finite range.
+            ValueError: a volume without latent, or a continuous variable with neither interval nor finite range.
         """
         items: list[Variable] = []
         for v in schema:
@@ -199,7 +200,7 @@ class Variables:
         """The variable of that name.
 
         Raises:
-            KeyError: with the nearest name there is.
+            KeyError: naming the nearest.
         """
         if name not in self._items:
             raise KeyError(nearest(name, self._items, "variable"))
@@ -227,8 +228,8 @@ class Variables:
             rows: for each person, values by name: a number, a class name, or None (or no entry) where missing.
 
         Returns:
-            The batch: (B, 1) float32 for a continuous variable, (B,) int64 for a category. And who has a value, by
-            name: (B,) bool.
+            By variable, values, (B, 1) float32 for a continuous variable and (B,) int64 for a category; and presence,
+            (B,) bool.
         """
         batch, present = {}, {}
         for v in self.scalars:

@@ -52,15 +52,14 @@ def test_time_grid_is_even_whole_and_shared() -> None:
 
 def test_only_a_category_that_is_drawn_adds_levels() -> None:
     """Counted by network calls: 10 of the solver, or those of its grid and the category's together."""
-    process, called = diffusion(), []
-    law = MixedLaw(process)
+    process, net, called = diffusion(), network(), []
 
     def counted(z: dict[str, Tensor], t: dict[str, Tensor], want: list[str]) -> Any:
         called.append(want)
-        return law(z, t, want)
+        return net(z, t, want)
 
     options: dict[str, Any] = {"steps": 10, "stride": 20, "solver": "dpm"}
-    person = {name: value[:2] for name, value in law.draw(2, seed=5).items()}
+    person = {name: value[:2] for name, value in MixedLaw(process).draw(2, seed=5).items()}
     some = {"sex": torch.tensor([True, False])}
     both = len(time_grid(process.gaussian, 10, 20, "dpm")) - 1
     for given, conditioning, want, present, expected in [

@@ -10,12 +10,13 @@ from mvhpc.config import AutoencoderConfig as AutoencoderConfig
 from mvhpc.config import ConfigError, load_config
 from mvhpc.inference.encode import EncodeConfig, Moments, run, to_float16
 from mvhpc.models.autoencoder import Autoencoder
-from mvhpc.models.bundle import load, save_autoencoder
+from mvhpc.models.bundle import AutoencoderModel, load, save_autoencoder
 from mvhpc.runs.folder import Run
 from shards.dataset import Dataset, open_dataset
 from tests.ellipsoids import SCHEMA, pack_ellipsoids
 
-MODEL = AutoencoderConfig([4, 4, 4], 2, 1, 2, False)
+MODEL = AutoencoderConfig(channels=[4, 4, 4], latent_channels=2, res_blocks=1, norm_groups=2, checkpointing=False)
+MOVED = [[4, 0, 0, 1], [0, 4, 0, 1], [0, 0, 4, 1], [0, 0, 0, 1]]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_latents_are_the_posterior_means_and_all_else_is_kept(
     source: Path, latents: tuple[Dataset, dict[str, float]]
 ) -> None:
     volumes, (encoded, _) = open_dataset(source / "data"), latents
-    network, meta = load(source / "vae")
+    network, meta = load(source / "vae", kind=AutoencoderModel)
     assert encoded.index.kind == "latents"
     assert encoded.keys(None) == volumes.keys(None)
     assert encoded.index.schema == SCHEMA
@@ -65,7 +66,7 @@ def test_mirrored_latents_are_of_the_mirrored_volume_and_of_the_training_side_al
     source: Path, latents: tuple[Dataset, dict[str, float]], tmp_path: Path
 ) -> None:
     volumes, (encoded, _) = open_dataset(source / "data"), latents
-    network, _ = load(source / "vae")
+    network, _ = load(source / "vae", kind=AutoencoderModel)
     learnt = {*volumes.keys("train"), *volumes.keys("validation")}
     for key in volumes.keys(None):
         assert encoded.has(key, "scan_mirrored") == (key in learnt and volumes.has(key, "scan"))
@@ -126,3 +127,32 @@ def test_latents_are_not_encoded_again(source: Path, latents: tuple[Dataset, dic
     )
     with pytest.raises(ConfigError, match="holds latents"):
         run(config, Run(tmp_path / "run"))
+
+
+def test_an_autoencoder_of_another_grid_is_refused(source: Path, tmp_path: Path) -> None:
+    """Its latents would have another size, or another meaning."""
+    grid = open_dataset(source / "data").index.grid
+    network = load(source / "vae", kind=AutoencoderModel).network
+    for name, change in {"same": {}, "coarse": {"spacing": 2 * grid["spacing"]}, "moved": {"affine": MOVED}}.items():
+        save_autoencoder(tmp_path / name / "model", network, MODEL, {"grid": grid | change})
+        values = {"data": str(source / "data"), "vae": str(tmp_path / name), "out": str(tmp_path / f"{name}-latents")}
+        config = load_config(EncodeConfig, "encode", "default", (), values)
+        if change:
+            with pytest.raises(ConfigError, match=f"has {next(iter(change))} .* the model was trained on"):
+                run(config, Run(tmp_path / "run"))
+            assert not Path(config.out).exists()
+        else:
+            assert run(config, Run(tmp_path / "run"))["volumes"] > 0
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_makes_the_same_latents(
+    source: Path, latents: tuple[Dataset, dict[str, float]], tmp_path: Path
+) -> None:
+    torch._dynamo.reset()
+    compiled, _ = encode(source, tmp_path / "latents", "compute.compile=true", "flip=false")
+    for key in compiled.keys(None):
+        for name in compiled.index.arrays:
+            if compiled.has(key, name):
+                a, b = compiled.read(key, name), latents[0].read(key, name)
+                np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=5e-3, atol=1e-4)

@@ -8,7 +8,7 @@ import torch
 
 from mvhpc import config
 from mvhpc.models.autoencoder import Autoencoder
-from mvhpc.models.bundle import ModelError, load, save_autoencoder, save_joint
+from mvhpc.models.bundle import AutoencoderModel, JointModel, ModelError, load, save_autoencoder, save_joint
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.models.kernels.cpu_conv3d import mend_convolutions
 from mvhpc.variables import Variables
@@ -160,6 +160,7 @@ def test_damage_to_any_file_of_a_joint_model_is_named(folder: Path, tmp_path: Pa
 def test_one_kind_of_model_is_not_taken_for_the_other(folder: Path, tmp_path: Path) -> None:
     save_example(tmp_path / "joint" / "model", folder)
     with pytest.raises(ModelError, match="of the kind autoencoder;"):
-        load(folder)
+        load(folder, kind=JointModel)
     with pytest.raises(ModelError, match="of the kind joint;"):
-        load(tmp_path / "joint")
+        load(tmp_path / "joint", kind=AutoencoderModel)
+    assert isinstance(load(folder), AutoencoderModel) and isinstance(load(tmp_path / "joint"), JointModel)

@@ -107,7 +107,7 @@ class DenoiserConfig:
     """3D U-Net of latent diffusion, and how scalars enter and leave it."""
 
     scalars: str  # late: beside the U-Net, from what a small reader sees of the volumes; early: the paper's way
-    components: int  # of the density said of a number (late); 0: no density
+    components: int  # of the predicted density of a number (late); 0: no density
     readers: int  # that answer for scalars together (late), each without a share of the people; 1: none left out
     channels: list[int]
     attention: list[bool]
@@ -121,7 +121,7 @@ class DenoiserConfig:
 
 @dataclass
 class DiffusionConfig:
-    """The forward processes and what the network is asked to predict."""
+    """The forward processes and what the network predicts."""
 
     steps: int  # T
     beta_start: float

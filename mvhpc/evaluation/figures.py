@@ -22,7 +22,7 @@ PANEL_INCHES = 1.35  # height of one brain
 def middle(volume: NDArray) -> tuple[int, int, int]:
     """Where a volume is cut for its sagittal, coronal and axial slice.
 
-    The sagittal one lies a twelfth of the width beside the midline, where ventricles and both kinds of tissue are seen.
+    The sagittal one lies a twelfth of the width beside the midline, where it shows ventricles, grey and white matter.
     """
     return volume.shape[0] * 5 // 12, volume.shape[1] // 2, volume.shape[2] // 2
 
@@ -57,7 +57,7 @@ def slices(volume: NDArray) -> NDArray:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure as PNG, atomically."""
     with atomic_file(path) as part:
         figure.savefig(part, format="png", dpi=160, facecolor=figure.get_facecolor())
 
@@ -83,7 +83,7 @@ def gallery(
         path: PNG file.
         captions: a line under each image.
         columns: a heading over each column.
-        title: a line over everything.
+        title: a line at the top.
     """
     across = max(len(row) for row in rows)
     shapes = [image.shape for row in rows for image in row]
@@ -118,13 +118,13 @@ def gallery(
 
 
 def people(volumes: Sequence[NDArray], captions: Sequence[str], path: Path, across: int = 6) -> None:
-    """A grid of people, each an axial, a coronal and a sagittal slice with a caption.
+    """A grid of people: an axial, a coronal and a sagittal slice of each, with a caption.
 
     Args:
-        volumes: (H, W, D) in [0, 1], one a person.
-        captions: one a person.
+        volumes: (H, W, D) in [0, 1], one per person.
+        captions: one per person.
         path: PNG file.
-        across: people in a row, at most; wide volumes or few people make fewer.
+        across: people per row, at most.
     """
     across = max(1, min(across, round(len(volumes) ** 0.5)))
     images = [slices(volume) for volume in volumes]
@@ -133,13 +133,13 @@ def people(volumes: Sequence[NDArray], captions: Sequence[str], path: Path, acro
 
 
 def shade(image: NDArray, known: NDArray) -> NDArray:
-    """An image (h, w) in colour (h, w, 3) with what is not ``known`` (h, w) painted over."""
-    veil = np.array([0.10, 0.22, 0.27])  # dark cyan: neither brain nor background
-    return np.where(known[..., None], np.clip(image, 0, 1)[..., None], veil)
+    """An image (h, w) in colour (h, w, 3), coloured over where ``known`` (h, w) is False."""
+    colour = np.array([0.10, 0.22, 0.27])  # dark cyan: neither brain nor background
+    return np.where(known[..., None], np.clip(image, 0, 1)[..., None], colour)
 
 
 def most_unknown(known: NDArray, axis: int) -> int:
-    """The slice across ``axis`` in which most is not known; of several, the one nearest to the middle."""
+    """The index along ``axis`` of the slice with the most unknown voxels; of several, the one nearest to the middle."""
     unknown = (~known).sum(tuple(i for i in range(3) if i != axis))
     best = np.flatnonzero(unknown == unknown.max())
     return int(best[np.abs(best - known.shape[axis] // 2).argmin()])
@@ -152,7 +152,7 @@ def inpainting(
     path: Path,
     captions: Sequence[str] = (),
 ) -> None:
-    """Original, what was shown to the model, and completions, one column each; cut where most is unknown.
+    """Original, known part and completions, one column each, in the slices with the most unknown voxels.
 
     Args:
         original: (H, W, D) in [0, 1].
@@ -178,7 +178,7 @@ def predicted_against_true(
         true, predicted, sd: (N,), in the variable's unit; NaN in ``sd`` draws no bar.
         path: PNG file.
         name, unit: of the variable.
-        note: a line in the corner (the error, say).
+        note: text in the corner.
     """
     figure = Figure(figsize=(4.2, 4.2), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)

@@ -18,7 +18,7 @@ class Estimate:
     n: int
 
     def format(self, digits: int) -> str:
-        """``4.50 [4.10, 4.93]``, without the interval where there is none."""
+        """``4.50 [4.10, 4.93]``, or ``4.50`` without an interval."""
         if not np.isfinite(self.value):
             return "-"
         text = f"{self.value:.{digits}f}"
@@ -48,12 +48,12 @@ def mean_over_subjects(
 ) -> Estimate:
     """Mean of per-row values and its percentile bootstrap interval (Efron & Tibshirani 1993, chapter 13).
 
-    Whole subjects are drawn, so that several rows of one person (sessions, repeated folds) do not make the
+    The bootstrap draws subjects, so that several rows of one person (sessions, repeated folds) do not make the
     interval too narrow.
 
     Args:
-        values: (N,) errors or hits; rows with NaN are left out.
-        subjects: (N,) whose row it is; each row its own subject where not given.
+        values: (N,) errors or hits; NaN rows are left out.
+        subjects: (N,) the subject of each row. None: a subject per row.
         confidence: of the interval.
         resamples: bootstrap samples.
         seed: of the bootstrap.

@@ -1,4 +1,4 @@
-"""How alike two volumes are."""
+"""Similarity of two volumes."""
 
 import torch
 from monai.metrics.regression import compute_ssim_and_cs

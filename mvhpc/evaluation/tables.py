@@ -1,4 +1,4 @@
-"""The scoreboard: one row a choice of given variables, one column a wanted variable."""
+"""Tables of predictions, their scores, and the scoreboard: given variables in rows, wanted ones in columns."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ MISSING = "n/a"
 
 
 def sidecar(path: Path) -> Path:
-    """Where the description of a predictions table lies: ``age.tsv`` -> ``age.json``."""
+    """The path of the description of a table of predictions: ``age.tsv`` -> ``age.json``."""
     return path.with_suffix(".json")
 
 
@@ -44,7 +44,7 @@ def read_predictions(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
 
 
 def label(given: Sequence[str]) -> str:
-    """How a choice of given variables is called: ``image, sex`` or ``nothing``."""
+    """The name of a choice of given variables: ``image, sex`` or ``nothing``."""
     return ", ".join(given) or NOTHING
 
 
@@ -64,7 +64,7 @@ def score(frame: pd.DataFrame, variable: Variable, seed: int = 0) -> Estimate | 
 
 
 def coverage(frame: pd.DataFrame, name: str, seed: int = 0) -> Estimate | None:
-    """How often the true value lies in the predicted 90 % interval; None where there is no interval.
+    """Coverage of the predicted 90 % interval, within [0, 1]; None where there is no interval.
 
     Args:
         frame: predictions, with the columns ``NAME_q05``, ``NAME_q95``, ``NAME_true`` and ``subject``.
@@ -81,32 +81,34 @@ def coverage(frame: pd.DataFrame, name: str, seed: int = 0) -> Estimate | None:
 def constant_predictions(
     dataset: Dataset, schema: Schema, want: Sequence[str], part: str = "test", split: str = "default"
 ) -> pd.DataFrame:
-    """What one says who looks at nobody: the mean, or the commonest class, of the training part.
+    """Predictions that ignore the subject: the mean, or the most frequent class, of the training part.
 
     Args:
         dataset: packed data.
-        schema: which variables, and of what kind.
-        want: what is predicted.
-        part: whom it is predicted for.
+        schema: of the variables.
+        want: names of scalars.
+        part: the subjects to predict for.
         split: which recorded split.
 
     Returns:
         Predictions in the form of ``mvhpc predict``: ``key``, ``subject``, ``NAME`` and ``NAME_true``.
 
     Raises:
-        ValueError: where nobody in the training part has a value.
+        ValueError: no value of a variable in the training part.
     """
     keys = dataset.keys(part, split)
     frame = pd.DataFrame({"key": keys, "subject": [subject_of(key) for key in keys]})
     for name in want:
         variable = schema[name]
-        seen = [v for key in dataset.keys("train", split) if (v := true_value(dataset, key, variable)) is not None]
-        if not seen:
-            raise ValueError(f"{dataset.folder}: nobody in the training part of split {split!r} has a {name}")
+        known = [v for key in dataset.keys("train", split) if (v := true_value(dataset, key, variable)) is not None]
+        if not known:
+            raise ValueError(
+                f"{dataset.folder}: no record in the training part of split {split!r} has a value of {name}"
+            )
         if variable.kind == "categorical":
-            frame[name] = pd.Series(seen).mode()[0]
+            frame[name] = pd.Series(known).mode()[0]
         else:
-            frame[name] = float(np.mean(np.array(seen, float)))
+            frame[name] = float(np.mean(np.array(known, float)))
         frame[f"{name}_true"] = [true_value(dataset, key, variable) for key in keys]
     return frame
 
@@ -118,7 +120,7 @@ def subject_of(key: str) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text under a heading; the first column is flush left, the others flush right."""
+    """Cells of text under a header; the first column is aligned left, the others right."""
 
     header: list[str]
     rows: list[list[str]]
@@ -146,15 +148,15 @@ def scoreboard(
     """Errors and accuracies with 95 % intervals.
 
     Args:
-        entries: (label, predictions), top row first. Predictions of equal label are taken together, as those
-            of the folds of a cross-validation; a person in several of them counts as one subject.
+        entries: (label, predictions), top row first. Predictions with the same label are merged, as those of the folds
+            of a cross-validation; a person in several of them counts as one subject.
         schema: the predicted variables.
         want: the columns, in order.
         seed: of the bootstrap.
 
     Returns:
         A table whose columns are the error (in the variable's unit; smaller is better) or the accuracy, and for numbers
-        with predicted intervals how often the 90 % interval holds the true value.
+        with predicted intervals the coverage of the 90 % interval.
     """
     merged: dict[str, list[pd.DataFrame]] = {}
     for name, frame in entries:

@@ -1,6 +1,6 @@
-"""Synthetic people: all variables drawn together, or some given, written as a BIDS tree.
+"""Stage ``generate``: synthetic people, all variables drawn together or some given, as a BIDS tree.
 
-A person's noise comes from (seed, number), so person 7 is the same in any batch and any count.
+The noise of a person is a function of (seed, number), so person 7 is the same in any batch and any count.
 """
 
 import json
@@ -56,12 +56,12 @@ class GenerateConfig:
 def draw_people(
     sampler: Sampler, count: int, given: Mapping[str, float | str], seed: int, batch: int
 ) -> Iterator[Person]:
-    """Draw people one after another.
+    """Draw people.
 
     Args:
         sampler: of a joint model.
-        count: how many.
-        given: scalars held fixed, in their units.
+        count: number of people.
+        given: scalars with fixed values, in their units.
         seed: of the noise; person i of a seed is always the same.
         batch: people drawn at a time.
 
@@ -84,7 +84,7 @@ def draw_people(
 def decode(sampler: Sampler, name: str, drawn: torch.Tensor) -> Any:
     """One person's value of a variable from its clean encoded form (1, ...).
 
-    A number outside its range, which a sampler may well draw, is brought to the nearer end.
+    A number outside its range, which a sampler may draw, is clipped to the range.
     """
     variable = sampler.model.variables[name]
     if isinstance(variable, Volume):
@@ -121,18 +121,18 @@ def write_bids(
     """Write people as a BIDS tree, which ``shards pack`` takes as it is.
 
     Args:
-        folder: where; whole or not at all.
+        folder: to write, atomically; must not exist.
         drawn: the people.
-        count: how many they are, for the width of their numbers.
+        count: number of people, for the width of their numbers.
         schema: names, columns and suffixes of the variables.
         affine: of the volumes.
-        source: what made them, for ``dataset_description.json``.
+        source: model and query, for ``dataset_description.json``.
 
     Returns:
         The first :data:`SHOWN` people.
 
     Raises:
-        FileExistsError: where there is something already.
+        FileExistsError: ``folder`` exists.
     """
     shown: list[Person] = []
     width = max(4, len(str(count)))
@@ -162,7 +162,7 @@ def write_bids(
 
 
 def _columns(schema: Schema, given: Container[str]) -> dict[str, dict[str, Any]]:
-    """What the columns of participants.tsv mean."""
+    """Descriptions of the columns of participants.tsv."""
     columns: dict[str, dict[str, Any]] = {}
     for variable in schema.scalars:
         how = "given to the model" if variable.name in given else "drawn from the model"
@@ -178,11 +178,11 @@ def run(config: GenerateConfig, run: Run) -> dict[str, Any]:
     """Stage ``generate``: write people to ``config.out`` as a BIDS tree, and a figure of the first few.
 
     Returns:
-        How many, and mean and SD of the numbers and shares of the classes among them.
+        The number of people, mean and SD of each number, and the frequency of each class.
 
     Raises:
-        ConfigError: given values that the model cannot take.
-        FileExistsError: where ``config.out`` holds something already.
+        ConfigError: given values that the model does not take.
+        FileExistsError: ``config.out`` exists.
     """
     sampler = Sampler.of(config)
     schema, grid = sampler.model.schema, sampler.model.grid
@@ -198,8 +198,8 @@ def run(config: GenerateConfig, run: Run) -> dict[str, Any]:
     table: dict[str, list[Any]] = {variable.name: [] for variable in schema.scalars}
 
     def drawn() -> Iterator[Person]:
-        everybody = draw_people(sampler, config.count, given, config.seed, config.batch)
-        for person in progress(everybody, "people", config.count, "person"):
+        stream = draw_people(sampler, config.count, given, config.seed, config.batch)
+        for person in progress(stream, "people", config.count, "person"):
             for name, values in table.items():
                 values.append(person[name])
             yield person

@@ -1,10 +1,10 @@
-"""Fill in the part of a volume that is not known.
+"""Stage ``inpaint``: fill in the unknown part of a volume.
 
-The known part is given to the sampler in the latent space, where one cell stands for a block of voxels: a cell is
-known only if all its voxels are. After decoding, the known voxels are put back as they were.
+The known part is given to the sampler in the latent space, where one cell represents a block of voxels: a cell is known
+only if all its voxels are. After decoding, the known voxels are restored.
 
-The autoencoder sees the whole volume: what stands for the unknown part gets into the latents of the known one, by its
-normalisation everywhere. So all is done twice, first with zero there, then with what was filled in.
+The autoencoder encodes the whole volume, and its normalisation lets the unknown part change the latents of the known
+one. So there are two passes: the first encodes zeros there, the second the completion of the first.
 """
 
 import gzip
@@ -33,18 +33,18 @@ from shards.dataset import Dataset
 from shards.files import atomic_file
 from shards.progress import progress
 
-PASSES = 2  # of each completion; a third changes little
+PASSES = 2  # per completion; a third changes little
 
 
 @dataclass
 class InpaintConfig:
-    """`mvhpc inpaint`: fill in the part of a volume that a mask does not call known."""
+    """`mvhpc inpaint`: fill in the part of a volume outside the mask of known voxels."""
 
     out: str  # a NIfTI file
     model: str
     image: str  # NIfTI
     mask: str  # NIfTI, non-zero where the image is known
-    variable: str  # which volume variable; "" where there is one
+    variable: str  # name of the volume; "": the first
     given: dict[str, str]
     samples: int
     seed: int
@@ -57,10 +57,10 @@ class InpaintConfig:
 
 
 def latent_mask(known: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Which latent cells are known: those all of whose voxels are.
+    """The known latent cells: those of which all voxels are known.
 
     Args:
-        known: bool (H, W, D), which voxels are known.
+        known: bool (H, W, D), the known voxels.
         shape: (h, w, d) of the latent; each divides its axis of ``known``.
 
     Returns:
@@ -81,22 +81,22 @@ def complete(
     samples: int = 3,
     seed: int = 0,
 ) -> list[Person]:
-    """Draw completions of one volume, and with each what else is not given.
+    """Draw completions of one volume, together with the variables that are not given.
 
     Args:
         sampler: of a joint model.
         name: the volume variable.
-        voxels: (H, W, D) in [0, 1] on the model's grid; what is not known is never looked at.
+        voxels: (H, W, D) in [0, 1] on the model's grid; unknown voxels are not used.
         known: bool (H, W, D).
-        given: scalars held fixed, in their units.
-        samples: how many completions.
+        given: scalars with fixed values, in their units.
+        samples: number of completions.
         seed: of the noise; completion i of a seed is always the same.
 
     Returns:
         Values by variable for each completion; the known voxels of ``name`` are those of ``voxels``.
 
     Raises:
-        ConfigError: where nothing, or everything, is known.
+        ConfigError: no voxel is known, or all are.
     """
     if known.all() or not known.any():
         raise ConfigError(f"the mask calls {'every' if known.all() else 'no'} voxel known: nothing to fill in")
@@ -110,8 +110,8 @@ def complete(
     for i in progress(range(samples), "completions", unit="sample"):
         person: Person = {name: np.zeros_like(voxels)}
         for _ in range(PASSES):
-            seen = torch.from_numpy(np.where(known, voxels, person[name]).astype(np.float32))[None, None].to(device)
-            fixed[name] = model.encode(name, seen)  # (1, C, h, w, d)
+            shown = torch.from_numpy(np.where(known, voxels, person[name]).astype(np.float32))[None, None].to(device)
+            fixed[name] = model.encode(name, shown)  # (1, C, h, w, d)
             drawn = sampler(fixed, [generator(seed, "inpaint", i)], mask=mask)
             person = {n: given.get(n, decode(sampler, n, value)) for n, value in drawn.items()}
         person[name] = np.where(known, voxels, person[name]).astype(np.float32)
@@ -120,7 +120,7 @@ def complete(
 
 
 def left_half(shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """bool (H, W, D): the person's left half of a volume, whose first axis goes to the right."""
+    """bool (H, W, D), True in the left half of a person; the first axis goes to the right."""
     known = np.zeros(shape, bool)
     known[: shape[0] // 2] = True
     return known
@@ -129,18 +129,18 @@ def left_half(shape: tuple[int, ...]) -> NDArray[np.bool_]:
 def show_completions(
     sampler: Sampler, voxels: NDArray, known: NDArray, people: Sequence[Person], name: str, path: Path
 ) -> None:
-    """Write the figure: original, what was known, completions with their scalars."""
+    """Write the figure: original, known part, completions with their scalars."""
     captions = [caption(sampler.model.schema, person) for person in people]
     inpainting(voxels, known, [person[name] for person in people], path, captions)
 
 
 def inpaint_half(sampler: Sampler, dataset: Dataset, key: str, path: Path, samples: int = 3, seed: int = 0) -> None:
-    """Hide the right half of a packed volume, fill it in, and write the figure; nothing else is given.
+    """Fill in the right half of a packed volume from the left one alone, and write the figure.
 
     Args:
         sampler: of a joint model.
         dataset: packed volumes on the model's grid.
-        key: whose.
+        key: of the record.
         path: PNG file.
         samples: completions.
         seed: of the noise.
@@ -159,17 +159,17 @@ def place(image: Path, mask: Path, grid: Mapping[str, Any]) -> tuple[NDArray, ND
 
     Args:
         image: NIfTI file.
-        mask: NIfTI file in the same space, of any voxel size; non-zero where the image is known. Beyond its edges it
-            goes on as at them.
+        mask: NIfTI file in the same space, of any voxel size; non-zero where the image is known. Its border values
+            continue outside.
         grid: ``spacing`` (mm) and ``shape`` (voxels) of the model's volumes.
 
     Returns:
-        Voxels (H, W, D) in [0, 1], placed and scaled by the whole image, so that what was measured in the unknown
-        part is better left there than blanked; bool (H, W, D), where at least 99 % of a voxel's value come from what is
-        known; and the affine (4, 4) that puts the grid into the image's space, in mm.
+        Voxels (H, W, D) in [0, 1], placed and scaled by the whole image, its unknown part included; bool (H, W, D),
+        True where known voxels make up at least 99 % of a voxel; and the affine (4, 4) from the grid to the image's
+        space, in mm.
 
     Raises:
-        ConfigError: a file that cannot be used, and why.
+        ConfigError: a file that cannot be used, with the reason.
     """
     height, width, depth = grid["shape"]
     affine = np.array(grid["affine"])
@@ -194,7 +194,7 @@ def run(config: InpaintConfig, run: Run) -> dict[str, Any]:
     Several samples are written as ``NAME_1.nii.gz``, ``NAME_2.nii.gz`` and so on.
 
     Returns:
-        The share of voxels and of latent cells that are known, and the scalars of each completion.
+        The shares of known voxels and latent cells, within [0, 1], and the scalars of each completion.
 
     Raises:
         ConfigError: files or given values that cannot be used, or an unknown variable.

@@ -94,7 +94,7 @@ class Predictor:
         self.exact, self.method = self.sampler.exact, self.sampler.sampling.conditioning
         if config.draws and not self.exact:
             raise ConfigError(
-                f"draws={config.draws}: joint draws come from a posterior, and {config.model} is asked by "
+                f"draws={config.draws}: joint draws come from a posterior, and {config.model} predicts by "
                 f"{self.method} chains; take 0"
             )
         self.model, self.dataset, self.schema = model, open_dataset(config.data), model.schema

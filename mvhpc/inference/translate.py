@@ -1,4 +1,4 @@
-"""One volume of every subject from the others: a missing contrast from the one that was taken.
+"""Stage ``translate``: one volume of every subject from other variables, such as a missing contrast.
 
 Where a subject has the wanted volume, the drawn one is compared with it.
 """
@@ -53,15 +53,16 @@ class TranslateConfig:
 def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
     """Stage ``translate``: write ``config.want`` of every subject to ``config.out``, a BIDS derivative.
 
-    ``scores.tsv`` says of each subject what of the given it lacks, which then had to be drawn as well, and, where it
-    has the wanted volume, PSNR (dB) and SSIM of what was drawn.
+    ``scores.tsv`` lists for each subject the given variables that it lacks, which are unknown then, and, where it has
+    the wanted volume, PSNR (dB) and SSIM of the drawn one.
 
     Returns:
-        How many, how many of them have all that is given, and over these the mean PSNR (dB) and SSIM.
+        The number of subjects, the number of those with all given variables, and over these the mean PSNR (dB) and
+        SSIM.
 
     Raises:
-        ConfigError: a question the model cannot be asked, data on another grid, or nobody to ask about.
-        FileExistsError: where ``config.out`` holds something already.
+        ConfigError: a query that the model does not take, data on another grid, or an empty part.
+        FileExistsError: ``config.out`` exists.
     """
     sampler = Sampler.of(config)
     dataset, schema = open_dataset(config.data), sampler.model.schema
@@ -114,9 +115,9 @@ def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
         }
         write_text(tree / "dataset_description.json", json.dumps(about, indent=1))
         write_rows(tree / "scores.tsv", ["key", "not_given", "psnr_db", "ssim"], scores)
-    whole = [row for row in scores if row[1] is None]
-    summary: dict[str, Any] = {"subjects": len(keys), "with_all_given": len(whole)}
-    if measured := [row[2:] for row in whole if row[2] is not None]:
+    complete = [row for row in scores if row[1] is None]
+    summary: dict[str, Any] = {"subjects": len(keys), "with_all_given": len(complete)}
+    if measured := [row[2:] for row in complete if row[2] is not None]:
         summary |= dict(zip(("psnr_db", "ssim"), np.mean(measured, 0).tolist()))
         with run.figure("translation.png") as path:
             pairs = [[slices(true), slices(made)] for _, true, made in shown]
