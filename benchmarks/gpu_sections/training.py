@@ -22,7 +22,7 @@ from mvhpc.runtime.collectives import Collectives
 from mvhpc.runtime.devices import resolve_device, send
 from mvhpc.training.engines.make import make_engine
 from mvhpc.training.joint import JointTask
-from mvhpc.training.metrics import peak
+from mvhpc.training.metrics import peak_tflops
 from mvhpc.training.task import Config, Task, micro_batch
 from mvhpc.training.vae import VAETask
 from shards.order import Order
@@ -89,7 +89,7 @@ def measure(trainer: Trainer, batch: int, settings: Settings) -> dict[str, Any]:
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         trainer.all_steps()
     step_seconds = statistics.median(blocks)
-    rate, most = counter.get_total_flops() / count / step_seconds / 1e12, peak(device)
+    rate, most = counter.get_total_flops() / count / step_seconds / 1e12, peak_tflops(device)
     return {
         "batch": batch,
         "step_ms": 1000 * step_seconds,
@@ -140,7 +140,7 @@ def product(settings: Settings) -> dict[str, Any]:
     a, b = (torch.rand(settings.product, settings.product, device=device).bfloat16() for _ in range(2))
     once = seconds(lambda: a @ b, device, 2)
     calls = max(2, int(settings.product_seconds / once))
-    rate, most = 2 * settings.product**3 / seconds(lambda: a @ b, device, calls) / 1e12, peak(device)
+    rate, most = 2 * settings.product**3 / seconds(lambda: a @ b, device, calls) / 1e12, peak_tflops(device)
     return {"tflops": rate, "peak_percent": 100 * rate / most if most else None}
 
 

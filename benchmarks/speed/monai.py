@@ -32,7 +32,7 @@ from mvhpc.inference.sampler import Sampler
 from mvhpc.models.bundle import JointModel, load
 from mvhpc.runtime.devices import resolve_device
 from mvhpc.training.joint import JointConfig, JointTask
-from mvhpc.training.metrics import peak
+from mvhpc.training.metrics import peak_tflops
 from shards.files import write_text
 
 LEVEL = 500  # of T = 1000, at which volumes are denoised
@@ -138,7 +138,7 @@ def main() -> None:
     for name, job in jobs.items():
         with FlopCounterMode(display=False) as counter:
             job()
-        value, rate, most = median[name], counter.get_total_flops() / median[name] / 1e12, peak(device)
+        value, rate, most = median[name], counter.get_total_flops() / median[name] / 1e12, peak_tflops(device)
         share = f" ({100 * rate / most:.0f} % of peak)" if most else ""
         theirs = median["train, MONAI" if name.startswith("train") else "denoise, MONAI"]
         cells = [f"{1000 * value / options.batch:.2f}", f"{options.batch / value:.1f}", f"{rate:.3g}{share}"]
