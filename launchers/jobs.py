@@ -9,7 +9,6 @@ SLURM's accounting is not used, as many sites do not run it.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import socket
@@ -23,7 +22,7 @@ from typing import Any
 from mvhpc.config import ConfigError
 from mvhpc.runs.folder import read_record
 from mvhpc.runs.journal import Journal, read
-from shards.files import write_text
+from shards.files import lock_file, write_text
 
 NO_RESULT = "ended without reporting a result"
 END_EVENTS = {"finished", "failed", "cancelled", "stopped"}  # the last event of a job
@@ -151,12 +150,8 @@ def locked(run: Path) -> Iterator[Lock]:
     """
     path = run / "jobs" / "lock"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with lock_file(path) as descriptor:
         yield Lock(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def release(run: Path, job: str) -> None:

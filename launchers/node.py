@@ -11,17 +11,15 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from launchers.allocation import Allocation, Assignment
 from launchers.preflight import examine
 from launchers.process import ManagedProcess
 from launchers.rendezvous import Message
+from mvhpc.runtime.scratch import make_scratch
 from shards.files import write_text
 
 BOOT_TIMEOUT_S = 300  # for the registration of all nodes, the preflight and the start of Ray, each
@@ -213,22 +211,15 @@ class Node:
 
 
 def _make_scratch(parent: Path, allocation: Allocation) -> Path:
-    """Make the scratch folder of this job and node; remove those whose process was killed."""
-    for old in parent.glob("mv-*"):
-        with contextlib.suppress(OSError, ValueError):
-            if old.stat().st_uid == os.getuid():
-                pid, start = (old / "owner").read_text().split()
-                if not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).create_time() != float(start):
-                    shutil.rmtree(old, ignore_errors=True)
+    """The scratch folder of this job and node; those of killed processes are removed first."""
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f"mv-{allocation.job}-{allocation.node}-", dir=parent))  # mode 0700
+        folder = make_scratch(parent, f"{allocation.job}-{allocation.node}-")
     except OSError as error:
         raise RuntimeError(f"{allocation.name}: cannot make a folder in scratch={parent}: {error.strerror}") from error
     if len(str(folder)) > MAX_SCRATCH_PATH:
-        folder.rmdir()
+        shutil.rmtree(folder)
         raise RuntimeError(
             f"scratch={parent}: too long for the paths of Ray's sockets; name a folder of at most "
             f"{MAX_SCRATCH_PATH - len(folder.name) - 1} characters"
         )
-    (folder / "owner").write_text(f"{os.getpid()} {psutil.Process().create_time()}")
     return folder

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from mvhpc.runtime.scratch import scratch_folder, sweep, temporary_folder
 
-CODE = "import sys, mvhpc.runtime.scratch as t; print(t.scratch_folder(sys.argv[1]), flush=True); sys.stdin.read()"
+CODE = (
+    "import sys, mvhpc.runtime.scratch as t; print(t.scratch_folder(t.Path(sys.argv[1])), flush=True); sys.stdin.read()"
+)
 
 
 def start(parent: Path) -> tuple[subprocess.Popen[str], Path]:

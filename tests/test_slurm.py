@@ -22,14 +22,12 @@ from launchers.site import load_site, minutes
 from mvhpc.config import ConfigError, load_config, to_dict
 from mvhpc.data_stages import PackConfig
 from mvhpc.runs.folder import read_record
+from mvhpc.runtime.scratch import LOCK, PREFIX
 from shards.index import Index
 from tests.slurm_cluster import SlurmCluster, wait_for
 
 pytest_plugins = ["tests.slurm_fixtures", "tests.first_stages"]
 SUBMIT = Path(__file__).resolve().parent.parent / "launchers" / "submit.py"
-
-
-TEMPORARY = {"mv-": "owner", "mvhpc-": "lock"}  # prefix of a temporary folder -> file that names its owner
 
 
 @pytest.fixture(autouse=True)
@@ -40,20 +38,15 @@ def separate_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     yield
     left = set(Path("/tmp").iterdir()) - before
     assert not [p for p in left if p.name.startswith("ray")]
-    assert not [
-        p for p in left for prefix, file in TEMPORARY.items() if p.name.startswith(prefix) and is_orphaned(p / file)
-    ]
+    assert not [p for p in left if p.name.startswith(PREFIX) and is_orphaned(p / LOCK)]
 
 
 def is_orphaned(file: Path) -> bool:
     """Whether the process that owns a temporary folder is dead; other tests may run at the same time."""
     try:
-        if file.name == "owner":
-            pid, start = file.read_text().split()
-            return not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).create_time() != float(start)
         with file.open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (FileNotFoundError, psutil.NoSuchProcess):
+    except FileNotFoundError:
         return file.parent.exists()  # it may have been removed just now
     except BlockingIOError:
         return False
@@ -71,7 +64,7 @@ def check_cleaned_up(slurm: SlurmCluster, job: str, run: Path) -> None:
     """Check that no process, temporary folder, secret or lock of a job outlives it."""
     slurm.wait(job)  # a job that is cancelled while it starts has no process yet
     wait_for(lambda: not slurm.job_processes(job), 30, f"left: {slurm.job_processes(job)}")
-    assert not list(Path("/tmp").glob(f"mv-{job}-*"))
+    assert not list(Path("/tmp").glob(f"{PREFIX}{job}-*"))
     with jobs.locked(run) as lock:
         assert lock.holder is None
     assert not (run / "jobs" / job / "token").exists()
@@ -135,8 +128,8 @@ def test_cancel_cleans_up_and_the_lock_of_a_dead_job_is_taken_over(slurm: SlurmC
     slurm.wait(second)
     third = submit(*stage, "shape=[16,16,16]").stdout.strip()
     assert third != second
-    wait_for(lambda: any(Path("/tmp").glob(f"mv-{third}-*")), 60, "the third job did not start")
-    assert not list(Path("/tmp").glob(f"mv-{second}-*")), "a job first removes the folders of dead ones"
+    wait_for(lambda: any(Path("/tmp").glob(f"{PREFIX}{third}-*")), 60, "the third job did not start")
+    assert not list(Path("/tmp").glob(f"{PREFIX}{second}-*")), "a job first removes the folders of dead ones"
     submit("cancel", str(run))
     check_cleaned_up(slurm, third, run)
 

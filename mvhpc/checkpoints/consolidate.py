@@ -117,7 +117,7 @@ def _add_partitioned(state: NetworkState, folder: Path, shapes: dict[str, torch.
             f"{folder.parent}: all updates before it were skipped, and DeepSpeed converts no such checkpoint; resume "
             "with the number of workers that wrote it, or remove the folder to begin anew"
         )
-    with temporary_folder(tempfile.gettempdir()) as scratch:
+    with temporary_folder(Path(tempfile.gettempdir())) as scratch:
         _write_universal(folder, scratch)
         for name, shape in shapes.items():
             folder_of_parameter = scratch / "zero" / name

@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import fcntl
 import functools
 import os
 import shutil
@@ -10,35 +9,45 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from shards.files import lock_file
+
 PREFIX, LOCK = "mvhpc-", "lock"
-_locks: list[int] = []  # descriptors, open for the lifetime of the process
+_locks = contextlib.ExitStack()  # held for the lifetime of the process
 
 
-def scratch_folder(parent: str = "/tmp") -> Path:
-    """The folder of this process, mode 0700, removed when the process ends.
+def scratch_folder(parent: Path = Path("/tmp")) -> Path:
+    """The folder of this process; see :func:`make_scratch`."""
+    return _of_process(parent)
+
+
+@functools.cache
+def _of_process(parent: Path) -> Path:
+    return make_scratch(parent)
+
+
+def make_scratch(parent: Path, name: str = "") -> Path:
+    """A new folder, mode 0700, removed when this process ends.
 
     Its path is short because the path of a socket of Ray may have 107 bytes. The folder of a killed process is removed
     by the next process, which finds its lock free.
 
     Args:
         parent: an existing folder on a local file system.
+        name: what the folder's name says beside random letters.
+
+    Raises:
+        OSError: the folder cannot be made.
     """
-    return _create(Path(parent))
-
-
-@functools.cache
-def _create(parent: Path) -> Path:
     sweep(parent)
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{name}", dir=parent))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    _locks.append(os.open(folder / f".{LOCK}", os.O_CREAT | os.O_RDWR, 0o600))
-    fcntl.flock(_locks[-1], fcntl.LOCK_EX)
+    _locks.enter_context(lock_file(folder / f".{LOCK}"))
     (folder / f".{LOCK}").rename(folder / LOCK)  # visible only once it is locked
     return folder
 
 
 @contextlib.contextmanager
-def temporary_folder(parent: str = "/tmp") -> Iterator[Path]:
+def temporary_folder(parent: Path = Path("/tmp")) -> Iterator[Path]:
     """A new folder in :func:`scratch_folder`, removed on exit."""
     folder = Path(tempfile.mkdtemp(prefix="", dir=scratch_folder(parent)))
     try:
@@ -53,6 +62,6 @@ def sweep(parent: Path) -> None:
         with contextlib.suppress(OSError):  # in use, not such a folder, or removed meanwhile
             if folder.lstat().st_uid != os.getuid():
                 continue  # never open a file of another user
-            with (folder / LOCK).open() as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
+            if (folder / LOCK).is_file():
+                with lock_file(folder / LOCK, patience=0):
+                    shutil.rmtree(folder)
