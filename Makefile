@@ -1,6 +1,6 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Needs Python 3.11 or 3.12 and make.
-PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
-	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$python && break; \
+# Two commands on a fresh machine: `make demo` and `make test`. Needs Python 3.11, 3.12 or 3.13 and make.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; \
 	done)
 VENV := .venv
 
@@ -8,26 +8,26 @@ VENV := .venv
 
 install: $(VENV)/.installed
 
-# torch first and by itself, so that nothing else chooses its build
+# torch is installed first and alone, so that no other package chooses its build.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; name it: make PYTHON=/path/to/python3.12"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed; set it: make PYTHON=/path/to/python3.12"; exit 1; }
 	@echo "1/3 environment in $(VENV)"
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	@echo "2/3 torch (200 MB and more)"
 	@$(VENV)/bin/python -m pip install --quiet torch==2.13.0
-	@echo "3/3 mvhpc and its packages (about 150; a minute or two)"
+	@echo "3/3 mvhpc and its packages (about 150; one to three minutes)"
 	@PYTHONWARNINGS=ignore $(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: install
 	@$(VENV)/bin/mvhpc run --config demo
 
-# Two processes share the tests: those on a real SLURM, which wait much (each process has a cluster), then the others.
+# Two processes run the tests: first those on a real SLURM (one cluster per process), then the others.
 test: install
 	@$(MAKE) --no-print-directory --keep-going test-slurm test-others
 
-test-slurm: install  # the longest first
+test-slurm: install  # the longest file first
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal tests/test_slurm_faults.py tests/test_slurm*.py
 
 test-others: install
