@@ -11,33 +11,34 @@ from mvhpc.runtime.watchdog import Interrupted
 from mvhpc.stages import STAGES, Stage
 from shards.errors import DataError, nearest
 
-USAGE = """mvhpc: one diffusion model over everything known of a person, and every question answered from it
+USAGE = """mvhpc: one diffusion model over everything known of a person, which answers any query
 
 usage: mvhpc COMMAND [--config NAME_OR_FILE] [options] [key=value ...]
 
 commands:
-  run             the whole pipeline of a preset, stage after stage; complete, unchanged stages are reused
-  train vae       train the autoencoder of the volumes
-  encode          encode all volumes to latents
-  train joint     train the joint diffusion of latents, numbers and categories
-  train baseline  train a DenseNet121 for one question alone, to compare with
-  predict         answer a question about every subject of a packed data set
-  generate        make synthetic people, as a BIDS tree
-  translate       draw one volume of every subject from the others: a contrast that was not taken
-  inpaint         fill in the part of a volume that a mask does not call known
-  export          write the model of any checkpoint, of any number of workers
-  mlflow-sync     bring an MLflow store up to date with run folders
-  dashboard       open the MLflow store, on this machine only
+{commands}
 
 `mvhpc COMMAND --help` shows a command's options and examples. --config takes a preset (configs/COMMAND/NAME.yaml)
 or a YAML file; key=value sets any single key over it, as in training.epochs=20.
 
 examples:
   mvhpc run --config demo
-  mvhpc train joint --config paper latents=runs/latents vae=runs/vae out=runs/joint compute.workers=4
-  mvhpc predict --model runs/joint --data runs/packed --given image,sex --want age --out age.tsv
-  mvhpc generate --model runs/joint --count 100 --given age=70,sex=F --out synthetic
+  mvhpc train joint compute.workers=4
+  mvhpc predict --given image,sex --want age
+  mvhpc generate --count 100 --given age=70,sex=F --out synthetic
 """
+PIPELINE = "the whole pipeline of a preset, stage after stage; what is complete and unchanged is reused"
+OTHERS = {
+    "export": "write the model of any checkpoint, of any number of workers",
+    "mlflow-sync": "bring an MLflow store up to date with run folders",
+    "dashboard": "open the MLflow store, on this machine only",
+}
+
+
+def _usage() -> str:
+    """The help of the command: one line for each stage of the table, and for the rest."""
+    lines = {"run": PIPELINE, **{stage.command: stage.help for stage in STAGES.values() if stage.command}, **OTHERS}
+    return USAGE.format(commands="\n".join(f"  {name:15s} {text}" for name, text in lines.items()))
 
 
 def _parser(command: str, examples: Sequence[str], about: str) -> argparse.ArgumentParser:
@@ -157,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the `mvhpc` command; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in {"-h", "--help", "help"}:
-        print(USAGE, end="")
+        print(_usage(), end="")
         return 0
     handlers: dict[str, Callable[[Sequence[str]], int]] = {
         "run": _run,

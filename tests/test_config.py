@@ -87,6 +87,13 @@ def test_a_preset_may_ask_for_what_the_default_leaves_empty() -> None:
     assert load_config(PipelineConfig, "pipeline", "ixi", ["source=/data"]).source == "/data"
 
 
+def test_an_empty_override_is_the_empty_word_or_list() -> None:
+    assert load_config(JointConfig, "joint", "default", [*JOINT, "tracking.uri="]).tracking.uri == ""
+    predict = STAGES["predict"].config_class()
+    values = {"out": "o.tsv", "model": "m", "data": "d", "want": "age"}
+    assert load_config(predict, "predict", "default", ["given="], values).given == []
+
+
 def test_yaml_cannot_make_objects(tmp_path: Path) -> None:
     """A configuration from outside is data: tags that would call Python are refused."""
     file, witness = tmp_path / "evil.yaml", tmp_path / "witness"

@@ -55,6 +55,8 @@ def _parsed(kind: Any, layer: Any) -> Any:
     for key in layer:
         missing = OmegaConf.is_config(layer) and OmegaConf.is_missing(layer, key)
         value, target = MISSING if missing else layer[key], fields.get(key)
+        if value is None and target is not None:
+            value = ""  # ``key=``: empty
         if isinstance(value, str) and value != MISSING and typing.get_origin(target) in (list, dict):
             values[key] = _listed(value) if typing.get_origin(target) is list else _mapped(key, value)
         else:
