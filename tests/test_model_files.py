@@ -10,7 +10,7 @@ from mvhpc import config
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import AutoencoderModel, JointModel, ModelError, load, save_autoencoder, save_joint
 from mvhpc.models.denoiser import JointDenoiser
-from mvhpc.models.kernels.cpu_conv3d import mend_convolutions
+from mvhpc.models.kernels.cpu_conv3d import patch_conv3d
 from mvhpc.variables import Variables
 from shards.files import write_bytes
 from shards.schema import Schema
@@ -138,7 +138,7 @@ def test_a_joint_model_is_self_contained(folder: Path, tmp_path: Path) -> None:
     assert model.meta["extra"] == {"loss": 1.5}
     x = torch.rand(1, 1, 8, 8, 8)
     vae = autoencoder(0).eval()
-    mend_convolutions(vae)
+    patch_conv3d(vae)
     z = model.encode("scan", x)
     assert torch.equal(z, (vae.encode(x)[0] - 0.25) / 2)
     torch.testing.assert_close(model.decode("scan", z), vae.decode(vae.encode(x)[0]).clamp(0, 1))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mvhpc.checkpoints.consolidate import consolidate
 from mvhpc.checkpoints.manifest import CheckpointError
 from mvhpc.config import ConfigError, Optimizer
-from mvhpc.models.kernels.channels_last import lay_out
+from mvhpc.models.kernels.channels_last import channels_last_weights
 from mvhpc.models.kernels.normalization import GroupNorm
 from mvhpc.training.engines.base import Average, learning_rate
 from mvhpc.training.engines.local import LocalEngine
@@ -267,7 +267,7 @@ def test_weights_in_the_order_of_gpus_learn_the_same_and_resume_to_the_same_bits
         torch.manual_seed(0)
         made = local(nn.Sequential(nn.Conv3d(2, 8, 3), GroupNorm(2, 8), nn.Conv3d(8, 2, 3)), optimizer__lr=1e-3)
         if ordered:
-            lay_out(made.module)
+            channels_last_weights(made.module)
         return made
 
     def step(*engines: LocalEngine) -> None:
