@@ -21,9 +21,10 @@ from mvhpc.inference.baseline_predictor import BaselinePredictor
 from mvhpc.inference.open_predictor import open_predictor
 from mvhpc.inference.predictor import PredictConfig
 from mvhpc.models.baseline import Baseline
-from mvhpc.models.bundle import BaselineModel, JointModel, ModelError, load
+from mvhpc.models.bundle import BaselineModel, JointModel, load
 from mvhpc.models.kernels import normalization
 from mvhpc.models.kernels.normalization import SyncedBatchNorm
+from mvhpc.models.model_folder import ModelError
 from mvhpc.runs.folder import Run
 from mvhpc.training.baseline import BaselineConfig, BaselineTask
 from mvhpc.training.loop import train

@@ -3,23 +3,21 @@
 import dataclasses
 import math
 import re
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from mvhpc import config
 from mvhpc.diffusion.density import density
 from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.diffusion.posterior import Posterior
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.models.joint_network import JointNetwork, build_networks
 from mvhpc.models.layers import sinusoid
-from mvhpc.models.scalar_predictor import ScalarPredictor
 from mvhpc.variables import Categorical, Continuous, Variables, Volume
 from tests.conftest import DIFFUSION
+from tests.networks import joint, parts, perturbed, predictor, settings
 
 DESIGNS = pytest.mark.parametrize("design", ["late", "early"])
 AGE, SITE = Continuous("age", 0, 100), Categorical("site", ("a", "b", "c"))
@@ -30,44 +28,10 @@ def variables(size: tuple[int, int, int] = (4, 4, 4), channels: tuple[int, ...] 
     return Variables([*volumes, AGE, SITE])
 
 
-def settings(design: str = "late", members: int = 1, **changes: Any) -> config.DenoiserConfig:
-    """Of a small network."""
-    small: dict[str, Any] = {
-        "scalars": design,
-        "components": 2 if design == "late" else 0,
-        "ensemble_members": members,
-        "channels": [8, 16],
-        "attention": [False, True],
-        "res_blocks": 1,
-        "head_channels": 8,
-        "norm_groups": 4,
-        "embedding": 16,
-        "dropout": 0.0,
-        "checkpointing": False,
-    }
-    return config.DenoiserConfig(**small | changes)
-
-
 def model(
     v: Variables, design: str = "late", checkpointing: bool = False, masked_level: int | None = None, members: int = 1
 ) -> JointNetwork:
-    """Small networks with nothing at its initial zeros."""
-    torch.manual_seed(0)
-    networks = build_networks(v, settings(design, members, checkpointing=checkpointing), masked_level)
-    for network in networks.values():
-        for parameter in network.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return joint(networks)
-
-
-def joint(networks: dict[str, nn.Module]) -> JointNetwork:
-    both: dict[str, Any] = dict(networks)
-    return JointNetwork(**both)
-
-
-def parts(net: JointNetwork) -> list[nn.Module]:
-    """The networks of it."""
-    return [net.denoiser] if net.scalars is None else [net.denoiser, net.scalars]
+    return perturbed(v, settings(design, members, checkpointing=checkpointing), masked_level)
 
 
 def parameters(net: JointNetwork) -> list[nn.Parameter]:
@@ -136,11 +100,6 @@ def test_scalars_alone_are_predicted_without_the_up_path(design: str) -> None:
     part = net(z, t, want=["age", "site"])
     assert part.keys() == {"age", "site"}
     assert all(torch.equal(part[name], whole[name]) for name in part)
-
-
-def predictor(net: JointNetwork) -> ScalarPredictor:
-    assert net.scalars is not None
-    return net.scalars
 
 
 def test_one_encoding_of_the_volumes_serves_every_query() -> None:
@@ -284,6 +243,8 @@ def test_checkpointing_changes_no_gradient(design: str) -> None:
     gradients = []
     for checkpointing in (False, True):
         net = model(v, design, checkpointing)
+        for part in parts(net):
+            part.train()
         sum(x.square().sum() for x in net(z, t).values()).backward()
         gradients.append([p.grad for p in parameters(net)])
     for plain, kept in zip(*gradients):
