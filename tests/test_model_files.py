@@ -245,4 +245,3 @@ def test_one_kind_of_model_is_not_taken_for_the_other(folder: Path, tmp_path: Pa
         load(folder, kind=JointModel)
     with pytest.raises(ModelError, match="of the kind joint;"):
         load(tmp_path / "joint", kind=AutoencoderModel)
-    assert isinstance(load(folder), AutoencoderModel) and isinstance(load(tmp_path / "joint"), JointModel)
