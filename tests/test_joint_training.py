@@ -222,7 +222,7 @@ def test_a_split_with_another_training_part_than_the_latents_is_refused(
     index = Index.load(latents)
     split = index.splits["default"]
     swapped = {key: "test" if part == "train" else "train" for key, part in split.assignment.items()}
-    index.splits |= {"same": split, "other": dataclasses.replace(split, assignment=swapped)}
+    index.splits.update({"same": split, "other": dataclasses.replace(split, assignment=swapped)})
     index.save(latents)
     JointTask.check(dataclasses.replace(config, latents=str(latents), split="same"))
     with pytest.raises(ConfigError, match=r"split=other.*encode again"):
