@@ -1,6 +1,5 @@
 """The law of export: a network that was best at a checkpoint's step is exported to the bits that training exported."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -68,12 +67,10 @@ def test_the_model_of_a_checkpoint_is_what_training_exported(
         best = [name for name in networks[stage] if step == best_step(run, SCORES[name])]
         assert best, "the step is the best of some network"
         ours, theirs = content(tmp_path / f"{stage}-model"), content(run / "model")
-        if best == networks[stage]:
+        if stage == "vae":
             assert ours == theirs
         for name in best:
             assert {file for file in ours if file.startswith(name)} == {f for f in theirs if f.startswith(name)}
-        if "scalars" in best:
-            assert json.loads(ours["model.json"])["temperature"] == json.loads(theirs["model.json"])["temperature"]
         assert main(["export", str(run), "--out", str(tmp_path / f"{stage}-last")]) == 0
         assert main(["export", str(run), "--out", str(tmp_path / f"{stage}-last")]) == 1
         assert "exists already" in capsys.readouterr().err
