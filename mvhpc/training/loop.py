@@ -45,10 +45,10 @@ def train(task: Task, config: Config, folder: Path, rank: int = 0, world: int = 
     """Train ``task`` to the end, from its newest checkpoint in ``folder`` where there is one.
 
     Writes ``folder/checkpoints``, ``folder/model`` (each network at its own best validation, by ``task.export``),
-    ``folder/figures`` and the journal. An update that is not finite is skipped; after several consecutive ones training goes back to its
-    newest checkpoint, once per place. While storage cannot be written, checkpoints are missing but training goes on.
-    It stops when the file of ``MVHPC_STOP_FILE`` appears. A checkpoint of any number of workers and any ZeRO stage
-    can be resumed.
+    ``folder/figures`` and the journal. An update that is not finite is skipped; after several consecutive ones
+    training goes back to its newest checkpoint, once per place. While storage cannot be written, checkpoints are
+    missing but training goes on. It stops when the file of ``MVHPC_STOP_FILE`` appears. A checkpoint of any number of
+    workers and any ZeRO stage can be resumed.
 
     A finished run returns its summary at once. A finished run with a constant schedule continues when
     ``training.epochs`` is raised.
