@@ -13,7 +13,6 @@ from mvhpc.config import ConfigError, load_config
 from mvhpc.runs.folder import read_record
 from mvhpc.runs.journal import read
 from mvhpc.runtime.collectives import Collectives
-from mvhpc.runtime.devices import resolve_device, resolve_precision
 from mvhpc.runtime.importing import resolve
 from mvhpc.stages import STAGES, TRAINED
 from mvhpc.training.task import Task
@@ -21,7 +20,9 @@ from shards.files import atomic_folder
 
 
 def export(source: Path, out: Path) -> int:
-    """Write the model of a checkpoint, the same bits as training itself exports at that step.
+    """Write the model of a checkpoint's own weights.
+
+    A network that was at its best validation at that step is the same, to the bit, as training exported it.
 
     Args:
         source: a checkpoint (``RUN/checkpoints/step-XXXXXXXX``) of any number of workers, or a run folder, whose newest
@@ -44,13 +45,14 @@ def export(source: Path, out: Path) -> int:
     config: Any = load_config(stage.config_class(), name, str(run / "config.yaml"), ["compute.device=auto"])
     check(checkpoint, config)
     task: Task = resolve(stage.task)(config)
-    whole = consolidate(checkpoint.folder / task.best)
-    states = {task.best: {name: value.clone() for name, value in (whole.network | whole.average).items()}}
-    device = resolve_device(config.compute.device)
-    dtype = resolve_precision(config.compute.precision, device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    with atomic_folder(out) as part, torch.no_grad(), autocast:  # as during training
-        task.export(part, states, _metrics(run, checkpoint.step))
+    states = {}
+    for name in task.exported:
+        whole = consolidate(checkpoint.folder / name)
+        states[name] = {key: value.clone() for key, value in (whole.network | whole.average).items()}
+    measured = _metrics(run, checkpoint.step)
+    metrics = {name: measured[name] for names in task.exported.values() for name in names if name in measured}
+    with atomic_folder(out) as part, torch.no_grad():
+        task.export(part, states, metrics)
     return checkpoint.step
 
 
@@ -68,7 +70,7 @@ def _find(source: Path) -> tuple[Checkpoint, Path]:
 
 
 def _metrics(run: Path, step: int) -> dict[str, float]:
-    """What validation said at ``step``; empty where there was none."""
+    """The validation metrics of ``step``; empty where there are none."""
     events = [e for e in read(run) if e["event"] == "metrics" and e["step"] == step]
     named = {name: value for event in reversed(events) for name, value in event["metrics"].items()}
     return {k.removeprefix("validation/"): v for k, v in named.items() if k.startswith("validation/")}

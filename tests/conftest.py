@@ -17,7 +17,7 @@ from mvhpc import config
 from mvhpc.inference.encode import run as encode
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import save_autoencoder, save_joint
-from mvhpc.models.denoiser import JointDenoiser
+from mvhpc.models.joint_network import build_networks
 from mvhpc.runs.folder import Run
 from mvhpc.variables import Variables
 from shards.dataset import open_dataset
@@ -49,7 +49,7 @@ SMALL_JOINT = {  # overrides of the joint stage, for latents of 2 x 2 x 2
     "model.norm_groups": 8,
     "model.embedding": 16,
     "model.res_blocks": 1,
-    "model.readers": 2,
+    "model.ensemble_members": 2,
 }
 
 
@@ -112,7 +112,7 @@ def tiny_model(tiny_dataset: Path) -> Path:
     unet = config.DenoiserConfig(
         scalars="late",
         components=4,
-        readers=2,
+        ensemble_members=2,
         channels=[16, 32],
         attention=[False, True],
         res_blocks=1,
@@ -126,13 +126,15 @@ def tiny_model(tiny_dataset: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         autoencoder = Autoencoder(small)
-        denoiser = JointDenoiser(Variables.from_schema(schema, latent), unet)
-        for weights in denoiser.parameters():  # output layers start at zero: make all of them say something
+        networks = build_networks(Variables.from_schema(schema, latent), unet, DIFFUSION.steps)
+        for weights in (
+            w for network in networks.values() for w in network.parameters()
+        ):  # output layers start at zero
             weights.data += 0.05 * torch.randn_like(weights)
     save_autoencoder(folder / "vae" / "model", autoencoder, small)
     save_joint(
         folder / "joint" / "model",
-        denoiser.state_dict(),
+        {name: network.state_dict() for name, network in networks.items()},
         folder / "vae",
         model=unet,
         diffusion=DIFFUSION,

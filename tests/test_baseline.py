@@ -21,9 +21,10 @@ from mvhpc.inference.baseline_predictor import BaselinePredictor
 from mvhpc.inference.open_predictor import open_predictor
 from mvhpc.inference.predictor import PredictConfig
 from mvhpc.models.baseline import Baseline
-from mvhpc.models.bundle import BaselineModel, JointModel, ModelError, load
+from mvhpc.models.bundle import BaselineModel, JointModel, load
 from mvhpc.models.kernels import normalization
-from mvhpc.models.kernels.normalization import WholeBatchNorm
+from mvhpc.models.kernels.normalization import SyncedBatchNorm
+from mvhpc.models.model_folder import ModelError
 from mvhpc.runs.folder import Run
 from mvhpc.training.baseline import BaselineConfig, BaselineTask
 from mvhpc.training.loop import train
@@ -339,7 +340,7 @@ def test_batch_norm_sees_the_batch_of_all_workers(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(normalization, "total", total)
     torch.manual_seed(0)
     x = (3 + 2 * torch.randn(6, 4, 3, 3, 3)).requires_grad_()
-    whole, *halves = (kind(4, momentum=momentum) for kind in (nn.BatchNorm3d, WholeBatchNorm, WholeBatchNorm))
+    whole, *halves = (kind(4, momentum=momentum) for kind in (nn.BatchNorm3d, SyncedBatchNorm, SyncedBatchNorm))
     for part in (whole, *halves):
         nn.init.constant_(part.weight, 1.5)
     expected = whole(x)

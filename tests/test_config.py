@@ -51,6 +51,9 @@ def test_fingerprint_sees_every_value() -> None:
     ("preset", "overrides", "message"),
     [
         ("demo", [*JOINT, "training.epohcs=3"], "training.epochs"),
+        ("demo", [*JOINT, "reveal=0.5"], "`reveal` is called clean_volume_prob now"),
+        ("demo", [*JOINT, "questions=4"], "`questions` is called queries_per_volume now"),
+        ("demo", [*JOINT, "model.readers=2"], "`model.readers` is called model.ensemble_members now"),
         ("demo", [*JOINT, "optimiser.lr=3"], "optimizer"),
         ("dmeo", JOINT, "'demo'"),
         ("demo", [*JOINT, "training.epochs=many"], "training.epochs=many"),
@@ -79,6 +82,11 @@ def test_what_is_wrong_is_named(preset: str, overrides: list[str], message: str)
 def test_counts_that_make_no_sense_are_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(GenerateConfig, "generate", "default", ["out=o", "model=m", override])
+
+
+def test_a_renamed_key_of_the_pipeline_is_refused_with_its_new_name() -> None:
+    with pytest.raises(ConfigError, match="`questions` is called queries now"):
+        load_config(PipelineConfig, "pipeline", "default", ["questions=[]"])
 
 
 def test_a_preset_may_ask_for_what_the_default_leaves_empty() -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.profiler import profile
 
 from mvhpc.config import ConfigError
-from mvhpc.models.kernels.cpu_conv3d import ONEDNN, mend_convolutions
+from mvhpc.models.kernels.cpu_conv3d import ONEDNN, patch_conv3d
 from mvhpc.runtime.cudnn import cudnn_fault
 from mvhpc.runtime.devices import resolve_precision
 
@@ -70,7 +70,7 @@ def test_one_small_sample_in_float32_is_left_to_onednn_as_well(kernel: int, stri
     found = []
     for mended in (False, True):
         if mended:
-            mend_convolutions(convolution)
+            patch_conv3d(convolution)
         with profile() as events:
             y = convolution(x)
             gradients = torch.autograd.grad((weight * y).sum(), [x, *convolution.parameters()])

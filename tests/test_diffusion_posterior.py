@@ -64,7 +64,7 @@ def test_crps_is_the_integral_that_defines_it(x: float) -> None:
 class Answers:
     """The law's exact answers about scalars, as a network's output; what it sees is the image and its level."""
 
-    late, components = True, K
+    components = K
 
     def __init__(self, law: MixedLaw, sure: float = 1.0) -> None:
         self.law, self.looked, self.sure = law, 0, sure  # times surer than it should be
@@ -190,6 +190,6 @@ def test_models_without_a_posterior_say_why() -> None:
     for process in (diffusion("shared"), diffusion(kind="eps")):
         with pytest.raises(ValueError, match="independent times and without eps"):
             Posterior(network, process, {}, 1)
-    network.late = False
+    network.components = 0
     with pytest.raises(ValueError, match=r"model\.scalars"):
         Posterior(network, diffusion(), {}, 1)

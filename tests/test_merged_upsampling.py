@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from monai.networks.nets import AutoencoderKL
 from torch import Tensor, nn
 
-from mvhpc.models.kernels.cpu_conv3d import mend_convolutions
-from mvhpc.models.kernels.merged_upsampling import DoublingConv, convolve_octants, merge_upsampling
+from mvhpc.models.kernels.cpu_conv3d import patch_conv3d
+from mvhpc.models.kernels.merged_upsampling import UpsampleConv, convolve_octants, merge_upsampling
 
 
 def networks() -> tuple[nn.Module, nn.Module]:
@@ -44,7 +44,7 @@ def results(network: nn.Module, z: Tensor) -> list[Tensor]:
 def test_a_merged_network_has_the_same_results_and_gradients() -> None:
     plain, merged = networks()
     assert [*plain.state_dict()] == [*merged.state_dict()]
-    assert sum(isinstance(part, DoublingConv) for part in merged.modules()) == 2
+    assert sum(isinstance(part, UpsampleConv) for part in merged.modules()) == 2
     for size in ((1, 1, 1), (2, 3, 4), (5, 2, 1)):
         z = torch.randn(2, 2, *size, dtype=torch.float64)
         for a, b in zip(results(plain, z), results(merged, z), strict=True):
@@ -57,8 +57,8 @@ def test_in_bfloat16_it_differs_by_its_rounding() -> None:
     for channels in (3, 16, 64):
         for size in ((1, 1, 1), (2, 2, 2), (3, 4, 3), (2, 5, 6), (4, 6, 5), (6, 3, 2), (3, 1, 2)):
             x, gradient = torch.randn(4, channels, *size), torch.randn(4, channels, *(2 * n for n in size))
-            convolution = DoublingConv(channels, channels)
-            mend_convolutions(convolution)
+            convolution = UpsampleConv(channels, channels)
+            patch_conv3d(convolution)
             said = []
             for rounded in (False, True):
                 convolution.zero_grad()
@@ -74,7 +74,7 @@ def test_in_bfloat16_it_differs_by_its_rounding() -> None:
 def test_eight_voxels_at_once_are_the_same() -> None:
     """The way it is computed on GPUs."""
     torch.manual_seed(0)
-    convolution = DoublingConv(3, 5).double()
+    convolution = UpsampleConv(3, 5).double()
     for size in ((3, 4, 5), (1, 1, 1), (2, 1, 3)):
         x, toward = torch.randn(2, 3, *size).double().requires_grad_(), torch.randn(2, 5, *(2 * n for n in size))
         of = [x, convolution.weight, convolution.bias]
@@ -89,7 +89,7 @@ def test_eight_voxels_at_once_are_the_same() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_gpus_it_is_what_it_is_on_cpus() -> None:
     torch.manual_seed(0)
-    convolution = DoublingConv(16, 8).double()
+    convolution = UpsampleConv(16, 8).double()
     x, toward = torch.randn(2, 16, 3, 4, 5).double(), torch.randn(2, 8, 6, 8, 10).double()
     said = []
     for device in ("cpu", "cuda"):

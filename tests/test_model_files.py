@@ -2,22 +2,28 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from mvhpc import config
+from mvhpc.inference.sampler import Sampler
 from mvhpc.models.autoencoder import Autoencoder
-from mvhpc.models.bundle import AutoencoderModel, JointModel, ModelError, load, save_autoencoder, save_joint
-from mvhpc.models.denoiser import JointDenoiser
-from mvhpc.models.kernels.cpu_conv3d import mend_convolutions
+from mvhpc.models.bundle import AutoencoderModel, JointModel, load, save_autoencoder, save_joint
+from mvhpc.models.joint_network import build_networks
+from mvhpc.models.kernels.cpu_conv3d import patch_conv3d
+from mvhpc.models.model_folder import ModelError
 from mvhpc.variables import Variables
 from shards.files import write_bytes
 from shards.schema import Schema
+from tests.conftest import DIFFUSION
+from tests.networks import settings
+from tests.toy_task import digest
 
 MODEL = config.AutoencoderConfig(channels=[4, 4], latent_channels=2, res_blocks=1, norm_groups=2, checkpointing=False)
-DENOISER = config.DenoiserConfig("late", 4, 1, [8, 8], [False, True], 1, 4, 4, 16, 0.0, False)
-DIFFUSION = config.DiffusionConfig(1000, 0.0015, 0.0195, "independent", 0.25, 0.25, 0.25, "v", "v", {})
+DENOISER = settings(components=4, channels=[8, 8], head_channels=4)
 SCHEMA = Schema.from_dict(
     {
         "scan": {"kind": "volume", "suffix": "T2w"},
@@ -78,7 +84,7 @@ def test_an_interrupted_save_leaves_the_older_model(folder: Path, monkeypatch: p
             raise OSError("disk full")
         write_bytes(path, content)
 
-    monkeypatch.setattr("mvhpc.models.bundle.write_bytes", full_at_last)
+    monkeypatch.setattr("mvhpc.models.model_folder.write_bytes", full_at_last)
     with pytest.raises(OSError, match="disk full"):
         save_autoencoder(folder / "model", autoencoder(1), MODEL)
     assert load(folder)[1] == before
@@ -106,16 +112,18 @@ def test_missing_pieces_are_named(folder: Path, tmp_path: Path) -> None:
         load(folder)
 
 
-def denoiser(seed: int) -> JointDenoiser:
+def states(seed: int) -> dict[str, dict[str, Tensor]]:
     torch.manual_seed(seed)
-    return JointDenoiser(Variables.from_schema(SCHEMA, LATENT), DENOISER)
+    networks = build_networks(Variables.from_schema(SCHEMA, LATENT), DENOISER)
+    return {name: network.state_dict() for name, network in networks.items()}
 
 
-def save_example(folder: Path, vae: Path) -> None:
+def save_example(folder: Path, vae: Path, networks: dict[str, dict[str, Tensor]] | None = None, **more: Any) -> None:
     save_joint(
         folder,
-        denoiser(3).state_dict(),
+        states(3) if networks is None else networks,
         vae,
+        **more,
         model=DENOISER,
         diffusion=DIFFUSION,
         schema=SCHEMA,
@@ -131,14 +139,13 @@ def test_a_joint_model_is_self_contained(folder: Path, tmp_path: Path) -> None:
     shutil.rmtree(folder)
     shutil.move(tmp_path / "joint", tmp_path / "moved")
     model = load(tmp_path / "moved")
-    expected = denoiser(3).state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in model.denoiser.state_dict().items())
+    assert weights_of(model) == digest(states(3))
     assert model.grid == GRID
     assert model.schema == SCHEMA
     assert model.meta["extra"] == {"loss": 1.5}
     x = torch.rand(1, 1, 8, 8, 8)
     vae = autoencoder(0).eval()
-    mend_convolutions(vae)
+    patch_conv3d(vae)
     z = model.encode("scan", x)
     assert torch.equal(z, (vae.encode(x)[0] - 0.25) / 2)
     torch.testing.assert_close(model.decode("scan", z), vae.decode(vae.encode(x)[0]).clamp(0, 1))
@@ -152,9 +159,84 @@ def test_damage_to_any_file_of_a_joint_model_is_named(folder: Path, tmp_path: Pa
         whole = path.read_bytes()
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         with pytest.raises(ModelError, match=path.name):
-            load(tmp_path / "joint")
+            use(load(tmp_path / "joint"))
         path.write_bytes(whole)
-    load(tmp_path / "joint")
+    use(load(tmp_path / "joint"))
+
+
+def use(model: Any) -> None:
+    """Have every network read."""
+    assert model.network and model.autoencoder
+
+
+def weights_of(model: Any) -> str:
+    return digest({name: dict(getattr(model, name).state_dict()) for name in ("denoiser", "scalars")})
+
+
+def test_scalars_are_predicted_without_the_files_of_other_networks(folder: Path, tmp_path: Path) -> None:
+    save_example(tmp_path / "joint" / "model", folder)
+    for name in ("denoiser", "autoencoder"):
+        (path,) = (tmp_path / "joint" / "model").glob(f"{name}-*.safetensors")
+        path.unlink()
+    model = load(tmp_path / "joint", kind=JointModel)
+    sampling = config.Sampling(conditioning="auto", steps=10, stride=100, solver="ddim", guidance=1.0)
+    device = config.Device(device="cpu", precision="float32", threads=1, compile=False)
+    posterior = Sampler(model, sampling, device, scalars=True).posterior({"scan": torch.zeros(2, 2, 4, 4, 4)}, 2)
+    assert posterior.laws(["height", "site"]).keys() == {"height", "site"}
+    with pytest.raises(ModelError, match="denoiser"):
+        use(model)
+
+
+def test_other_weights_of_one_network_leave_those_of_the_other(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "joint" / "model"
+    save_example(target, folder, temperature={"height": 1.5})
+    for name in ("denoiser", "scalars"):
+        files = {p.name: p.read_bytes() for p in target.glob("*.safetensors")}
+        save_example(
+            target, folder, {name: states(4)[name]}, temperature={"height": 2.0} if name == "scalars" else None
+        )
+        changed = {p.name for p in target.glob("*.safetensors")} ^ set(files)
+        assert len(changed) == 2 and all(file.startswith(f"{name}-") for file in changed)
+        assert load(target, kind=JointModel).temperature == {"height": 2.0 if name == "scalars" else 1.5}
+    assert weights_of(load(target)) == digest(states(4))
+
+
+@pytest.mark.parametrize("names", [["denoiser"], ["scalars"], ["denoiser", "scalars"]], ids="+".join)
+def test_a_kill_between_any_two_steps_leaves_the_old_model_or_the_new_one(
+    names: list[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the next export works."""
+    target, new = tmp_path / "joint" / "model", {name: states(4)[name] for name in names}
+    save_example(target, folder)
+    old_and_new = {digest(states(3)), digest(states(3) | new)}
+    done, limit, ended = 0, 0, False
+
+    def killed_before(step: Any) -> Any:
+        def step_or_die(*args: Any, **kwargs: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done > limit:
+                raise KeyboardInterrupt
+            return step(*args, **kwargs)
+
+        return step_or_die
+
+    while not ended:
+        save_example(target, folder)
+        done = 0
+        with monkeypatch.context() as patch:
+            for method in ("write_bytes", "replace", "unlink"):
+                patch.setattr(Path, method, killed_before(getattr(Path, method)))
+            try:
+                save_example(target, folder, new)
+                ended = True
+            except KeyboardInterrupt:
+                limit += 1
+        model = load(target, kind=JointModel)
+        use(model)
+        assert weights_of(model) in old_and_new
+    assert limit > 6 and weights_of(load(target)) == digest(states(3) | new)
+    assert len(list(target.iterdir())) == 5, "no leftovers: four networks' files and model.json"
 
 
 def test_one_kind_of_model_is_not_taken_for_the_other(folder: Path, tmp_path: Path) -> None:
@@ -163,4 +245,3 @@ def test_one_kind_of_model_is_not_taken_for_the_other(folder: Path, tmp_path: Pa
         load(folder, kind=JointModel)
     with pytest.raises(ModelError, match="of the kind joint;"):
         load(tmp_path / "joint", kind=AutoencoderModel)
-    assert isinstance(load(folder), AutoencoderModel) and isinstance(load(tmp_path / "joint"), JointModel)

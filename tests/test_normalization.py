@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
 from torch import Tensor, nn
 
-from mvhpc.models.kernels.channels_last import adopt, down, middle, up
+from mvhpc.models.kernels.channels_last import down, middle, up, use_channels_last_blocks
 from mvhpc.models.kernels.normalization import GroupNorm
 from mvhpc.runtime.devices import repeatable
 
@@ -64,7 +64,7 @@ def monais(net: nn.Module, x: Tensor, time: Tensor, context: Tensor | None) -> T
 def test_adopted_networks_have_monais_weights_and_on_cpus_its_bits(conditioned: bool) -> None:
     theirs = unet(conditioned)
     ours = copy.deepcopy(theirs)
-    adopt(ours)
+    use_channels_last_blocks(ours)
     assert [*ours.state_dict()] == [*theirs.state_dict()]
     assert sum(type(part) is nn.GroupNorm for part in ours.modules()) == 0
     x, time = torch.randn(2, 2, 8, 4, 4), torch.randn(2, 32)
@@ -78,7 +78,7 @@ def test_an_adopted_autoencoder_has_monais_bits_on_cpus() -> None:
     torch.manual_seed(0)
     theirs = AutoencoderKL(3, 1, 1, (1, 1), (4, 8), (False, False), 2, 2, with_encoder_nonlocal_attn=False)
     ours = copy.deepcopy(theirs)
-    adopt(ours)
+    use_channels_last_blocks(ours)
     x, z = torch.randn(2, 1, 4, 6, 4), torch.randn(2, 2, 2, 3, 2)
     assert torch.equal(ours.encode(x)[0], theirs.encode(x)[0]) and torch.equal(ours.decode(z), theirs.decode(z))
 
@@ -117,7 +117,7 @@ def test_on_gpus_it_stays_in_bfloat16_and_differs_by_its_rounding(silu: bool, sh
 def test_on_gpus_adopted_networks_say_what_monais_do_and_the_same_bits_twice(conditioned: bool) -> None:
     theirs = unet(conditioned).cuda()
     ours = copy.deepcopy(theirs)
-    adopt(ours)
+    use_channels_last_blocks(ours)
     x, time = torch.randn(2, 2, 32, 24, 24, device="cuda"), torch.randn(2, 32, device="cuda")
     context = torch.randn(2, 3, 4, device="cuda") if conditioned else None
     wanted = monais(theirs, x, time, context)

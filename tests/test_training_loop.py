@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from mvhpc.checkpoints.consolidate import consolidate
 from mvhpc.checkpoints.manifest import CheckpointError
 from mvhpc.config import ConfigError, Optimizer
-from mvhpc.models.kernels.channels_last import lay_out
+from mvhpc.models.kernels.channels_last import channels_last_weights
 from mvhpc.models.kernels.normalization import GroupNorm
 from mvhpc.training.engines.base import Average, learning_rate
 from mvhpc.training.engines.local import LocalEngine
 from mvhpc.training.loop import micro_batch, train
-from mvhpc.training.task import Part
 from tests.toy_task import Interrupted, ToyConfig, ToyTask, curves, digest, exported, run_toy, toy_config
 
 
@@ -77,44 +76,45 @@ def test_training_lowers_the_error_and_exports_the_best(tmp_path: Path) -> None:
     assert (tmp_path / "figures" / "step.txt").read_text() == str(int(summary["best_step"]))
 
 
-class TwoParts(ToyTask):
-    """A task whose first layer is best at one validation, and the rest at another; it notes the weights of each."""
+class TwoNetworks(ToyTask):
+    """A task that exports its critic too, each best at another validation; it notes the weights of each."""
+
+    exported = {"denoiser": ("off", "size"), "discriminator": ("off_critic", "size_critic")}  # noqa: RUF012
 
     def __init__(self, config: ToyConfig, best: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None) -> None:
         super().__init__(config)
-        self.scores = {"first": Part(("0.",), ("far",)), "rest": Part(metrics=("loud",))}
         self.best_of = best
-        self.seen: list[dict[str, Tensor]] = []
+        self.seen: list[tuple[dict[str, Tensor], ...]] = []
 
     def validate(self, indices: list[int], networks: dict[str, nn.Module]) -> dict[str, Tensor]:
-        weights = {name: w.clone() for name, w in networks["denoiser"].state_dict().items()}
+        weights = tuple({key: w.clone() for key, w in networks[name].state_dict().items()} for name in self.exported)
         self.seen.append(weights)
-        first, rest = self.best_of or (weights, weights)
-        off = (weights["0.weight"] - first["0.weight"]).norm(), (weights["3.weight"] - rest["3.weight"]).norm()
-        far, loud = (weights[f"{layer}.weight"].norm() for layer in (0, 3))
-        metrics = {**dict(zip(self.scores, off)), "far": far, "loud": loud, "of both": far + loud}
+        metrics = {}
+        for names, now, best in zip(self.exported.values(), weights, self.best_of or weights, strict=True):
+            metrics |= dict(zip(names, ((now["0.weight"] - best["0.weight"]).norm(), now["0.weight"].norm())))
+        metrics["of both"] = metrics["size"] + metrics["size_critic"]
         return {name: value.expand(len(indices)) for name, value in metrics.items()}
 
 
-def test_parts_that_share_no_weights_are_exported_each_at_its_own_best(tmp_path: Path) -> None:
+def test_each_network_is_exported_at_its_own_best(tmp_path: Path) -> None:
     config = toy_config(training__epochs=6)
-    plain = TwoParts(config)
+    plain = TwoNetworks(config)
     train(plain, config, tmp_path / "plain")
-    best = plain.seen[4], plain.seen[2]
-    summary = train(TwoParts(config, best), config, tmp_path / "undisturbed")
-    assert summary["validation/first"] == summary["validation/rest"] == 0
-    assert summary["validation/far"] == pytest.approx(float(best[0]["0.weight"].norm()))
-    assert summary["validation/loud"] == pytest.approx(float(best[1]["3.weight"].norm()))
-    assert "validation/of both" not in summary  # at no validation was there such a network
+    best = plain.seen[4][0], plain.seen[2][1]
+    summary = train(TwoNetworks(config, best), config, tmp_path / "whole")
+    assert summary["validation/off"] == summary["validation/off_critic"] == 0
+    for name, weights in zip(("size", "size_critic"), best):
+        assert summary[f"validation/{name}"] == pytest.approx(float(weights["0.weight"].norm()))
+    assert "validation/of both" not in summary  # of no network
     for step in (13, 24):  # after the one best and after the other
         with pytest.raises(Interrupted):
             stopped = toy_config(training__epochs=6, tracking__fail_at=step)
-            train(TwoParts(stopped, best), stopped, tmp_path / "pieces")
-    train(TwoParts(config, best), config, tmp_path / "pieces")
-    for run in ("undisturbed", "pieces"):
-        for name, weight in exported(tmp_path / run).items():
-            assert torch.equal(weight, best[0 if name.startswith("0.") else 1][name])
-    assert final_state(tmp_path / "undisturbed") == final_state(tmp_path / "pieces")
+            train(TwoNetworks(stopped, best), stopped, tmp_path / "pieces")
+    train(TwoNetworks(config, best), config, tmp_path / "pieces")
+    for run in ("whole", "pieces"):
+        for name, weights in zip(TwoNetworks.exported, best):
+            assert digest(exported(tmp_path / run, name)) == digest(weights)
+    assert final_state(tmp_path / "whole") == final_state(tmp_path / "pieces")
 
 
 def test_validation_counts_each_sample_once_and_leaves_out_missing_values(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_weights_in_the_order_of_gpus_learn_the_same_and_resume_to_the_same_bits
         torch.manual_seed(0)
         made = local(nn.Sequential(nn.Conv3d(2, 8, 3), GroupNorm(2, 8), nn.Conv3d(8, 2, 3)), optimizer__lr=1e-3)
         if ordered:
-            lay_out(made.module)
+            channels_last_weights(made.module)
         return made
 
     def step(*engines: LocalEngine) -> None:

@@ -11,14 +11,14 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mvhpc.config import Compute, Optimizer, Training
@@ -28,7 +28,8 @@ from mvhpc.runtime.randomness import generator, randn
 from mvhpc.training.engines import deepspeed
 from mvhpc.training.engines.base import Engine
 from mvhpc.training.loop import train
-from mvhpc.training.task import Part, Task
+from mvhpc.training.task import Task
+from shards.files import write_bytes, write_text
 from shards.order import Order
 
 
@@ -114,9 +115,8 @@ class Network(nn.Sequential):
 class ToyTask(Task):
     """Denoise points of a curve, with an adversary that distinguishes denoised points from real ones."""
 
-    averaged = "denoiser"
-    best = "denoiser"
-    scores: Mapping[str, Part] = {"error": Part()}
+    exported: Mapping[str, Sequence[str]] = {"denoiser": ("error", "index", "odd")}
+    averaged: Collection[str] = ("denoiser",)
     samples = 36
     validation = 7
 
@@ -197,20 +197,19 @@ class ToyTask(Task):
         return {"error": error, "index": torch.tensor(indices).float(), "odd": odd}
 
     def export(self, folder: Path, states: dict[str, dict[str, Tensor]], metrics: dict[str, float]) -> None:
-        save_file(states["denoiser"], folder / "denoiser.safetensors")
-        (folder / "model.json").write_text(json.dumps(metrics))
+        folder.mkdir(exist_ok=True)
+        for name, state in states.items():
+            write_bytes(folder / f"{name}.safetensors", save(state))
+        write_text(folder / "model.json", json.dumps(metrics))
 
     def figures(self, networks: dict[str, nn.Module], step: int) -> dict[str, Any]:
         networks["denoiser"](self.points([0]))
         return {"step.txt": lambda path: path.write_text(str(step))}
 
-    def exported(self, folder: Path) -> dict[str, Tensor]:
-        return load_file(folder / "denoiser.safetensors")
 
-
-def exported(folder: Path) -> dict[str, Tensor]:
+def exported(folder: Path, network: str = "denoiser") -> dict[str, Tensor]:
     """The weights a run exported."""
-    return load_file(folder / "model" / "denoiser.safetensors")
+    return load_file(folder / "model" / f"{network}.safetensors")
 
 
 def run_toy(config: ToyConfig, folder: Path, rank: int, world: int) -> dict[str, float]:

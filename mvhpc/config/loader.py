@@ -19,6 +19,11 @@ from mvhpc.config.errors import ConfigError
 from shards.errors import nearest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+RENAMED = {  # key of an earlier version -> its present names, each in its own stage
+    "readers": ("ensemble_members",),
+    "reveal": ("clean_volume_prob",),
+    "questions": ("queries_per_volume", "queries"),
+}
 C = TypeVar("C")
 
 
@@ -160,9 +165,16 @@ def _merge(kind: type, node: Any, source: str, layer: Any) -> Any:
         return node
     except ConfigKeyError as error:
         key = str(getattr(error, "full_key", None) or getattr(error, "key", ""))
-        raise ConfigError(f"{source}: {nearest(key, _keys(kind), 'key')}") from error
+        raise ConfigError(f"{source}: {_unknown(key, list(_keys(kind)))}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    """What to take for a key that there is not."""
+    names = RENAMED.get(key.rpartition(".")[2], ())
+    renamed = next((k for k in known if k.rpartition(".")[2] in names), None)
+    return f"`{key}` is called {renamed} now" if renamed else nearest(key, known, "key")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

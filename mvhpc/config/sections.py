@@ -106,9 +106,9 @@ class AutoencoderConfig:
 class DenoiserConfig:
     """3D U-Net of latent diffusion, and how scalars enter and leave it."""
 
-    scalars: str  # late: beside the U-Net, from what a small reader sees of the volumes; early: the paper's way
+    scalars: str  # late: predicted by a network beside the U-Net; early: by the U-Net, the paper's way
     components: int  # of the predicted density of a number (late); 0: no density
-    readers: int  # that answer for scalars together (late), each without a share of the people; 1: none left out
+    ensemble_members: int  # networks of scalars (late), each trained without a share of the people; 1: without none
     channels: list[int]
     attention: list[bool]
     res_blocks: int

@@ -19,7 +19,6 @@ Law = MixtureSameFamily | Tensor  # of a number, in the scale of z_0; or the pro
 class ScalarNetwork(Protocol):
     """A network that encodes the volumes once and predicts scalars from these features."""
 
-    late: bool
     components: int
 
     def encode(self, z: Batch, t: Batch) -> Tensor:
@@ -32,11 +31,11 @@ class ScalarNetwork(Protocol):
         ...
 
 
-def why_not(denoiser: ScalarNetwork, diffusion: JointDiffusion) -> str:
+def why_not(network: ScalarNetwork | None, diffusion: JointDiffusion) -> str:
     """Why a model has no posterior; empty where it has one."""
     if diffusion.masked_level is None:
         return "it was not trained with independent times and without eps"
-    if not (denoiser.late and denoiser.components):
+    if network is None or not network.components:
         return "its scalars enter early or have no density (model.scalars, model.components)"
     return ""
 

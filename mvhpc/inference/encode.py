@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mvhpc.config import ConfigError, Device, Tracking, at_least
+from mvhpc.config import ConfigError, Device, Tracking, at_least, fingerprint
 from mvhpc.inference.sampler import set_threads
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import AutoencoderModel, load
@@ -144,7 +144,8 @@ def run(config: EncodeConfig, run: "Run") -> dict[str, float]:
 
     The dataset of latents keeps the records, scalars, splits and schema of the volumes. With ``flip`` the training and
     validation parts also hold ``NAME_mirrored``, the latents of the volumes mirrored left to right. Its ``extra`` holds
-    ``scale`` (1 / SD of the training part's latents, for each volume variable) and ``vae`` (the weights' SHA-256).
+    ``scale`` (1 / SD of the training part's latents, for each volume variable), ``training`` (fingerprint of that
+    part's keys) and ``vae`` (the weights' SHA-256).
 
     Returns:
         the number of volumes, the elements of one latent, and the scale of each variable.
@@ -202,7 +203,11 @@ def run(config: EncodeConfig, run: "Run") -> dict[str, float]:
         "arguments": {"flip": config.flip, "split": config.split, "precision": config.compute.precision},
         "source_sha256": index.digest,
     }
-    writer.finish(index.splits, provenance, {"scale": scale, "vae": meta["sha256"]})
+    writer.finish(
+        index.splits,
+        provenance,
+        {"scale": scale, "vae": meta["sha256"], "training": fingerprint(sorted(training))},
+    )
     elements = float(np.prod(latent_shape))
     volumes = float(sum(map(len, plan.values())))
     return {"volumes": volumes, "elements": elements} | {f"scale_{name}": value for name, value in scale.items()}

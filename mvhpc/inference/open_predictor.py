@@ -2,7 +2,8 @@
 
 from mvhpc.inference.baseline_predictor import BaselinePredictor
 from mvhpc.inference.predictor import PredictConfig, Predictor
-from mvhpc.models.bundle import BaselineModel, JointModel, ModelError, load
+from mvhpc.models.bundle import BaselineModel, JointModel, load
+from mvhpc.models.model_folder import ModelError
 from mvhpc.runtime.devices import resolve_device
 
 

@@ -14,8 +14,8 @@ from mvhpc.diffusion.joint import Batch
 from mvhpc.diffusion.posterior import Posterior, why_not
 from mvhpc.diffusion.sampling import check_conditioning, levels, sample, sampled_variables
 from mvhpc.models.bundle import JointModel, load
-from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.models.kernels.packed_weights import freeze, pack
+from mvhpc.models.scalar_predictor import ScalarPredictor
 from mvhpc.records import scalar_values
 from mvhpc.runtime.devices import resolve_device, resolve_precision
 from mvhpc.variables import Volume
@@ -54,13 +54,17 @@ class Sampler:
         choose(sampling.conditioning, ["auto", "posterior", "clean", "repaint"], "conditioning")
         self.model, self.device = model, model.diffusion.device
         self.precision = resolve_precision(device.precision, self.device)
-        freeze(model.denoiser, self.precision, JointDenoiser.TELLING)
         self.sampling = replace(sampling, conditioning=self._conditioning(sampling, scalars))
         self.calls([])
-        if device.compile and not self.exact:
-            model.denoiser.compile()
-        else:
-            pack(model.denoiser)
+        if model.scalars is not None:
+            freeze(model.scalars, self.precision, ScalarPredictor.HEADS)
+        if not self.exact:  # a posterior needs no U-Net
+            freeze(model.denoiser, self.precision)
+        for network in filter(None, [model.scalars, None if self.exact else model.denoiser]):
+            if device.compile and not self.exact:
+                network.compile()
+            else:
+                pack(network)
 
     @classmethod
     def of(cls, config: SamplingConfig) -> "Sampler":
@@ -81,7 +85,7 @@ class Sampler:
 
     def _conditioning(self, sampling: Sampling, scalars: bool) -> str:
         diffusion = self.model.diffusion
-        reason = why_not(self.model.denoiser, diffusion) if scalars else "it predicts scalars, not volumes"
+        reason = why_not(self.model.scalars, diffusion) if scalars else "it predicts scalars, not volumes"
         if not reason and sampling.guidance != 1:
             reason = f"it has no guidance (sampling.guidance={sampling.guidance:g})"
         conditioning = sampling.conditioning
@@ -118,7 +122,7 @@ class Sampler:
         """Draw variables, one row a generator; see :func:`mvhpc.diffusion.sampling.sample`."""
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32):
             return sample(
-                self.model.denoiser,
+                self.model.network,
                 self.model.diffusion,
                 given,
                 generators,
@@ -135,7 +139,8 @@ class Sampler:
         """The predictive laws of ``rows`` people; see :class:`mvhpc.diffusion.posterior.Posterior`."""
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32):
             model = self.model
-            return Posterior(model.denoiser, model.diffusion, given, rows, present, model.temperature)
+            assert model.scalars is not None
+            return Posterior(model.scalars, model.diffusion, given, rows, present, model.temperature)
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ from monai.networks.nets import AutoencoderKL
 from torch import Tensor, nn
 
 from mvhpc import config
-from mvhpc.models.kernels.channels_last import adopt
+from mvhpc.models.kernels.channels_last import use_channels_last_blocks
 from mvhpc.models.kernels.merged_upsampling import merge_upsampling
 
 FIRST_LOG_VARIANCE = -6.0
@@ -50,7 +50,7 @@ class Autoencoder(nn.Module):
         # Starts with narrow posteriors: with SD 1 the first hundreds of steps are spent on learning to narrow them
         # (480 steps on phantoms of 32 cubed: 18.9 against 17.0 dB after 120, 19.7 against 19.1 after 240).
         nn.init.constant_(self.network.quant_conv_log_sigma.conv.bias, FIRST_LOG_VARIANCE)
-        adopt(self)
+        use_channels_last_blocks(self)
         merge_upsampling(self)
 
     def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:

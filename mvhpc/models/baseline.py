@@ -1,4 +1,4 @@
-"""The comparison: a network trained for one question alone (paper, section 4.2), from voxels."""
+"""The comparison: a network trained for one query alone (paper, section 4.2), from voxels."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,20 +8,20 @@ from monai.networks.layers.factories import Norm
 from monai.networks.nets import DenseNet121
 from torch import Tensor, nn
 
-from mvhpc.models.kernels.normalization import WholeBatchNorm
+from mvhpc.models.kernels.normalization import SyncedBatchNorm
 from mvhpc.variables import Categorical, Scalar, Variables
 from shards.schema import Schema
 
 SMALLEST = 29  # voxels an axis; of fewer, five halvings leave nothing
-Norm.add_factory_class("whole_batch", WholeBatchNorm)
+Norm.add_factory_class("synced_batch", SyncedBatchNorm)
 
 
 def scalars_of(schema: Schema, names: Sequence[str], intervals: Mapping[str, Sequence[float]]) -> Variables:
-    """The scalars among ``names``, as a baseline takes and says them.
+    """Encodings of the scalars among ``names``.
 
     Args:
         schema: of all variables.
-        names: of a question, volumes too.
+        names: of a query, volumes too.
         intervals: what becomes [-1, 1] of a number; the schema's range where not named.
     """
     return Variables.from_schema(Schema(tuple(v for v in schema.scalars if v.name in names)), {}, intervals)
@@ -34,36 +34,36 @@ class Baseline(nn.Module):
     one-hot. A scalar that is missing is 0 in all its channels.
 
     Args:
-        scalars: encodings of the question's scalars.
+        scalars: encodings of the query's scalars.
         given: names; those that are no scalars are volumes, in the order of their channels.
-        want: the scalar to answer.
+        want: the scalar to predict.
     """
 
     def __init__(self, scalars: Variables, given: Sequence[str], want: str) -> None:
         super().__init__()
-        self.told: list[Scalar] = [v for v in scalars.scalars if v.name in given]
-        channels = len(given) - len(self.told) + sum(map(_width, self.told))
+        self.conditioning: list[Scalar] = [v for v in scalars.scalars if v.name in given]
+        channels = len(given) - len(self.conditioning) + sum(map(_width, self.conditioning))
         wanted = next(v for v in scalars.scalars if v.name == want)
-        self.network = DenseNet121(3, channels, _width(wanted), norm="whole_batch")
+        self.network = DenseNet121(3, channels, _width(wanted), norm="synced_batch")
 
     def forward(self, voxels: Tensor, values: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor:
-        """What is said of the wanted scalar.
+        """Predict the wanted scalar.
 
         Args:
             voxels: of the given volumes, (B, V, H, W, D) in [0, 1], each axis of :data:`SMALLEST` or more.
-            values: encoded scalars by name, (B, 1) of a number, (B,) of a category; those not given are not looked at.
+            values: encoded scalars by name, (B, 1) of a number, (B,) of a category; those not given are ignored.
             present: who has them, (B,) bool.
 
         Returns:
             (B, 1), a number as it is encoded; or (B, K), logits of the classes.
         """
-        said: Tensor = self.network(self.channels(voxels, values, present))
-        return said
+        prediction: Tensor = self.network(self.channels(voxels, values, present))
+        return prediction
 
     def channels(self, voxels: Tensor, values: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor:
-        """What :meth:`forward` takes, joined as the network's input channels (B, C, H, W, D)."""
+        """The inputs of :meth:`forward`, joined as the network's input channels (B, C, H, W, D)."""
         channels = [voxels]
-        for v in self.told:
+        for v in self.conditioning:
             x = values[v.name]
             if isinstance(v, Categorical):
                 x = F.one_hot(x, v.size).float()

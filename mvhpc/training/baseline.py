@@ -1,6 +1,6 @@
-"""Training the comparison: a DenseNet121 for one question alone (paper, section 4.2)."""
+"""Training the comparison: a DenseNet121 for one query alone (paper, section 4.2)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils._pytree import tree_map_only
 
-from mvhpc.config import Compute, ConfigError, Optimizer, Tracking, Training
+from mvhpc.config import Compute, ConfigError, Optimizer, Tracking, Training, choose
 from mvhpc.diffusion.joint import Batch
 from mvhpc.models.baseline import SMALLEST, Baseline, scalars_of
 from mvhpc.models.bundle import save_baseline
 from mvhpc.records import read_people, scalar_values, true_value, volume_shape
 from mvhpc.runtime.randomness import generator, rand
 from mvhpc.training.engines.base import Engine
-from mvhpc.training.task import Part, Task
+from mvhpc.training.task import Task
 from mvhpc.variables import Categorical, Continuous, Scalar, standard_intervals
 from shards.dataset import open_dataset
 from shards.errors import nearest
@@ -36,7 +36,7 @@ class BaselineConfig:
     out: str
     data: str
     split: str
-    want: str  # the one scalar it answers
+    want: str  # the one scalar it predicts
     given: list[str]  # volumes, and scalars as further input channels
     flip: float  # probability of mirroring left and right in training
     optimizer: Optimizer
@@ -52,19 +52,16 @@ class BaselineTask(Task):
     micro-batch of all workers together; see :meth:`refresh`.
 
     Raises:
-        ConfigError: a question that no baseline answers, data that are no volumes, of several shapes or too small,
-            nobody to learn from, or batches of one.
+        ConfigError: a query that no baseline can be trained for, data that are no volumes, without this split, of
+            several shapes or too small, an empty training part, or batches of one.
     """
-
-    averaged: str | None = None
-    best = "baseline"
-    scores: Mapping[str, Part] = {"loss": Part()}
 
     def __init__(self, config: BaselineConfig) -> None:
         self.config = config
         self.dataset = open_dataset(config.data)
         self.schema = self.dataset.index.schema
-        check_question(self.schema, config)
+        choose(config.split, list(self.dataset.index.splits), f"split of {config.data}")
+        check_query(self.schema, config)
         self.volumes = [name for name in config.given if self.schema[name].kind == "volume"]
         shape = volume_shape(self.dataset, self.volumes)
         if min(shape) < SMALLEST:
@@ -88,6 +85,9 @@ class BaselineTask(Task):
         self.intervals = standard_intervals(self.schema, rows)
         self.scalars = scalars_of(self.schema, names, self.intervals)
         self.wanted = next(v for v in self.scalars.scalars if v.name == config.want)
+        self.exported: Mapping[str, Sequence[str]] = {
+            "baseline": ("loss", "mae" if isinstance(self.wanted, Continuous) else "accuracy")
+        }
         self.samples, self.validation = len(self.train), len(self.others)
         torch.manual_seed(config.training.seed)  # the layers' initial weights
         self.networks: dict[str, nn.Module] = {"baseline": Baseline(self.scalars, config.given, config.want)}
@@ -117,22 +117,22 @@ class BaselineTask(Task):
     def step(
         self, batch: dict[str, Any], engines: dict[str, Engine], step: int, indices: list[int]
     ) -> dict[str, Tensor]:
-        """Answer for a batch, mirrored here and there, and take one optimiser step."""
+        """Predict for a batch, some of it mirrored, and take one optimiser step."""
         draws = [generator(self.config.training.seed, "train", step, i) for i in indices]
         x = batch["voxels"].float()
         mirror = rand(draws, (), x.device) < self.config.flip
         x = torch.where(mirror.view(-1, 1, 1, 1, 1), x.flip(2), x)  # axis 2 runs from left to right
-        said = engines["baseline"](x, batch["values"], batch["present"])
-        loss = losses(self.wanted, said, batch["values"][self.wanted.name]).mean()
+        prediction = engines["baseline"](x, batch["values"], batch["present"])
+        loss = losses(self.wanted, prediction, batch["values"][self.wanted.name]).mean()
         engines["baseline"].backward(loss)
         engines["baseline"].step()
         return {"loss": loss}
 
     def refresh(self, networks: dict[str, nn.Module], rank: int, world: int) -> None:
-        """Take the batch normalisation's statistics anew, from a few batches larger than those of training.
+        """Recompute the batch normalisation's statistics from a few batches larger than those of training.
 
-        The running ones are those of layers whose input was normalised by small batches, and in evaluation, where it is
-        not, they are wrong: more with every layer (Wu and Johnson 2021, "Rethinking Batch in BatchNorm", section 3).
+        The running ones are of layers whose input was normalised by small batches. In evaluation it is not, and they
+        are wrong: more with every layer (Wu and Johnson 2021, "Rethinking Batch in BatchNorm", section 3).
         """
         network = networks["baseline"]
         assert isinstance(network, Baseline)
@@ -146,7 +146,7 @@ class BaselineTask(Task):
         update_bn(batches(), network.network)
 
     def _to(self, network: nn.Module, keys: list[str]) -> tuple[Tensor, Batch, Batch]:
-        """What the network takes of some people, where it is."""
+        """The network's inputs for some people, on its device."""
         device = next(network.parameters()).device
         voxels, values, present = tree_map_only(Tensor, lambda x: x.to(device), self._read(keys))
         return voxels.float(), values, present
@@ -155,14 +155,14 @@ class BaselineTask(Task):
         """The loss, and the absolute error in the variable's unit or whether the likeliest class is right."""
         network = networks["baseline"]
         voxels, values, present = self._to(network, [self.others[i] for i in indices])
-        said, truth = network(voxels, values, present).float(), values[self.wanted.name]
-        metrics = {"loss": losses(self.wanted, said, truth)}
+        prediction, truth = network(voxels, values, present).float(), values[self.wanted.name]
+        metrics = {"loss": losses(self.wanted, prediction, truth)}
         if isinstance(self.wanted, Continuous):
-            return metrics | {"mae": (self.wanted.decode(said) - self.wanted.decode(truth)).abs()}
-        return metrics | {"accuracy": (said.argmax(1) == truth).float()}
+            return metrics | {"mae": (self.wanted.decode(prediction) - self.wanted.decode(truth)).abs()}
+        return metrics | {"accuracy": (prediction.argmax(1) == truth).float()}
 
     def export(self, folder: Path, states: dict[str, dict[str, Tensor]], metrics: dict[str, float]) -> None:
-        """Write the network with what it is asked and its validation metrics."""
+        """Write the network with its query and its validation metrics."""
         save_baseline(
             folder,
             states["baseline"],
@@ -175,8 +175,8 @@ class BaselineTask(Task):
         )
 
 
-def check_question(schema: Schema, config: BaselineConfig) -> None:
-    """Refuse a question that no baseline can be trained for.
+def check_query(schema: Schema, config: BaselineConfig) -> None:
+    """Refuse a query that no baseline can be trained for.
 
     Raises:
         ConfigError: an unknown variable (naming the nearest), a wanted volume, a variable named twice, or no volume
@@ -190,7 +190,7 @@ def check_question(schema: Schema, config: BaselineConfig) -> None:
     scalars = [v.name for v in schema.scalars]
     if config.want not in scalars:
         raise ConfigError(
-            f"want={config.want} is a volume; a baseline answers a number or a category: {', '.join(scalars)}"
+            f"want={config.want} is a volume; a baseline predicts a number or a category: {', '.join(scalars)}"
         )
     if config.want in config.given:
         raise ConfigError(f"given: {config.want} is what is wanted; take it out of given")
@@ -198,17 +198,17 @@ def check_question(schema: Schema, config: BaselineConfig) -> None:
         raise ConfigError(f"given=[{','.join(config.given)}]: name each variable once")
     if set(config.given) <= set(scalars):
         volumes = ", ".join(v.name for v in schema.volumes)
-        raise ConfigError(f"given=[{','.join(config.given)}]: a baseline looks at a volume; add one of {volumes}")
+        raise ConfigError(f"given=[{','.join(config.given)}]: a baseline needs a volume; add one of {volumes}")
 
 
-def losses(wanted: Scalar, said: Tensor, truth: Tensor) -> Tensor:
+def losses(wanted: Scalar, prediction: Tensor, truth: Tensor) -> Tensor:
     """Squared error of an encoded number, cross-entropy of a category: (B,).
 
     Args:
         wanted: the variable.
-        said: (B, 1), or logits (B, K).
+        prediction: (B, 1), or logits (B, K).
         truth: (B, 1), or (B,) int64.
     """
     if isinstance(wanted, Categorical):
-        return F.cross_entropy(said, truth, reduction="none")
-    return (said - truth).square()[:, 0]
+        return F.cross_entropy(prediction, truth, reduction="none")
+    return (prediction - truth).square()[:, 0]

@@ -1,8 +1,7 @@
-"""The model that training exports: each part of the network as it was at its own best validation."""
+"""The model that training exports: each network as it was at its own best validation."""
 
 import math
-import shutil
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,103 +13,76 @@ from mvhpc.training.engines.base import Engine
 from mvhpc.training.task import Task
 
 
-class Best:
-    """What was best so far, and its model in ``folder/model``.
+class BestModel:
+    """The best weights so far of each exported network, in ``folder/model``.
 
-    A model that cannot be written is owed, and tried again by :meth:`write`.
+    A model that cannot be written stays pending, and :meth:`write` tries again.
 
     Args:
         task: what is trained.
-        engine: of the network that is exported.
+        engines: of the task's networks.
         folder: the run folder.
         collectives: the workers; rank 0 writes.
 
     Attributes:
-        metrics: ``validation/NAME`` of the model and ``best_step``, where some part was last the best; empty before.
+        metrics: ``validation/NAME`` of each network at its best, and ``best_step``, the last step at which a network
+            was better than before; empty at first.
     """
 
-    def __init__(self, task: Task, engine: Engine, folder: Path, collectives: Collectives) -> None:
-        self._task, self._engine, self._folder, self._collectives = task, engine, folder, collectives
-        self._owed: tuple[dict[str, Tensor], dict[str, float]] | None = None  # weights, of rank 0, and their metrics
+    def __init__(self, task: Task, engines: Mapping[str, Engine], folder: Path, collectives: Collectives) -> None:
+        self._task, self._engines, self._folder, self._collectives = task, engines, folder / "model", collectives
+        self._device = next(iter(engines.values())).device
+        self._pending: dict[str, dict[str, Tensor]] = {}  # network -> weights that are not written yet, whole at rank 0
         self.metrics: dict[str, float] = {}
 
     @property
     def step(self) -> int:
-        """Where some part was last the best; 0 before."""
+        """The last step at which a network was better than before; 0 at first."""
         return int(self.metrics.get("best_step", 0))
 
     def restore(self, metrics: dict[str, float]) -> None:
-        """Take up the ``metrics`` that a checkpoint holds."""
-        self.metrics, self._owed = metrics, None
+        """Continue with the ``metrics`` of a checkpoint."""
+        self.metrics, self._pending = metrics, {}
 
     def take(self, step: int, metrics: dict[str, float]) -> bool:
-        """Take in a validation of the weights that are in place; whether a part was better than before. Collective.
+        """Take the weights of each network that is better than before; whether there was one. Collective.
 
         Args:
             step: after which.
-            metrics: by name; without any, as of a task that does not validate, the weights are taken.
+            metrics: of the weights in place; without any, as of a task that does not validate, all are taken.
         """
-        before = {name: self.metrics.get(f"validation/{name}", math.inf) for name in self._task.scores}
-        kept = {name for name, best in before.items() if metrics.get(name, -math.inf) >= best}
-        if len(kept) == len(before):
+        better = {
+            network: names
+            for network, names in self._task.exported.items()
+            if metrics.get(names[0], -math.inf) < self.metrics.get(f"validation/{names[0]}", math.inf)
+        }
+        if not better:
             return False
-        metrics = self._of_parts(metrics, kept)
-        weights = self._parts(self._engine.weights(), kept)
-        self.metrics = {f"validation/{name}": value for name, value in metrics.items()} | {"best_step": step}
-        self._owed = (weights, metrics)
+        for network, names in better.items():
+            self._pending[network] = self._engines[network].weights()
+            self.metrics = self.metrics | {f"validation/{name}": metrics[name] for name in names if name in metrics}
+        self.metrics = self.metrics | {"best_step": step}
         return True
 
     def write(self) -> str | None:
-        """Write the model that is owed, if one is. Collective.
+        """Write the weights that are pending. Collective.
+
+        Computed in float32, as inference is by default: validation may be under autocast.
 
         Returns:
-            why it could not be written, at all workers; it is then owed still.
+            why they could not be written, at all workers; they stay pending.
         """
-        if self._owed is None:
+        if not self._pending:
             return None
         warning = None
         if self._collectives.rank == 0:
+            metrics = {name.removeprefix("validation/"): x for name, x in self.metrics.items() if name != "best_step"}
             try:
-                self._write(*self._owed)
+                with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+                    self._task.export(self._folder, dict(self._pending), metrics)
             except (OSError, SafetensorError) as error:
                 warning = f"the model of step {self.step} could not be written: {error}"
         warning = self._collectives.share(warning)
         if warning is None:
-            self._owed = None
+            self._pending = {}
         return warning
-
-    def _write(self, weights: dict[str, Tensor], metrics: dict[str, float]) -> None:
-        part, final, old = (self._folder / name for name in (".model.part", "model", ".model.old"))
-        for leftover in (part, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        part.mkdir(parents=True)
-        with torch.no_grad(), self._engine.autocast():
-            self._task.export(part, {self._task.best: weights}, metrics)
-        if final.exists():
-            final.replace(old)
-        part.replace(final)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def _of_parts(self, metrics: dict[str, float], kept: Collection[str]) -> dict[str, float]:
-        """``metrics`` of a network whose parts are in part ``kept``, by their scores: theirs as they were, and none of
-        several parts together."""
-        if not kept:
-            return metrics
-
-        def judge(metric: str) -> str | None:
-            parts = self._task.scores.items()
-            return next((s for s, p in parts if metric == s or p.metrics is None or metric in p.metrics), None)
-
-        told = {name: score for name in metrics if (score := judge(name))}
-        return {n: self.metrics[f"validation/{n}"] if score in kept else metrics[n] for n, score in told.items()}
-
-    def _parts(self, weights: dict[str, Tensor], kept: Collection[str]) -> dict[str, Tensor]:
-        """``weights``, those of the scores that are ``kept`` as they were exported; of rank 0."""
-        if not kept or self._collectives.rank != 0:
-            return weights
-        before = self._owed[0] if self._owed else self._task.exported(self._folder / "model")
-
-        def judge(name: str) -> str:
-            return next(score for score, part in self._task.scores.items() if name.startswith(part.weights))
-
-        return {name: before[name] if judge(name) in kept else w for name, w in weights.items()}

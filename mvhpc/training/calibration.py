@@ -1,9 +1,8 @@
-"""Calibration: how much wider predictive laws must be than training alone says.
+"""Calibration: how much wider predictive densities must be than training alone says.
 
-A network knows the people it learnt from better than anybody else, and so takes its answers from an image for surer
-than they are: with a hundred subjects by a factor of two. People it did not learn from show by how much. One factor a
-scalar stretches its density about its mean, or divides the logits of its classes (temperature scaling, Guo et al.
-2017); means and the order of classes stay as they are.
+A network is surer of people it was trained on than of anybody else: with a hundred subjects by a factor of two. People
+who were held out show by how much. One temperature for each scalar stretches its density about its mean, or divides the
+logits of its classes (temperature scaling, Guo et al. 2017). Means and the order of classes stay.
 """
 
 import math
@@ -19,59 +18,66 @@ from mvhpc.diffusion.density import by_member, density
 from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.diffusion.posterior import Posterior, ScalarNetwork, why_not
 
-PRIOR = math.log(2)  # SD of the factor's logarithm before anybody is seen: so few people cannot push it far
+PRIOR = math.log(2)  # SD of the temperature's logarithm before any data: so few people cannot move it far
 LIMITS = (math.log(0.25), math.log(8))
-PART = 64  # people at a time
+BATCH = 64  # people at a time
 
 
 @torch.inference_mode()
 def calibrate(
-    denoiser: ScalarNetwork,
+    network: ScalarNetwork,
     diffusion: JointDiffusion,
     clean: Mapping[str, Tensor],
     present: Mapping[str, Tensor],
-    judged: Tensor,
+    held_out: Tensor,
 ) -> dict[str, float]:
-    """The most probable factors, given people that were not trained on.
+    """The most probable temperatures, given people that were not trained on.
 
-    Each is asked for every scalar twice: given the volumes, and given the volumes and all other scalars.
+    Every scalar of each is predicted twice: given the volumes, and given the volumes and all other scalars.
 
     Args:
-        denoiser: in evaluation mode.
+        network: ready for inference, and called in the precision of inference.
         diffusion: on the same device.
         clean: encoded values of N people.
         present: who has them, (N,) bool.
-        judged: (N, R) bool, for each person the one of R readers that did not learn from them.
+        held_out: (N, R) bool, for each person the one of R ensemble members that was not trained on them.
 
     Returns:
-        By scalar; empty for a model without posterior, and without those that nobody here has.
+        By scalar; empty for a model without posterior, and without scalars that nobody here has.
     """
-    if why_not(denoiser, diffusion):
+    if why_not(network, diffusion):
         return {}
     volumes = [v.name for v in diffusion.variables.volumes]
-    anybody = torch.stack([present[name] for name in volumes]).any(0)
-    factors = {}
+    has_volume = torch.stack([present[name] for name in volumes]).any(0)
+    temperatures = {}
     for v in diffusion.variables.scalars:
-        rows = torch.nonzero(anybody & present[v.name])[:, 0]
+        rows = torch.nonzero(has_volume & present[v.name])[:, 0]
         if not len(rows):
             continue
-        said = []
+        outputs = []
         for given in (volumes, [name for name in diffusion.variables.names if name != v.name]):
-            for part in rows.split(PART):
+            for part in rows.split(BATCH):
                 known = {name: clean[name][part] for name in given}, {name: present[name][part] for name in given}
-                asked = Posterior(denoiser, diffusion, known[0], len(part), known[1])
-                answers = by_member(denoiser.predict(asked.features, asked.z, asked.t, [v.name])[v.name])  # (n, R, ...)
-                said.append(answers[judged[part]])
+                posterior = Posterior(network, diffusion, known[0], len(part), known[1])
+                output = network.predict(posterior.features, posterior.z, posterior.t, [v.name])[v.name]
+                outputs.append(by_member(output)[held_out[part]])  # from (n, R, ...)
         truth = clean[v.name][rows].repeat(2, *[1] * (clean[v.name].ndim - 1)).to(diffusion.device)
-        surprise = partial(_surprise, torch.cat(said).double(), truth, diffusion.parameterization(v))
-        factors[v.name] = math.exp(minimize_scalar(surprise, bounds=LIMITS, method="bounded").x)
-    return factors
+        objective = partial(_objective, torch.cat(outputs).double(), truth, diffusion.parameterization(v))
+        temperatures[v.name] = math.exp(minimize_scalar(objective, bounds=LIMITS, method="bounded").x)
+    return temperatures
 
 
-def _surprise(said: Tensor, truth: Tensor, kind: str, log: float) -> float:
-    """Negative logarithm of how probable a factor is, from outputs about N people, twice; ``log`` of the factor."""
+def _objective(outputs: Tensor, truth: Tensor, kind: str, log: float) -> float:
+    """Negative log posterior of a temperature.
+
+    Args:
+        outputs: of the network about N people, twice.
+        truth: encoded values of as many.
+        kind: parameterisation of a number.
+        log: logarithm of the temperature.
+    """
     if truth.dtype is torch.int64:
-        total = F.cross_entropy(said / math.exp(log), truth, reduction="sum")
+        nll = F.cross_entropy(outputs / math.exp(log), truth, reduction="sum")
     else:
-        total = -density(said, kind, math.exp(log)).log_prob(truth[:, 0].double()).sum()
-    return float(total) / 2 + 0.5 * (log / PRIOR) ** 2
+        nll = -density(outputs, kind, math.exp(log)).log_prob(truth[:, 0].double()).sum()
+    return float(nll) / 2 + 0.5 * (log / PRIOR) ** 2

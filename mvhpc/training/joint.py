@@ -1,9 +1,4 @@
-"""Training the joint diffusion (paper, section 3.1): all latents in memory, one loss over every variable.
-
-The U-Net learns from the training part and is judged by the validation part. Of several readers, which answer for
-scalars, each learns from the people of both parts but for a share of its own, and is judged by that share
-(:mod:`mvhpc.training.cross_fitting`).
-"""
+"""Training the joint diffusion (paper, section 3.1): all latents in memory, one loss over every variable."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,17 +9,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mvhpc.config import Compute, ConfigError, DenoiserConfig, DiffusionConfig, Optimizer, Tracking, Training, choose
+from mvhpc.config import (
+    Compute,
+    ConfigError,
+    DenoiserConfig,
+    DiffusionConfig,
+    Optimizer,
+    Tracking,
+    Training,
+    choose,
+    fingerprint,
+)
 from mvhpc.diffusion.joint import Batch, JointDiffusion
-from mvhpc.models.bundle import read_denoiser, save_joint
-from mvhpc.models.denoiser import JointDenoiser
+from mvhpc.models.bundle import autoencoder_identity, prepare, save_joint
+from mvhpc.models.joint_network import build_networks
+from mvhpc.models.scalar_predictor import ScalarPredictor
 from mvhpc.records import scalar_values
 from mvhpc.runtime.devices import repeatable, resolve_device
 from mvhpc.runtime.randomness import generator, rand
 from mvhpc.training.calibration import calibrate
-from mvhpc.training.cross_fitting import shares
+from mvhpc.training.cross_fitting import assign_folds
 from mvhpc.training.engines.base import Engine
-from mvhpc.training.task import Part, Task
+from mvhpc.training.task import Task
 from mvhpc.variables import Value, Variables, standard_intervals
 from shards.dataset import Dataset, open_dataset
 from shards.errors import nearest
@@ -32,8 +38,8 @@ from shards.index import Index
 from shards.schema import Schema
 
 SD_FLOOR = 0.1  # of an element, in typical SDs: latents of empty background hardly vary
-ADAPTED = 256  # people whom the readers' first features are scaled by
-JUDGES = 500  # people at most whom scalars are judged and calibrated by
+STANDARDIZED = 256  # people by whom the encoders' features are scaled before training
+MOST_HELD_OUT = 500  # people by whom scalars are validated and calibrated
 VALIDATION_DRAWS = 16  # noisings of each validation sample, the same at every validation
 
 
@@ -46,8 +52,8 @@ class JointConfig:
     vae: str
     split: str
     schema: str  # name under configs/schema, a YAML file, or "" for the schema the data were packed with
-    questions: int  # sets of the scalars' levels that each row is trained on, for one look at its volumes
-    reveal: float  # chance that the reader is shown clean a volume that the U-Net must denoise
+    queries_per_volume: int  # sets of the scalars' levels that each row is trained on, for one encoding of its volumes
+    clean_volume_prob: float  # that the network of scalars is given clean a volume that the U-Net must denoise
     scaling: str  # sd: one SD each way of the training mean becomes [-1, 1]; range: the schema's range does
     model: DenoiserConfig
     diffusion: DiffusionConfig
@@ -60,10 +66,10 @@ class JointConfig:
 
 @dataclass(frozen=True)
 class Records:
-    """What a dataset of latents holds of some people, in memory.
+    """The content of a dataset of latents for some people, in memory.
 
     Attributes:
-        keys: whose.
+        keys: of the records.
         rows: their scalars, by name.
         latents: by volume, (N, 1 or 2, C, h, w, d) float16: as it is and, where stored, mirrored; 0 where missing.
         there: by volume, who has it, (N,) bool.
@@ -76,10 +82,10 @@ class Records:
 
 
 def read_records(dataset: Dataset, keys: list[str], schema: Schema) -> Records:
-    """Everything that ``schema`` asks for of the people ``keys``.
+    """All variables of ``schema`` for the people ``keys``.
 
     Raises:
-        ConfigError: a variable that the dataset does not have, or a category that the schema does not, and whose.
+        ConfigError: a variable that the dataset does not have, or a record's category that the schema does not have.
     """
     names, recorded = [v.name for v in schema], [v.name for v in dataset.index.schema]
     for name in names:
@@ -102,14 +108,14 @@ def read_records(dataset: Dataset, keys: list[str], schema: Schema) -> Records:
 
 
 class People:
-    """Everything known of some people, as tensors.
+    """All values of some people, as tensors.
 
     Args:
         records: of them.
-        variables: what becomes of their scalars.
+        variables: encode their scalars.
 
     Attributes:
-        keys: whose.
+        keys: of the records.
         values: by variable, (N, 1 or 2, C, h, w, d) float16 for a volume (as it is, mirrored), (N, 1) or (N,) else.
         present: by variable, who has a value, (N,) bool.
     """
@@ -128,42 +134,62 @@ class People:
         return pick(self.values), pick(self.present)
 
 
+def open_latents(config: JointConfig) -> Dataset:
+    """The data set of latents, found to fit the rest of the configuration.
+
+    Raises:
+        ConfigError: data that are no latents, made by another autoencoder or for another split; queries, probability or
+            ensemble that the design does not allow.
+    """
+    dataset = open_dataset(config.latents)
+    index = dataset.index
+    if index.kind != "latents":
+        raise ConfigError(f"latents={config.latents} holds {index.kind}; encode it first: mvhpc encode")
+    choose(config.split, list(index.splits), f"split of {config.latents}")
+    if fingerprint(sorted(dataset.keys("train", config.split))) != index.extra.get("training"):
+        raise ConfigError(
+            f"split={config.split}: its training part is not the one that latents={config.latents} were scaled by "
+            f"(split {index.provenance['arguments']['split']} when they were encoded); encode again with "
+            f"split={config.split}"
+        )
+    if (theirs := index.extra["vae"]) != (ours := autoencoder_identity(config.vae)):
+        raise ConfigError(
+            f"vae={config.vae} (SHA-256 {ours[:12]}) is not the autoencoder that made latents={config.latents} "
+            f"(SHA-256 {theirs[:12]}); give that one, or encode again with vae={config.vae}"
+        )
+    choose(config.scaling, ("sd", "range"), "scaling")
+    separate = config.diffusion.time == "independent" and config.model.scalars == "late"
+    queries, probability = config.queries_per_volume, config.clean_volume_prob
+    if queries < 1 or not 0 <= probability <= 1 or (not separate and (queries, probability) != (1, 0)):
+        raise ConfigError(
+            f"queries_per_volume={queries} clean_volume_prob={probability}: at least 1, and a probability; 1 and 0 "
+            "unless diffusion.time=independent and model.scalars=late, where a network of its own predicts scalars"
+        )
+    members = config.model.ensemble_members
+    if members < 1 or (members > 1 and not separate):
+        raise ConfigError(
+            f"model.ensemble_members={members}: at least 1, and 1 unless diffusion.time=independent and "
+            "model.scalars=late, where a network of its own predicts scalars"
+        )
+    return dataset
+
+
 class JointTask(Task):
     """One step of the joint diffusion; see :class:`mvhpc.training.task.Task`.
 
-    Raises:
-        ConfigError: a variable that the data do not have, data that are no latents, or questions or readers that the
-            design does not allow.
-    """
+    In the late design two networks are trained: ``denoiser`` on the training part, validated on the validation part,
+    and ``scalars``, whose ensemble members are trained by cross-fitting on both parts.
 
-    averaged: str | None = "denoiser"
-    best = "denoiser"
+    Raises:
+        ConfigError: as :func:`open_latents`, or a variable that the data do not have.
+    """
 
     def __init__(self, config: JointConfig) -> None:
         self.config = config
-        dataset = open_dataset(config.latents)
+        dataset = open_latents(config)
         index = dataset.index
-        if index.kind != "latents":
-            raise ConfigError(f"latents={config.latents} holds {index.kind}; encode it first: mvhpc encode")
         self.schema = Schema.load(config.schema) if config.schema else index.schema
         self.grid = index.grid
-        choose(config.scaling, ("sd", "range"), "scaling")
-        apart = config.diffusion.time == "independent" and config.model.scalars == "late"
-        if (
-            config.questions < 1
-            or not 0 <= config.reveal <= 1
-            or (not apart and (config.questions, config.reveal) != (1, 0))
-        ):
-            raise ConfigError(
-                f"questions={config.questions} reveal={config.reveal}: at least 1 and a chance, and 1 and 0 unless "
-                "diffusion.time=independent and model.scalars=late, where scalars have levels of their own and the "
-                "volumes are read without them"
-            )
-        if config.model.readers < 1 or (config.model.readers > 1 and not apart):
-            raise ConfigError(
-                f"model.readers={config.model.readers}: at least 1, and 1 unless diffusion.time=independent and "
-                "model.scalars=late, where scalars are answered for beside the U-Net"
-            )
         train, validation = (dataset.keys(part, config.split) for part in ("train", "validation"))
         records = read_records(dataset, train + validation, self.schema)
         self.latent = {v.name: self._moments(records, len(train), v.name, index) for v in self.schema.volumes}
@@ -171,28 +197,39 @@ class JointTask(Task):
         variables = Variables.from_schema(self.schema, self.latent, self.intervals)
         self.diffusion = JointDiffusion(variables, config.diffusion)
         self.people = People(records, variables)  # of the training part, then of the validation part
-        self.trained = torch.arange(len(records.keys)) < len(train)  # (N,) from whom the U-Net learns
-        self.taught = self.trained[:, None]  # (N, readers) from whom each reader learns
-        if config.model.readers > 1 and variables.scalars:
+        self.in_training = torch.arange(len(records.keys)) < len(train)  # (N,) who the denoiser is trained on
+        self.in_fold = self.in_training[:, None]  # (N, R) who each ensemble member is trained on
+        if config.model.ensemble_members > 1 and variables.scalars:
             group = {record.key: record.group for record in index.records}
-            self.taught = shares([group[key] for key in records.keys], config.model.readers, config.training.seed)
-        self.samples = int(self.taught.any(1).sum())
+            groups = [group[key] for key in records.keys]
+            self.in_fold = assign_folds(groups, config.model.ensemble_members, config.training.seed)
+        self.samples = int(self.in_fold.any(1).sum())
         validation_first = [*range(len(train), len(records.keys)), *range(len(train))]
-        judges = [i for i in validation_first if not self.taught[i].all()]
-        self.judges = judges[: max(JUDGES, len(validation))]
-        self.validation = len(self.judges) if validation else 0
+        held_out = [i for i in validation_first if not self.in_fold[i].all()]
+        self.held_out = held_out[: max(MOST_HELD_OUT, len(validation))]  # places of the validation samples
+        self.validation = len(self.held_out) if validation else 0
         torch.manual_seed(config.training.seed)  # the layers' initial weights
-        denoiser = JointDenoiser(variables, config.model, self.diffusion.masked_level)
-        whole = torch.stack([self.people.present[v.name] for v in variables.volumes]).all(0).nonzero()[:ADAPTED, 0]
-        if len(whole) > 1:
-            denoiser.adapt({v.name: v.encode(self.people.values[v.name][whole, 0]) for v in variables.volumes})
-        self.networks: dict[str, nn.Module] = {"denoiser": denoiser}
-        self.scores: Mapping[str, Part] = {"loss": Part()}
-        if denoiser.late and variables.scalars:  # few people are learnt by heart long before volumes are learnt
-            names = (tuple(f"loss_{v.name}" for v in of) for of in (variables.scalars, variables.volumes))
-            parts = map(Part, (denoiser.ANSWERING, ("",)), names)
-            self.scores = dict(zip(("loss_of_scalars", "loss_of_volumes"), parts))
-        self.learning_rates = {"denoiser": config.optimizer.lr}
+        self.networks = build_networks(variables, config.model, self.diffusion.masked_level)
+        scalars = self.networks.get("scalars")
+        whole = torch.stack([self.people.present[v.name] for v in variables.volumes]).all(0).nonzero()
+        whole = whole[:STANDARDIZED, 0]
+        if isinstance(scalars, ScalarPredictor) and len(whole) > 1:
+            clean = {v.name: v.encode(self.people.values[v.name][whole, 0]) for v in variables.volumes}
+            scalars.standardize_features(clean)
+        of_volumes, of_scalars = ([f"loss_{v.name}" for v in of] for of in (variables.volumes, variables.scalars))
+        self.exported: Mapping[str, Sequence[str]] = {"denoiser": ["loss", *of_volumes, *of_scalars]}
+        if scalars is not None:  # which overfits few people long before volumes are learnt
+            self.exported = {
+                "denoiser": ["loss_of_volumes", *of_volumes],
+                "scalars": ["loss_of_scalars", *of_scalars],
+            }
+        self.averaged = tuple(self.networks)
+        self.learning_rates = dict.fromkeys(self.networks, config.optimizer.lr)
+
+    @classmethod
+    def check(cls, config: JointConfig) -> None:
+        """Raises ConfigError as :func:`open_latents`."""
+        open_latents(config)
 
     def _moments(self, records: Records, first: int, volume: str, index: Index) -> dict[str, Any]:
         """Shape of a volume's latents, and the mean and SD to standardise them by, of the ``first`` records.
@@ -213,9 +250,9 @@ class JointTask(Task):
         return facts | {"mean": mean.float(), "sd": sd.clamp(min=float(SD_FLOOR * typical)).float()}
 
     def load(self, indices: list[int]) -> dict[str, Any]:
-        """Values and presence, by variable; and who teaches the readers (B, readers)."""
+        """``values`` and ``present`` by variable, and ``in_fold`` (B, R)."""
         values, present = self.people.take(indices)
-        return {"values": values, "present": present, "taught": self.taught[indices]}
+        return {"values": values, "present": present, "in_fold": self.in_fold[indices]}
 
     def _encode(self, values: Mapping[str, Tensor], mirror: Tensor) -> dict[str, Tensor]:
         """Scaled latents (B, C, h, w, d), mirrored where ``mirror`` (B,) says so and a mirrored version is stored."""
@@ -228,73 +265,84 @@ class JointTask(Task):
 
     def _losses(
         self,
-        network: Callable[..., Batch],
+        networks: Mapping[str, Callable[..., Batch]],
         clean: Batch,
         present: Batch,
         moving: Tensor,
-        judged: Tensor,
+        members: Tensor,
         generators: Sequence[torch.Generator],
-        questions: Sequence[torch.Generator],
+        queries: Sequence[torch.Generator],
     ) -> dict[str, Tensor]:
         """Of each row (B,), by variable, after noising it.
 
         Args:
-            network: the denoiser.
+            networks: by name.
             clean, present: the rows.
             moving: whose volumes are noised and denoised, (B,) bool on the CPU; others rest at t = 0.
-            judged: which readers' answers count, (B, readers) bool.
-            generators: one a row; they say what the readers are shown clean.
-            questions: Q a row, of levels and noise.
+            members: which ensemble members' predictions count, (B, R) bool.
+            generators: one a row; they decide which volumes ``scalars`` is given clean.
+            queries: Q a row, of levels and noise.
         """
         volumes = self.diffusion.variables.volumes
-        levels = self.diffusion.draw_times(questions)
-        still = ~moving.repeat_interleave(len(questions) // len(generators))
+        levels = self.diffusion.draw_times(queries)
+        still = ~moving.repeat_interleave(len(queries) // len(generators))
         levels |= {v.name: levels[v.name].masked_fill(still, 0) for v in volumes}
-        noised = self.diffusion.noise(clean, present, levels, questions)
-        chosen = rand(generators, (len(volumes),), self.diffusion.device) < self.config.reveal
-        outputs = network(noised.z, noised.t, shown=self.diffusion.show_clean(noised, chosen), moving=noised.moving)
-        return self.diffusion.losses(outputs, noised, judged)
+        noised = self.diffusion.noise(clean, present, levels, queries)
+        outputs = networks["denoiser"](noised.z, noised.t, moving=noised.moving)
+        if "scalars" in networks:
+            draw = rand(generators, (len(volumes),), self.diffusion.device)
+            z, t = self.diffusion.show_clean(noised, draw < self.config.clean_volume_prob)
+            outputs = outputs | networks["scalars"]({**noised.z, **z}, {**noised.t, **t})
+        return self.diffusion.losses(outputs, noised, members)
+
+    def _totals(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weighted sum (B,) of the losses of each network's variables, by network."""
+        if "scalars" not in self.networks:
+            return {"denoiser": self.diffusion.total(losses)}
+        volumes = {v.name for v in self.diffusion.variables.volumes}
+        return {
+            "denoiser": self.diffusion.total({name: x for name, x in losses.items() if name in volumes}),
+            "scalars": self.diffusion.total({name: x for name, x in losses.items() if name not in volumes}),
+        }
 
     def step(
         self, batch: dict[str, Any], engines: dict[str, Engine], step: int, indices: list[int]
     ) -> dict[str, Tensor]:
-        """Noise a batch, denoise it, and take one optimiser step."""
-        generators = [generator(self.config.training.seed, "train", step, i) for i in indices]
-        engine = engines["denoiser"]
+        """Noise a batch, denoise it, and take one optimiser step of each network."""
+        seed = self.config.training.seed
+        generators = [generator(seed, "train", step, i) for i in indices]
         first = next(iter(batch["present"].values()))
         self.diffusion.to(first.device)
         clean = self._encode(batch["values"], rand(generators, (), first.device) < 0.5)
-        numbers = range(self.config.questions)
-        questions = [generator(self.config.training.seed, "train", step, i, q) for i in indices for q in numbers]
-        trained, taught = self.trained[indices], batch["taught"]
-        losses = self._losses(engine, clean, batch["present"], trained, taught, generators, questions)
-        loss = self.diffusion.total(losses).mean()
-        with repeatable(engine.device):
-            engine.backward(loss)
-        engine.step()
-        return {"loss": loss} | {f"loss_{name}": value.mean() for name, value in losses.items()}
+        queries = [generator(seed, "train", step, i, q) for i in indices for q in range(self.config.queries_per_volume)]
+        in_training, in_fold = self.in_training[indices], batch["in_fold"]
+        losses = self._losses(engines, clean, batch["present"], in_training, in_fold, generators, queries)
+        for name, loss in self._totals(losses).items():
+            with repeatable(engines[name].device):
+                engines[name].backward(loss.mean())
+            engines[name].step()
+        logged = {"loss": self.diffusion.total(losses)} | {f"loss_{name}": value for name, value in losses.items()}
+        return {name: value.detach().mean() for name, value in logged.items()}
 
     def validate(self, indices: list[int], networks: dict[str, nn.Module]) -> dict[str, Tensor]:
-        """Losses of judges at fixed levels and noise, of readers and a U-Net that did not learn from them.
+        """Losses of held-out people at fixed levels and noise, by networks that were not trained on them.
 
-        NaN for a variable that a person lacks, and what is of volumes for whom the U-Net learnt from.
+        NaN for a variable that a person lacks, and losses of volumes for people whom the denoiser was trained on.
         """
-        network = networks["denoiser"]
-        device = next(network.parameters()).device
+        device = next(networks["denoiser"].parameters()).device
         self.diffusion.to(device)
-        clean, present, strange = self._judged(indices, device)
-        untrained = ~self.trained[[self.judges[i] for i in indices]]
+        clean, present, held_out = self._read_held_out(indices, device)
+        untrained = ~self.in_training[[self.held_out[i] for i in indices]]
         fresh = untrained.to(device)
         volumes = {v.name for v in self.diffusion.variables.volumes}
         sums: dict[str, Tensor] = {}
         for draw in range(VALIDATION_DRAWS):
             generators = [generator(self.config.training.seed, "validation", i, draw) for i in indices]
-            losses = self._losses(network, clean, present, untrained, strange, generators, generators)
-            totals = {"loss": losses}
-            if len(self.scores) > 1:
-                totals["loss_of_volumes"] = {name: x for name, x in losses.items() if name in volumes}
-                totals["loss_of_scalars"] = {name: x for name, x in losses.items() if name not in volumes}
-            measured = {name: self.diffusion.total(parts) for name, parts in totals.items()}
+            losses = self._losses(networks, clean, present, untrained, held_out, generators, generators)
+            measured = {"loss": self.diffusion.total(losses)}
+            if "scalars" in networks:
+                totals = self._totals(losses)
+                measured |= {"loss_of_volumes": totals["denoiser"], "loss_of_scalars": totals["scalars"]}
             for name in {"loss", "loss_of_volumes"} & measured.keys():
                 measured[name] = torch.where(fresh, measured[name], torch.nan)
             for name, x in losses.items():
@@ -304,24 +352,27 @@ class JointTask(Task):
                 sums[name] = sums.get(name, 0) + value / VALIDATION_DRAWS
         return sums
 
-    def _judged(self, indices: Sequence[int], device: torch.device) -> tuple[Batch, Batch, Tensor]:
-        """Encoded values and presence of judges, and which readers did not learn from them, (B, readers) bool."""
-        places = [self.judges[i] for i in indices]
+    def _read_held_out(self, indices: Sequence[int], device: torch.device) -> tuple[Batch, Batch, Tensor]:
+        """Encoded values and presence of held-out people, and the members not trained on them, (B, R) bool."""
+        places = [self.held_out[i] for i in indices]
         values, present = self.people.take(places)
         values, present = ({n: x.to(device) for n, x in part.items()} for part in (values, present))
         unmirrored = torch.zeros(len(places), dtype=torch.bool, device=device)
-        return self._encode(values, unmirrored), present, ~self.taught[places].to(device)
+        return self._encode(values, unmirrored), present, ~self.in_fold[places].to(device)
 
     def export(self, folder: Path, states: dict[str, dict[str, Tensor]], metrics: dict[str, float]) -> None:
-        """Write the self-contained model: averaged denoiser, calibration, autoencoder, schema, latents' scale."""
-        denoiser = JointDenoiser(self.diffusion.variables, self.config.model, self.diffusion.masked_level)
-        denoiser.load_state_dict(states["denoiser"])
-        judges = range(min(len(self.judges), JUDGES))
-        device = resolve_device(self.config.compute.device)
-        temperature = calibrate(denoiser.to(device).eval(), self.diffusion.to(device), *self._judged(judges, device))
+        """Write networks of the self-contained model: averaged weights, and with ``scalars`` its calibration."""
+        indices = range(min(len(self.held_out), MOST_HELD_OUT))
+        temperature = None
+        if "scalars" in states:
+            network = ScalarPredictor(self.diffusion.variables, self.config.model, self.diffusion.masked_level)
+            network.load_state_dict(states["scalars"])
+            device = resolve_device(self.config.compute.device)
+            prepare(network, device)
+            temperature = calibrate(network, self.diffusion.to(device), *self._read_held_out(indices, device))
         save_joint(
             folder,
-            states["denoiser"],
+            states,
             self.config.vae,
             model=self.config.model,
             diffusion=self.config.diffusion,
@@ -330,9 +381,5 @@ class JointTask(Task):
             intervals=self.intervals,
             temperature=temperature,
             grid=self.grid,
-            extra={"validation": metrics, "calibrated on": len(judges)},
+            extra={"validation": metrics, "calibrated on": len(indices)},
         )
-
-    def exported(self, folder: Path) -> dict[str, Tensor]:
-        """The denoiser's weights that :meth:`export` wrote."""
-        return read_denoiser(folder)

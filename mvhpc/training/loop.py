@@ -29,7 +29,7 @@ from mvhpc.runtime.collectives import Collectives
 from mvhpc.runtime.devices import resolve_device, send
 from mvhpc.runtime.randomness import generator
 from mvhpc.runtime.watchdog import Interrupted, PollInterval, Watchdog, stop_requested
-from mvhpc.training.best import Best
+from mvhpc.training.best import BestModel
 from mvhpc.training.engines.base import Engine, learning_rate
 from mvhpc.training.engines.make import make_engine
 from mvhpc.training.metrics import Diverged, MetricMeans, SkippedUpdates, Stopwatch, peak_tflops
@@ -44,11 +44,11 @@ RETRY_EVERY_S = 5.0
 def train(task: Task, config: Config, folder: Path, rank: int = 0, world: int = 1) -> dict[str, float]:
     """Train ``task`` to the end, from its newest checkpoint in ``folder`` where there is one.
 
-    Writes ``folder/checkpoints``, ``folder/model`` (the best validation, by ``task.export``), ``folder/figures`` and
-    the journal. An update that is not finite is skipped; after several consecutive ones training goes back to its
-    newest checkpoint, once per place. While storage cannot be written, checkpoints are missing but training goes on.
-    It stops when the file of ``MVHPC_STOP_FILE`` appears. A checkpoint of any number of workers and any ZeRO stage
-    can be resumed.
+    Writes ``folder/checkpoints``, ``folder/model`` (each network at its own best validation, by ``task.export``),
+    ``folder/figures`` and the journal. An update that is not finite is skipped; after several consecutive ones
+    training goes back to its newest checkpoint, once per place. While storage cannot be written, checkpoints are
+    missing but training goes on. It stops when the file of ``MVHPC_STOP_FILE`` appears. A checkpoint of any number of
+    workers and any ZeRO stage can be resumed.
 
     A finished run returns its summary at once. A finished run with a constant schedule continues when
     ``training.epochs`` is raised.
@@ -61,8 +61,8 @@ def train(task: Task, config: Config, folder: Path, rank: int = 0, world: int = 
         world: how many there are.
 
     Returns:
-        the metrics of the exported model (``validation/...``), the step of the last export ``best_step``, ``steps`` and
-        ``system/samples_per_second``.
+        the metrics of the exported model (``validation/...``), the last step at which a network was better
+        (``best_step``), ``steps`` and ``system/samples_per_second``.
 
     Raises:
         ConfigError: a batch that does not divide evenly, or a configuration that is not the checkpoint's.
@@ -113,13 +113,13 @@ class _Run:
                 module,
                 self.task.learning_rates[name],
                 self.config.optimizer,
-                self.config.compute if name == self.task.best else self._auxiliary_compute(),
-                getattr(self.config, "ema", None) if name == self.task.averaged else None,
+                self.config.compute if name in self.task.exported else self._auxiliary_compute(),
+                getattr(self.config, "ema", None) if name in self.task.averaged else None,
                 self.training.accumulate,
                 self.micro_batch,
                 self.collectives,
             )
-        self.best = Best(self.task, self.engines[self.task.best], self.folder, self.collectives)
+        self.best = BestModel(self.task, self.engines, self.folder, self.collectives)
 
     def _auxiliary_compute(self) -> Compute:
         """The settings of networks that are not exported: without ZeRO-3, since `Engine.frozen` needs all weights."""
@@ -217,16 +217,17 @@ class _Run:
     def _log(self, step: int) -> None:
         self.skipped.collect()
         metrics = {f"train/{name}": value for name, value in self.means.mean().items()}
+        first, *_ = self.task.exported
         for name, engine in self.engines.items():
-            suffix = "" if name == self.task.best else f"_{name}"
+            suffix = "" if name == first else f"_{name}"
             norm = float(engine.grad_norm)
             metrics |= {f"train/grad_norm{suffix}": norm} if math.isfinite(norm) and norm >= 0 else {}
             base = self.task.learning_rates[name]
             metrics[f"train/lr{suffix}"] = learning_rate(step - 1, self.total, base, self.config.optimizer)
         metrics["train/skipped_steps"] = float(self.skipped.total)
         metrics |= self.stopwatch.interval(self.training.batch)
-        # Of the exported network alone; a backward pass costs as much as two forward passes.
-        flops = 3 * self.engines[self.task.best].flops / self.micro_batch
+        # Of the exported networks alone; a backward pass costs as much as two forward passes.
+        flops = 3 * sum(self.engines[name].flops for name in self.task.exported) / self.micro_batch
         metrics["system/model_tflops"] = flops * metrics["system/samples_per_second"] / 1e12
         peak = peak_tflops(self.device) if self.config.compute.precision != "float32" else None
         if peak is not None:

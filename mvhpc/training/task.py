@@ -1,8 +1,7 @@
 """What the training loop asks of a stage that trains networks."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,39 +19,25 @@ class Config(Protocol):
     compute: Compute
 
 
-@dataclass(frozen=True)
-class Part:
-    """What a score judges: a part of the exported network, exported as it was at its own best validation.
-
-    Attributes:
-        weights: how the names of its weights begin; the first part that fits counts.
-        metrics: further ones that tell of it, None for all; like the score reported as they were at that validation.
-    """
-
-    weights: tuple[str, ...] = ("",)
-    metrics: tuple[str, ...] | None = None
-
-
 class Task(ABC):
     """What is trained, and what one step of it is.
 
     Attributes:
         networks: each gets an engine of its own; equal weights at every worker.
         learning_rates: largest rate of each network.
-        averaged: the network whose weights are averaged (with the configuration's ``ema``); None for none.
-        best: the network that is exported at the best validation.
+        exported: the networks that the model consists of, each with its metrics of :meth:`validate`. The first of these
+            is minimised: the network is exported as it was at its own best validation.
+        averaged: names of the networks whose weights are averaged (with the configuration's ``ema``).
         samples: how many training samples there are.
         validation: how many validation samples; 0 exports the last weights.
-        scores: metrics of :meth:`validate` to minimise, each with what it judges.
     """
 
     networks: dict[str, nn.Module]
     learning_rates: dict[str, float]
-    averaged: str | None = None
-    best: str
+    exported: Mapping[str, Sequence[str]]
+    averaged: Collection[str] = ()
     samples: int
     validation: int
-    scores: Mapping[str, Part]
 
     @classmethod  # noqa: B027 a hook
     def check(cls, config: Any) -> None:
@@ -82,14 +67,18 @@ class Task(ABC):
 
     @abstractmethod
     def export(self, folder: Path, states: dict[str, dict[str, Tensor]], metrics: dict[str, float]) -> None:
-        """Write the model into the empty ``folder``; ``states`` holds the (averaged) state dict of ``best``."""
+        """Write networks of the model into ``folder``; those that are there and not in ``states`` stay.
 
-    def exported(self, folder: Path) -> dict[str, Tensor]:
-        """The state dict in a folder that :meth:`export` wrote; needed where there are several scores."""
-        raise NotImplementedError(f"{type(self).__name__} has several scores and must read what it exported")
+        At every moment the folder holds a whole model, the old one or the new one, once the first was written.
+
+        Args:
+            folder: the ``model`` folder; need not be there.
+            states: (averaged) state dicts by network, of all of :attr:`exported` or of some.
+            metrics: of the model's networks, each at its own best validation.
+        """
 
     def refresh(self, networks: dict[str, nn.Module], rank: int, world: int) -> None:  # noqa: B027 a hook
-        """Before each validation, at every worker: make anew what a network knows beside its weights."""
+        """Before each validation, at every worker: recompute what a network holds beside its weights."""
 
     def figures(self, networks: dict[str, nn.Module], step: int) -> dict[str, Callable[[Path], None]]:
         """Pictures after each export: file name -> a function that writes it.

@@ -1,6 +1,6 @@
 """Training the autoencoder with MAISI's loss (arXiv:2409.11169): L1 + KL + perceptual + adversarial."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from monai.losses import PatchAdversarialLoss
 from monai.networks.nets import PatchDiscriminator
 from torch import Tensor, nn
 
-from mvhpc.config import AutoencoderConfig, Compute, ConfigError, Optimizer, Tracking, Training
+from mvhpc.config import AutoencoderConfig, Compute, ConfigError, Optimizer, Tracking, Training, choose
 from mvhpc.evaluation.figures import gallery, slices
 from mvhpc.evaluation.similarity import psnr, ssim
 from mvhpc.models.autoencoder import Autoencoder, kl_divergence
@@ -21,7 +21,7 @@ from mvhpc.models.perceptual import SqueezeLPIPS, load_lpips, slice_distance
 from mvhpc.records import volume_shape
 from mvhpc.runtime.randomness import generator, rand, randn
 from mvhpc.training.engines.base import Engine
-from mvhpc.training.task import Part, Task
+from mvhpc.training.task import Task
 from shards.dataset import open_dataset
 
 SHOWN = 4  # validation subjects in the figure of reconstructions
@@ -108,16 +108,15 @@ class VAETask(Task):
         config: of the stage.
 
     Raises:
-        ConfigError: data that are no volumes, or whose shape the networks do not take.
+        ConfigError: data that are no volumes, without this split, or whose shape the networks do not take.
     """
 
-    averaged: str | None = None
-    best = "autoencoder"
-    scores: Mapping[str, Part] = {"reconstruction": Part()}
+    exported: Mapping[str, Sequence[str]] = {"autoencoder": ("reconstruction", "kl", "psnr", "ssim")}
 
     def __init__(self, config: VAEConfig) -> None:
         self.config = config
         self.dataset = open_dataset(config.data)
+        choose(config.split, list(self.dataset.index.splits), f"split of {config.data}")
         shape = volume_shape(self.dataset)
         self.train, self.others = (
             [
@@ -146,7 +145,7 @@ class VAETask(Task):
 
         Raises:
             WeightsError: the perceptual term is on and its weights are not there.
-            ConfigError: data whose shape the networks do not take.
+            ConfigError: as the constructor.
         """
         if config.loss.perceptual:
             load_lpips(config.loss.backbone, config.loss.heads)

@@ -36,12 +36,13 @@ def validate(task: Task, networks: dict[str, nn.Module], size: int, collectives:
             counted = real & ~values.isnan()
             pair = torch.stack([values[counted].sum(), counted.sum().double()])
             sums[name] = sums.get(name, torch.zeros(2, dtype=torch.float64)) + pair
-    if missing := set(task.scores) - set(sums):
+    scores = [score for score, *_ in task.exported.values()]
+    if missing := set(scores) - set(sums):
         raise KeyError(f"the task validates {', '.join(sums)}, not its score {', '.join(sorted(missing))}")
     names = sorted(sums)
     totals = collectives.sum(torch.stack([sums[name] for name in names]))  # (metrics, 2)
     means = {name: float(total / count) for name, (total, count) in zip(names, totals) if count > 0}
-    for score in task.scores:
+    for score in scores:
         if not math.isfinite(means.get(score, math.nan)):
             raise FloatingPointError(f"validation {score} is not finite; {ADVICE}")
     return means

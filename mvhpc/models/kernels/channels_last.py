@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mvhpc.models.kernels.normalization import GroupNorm, LayerNorm
 
 
-class ResidualOfUNet(DiffusionUNetResnetBlock):
+class UNetResidual(DiffusionUNetResnetBlock):
     """Residual block told a level; of one size, as the U-Net has them."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ class ResidualOfUNet(DiffusionUNetResnetBlock):
         return self.skip_connection(x) + self.conv2(self.norm2(h, told, silu=True))
 
 
-class ResidualOfAutoencoder(AEKLResBlock):
+class AutoencoderResidual(AEKLResBlock):
     """Residual block of the autoencoder."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,19 +50,19 @@ class Transformer(SpatialTransformer):
 OURS = {
     nn.GroupNorm: GroupNorm,
     nn.LayerNorm: LayerNorm,
-    DiffusionUNetResnetBlock: ResidualOfUNet,
-    AEKLResBlock: ResidualOfAutoencoder,
+    DiffusionUNetResnetBlock: UNetResidual,
+    AEKLResBlock: AutoencoderResidual,
     SpatialTransformer: Transformer,
 }
 
 
-def adopt(module: nn.Module) -> None:
+def use_channels_last_blocks(module: nn.Module) -> None:
     """Make what a network has of MONAI's blocks, and every norm, the one of this project."""
     for part in module.modules():
         part.__class__ = OURS.get(type(part), type(part))
 
 
-def lay_out(module: nn.Module) -> None:
+def channels_last_weights(module: nn.Module) -> None:
     """Put the weights of an adopted network's convolutions in the order that GPUs convolve in."""
     if any(isinstance(part, GroupNorm) for part in module.modules()):
         for parameter in module.parameters():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 ONEDNN = torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability()
 
 
-def mend_convolutions(module: nn.Module) -> None:
+def patch_conv3d(module: nn.Module) -> None:
     """Make a network's 3D convolutions right and fast where those of PyTorch on CPUs are not (torch 2.13, oneDNN 3.12).
 
     In bfloat16, oneDNN's weight gradient over a first spatial axis of 2, or a second of 1, is memory never written, up

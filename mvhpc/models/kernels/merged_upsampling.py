@@ -8,7 +8,7 @@ from monai.networks.blocks import UpSample
 from torch import Tensor, nn
 
 
-class DoublingConv(nn.Conv3d):
+class UpsampleConv(nn.Conv3d):
     """Convolution, kernel 3 and padding 1, of a volume whose every voxel is first repeated twice along each axis.
 
     Of three neighbours at least two are then copies of one voxel, so that two of the kernel's weights meet the same
@@ -41,7 +41,7 @@ class DoublingConv(nn.Conv3d):
         return F.conv_transpose3d(x, kernel, self.bias, stride=2, padding=1)
 
     @torch.no_grad()
-    def settled(self) -> nn.ConvTranspose3d:
+    def frozen(self) -> nn.ConvTranspose3d:
         """The same as it is now, with the kernel for its weights."""
         device, dtype = self.weight.device, self.weight.dtype
         convolution = nn.ConvTranspose3d(self.in_channels, self.out_channels, 4, 2, 1, device=device, dtype=dtype)
@@ -51,7 +51,7 @@ class DoublingConv(nn.Conv3d):
 
 
 def convolve_octants(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    """:class:`DoublingConv`'s transposed convolution as one of kernel 2 that says all eight voxels a voxel becomes.
+    """:class:`UpsampleConv`'s transposed convolution as one of kernel 2 that says all eight voxels a voxel becomes.
 
     cuDNN's tensor-core kernels know no gradients of the other, whose 64 weights a channel are too many for them; what
     it takes instead lasts 20 times as long.
@@ -69,28 +69,28 @@ def convolve_octants(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.repeat(8)
     y = F.conv3d(x, weight, bias, padding=1)  # (B, 8 C', h + 1, w + 1, d + 1)
     y = y.permute(0, 2, 3, 4, 1).contiguous().unflatten(4, (2, 2, 2, -1))
-    woven: Tensor = _Weave.apply(y)
+    woven: Tensor = _Interleave.apply(y)
     return woven.permute(0, 4, 1, 2, 3)
 
 
-class _Weave(torch.autograd.Function):
+class _Interleave(torch.autograd.Function):
     """Of y (B, h + 1, w + 1, d + 1, 2, 2, 2, C) the doubled volume (B, 2h, 2w, 2d, C), whose voxel (2i + p, 2j + q,
     2k + r) is y's (i + p, j + q, k + r, p, q, r)."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:
         ctx.shape = y.shape
-        return _woven(y).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+        return _interleaved(y).flatten(5, 6).flatten(3, 4).flatten(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         dy = gradients[0].new_zeros(ctx.shape)
-        woven = _woven(dy)
+        woven = _interleaved(dy)
         woven.copy_(gradients[0].reshape(woven.shape))
         return dy
 
 
-def _woven(y: Tensor) -> Tensor:
+def _interleaved(y: Tensor) -> Tensor:
     """A view of contiguous y as (B, h, 2, w, 2, d, 2, C)."""
     (b, h, w, d), c, s = y.shape[:4], y.shape[7], y.stride()
     strides = (s[0], s[1], s[1] + s[4], s[2], s[2] + s[5], s[3], s[3] + s[6], s[7])
@@ -98,13 +98,13 @@ def _woven(y: Tensor) -> Tensor:
 
 
 def merge_upsampling(module: nn.Module) -> None:
-    """Make every doubling of a MONAI network, with the convolution behind it, a :class:`DoublingConv`.
+    """Make every doubling of a MONAI network, with the convolution behind it, a :class:`UpsampleConv`.
 
     Names of weights, their shapes and values and, but for rounding, results stay.
     """
     for part in [*module.modules()]:
         if isinstance(part, UpSample):
             old = part.postconv.conv
-            new = DoublingConv(old.in_channels, old.out_channels, old.weight.device, old.weight.dtype)
+            new = UpsampleConv(old.in_channels, old.out_channels, old.weight.device, old.weight.dtype)
             new.weight, new.bias = old.weight, old.bias
             part.upsample_non_trainable, part.postconv.conv = nn.Identity(), new

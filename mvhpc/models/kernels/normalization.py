@@ -28,7 +28,7 @@ def total(x: Tensor) -> Tensor:
     return summed
 
 
-class WholeBatchNorm(nn.BatchNorm3d):
+class SyncedBatchNorm(nn.BatchNorm3d):
     """BatchNorm3d whose batch is that of all workers together, each with an equal share of it.
 
     Every worker then holds the same running statistics, and their number changes no result but by rounding. (torch's

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from mvhpc.models.kernels.cpu_conv3d import ONEDNN
-from mvhpc.models.kernels.merged_upsampling import DoublingConv
+from mvhpc.models.kernels.merged_upsampling import UpsampleConv
 
 
 def freeze(network: nn.Module, precision: torch.dtype, spared: tuple[str, ...] = ()) -> None:
@@ -24,8 +24,8 @@ def freeze(network: nn.Module, precision: torch.dtype, spared: tuple[str, ...] =
     """
     for parent in [*network.modules()]:
         for name, part in parent.named_children():
-            if isinstance(part, DoublingConv):
-                setattr(parent, name, part.settled())
+            if isinstance(part, UpsampleConv):
+                setattr(parent, name, part.frozen())
     for name, part in network.named_modules():
         if isinstance(part, nn.Conv3d | nn.ConvTranspose3d | nn.Linear) and not name.startswith(spared):
             part.to(precision)

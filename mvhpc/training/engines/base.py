@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from mvhpc.config import Compute, Optimizer, choose
-from mvhpc.models.kernels.cpu_conv3d import mend_convolutions
+from mvhpc.models.kernels.cpu_conv3d import patch_conv3d
 from mvhpc.runtime.devices import resolve_precision
 
 SCHEDULES = ("constant", "cosine")
@@ -131,7 +131,7 @@ class Engine(ABC):
         self._parameters = list(module.parameters())  # collecting them takes milliseconds
         self._dtype = resolve_precision(compute.precision, device)
         if device.type == "cpu":
-            mend_convolutions(module)
+            patch_conv3d(module)
         self.average: Average | None = None  # set by subclasses after the weights are in place
 
     def autocast(self) -> torch.autocast:

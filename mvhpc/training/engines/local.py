@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mvhpc.checkpoints.consolidate import LOCAL, NetworkState, consolidate, trained
 from mvhpc.config import Compute, Optimizer
-from mvhpc.models.kernels.channels_last import lay_out
+from mvhpc.models.kernels.channels_last import channels_last_weights
 from mvhpc.runtime.devices import resolve_device
 from mvhpc.training.engines.base import Average, Engine, adamw, to_host
 
@@ -28,7 +28,7 @@ class LocalEngine(Engine):
         device = resolve_device(compute.device)
         super().__init__(module.to(device).train(), optimizer, compute, accumulate, device)
         if device.type == "cuda":
-            lay_out(module)
+            channels_last_weights(module)
         self.layout = "1 worker"
         if compute.compile:
             module.compile()

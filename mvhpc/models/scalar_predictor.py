@@ -1,0 +1,203 @@
+"""The network that predicts scalars in the late design: an ensemble, without the U-Net.
+
+Each member encodes the volumes once; its heads then predict any scalar from these features and from the values and
+levels of the other scalars. Several members are trained by cross-fitting (:mod:`mvhpc.training.cross_fitting`).
+"""
+
+import math
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from mvhpc import config
+from mvhpc.models.kernels.channels_last import use_channels_last_blocks
+from mvhpc.models.layers import Token, Values, VariableNetwork, zero_linear
+from mvhpc.variables import Categorical, Scalar, Variables
+
+
+class ScalarPredictor(VariableNetwork):
+    """Predictions of every scalar by each of R ensemble members: logits of a category, a density of a number.
+
+    Args:
+        variables: at least one volume and one scalar; all volumes of one spatial size.
+        model: widths, and the number of members.
+        masked_level: the level from which a value is pure noise and masked by zero. None: no value is masked.
+
+    Raises:
+        ValueError: no volume, or volumes of different size.
+    """
+
+    HEADS = ("heads.", "tokens.")  # names of what :meth:`predict` uses, which a posterior runs in float32
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, variables: Variables, model: config.DenoiserConfig, masked_level: int | None = None) -> None:
+        super().__init__(variables, model, masked_level)
+        self.components = model.components
+        parts = zip(*(v.channelwise() for v in self.volumes))
+        for name, part in zip(("scale", "shift"), parts):  # (sum C, h, w, d)
+            self.register_buffer(name, torch.cat(part), persistent=False)
+        members = range(model.ensemble_members)
+        self.encoders = nn.ModuleList(Encoder(self.channels, model) for _ in members)
+        self.tokens = nn.ModuleList(nn.ModuleList(Token(v, model.embedding) for v in self.scalars) for _ in members)
+        self.heads = nn.ModuleList(ScalarHeads(self.scalars, len(variables), model) for _ in members)
+        use_channels_last_blocks(self)
+
+    def forward(self, z: Values, t: Values, want: Collection[str] | None = None) -> dict[str, Tensor]:
+        """
+        Args:
+            z: noisy values: volumes (B, C, h, w, d); numbers (B x Q, 1) and categories int64 (B x Q,), row by row, for
+                Q queries about each volume.
+            t: levels, int64 (B,) of volumes and (B x Q,) of scalars.
+            want: scalars to predict; other names are ignored. None: all.
+
+        Returns:
+            By scalar, as :meth:`predict`.
+        """
+        n = self.queries(z)
+        features = self.encode(z, t).repeat_interleave(n, 0)
+        volumes = {v.name for v in self.volumes}
+        levels = {name: x.repeat_interleave(n) if name in volumes else x for name, x in t.items()}
+        return self.predict(features, z, levels, self.names if want is None else want)
+
+    def encode(self, z: Values, t: Values) -> Tensor:
+        """Features (B, R, C) of the volumes; zero where all of them are masked."""
+        visible = torch.stack([self.visible(v.name, t, 3) for v in self.volumes]).amax(0)  # (B, 1, 1)
+        latents = self._channelwise(z, t)
+        return torch.stack([encoder(latents) for encoder in self.encoders], 1) * visible
+
+    def predict(self, features: Tensor, z: Values, t: Values, want: Collection[str]) -> dict[str, Tensor]:
+        """The scalars among ``want``.
+
+        Args:
+            features: from :meth:`encode`, each row repeated for its queries.
+            z: values of the scalars.
+            t: levels of all variables, (B x Q,) as the features have rows.
+            want: names; those of volumes are ignored.
+
+        Returns:
+            By scalar, logits (B x Q, R, K) or parameters (B x Q, R, 1 + 3 components) of
+            :func:`mvhpc.diffusion.density.density`.
+        """
+        levels = self.levels((v.name for v in self.volumes), t)
+        predictions: dict[str, list[Tensor]] = {v.name: [] for v in self.scalars if v.name in want}
+        for heads, tokens, x in zip(self.heads, self.tokens, features.unbind(1), strict=True):
+            assert isinstance(heads, ScalarHeads) and isinstance(tokens, nn.ModuleList)
+            conditioning = heads.conditioning(torch.cat([*self.embed_scalars(tokens, z, t), *levels], 1))
+            for i, v in enumerate(self.scalars):
+                if v.name in want:
+                    predictions[v.name].append(heads(i, x, conditioning))
+        return {name: torch.stack(members, 1) for name, members in predictions.items()}
+
+    def standardize_features(self, z: Values) -> None:
+        """Before training: scale each encoder's features by clean volumes (N, C, h, w, d) of some people."""
+        latents = self._channelwise(z, {name: torch.zeros(len(x)) for name, x in z.items()})
+        for encoder in self.encoders:
+            assert isinstance(encoder, Encoder)
+            encoder.standardize_features(latents)
+
+    def _channelwise(self, z: Values, t: Values) -> Tensor:
+        """All volumes, standardised by channel: (B, sum C, h, w, d)."""
+        return self.image(z, t) * self.scale + self.shift
+
+
+class Encoder(nn.Module):
+    """Features of the volumes: a few convolutions, averaged over each octant.
+
+    It takes latents standardised by channel. Equal tissue is then one number everywhere, so that averages measure how
+    much there is of what, and roughly where. Standardised by element, as the U-Net has them, it is another number in
+    each place.
+
+    Args:
+        channels: of the latents of all volumes.
+        model: widths.
+    """
+
+    def __init__(self, channels: int, model: config.DenoiserConfig) -> None:
+        super().__init__()
+        widths = [channels, *model.channels, model.channels[-1]]
+        strides = [1, *[2] * (len(model.channels) - 1), 1]
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv3d(i, o, 3, stride, padding=1), nn.GroupNorm(model.norm_groups, o), nn.SiLU())
+                for i, o, stride in zip(widths, widths[1:], strides)
+            )
+        )
+        self.out = nn.Linear(8 * widths[-1], widths[-1])
+
+    @torch.no_grad()
+    def standardize_features(self, latents: Tensor) -> None:
+        """Absorb mean and SD of the octants' averages over latents (N, channels, h, w, d) into the last layer.
+
+        The averages of two people differ by a hundredth of their size; unscaled, this difference is learnt late.
+        """
+        features = _octants(self.blocks(latents))  # (N, 8 C)
+        self.out.weight.div_(features.std(0).clamp(min=1e-3))
+        self.out.bias.sub_(self.out.weight @ features.mean(0))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Latents (B, channels, h, w, d), standardised by channel, to (B, model.channels[-1])."""
+        return self.out(_octants(self.blocks(latents)))
+
+
+def _octants(x: Tensor) -> Tensor:
+    """(B, C, h, w, d) to its means over both halves of each axis, (B, 8 C).
+
+    Not ``AdaptiveAvgPool3d(2)``, whose gradient on GPUs differs from run to run.
+    """
+    for _ in range(3):
+        n = x.shape[2]
+        x = torch.stack([x[:, :, : (n + 1) // 2].mean(2), x[:, :, n // 2 :].mean(2)], -1)
+    return x.flatten(1)
+
+
+class ScalarHeads(nn.Module):
+    """One head for each scalar: FiLM (Perez et al. 2018) of the volumes' features by the conditioning, a residual
+    layer, and a linear output.
+
+    Args:
+        scalars: in the schema's order.
+        variables: how many there are, volumes included.
+        model: widths.
+    """
+
+    def __init__(self, scalars: list[Scalar], variables: int, model: config.DenoiserConfig) -> None:
+        super().__init__()
+        width, hidden = model.channels[-1], 2 * model.embedding
+        self.conditioning = nn.Sequential(
+            nn.Linear(variables * model.embedding, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()
+        )
+        self.film = nn.ModuleList(nn.Linear(hidden, 2 * width) for _ in scalars)
+        self.residual = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, width)) for _ in scalars
+        )
+        self.out = nn.ModuleList(
+            zero_linear(width, v.size) if isinstance(v, Categorical) else _broad_density(width, model.components)
+            for v in scalars
+        )
+
+    def forward(self, scalar: int, features: Tensor, conditioning: Tensor) -> Tensor:
+        """
+        Args:
+            scalar: its place among the scalars.
+            features: of the volumes, (B, C).
+            conditioning: what ``self.conditioning`` makes of the tokens of all scalars and the levels of all volumes,
+                from (B, variables x E).
+
+        Returns:
+            Logits (B, K), or (B, 1 + 3 components).
+        """
+        scale, shift = self.film[scalar](conditioning).chunk(2, 1)  # each (B, C)
+        x = features * (1 + scale) + shift
+        return self.out[scalar](x + self.residual[scalar](x))
+
+
+def _broad_density(width: int, components: int) -> nn.Linear:
+    """A linear layer whose output before training is a broad density (:mod:`mvhpc.diffusion.density`)."""
+    layer = zero_linear(width, 1 + 3 * components)
+    if components:
+        with torch.no_grad():
+            layer.bias[1 + components : 1 + 2 * components] = torch.linspace(-1.5, 1.5, components)
+            layer.bias[1 + 2 * components :] = math.log(0.6)
+    return layer
