@@ -55,12 +55,12 @@ def test_a_translated_tree_is_one_whatever_subjects_are_called(
 @pytest.mark.slow
 def test_schemas_need_no_line_of_code(tmp_path: Path) -> None:
     root = tmp_path / "rich"
-    questions = [
+    queries = [
         {"want": ["memory", "site", "age"], "given": ["image", "sex"]},
         {"want": ["memory"], "given": ["age", "t2w"]},
     ]
     rich = {"phantom": {**SMALL["phantom"], "rich": True}, "pack": {**SMALL["pack"], "schema": "rich"}}
-    run_pipeline(configuration(root, **rich, questions=questions, predict={"draws": 5}))
+    run_pipeline(configuration(root, **rich, queries=queries, predict={"draws": 5}))
     frame, description = read_predictions(root / "predictions" / "memory-site-age-given-image-sex.tsv")
     assert description["network_calls"] == 1
     assert frame[[f"site_p_{s}" for s in ("Arden", "Birch", "Cedar", "Doone", "Elmet")]].sum(axis=1).to_numpy() == (
