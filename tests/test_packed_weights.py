@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mvhpc.models.joint_network import JointNetwork
-from mvhpc.models.kernels.cpu_conv3d import ONEDNN
+from mvhpc.models.kernels.cpu_conv3d import ONEDNN, patch_conv3d
 from mvhpc.models.kernels.packed_weights import PackedConv, freeze, pack
 from mvhpc.models.scalar_predictor import ScalarPredictor
 from tests.networks import parts, predictor
@@ -44,6 +44,20 @@ def test_a_frozen_network_gives_the_same_answers_to_the_bit(design: str, precisi
         assert torch.equal(
             scalars.predict(features, z, t, ["age"])["age"], again.predict(features, z, t, ["age"])["age"]
         )
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (3, 1, 4), (3, 4, 5)], ids=str)
+def test_a_patched_network_that_is_frozen_takes_volumes_of_any_shape(shape: tuple[int, int, int]) -> None:
+    """Shapes whose gradients need float32 on CPUs need nothing where there are no gradients."""
+    network = nn.Sequential(nn.Conv3d(4, 8, 3, padding=1)).eval()
+    x = torch.randn(2, 4, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        exact = network(x)
+        patch_conv3d(network)
+        freeze(network, torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = network(x).float()
+    assert (rounded - exact).abs().max() < 0.02 * exact.abs().max()
 
 
 def freeze_all(network: JointNetwork, precision: torch.dtype) -> None:

@@ -62,6 +62,17 @@ def resolve_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """On CPUs the order of floating-point sums depends on the number of threads; inside, it is always the same."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
     """Gradients inside are bit-identical in every run. On a GPU those of attention are otherwise not."""
     if device.type != "cuda":

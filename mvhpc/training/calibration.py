@@ -17,6 +17,7 @@ from torch import Tensor
 from mvhpc.diffusion.density import by_member, density
 from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.diffusion.posterior import Posterior, ScalarNetwork, why_not
+from mvhpc.runtime.devices import one_thread
 
 PRIOR = math.log(2)  # SD of the temperature's logarithm before any data: so few people cannot move it far
 LIMITS = (math.log(0.25), math.log(8))
@@ -24,6 +25,7 @@ BATCH = 64  # people at a time
 
 
 @torch.inference_mode()
+@one_thread()  # training and export find the same temperatures, to the bit
 def calibrate(
     network: ScalarNetwork,
     diffusion: JointDiffusion,
