@@ -1,4 +1,4 @@
-"""The comparison: it learns its one question, from voxels and scalars, and answers that one alone."""
+"""The comparison: it learns its one query, from voxels and scalars, and predicts for that one alone."""
 
 import json
 import threading
@@ -101,7 +101,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
-    """The run folder of ``level given scan, group``, and what training said."""
+    """The run folder of ``level given scan, group``, and the output of training."""
     folder = tmp_path_factory.mktemp("runs") / "level"
     folder.mkdir()
     settings = config(data, folder)
@@ -137,10 +137,10 @@ def test_it_learns_a_law_of_the_image_and_of_a_scalar(
     as_a, as_b = (predictor.predict(voxels, values | {"group": torch.full((8,), g)}, present) for g in (0, 1))
     assert float((as_b - as_a).mean()) == pytest.approx(25, abs=5)
     truth = torch.tensor([predictor.dataset.values(key)["level"] for key in keys], dtype=torch.float64)
-    said = predictor.predict(voxels, values, present)
-    assert float((said - truth).abs().mean()) == pytest.approx(summary["validation/mae"], rel=1e-4)
+    prediction = predictor.predict(voxels, values, present)
+    assert float((prediction - truth).abs().mean()) == pytest.approx(summary["validation/mae"], rel=1e-4)
     unknown = {name: torch.zeros_like(there) for name, there in present.items()}
-    assert not torch.equal(predictor.predict(voxels, values, unknown), said)
+    assert not torch.equal(predictor.predict(voxels, values, unknown), prediction)
     scrambled = {"group": 1 - values["group"], "level": values["level"] + 7}  # what is missing, or wanted, is not seen
     assert torch.equal(predictor.predict(voxels, scrambled, unknown), predictor.predict(voxels, values, unknown))
 
@@ -165,7 +165,7 @@ def test_answers_are_points_whatever_the_batch(
 
 
 def test_a_checkpoint_exports_to_what_training_wrote(trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
-    """And a finished run, asked to train again, says the same at once."""
+    """A finished run that is started again returns the same at once."""
     folder, summary = trained
     checkpoint = folder / "checkpoints" / f"step-{int(summary['best_step']):08d}"
     assert main(["export", str(checkpoint), "--out", str(tmp_path / "model")]) == 0
@@ -257,12 +257,12 @@ def test_evaluation_says_what_training_does(data: Path, tmp_path: Path) -> None:
 
     def says(training: bool) -> torch.Tensor:
         with torch.no_grad():
-            said: torch.Tensor = network.train(training)(*everybody)
-        return said
+            prediction: torch.Tensor = network.train(training)(*everybody)
+        return prediction
 
     def off() -> float:
-        known, said = says(False), says(True)  # the second leaves its traces in the statistics
-        return float((known - said).abs().max() / said.std())
+        known, prediction = says(False), says(True)  # the second leaves its traces in the statistics
+        return float((known - prediction).abs().max() / prediction.std())
 
     before = off()
     task.refresh(task.networks, 0, 1)
@@ -310,7 +310,7 @@ def test_batches_of_one_are_refused(data: Path, tmp_path: Path) -> None:
         ({"draws": 5}, "draws come from a posterior"),
     ],
 )
-def test_another_question_is_refused(
+def test_another_query_is_refused(
     data: Path, trained: tuple[Path, dict[str, float]], tmp_path: Path, values: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError) as refused:
@@ -346,20 +346,20 @@ def test_batch_norm_sees_the_batch_of_all_workers(monkeypatch: pytest.MonkeyPatc
     expected = whole(x)
     monkeypatch.setattr(normalization.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(normalization.dist, "get_world_size", lambda: 2)
-    said: list[torch.Tensor] = [torch.empty(0)] * 2
+    outputs: list[torch.Tensor] = [torch.empty(0)] * 2
 
     def work(rank: int) -> None:
         here.rank = rank
-        said[rank] = halves[rank](x.chunk(2)[rank])
+        outputs[rank] = halves[rank](x.chunk(2)[rank])
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    torch.testing.assert_close(torch.cat(said), expected)
+    torch.testing.assert_close(torch.cat(outputs), expected)
     pull = torch.randn_like(x)
-    (ours,), (theirs,) = (torch.autograd.grad((y * pull).sum(), x) for y in (torch.cat(said), expected))
+    (ours,), (theirs,) = (torch.autograd.grad((y * pull).sum(), x) for y in (torch.cat(outputs), expected))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
     for half in halves:
         torch.testing.assert_close(half.state_dict(), whole.state_dict())

@@ -19,7 +19,7 @@ JOINT = ["out=o", "latents=l", "vae=v"]
 
 @pytest.mark.parametrize(("stage", "preset"), PRESETS)
 def test_preset_fills_every_key_but_places(stage: str, preset: str) -> None:
-    """A preset leaves open at most where things are and what is asked."""
+    """A preset leaves open at most paths and the query."""
     kind = STAGES[stage].config_class()
     fields = {field.name: field for field in dataclasses.fields(kind)}
     places = {
@@ -116,8 +116,8 @@ def test_a_password_in_a_tracking_uri_is_refused_and_not_repeated(capsys: pytest
     uri = "https://reader:s3cret@store.example:5000"
     for command in (["train", "joint", *JOINT, f"tracking.uri={uri}"], ["mlflow-sync", "nowhere", "--uri", uri]):
         assert main(command) == 2
-        said = capsys.readouterr().err
-        assert "MLFLOW_TRACKING_PASSWORD" in said and "store.example" in said and "s3cret" not in said
+        printed = capsys.readouterr().err
+        assert "MLFLOW_TRACKING_PASSWORD" in printed and "store.example" in printed and "s3cret" not in printed
     config = load_config(JointConfig, "joint", "default", [*JOINT, "tracking.uri=https://store.example:5000"])
     assert config.tracking.uri == "https://store.example:5000"
 

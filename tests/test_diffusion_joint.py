@@ -91,8 +91,8 @@ def test_noise_of_a_row_comes_from_its_generator_alone() -> None:
         assert torch.equal(whole.t[name][4:], part.t[name])
 
 
-def test_several_questions_of_a_row_are_rows_with_one_volume() -> None:
-    """The first question is as ever, each other one of the same person at levels of its own; losses are means."""
+def test_several_queries_of_a_row_are_rows_with_one_volume() -> None:
+    """The first query is as without further ones, each other one has levels of its own; losses are means."""
     process = diffusion()
     people, there = MixedLaw(process).draw(6, 1), {"age": torch.arange(6) % 2 == 0}
     t = process.draw_times(generators(18))
@@ -203,16 +203,16 @@ def test_the_exact_denoiser_has_the_least_loss() -> None:
 
 
 @pytest.mark.parametrize("kind", ["eps", "v", "x0"])
-def test_a_density_leaves_what_is_said_of_the_number_itself_alone(kind: str) -> None:
+def test_a_density_does_not_move_the_prediction_of_the_number_itself(kind: str) -> None:
     """Where it is right: with an offset of zero and an SD of the law's own the least loss is at the exact answer."""
     process = JointDiffusion(VARIABLES, replace(diffusion().config, continuous=kind))
     people = {name: torch.zeros(N, *x.shape[1:], dtype=x.dtype) for name, x in MixedLaw(process).draw(1, 0).items()}
     noised = process.noise(people, {}, levels(N, image=1000, age=1000, sex=1000), generators())
     outputs = {name: value.detach() for name, value in ideal(noised).items()}
-    said = torch.cat([noised.target["age"], torch.zeros(N, 3)], 1).requires_grad_()  # one component
-    process.losses(outputs | {"age": said}, noised)["age"].mean().backward()
-    assert said.grad is not None
-    assert N * said.grad[:, 0].square().mean().sqrt() < 0.05
+    prediction = torch.cat([noised.target["age"], torch.zeros(N, 3)], 1).requires_grad_()  # one component
+    process.losses(outputs | {"age": prediction}, noised)["age"].mean().backward()
+    assert prediction.grad is not None
+    assert N * prediction.grad[:, 0].square().mean().sqrt() < 0.05
 
 
 @pytest.mark.parametrize("kind", ["eps", "v", "x0"])

@@ -1,4 +1,4 @@
-"""Laws of densities and of the posterior: closed forms, round trips, and one exact answer for every question."""
+"""Laws of densities and of the posterior: closed forms, round trips, and an exact answer for every query."""
 
 import math
 
@@ -34,13 +34,13 @@ def test_outputs_are_read_as_offsets_from_what_v_says_of_x0() -> None:
     assert density(output, "x0").mean.item() == pytest.approx(-1.5)
 
 
-def test_what_readers_say_is_mixed_in_equal_parts() -> None:
+def test_predictions_of_ensemble_members_are_mixed_in_equal_parts() -> None:
     """However sure one of them is of itself; a temperature stretches the mixture about its mean."""
-    said = torch.randn(5, 3, 1 + 3 * 2, generator=torch.Generator().manual_seed(0))
+    output = torch.randn(5, 3, 1 + 3 * 2, generator=torch.Generator().manual_seed(0))
     x = torch.linspace(-4, 4, 9)[:, None]
-    together, apart = density(said), [density(said[:, reader]) for reader in range(3)]
+    together, apart = density(output), [density(output[:, member]) for member in range(3)]
     torch.testing.assert_close(together.cdf(x), torch.stack([law.cdf(x) for law in apart]).mean(0))
-    wide = density(said, temperature=2.0)
+    wide = density(output, temperature=2.0)
     torch.testing.assert_close(wide.mean, together.mean)
     torch.testing.assert_close(wide.stddev, 2 * together.stddev)
     logits = torch.randn(5, 3, K, generator=torch.Generator().manual_seed(1)).double()
@@ -76,25 +76,27 @@ class Answers:
     def predict(
         self, features: Tensor, z: dict[str, Tensor], t: dict[str, Tensor], want: list[str]
     ) -> dict[str, Tensor]:
-        told = torch.stack([features[:, -1] == 0, t["age"] == 0], 1)
+        shown = torch.stack([features[:, -1] == 0, t["age"] == 0], 1)
         x = torch.cat([features[:, :-1], z["age"]], 1).double()
-        said = {name: torch.zeros(len(x), K if name == "sex" else 1 + 3 * K).double() for name in want}
-        for pattern in told.unique(dim=0).tolist():
-            rows = (told == torch.tensor(pattern)).all(1)
+        output = {name: torch.zeros(len(x), K if name == "sex" else 1 + 3 * K).double() for name in want}
+        for pattern in shown.unique(dim=0).tolist():
+            rows = (shown == torch.tensor(pattern)).all(1)
             dims = [i for places, known in zip(([0, 1], [2]), pattern) for i in places if known]
             chances, mean, covariance = self.law.given(x[rows][:, dims], dims)
             chances = torch.where((t["sex"][rows] == 0)[:, None], F.one_hot(z["sex"][rows], K), chances)
             log = chances.clamp(min=1e-30).log()
             for name in want:
                 if name == "sex":
-                    said[name][rows] = log * self.sure
+                    output[name][rows] = log * self.sure
                 else:
                     logs = (covariance[:, -1, -1].sqrt() / self.sure).log().expand(len(log), K)
-                    said[name][rows] = torch.cat([torch.zeros(len(log), 1), log, mean[..., -1], logs], 1)
-        return said
+                    output[name][rows] = torch.cat([torch.zeros(len(log), 1), log, mean[..., -1], logs], 1)
+        return output
 
 
-def asked(given: list[str], present: dict[str, Tensor] | None = None) -> tuple[Posterior, MixedLaw, dict[str, Tensor]]:
+def posterior_of(
+    given: list[str], present: dict[str, Tensor] | None = None
+) -> tuple[Posterior, MixedLaw, dict[str, Tensor]]:
     law = MixedLaw(diffusion())
     person = law.draw(2, 1)
     network = Answers(law)
@@ -103,15 +105,15 @@ def asked(given: list[str], present: dict[str, Tensor] | None = None) -> tuple[P
 
 
 def test_what_is_missing_in_a_row_is_unknown_there() -> None:
-    some, _, _ = asked(["image", "sex"], {"image": torch.tensor([True, False])})
-    whole, none = asked(["image", "sex"])[0], asked(["sex"])[0]
+    some, _, _ = posterior_of(["image", "sex"], {"image": torch.tensor([True, False])})
+    whole, none = posterior_of(["image", "sex"])[0], posterior_of(["sex"])[0]
     mean, full, without = (p.laws(["age"])["age"].mean for p in (some, whole, none))
     assert mean[0] == full[0] and mean[1] == without[1]
 
 
 @pytest.mark.parametrize("order", [["age", "sex"], ["sex", "age"]])
 def test_joint_draws_follow_the_joint_law_in_any_order(order: list[str]) -> None:
-    posterior, law, person = asked(["image"])
+    posterior, law, person = posterior_of(["image"])
     n = 4000
     uniform = torch.rand(2, n, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     drawn = posterior.draw(order, uniform)
@@ -124,31 +126,31 @@ def test_joint_draws_follow_the_joint_law_in_any_order(order: list[str]) -> None
             if len(ages) > 100:
                 assert abs(ages.mean() - mean[k, 0]) < stderr(len(ages), covariance[k, 0, 0].sqrt())
         centre, spread = mixture(chances, mean, covariance)
-        said = posterior.laws(["age"])["age"]
-        assert said.mean[row].item() == pytest.approx(centre.item(), abs=1e-4)
-        assert said.variance[row].item() == pytest.approx(spread.item(), rel=1e-4)
+        posterior_law = posterior.laws(["age"])["age"]
+        assert posterior_law.mean[row].item() == pytest.approx(centre.item(), abs=1e-4)
+        assert posterior_law.variance[row].item() == pytest.approx(spread.item(), rel=1e-4)
 
 
-def test_one_pass_of_the_down_path_serves_every_question() -> None:
-    posterior, _, _ = asked(["image"])
+def test_one_pass_of_the_encoder_serves_every_query() -> None:
+    posterior, _, _ = posterior_of(["image"])
     posterior.laws(["age"])
     posterior.draw(["age", "sex"], torch.full((2, 3, 2), 0.5, dtype=torch.float64))
     assert posterior.denoiser.looked == 1  # type: ignore[attr-defined]
 
 
-def test_calibration_asks_the_reader_that_judges() -> None:
-    """Of two readers, one too sure of itself, each person's counts alone."""
+def test_calibration_uses_the_member_that_is_held_out() -> None:
+    """Of two members, one overconfident, only the one that was not trained on a person counts."""
     law = MixedLaw(diffusion())
     right, sure = Answers(law), Answers(law, 2.5)
     network = Answers(law)
-    network.predict = lambda *question: {  # type: ignore[method-assign]
-        name: torch.stack([x, sure.predict(*question)[name]], 1) for name, x in right.predict(*question).items()
+    network.predict = lambda *query: {  # type: ignore[method-assign]
+        name: torch.stack([x, sure.predict(*query)[name]], 1) for name, x in right.predict(*query).items()
     }
-    clean, judged = law.draw(300, 3), torch.zeros(300, 2, dtype=torch.bool)
+    clean, held_out = law.draw(300, 3), torch.zeros(300, 2, dtype=torch.bool)
     everybody = {name: torch.ones(300, dtype=torch.bool) for name in clean}
-    for reader, alone in enumerate((right, sure)):
-        judged[:] = torch.arange(2) == reader
-        factors = calibrate(network, law.diffusion, clean, everybody, judged)
+    for member, alone in enumerate((right, sure)):
+        held_out[:] = torch.arange(2) == member
+        factors = calibrate(network, law.diffusion, clean, everybody, held_out)
         assert factors == calibrate(alone, law.diffusion, clean, everybody, torch.ones(300, 1).bool())
 
 
@@ -166,10 +168,10 @@ def test_a_few_people_move_calibration_little_and_nobody_not_at_all() -> None:
     law = MixedLaw(diffusion())
     clean = law.draw(3, 3)
     present = {name: torch.ones(3, dtype=torch.bool) for name in clean}
-    judged = torch.ones(3, 1, dtype=torch.bool)
-    factors = calibrate(Answers(law), law.diffusion, clean, present, judged)
+    held_out = torch.ones(3, 1, dtype=torch.bool)
+    factors = calibrate(Answers(law), law.diffusion, clean, present, held_out)
     assert all(0.4 < factor < 2.5 for factor in factors.values())
-    assert calibrate(Answers(law), law.diffusion, clean, present | {"image": ~present["image"]}, judged) == {}
+    assert calibrate(Answers(law), law.diffusion, clean, present | {"image": ~present["image"]}, held_out) == {}
 
 
 def test_temperature_widens_answers_from_volumes_alone() -> None:
@@ -179,10 +181,10 @@ def test_temperature_widens_answers_from_volumes_alone() -> None:
     plain = Posterior(Answers(law), law.diffusion, {"image": person["image"]}, 1).laws(["age"])
     assert wide["age"].mean.item() == pytest.approx(plain["age"].mean.item())
     assert wide["age"].stddev.item() == pytest.approx(2 * plain["age"].stddev.item())
-    blind = [
+    unconditional = [
         Posterior(Answers(law), law.diffusion, {}, 1, temperature=s).laws(["age"])["age"] for s in ({"age": 2.0}, {})
     ]
-    assert blind[0].stddev == blind[1].stddev
+    assert unconditional[0].stddev == unconditional[1].stddev
 
 
 def test_models_without_a_posterior_say_why() -> None:

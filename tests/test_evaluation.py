@@ -70,7 +70,7 @@ def test_missing_values_are_left_out() -> None:
     assert mean_over_subjects([3.0]).format(1) == "3.0"
 
 
-def test_scoreboard_joins_questions_and_folds() -> None:
+def test_scoreboard_joins_queries_and_folds() -> None:
     rng = np.random.default_rng(0)
     keys = [f"sub-{i:02d}" for i in range(40)]
     true = rng.uniform(1, 2, 40)

@@ -29,7 +29,7 @@ def phantom(out: Path, subjects: int = 2) -> PlannedStage:
 
 
 def test_a_result_without_its_record_is_taken_as_finished(tmp_path: Path) -> None:
-    """The process was killed after the result was renamed into place and before the record said so."""
+    """The process was killed after the result was renamed into place and before the record was written."""
     out = tmp_path / "scans"
     execute(phantom(out))
     record = tmp_path / "scans.run" / "stage.json"

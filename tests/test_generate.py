@@ -200,7 +200,7 @@ def test_a_coarser_mask_grid_keeps_its_place(tiny_bids, tmp_path, spacing) -> No
 
 @pytest.mark.slow
 def test_several_completions_end_as_a_finished_stage(tiny_model, tiny_bids, tmp_path) -> None:
-    """Nothing is called as the output is asked for, only its numbered siblings."""
+    """The output folder itself does not exist, only its numbered siblings."""
     image, half = reoriented(tmp_path, tiny_bids)
     out = tmp_path / "filled.nii.gz"
     values = {"model": str(tiny_model), "image": str(image), "mask": str(half), "out": str(out), "samples": 2}

@@ -59,15 +59,15 @@ def test_in_bfloat16_it_differs_by_its_rounding() -> None:
             x, gradient = torch.randn(4, channels, *size), torch.randn(4, channels, *(2 * n for n in size))
             convolution = UpsampleConv(channels, channels)
             patch_conv3d(convolution)
-            said = []
+            computed = []
             for rounded in (False, True):
                 convolution.zero_grad()
                 y = x.clone().requires_grad_()
                 with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
                     out = convolution(y)
                 out.backward(gradient.to(out.dtype))
-                said.append([out.float(), y.grad, convolution.weight.grad.clone()])
-            for exact, near in zip(*said, strict=True):
+                computed.append([out.float(), y.grad, convolution.weight.grad.clone()])
+            for exact, near in zip(*computed, strict=True):
                 assert float((exact - near).detach().abs().max()) < 0.03 * float(exact.abs().max()), (channels, size)
 
 
@@ -81,8 +81,8 @@ def test_eight_voxels_at_once_are_the_same() -> None:
         for bias in (convolution.bias, None):
             usual = F.conv_transpose3d(x, convolution.kernel, bias, stride=2, padding=1)
             ours = convolve_octants(x, convolution.kernel, bias)
-            said = [[y, *torch.autograd.grad(y, of[: 3 if bias is not None else 2], toward)] for y in (usual, ours)]
-            for a, b in zip(*said, strict=True):
+            computed = [[y, *torch.autograd.grad(y, of[: 3 if bias is not None else 2], toward)] for y in (usual, ours)]
+            for a, b in zip(*computed, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
@@ -91,11 +91,11 @@ def test_on_gpus_it_is_what_it_is_on_cpus() -> None:
     torch.manual_seed(0)
     convolution = UpsampleConv(16, 8).double()
     x, toward = torch.randn(2, 16, 3, 4, 5).double(), torch.randn(2, 8, 6, 8, 10).double()
-    said = []
+    computed = []
     for device in ("cpu", "cuda"):
         y = x.to(device).requires_grad_()
         out = convolution.to(device)(y)
         of = [y, convolution.weight, convolution.bias]
-        said.append([t.cpu() for t in (out, *torch.autograd.grad(out, of, toward.to(device)))])
-    for a, b in zip(*said, strict=True):
+        computed.append([t.cpu() for t in (out, *torch.autograd.grad(out, of, toward.to(device)))])
+    for a, b in zip(*computed, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

@@ -18,7 +18,7 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def unet(conditioned: bool) -> nn.Module:
     """MONAI's U-Net, with attention and weights that are not zero."""
     torch.manual_seed(0)
-    told = {"with_conditioning": True, "cross_attention_dim": 4} if conditioned else {}
+    conditioning = {"with_conditioning": True, "cross_attention_dim": 4} if conditioned else {}
     net = DiffusionModelUNet(
         spatial_dims=3,
         in_channels=2,
@@ -29,7 +29,7 @@ def unet(conditioned: bool) -> nn.Module:
         num_head_channels=8,
         norm_num_groups=4,
         use_flash_attention=True,
-        **told,
+        **conditioning,
     )
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -52,7 +52,7 @@ def walked(net: nn.Module, x: Tensor, time: Tensor, context: Tensor | None) -> T
 
 
 def monais(net: nn.Module, x: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
-    """The same by MONAI's own forward, told the embedding of a level in place of the level."""
+    """The same by MONAI's own forward, given the embedding of a level in place of the level."""
     net.time_embed = nn.Identity()
     get = "monai.networks.nets.diffusion_model_unet.get_timestep_embedding"
     with pytest.MonkeyPatch.context() as patch:
@@ -96,7 +96,7 @@ def test_on_gpus_it_stays_in_bfloat16_and_differs_by_its_rounding(silu: bool, sh
         away = torch.randn(channels, 1, 1, 1, device="cuda") * 5
         x, offset = torch.randn(2, channels, *size, device="cuda") + away, torch.randn(2, channels, device="cuda")
         x, toward = x.bfloat16(), torch.randn_like(x).bfloat16()
-        said = []
+        computed = []
         for precise in (True, False):
             inputs = [(x.float() if precise else x).requires_grad_(), offset.clone().requires_grad_()]
             if precise:
@@ -107,8 +107,8 @@ def test_on_gpus_it_stays_in_bfloat16_and_differs_by_its_rounding(silu: bool, sh
                 y = norm(inputs[0], inputs[1] if shifted else None, silu)
                 assert y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=torch.channels_last_3d)
             of = [*inputs[: 1 + shifted], norm.weight, norm.bias]
-            said.append([y, *torch.autograd.grad(y, of, toward.to(y.dtype))])
-        for exact, near in zip(*said, strict=True):
+            computed.append([y, *torch.autograd.grad(y, of, toward.to(y.dtype))])
+        for exact, near in zip(*computed, strict=True):
             torch.testing.assert_close(exact, near.float(), rtol=2**-7, atol=2**-7 * float(exact.abs().max()))
 
 
@@ -124,9 +124,9 @@ def test_on_gpus_adopted_networks_say_what_monais_do_and_the_same_bits_twice(con
     twice = []
     for _ in range(2):
         with torch.autocast("cuda", torch.bfloat16):
-            said = walked(ours, x, time, context)
+            output = walked(ours, x, time, context)
         with repeatable(x.device):
-            loss = said.float().square().sum()
-            twice.append([said, *torch.autograd.grad(loss, [*ours.parameters()], allow_unused=True)])
+            loss = output.float().square().sum()
+            twice.append([output, *torch.autograd.grad(loss, [*ours.parameters()], allow_unused=True)])
     assert float((wanted - twice[0][0]).abs().max()) < 0.05 * float(wanted.abs().max())
     assert all(a is b or torch.equal(a, b) for a, b in zip(*twice, strict=True))

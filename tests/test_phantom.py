@@ -158,7 +158,7 @@ def test_extreme_heads_fit_the_field_of_view() -> None:
             assert max(np.take(head, end, axis).max() for end in (0, -1)) < 0.5
 
 
-def test_tissues_of_the_image_can_be_told_apart() -> None:
+def test_tissues_of_the_image_can_be_separated() -> None:
     anatomy = {name: float(np.exp(law.constant) if law.log else law.constant) for name, law in LAW.items()}
     rng = np.random.default_rng(1)
     tissues = render_tissues(anatomy, rng, SHAPE)

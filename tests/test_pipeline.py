@@ -50,9 +50,9 @@ def test_pipeline_from_nothing_and_again(tmp_path: Path, capsys: pytest.CaptureF
 
     other = {**SMALL["joint"], "training": {**SMALL["joint"]["training"], "seed": 1}}
     run_pipeline(configuration(root, joint=other))
-    said = capsys.readouterr().err
-    assert said.count("reused") == 4  # all before the joint model
-    assert said.count("set aside") == 4  # the joint model and what was asked of it
+    printed = capsys.readouterr().err
+    assert printed.count("reused") == 4  # all before the joint model
+    assert printed.count("set aside") == 4  # the joint model and its predictions
     assert (root / "joint.old-1" / "model" / "model.json").read_bytes() == weights
     assert (root / "joint" / "model" / "model.json").read_bytes() != weights
     record = json.loads((root / "joint" / "stage.json").read_text())

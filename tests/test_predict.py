@@ -1,4 +1,4 @@
-"""Predictions do not depend on how they were computed, and every bad question gets its reason."""
+"""Predictions do not depend on how they were computed, and every bad query is refused with its reason."""
 
 import json
 import shutil
@@ -87,8 +87,8 @@ def test_rows_do_not_depend_on_the_batch(tiny_model, tiny_dataset, tmp_path) -> 
         tables.append((read_predictions(config.out)[0], read_predictions(both.out)[0]))
     for sex, age in tables[1:]:
         assert sex.equals(tables[0][0])
-        said = ["age", "age_sd", "age_q05", "age_q50", "age_q95"]
-        assert age[said].to_numpy(float) == pytest.approx(tables[0][1][said].to_numpy(float), rel=1e-4)
+        columns = ["age", "age_sd", "age_q05", "age_q50", "age_q95"]
+        assert age[columns].to_numpy(float) == pytest.approx(tables[0][1][columns].to_numpy(float), rel=1e-4)
 
 
 EXACT = {"sampling.conditioning": "auto"}
@@ -178,7 +178,7 @@ def test_two_workers_write_what_one_writes(tiny_model, tiny_dataset, tmp_path, m
         ({"given": [], "want": ["age"], "sampling.conditioning": "posterior", "sampling.guidance": 2}, "no guidance"),
     ],
 )
-def test_a_bad_question_is_refused_with_its_reason(tiny_model, tiny_dataset, tmp_path, values, words) -> None:
+def test_a_bad_query_is_refused_with_its_reason(tiny_model, tiny_dataset, tmp_path, values, words) -> None:
     config = configuration(tiny_model, tiny_dataset, tmp_path / "a.tsv", **values)
     with pytest.raises(ConfigError, match=words):
         predict.run(config, Run(tmp_path))
@@ -202,7 +202,7 @@ def test_data_on_another_grid_are_refused(tiny_model, tiny_bids, tmp_path) -> No
         open_predictor(config)
 
 
-def test_a_category_that_the_model_does_not_know_hinders_no_other_question(tiny_model, tiny_bids, tmp_path) -> None:
+def test_a_category_that_the_model_does_not_know_affects_no_other_query(tiny_model, tiny_bids, tmp_path) -> None:
     from shards.pack import pack
 
     schema = json.loads((tiny_model / "model" / "model.json").read_text())["schema"]

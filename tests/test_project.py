@@ -95,9 +95,9 @@ def test_with_folds_one_is_named(home: Path) -> None:
         configure("vae")
     second = configure("joint", "split=fold-2-of-3").config
     assert (second.latents, second.out) == ("runs/ixi/fold-2/latents", "runs/ixi/fold-2/joint")
-    asked = configure("predict", "split_name=fold-2-of-3", want="age", given="image").config
-    assert (asked.model, asked.split) == ("runs/ixi/fold-2/joint", "test")
-    assert asked.out == "runs/ixi/fold-2/predictions/age-given-image.tsv"
+    config = configure("predict", "split_name=fold-2-of-3", want="age", given="image").config
+    assert (config.model, config.split) == ("runs/ixi/fold-2/joint", "test")
+    assert config.out == "runs/ixi/fold-2/predictions/age-given-image.tsv"
 
 
 def test_a_missing_input_is_named_with_the_command_that_makes_it(
@@ -105,16 +105,16 @@ def test_a_missing_input_is_named_with_the_command_that_makes_it(
 ) -> None:
     project("runs/demo")
     assert main(["train", "joint"]) == 2
-    said = capsys.readouterr().err
-    assert "latents=runs/demo/latents: no such file or folder" in said
-    assert "`mvhpc encode --root runs/demo`, or add --with-inputs" in said
+    printed = capsys.readouterr().err
+    assert "latents=runs/demo/latents: no such file or folder" in printed
+    assert "`mvhpc encode --root runs/demo`, or add --with-inputs" in printed
     assert main(["train", "vae"]) == 2
     assert "`shards pack SOURCE runs/demo/packed`" in capsys.readouterr().err
     assert not (home / "runs" / "demo" / "joint").exists()
 
 
 @pytest.mark.slow
-def test_inputs_are_made_first_where_asked_for(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inputs_are_made_first_with_the_flag(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From nothing to predictions by one command; the same again finds all of it done, and so does the pipeline.
 
     The data have no validation part: there is then no picture of reconstructions, and nothing else is missing.

@@ -414,7 +414,7 @@ def sides(assignment: dict[str, str]) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize(("n", "per_group", "visits"), [(3, 1, 1), (4, 1, 2), (10, 1, 1), (100, 1, 3), (200, 7, 2)])
-def test_splits_are_by_group_never_empty_and_of_the_asked_size(n: int, per_group: int, visits: int) -> None:
+def test_splits_are_by_group_never_empty_and_of_the_configured_size(n: int, per_group: int, visits: int) -> None:
     records = people(n, per_group, visits)
     for seed in range(20):
         assignment = draw_fractions(records, (0.89, 0.01, 0.10), seed).assignment

@@ -107,7 +107,7 @@ def read_records(dataset: Dataset, keys: list[str], schema: Schema) -> Records:
     return Records(keys, rows, latents, there)
 
 
-class People:
+class RecordTensors:
     """All values of some people, as tensors.
 
     Args:
@@ -196,7 +196,7 @@ class JointTask(Task):
         self.intervals = standard_intervals(self.schema, records.rows[: len(train)]) if config.scaling == "sd" else {}
         variables = Variables.from_schema(self.schema, self.latent, self.intervals)
         self.diffusion = JointDiffusion(variables, config.diffusion)
-        self.people = People(records, variables)  # of the training part, then of the validation part
+        self.people = RecordTensors(records, variables)  # of the training part, then of the validation part
         self.in_training = torch.arange(len(records.keys)) < len(train)  # (N,) who the denoiser is trained on
         self.in_fold = self.in_training[:, None]  # (N, R) who each ensemble member is trained on
         if config.model.ensemble_members > 1 and variables.scalars:

@@ -16,13 +16,13 @@ from mvhpc.models.kernels.normalization import GroupNorm, LayerNorm
 
 
 class UNetResidual(DiffusionUNetResnetBlock):
-    """Residual block told a level; of one size, as the U-Net has them."""
+    """Residual block conditioned on a level, with input and output of one size, as in the U-Net."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x (B, C, H, W, D) and the level's embedding (B, E) to (B, C', H, W, D)."""
-        told = self.time_emb_proj(self.nonlinearity(emb))  # (B, C')
+        shift = self.time_emb_proj(self.nonlinearity(emb))  # (B, C')
         h = self.conv1(self.norm1(x, silu=True))
-        return self.skip_connection(x) + self.conv2(self.norm2(h, told, silu=True))
+        return self.skip_connection(x) + self.conv2(self.norm2(h, shift, silu=True))
 
 
 class AutoencoderResidual(AEKLResBlock):
