@@ -67,7 +67,7 @@ class Step:
 
 
 def single(configured: Configured, with_inputs: bool, nodes: int, gpus: int, slurm: bool) -> list[Step]:
-    """One stage, and before it the stages of its project that make its inputs, where these are asked for.
+    """One stage, and before it the stages of its project that make its inputs, if ``with_inputs`` is set.
 
     Args:
         configured: the stage.

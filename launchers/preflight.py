@@ -1,6 +1,6 @@
-"""Checks before training for what would make a job fail or slow later. Each problem names its node.
+"""Checks before training, for problems that would make a job fail or slow. Each problem names its node.
 
-Every node examines itself and writes a report to the run folder; node 0 compares the reports and lists all problems.
+Every node checks itself and writes a report to the run folder; node 0 compares the reports and lists all problems.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 from mvhpc.runtime.cudnn import cudnn_fault
 
 PACKAGES = ["mvhpc", "torch", "deepspeed", "ray", "monai", "numpy", "zarr", "safetensors"]
-FREE_GIB = 1.0  # that the run folder and the scratch folder need for checkpoints and Ray's session
+FREE_GIB = 1.0  # least free space of the run folder (checkpoints) and the scratch folder (Ray's session)
 GPU_FAULTS = {  # part of a name in `nvidia-smi -q -x` -> the meaning of any value that is not healthy
     "uncorrectable": "has uncorrected memory errors",
     "remapped_row_pending": "has memory rows to remap; it needs a reset",
@@ -31,13 +31,13 @@ HEALTHY = {"0", "No", "Not Active", "N/A", ""}
 
 
 def examine(run: Path, inputs: Mapping[str, str], scratch: Path, gpus: int) -> dict[str, Any]:
-    """Examine this node.
+    """Check this node.
 
     Args:
         run: the run folder.
         inputs: configuration key -> path that the stage reads.
-        scratch: this node's temporary folder.
-        gpus: number that the job has on this node.
+        scratch: this node's scratch folder.
+        gpus: number of the job's GPUs on this node.
 
     Returns:
         ``versions``, and ``problems`` without the node's name.
@@ -70,13 +70,13 @@ def _scratch(scratch: Path) -> list[str]:
     free = shutil.disk_usage(scratch).free / 2**30
     if free < FREE_GIB:
         problems.append(
-            f"only {free:.1f} GiB are free in {scratch.parent}; name another `scratch` in the cluster's YAML"
+            f"only {free:.1f} GiB are free in {scratch.parent}; set another `scratch` in the cluster's YAML"
         )
     return problems
 
 
 def _readable(key: str, path: Path) -> list[str]:
-    """Read the first bytes of an input: of its index and of one file of its data."""
+    """Read the first bytes of an input's index and of one of its data files."""
     try:
         files = (
             [path]
@@ -118,7 +118,7 @@ def _gpus(expected: int) -> list[str]:
 
 
 def _cudnn(gpus: int) -> list[str]:
-    """Whether cuDNN is a faulty one. Another process imports torch, which would stay in this one for the whole job."""
+    """Check for faulty cuDNN versions. Another process imports torch, which this one would keep in memory."""
     if gpus == 0:
         return []
     command = [sys.executable, "-c", "import torch; print(torch.backends.cudnn.version() or 0)"]
@@ -134,7 +134,7 @@ def find_problems(reports: Mapping[str, Mapping[str, Any]], missing: Sequence[st
     """All problems of all nodes.
 
     Args:
-        reports: node name -> the result of :func:`examine`, with ``allreduce`` where the all-reduce was checked.
+        reports: node name -> the result of :func:`examine`, with ``allreduce`` if that was checked.
         missing: nodes without a report.
     """
     problems = [f"{node}: {problem}" for node, report in reports.items() for problem in report["problems"]]
@@ -156,7 +156,7 @@ def find_problems(reports: Mapping[str, Mapping[str, Any]], missing: Sequence[st
             continue
         if "error" in found:
             problems.append(
-                f"{node}: the test all-reduce failed ({found['error']}); name the `interface` between nodes in the "
+                f"{node}: the test all-reduce failed ({found['error']}); set the `interface` between nodes in the "
                 f"cluster's YAML, or exclude the node"
             )
         elif not found["correct"]:

@@ -1,7 +1,7 @@
 """Runs a command so that all of its descendants end with it, or with its parent, even where the parent is killed.
 
 A small intermediate process is the subreaper of the command: orphaned descendants become its children, so it finds all
-of them. When its standard input closes, the parent has either asked it to stop or died. SIGTERM and SIGUSR2, which
+of them. When its standard input closes, the parent wants it to stop, or has died. SIGTERM and SIGUSR2, which
 SLURM sends to every process of a job, are not passed on to the command: the supervisor of the node handles them.
 """
 

@@ -75,9 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", metavar="NAME_OR_FILE", help="preset of the stage, or a YAML file (default: the project's)"
     )
-    parser.add_argument("--root", metavar="FOLDER", help="project; without it the one under runs/ last worked on")
+    parser.add_argument("--root", metavar="FOLDER", help="project (default: the one below runs/ that was used last)")
     parser.add_argument("--with-inputs", action="store_true", help="first do the stages that make missing inputs")
-    parser.add_argument("--cluster", default="auto", help="auto (default: slurm where it answers), slurm or local")
+    parser.add_argument("--cluster", default="auto", help="auto (default: slurm if it is available), slurm or local")
     parser.add_argument(
         "--cluster-config", default="default", metavar="NAME_OR_FILE", help="site in configs/cluster, or a YAML file"
     )

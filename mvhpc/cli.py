@@ -11,7 +11,7 @@ from mvhpc.runtime.watchdog import Interrupted
 from mvhpc.stages import STAGES, Stage
 from shards.errors import DataError, nearest
 
-USAGE = """mvhpc: one diffusion model over everything known of a person, which answers any query
+USAGE = """mvhpc: joint diffusion models of brain MRI and clinical data
 
 usage: mvhpc COMMAND [--config NAME_OR_FILE] [options] [key=value ...]
 
@@ -19,7 +19,7 @@ commands:
 {commands}
 
 `mvhpc COMMAND --help` shows a command's options and examples. --config takes a preset (configs/COMMAND/NAME.yaml)
-or a YAML file; key=value sets any single key over it, as in training.epochs=20.
+or a YAML file; key=value overrides a single key, as in training.epochs=20.
 
 examples:
   mvhpc run --config demo
@@ -27,16 +27,16 @@ examples:
   mvhpc predict --given image,sex --want age
   mvhpc generate --count 100 --given age=70,sex=F --out synthetic
 """
-PIPELINE = "the whole pipeline of a preset, stage after stage; what is complete and unchanged is reused"
+PIPELINE = "run all stages of a preset in order; complete and unchanged ones are reused"
 OTHERS = {
-    "export": "write the model of any checkpoint, of any number of workers",
-    "mlflow-sync": "bring an MLflow store up to date with run folders",
+    "export": "write the model of a checkpoint, of any number of workers",
+    "mlflow-sync": "send metrics of run folders to an MLflow store",
     "dashboard": "open the MLflow store, on this machine only",
 }
 
 
 def _usage() -> str:
-    """The help of the command: one line for each stage of the table, and for the rest."""
+    """Help of the command: one line for each stage and each other command."""
     lines = {"run": PIPELINE, **{stage.command: stage.help for stage in STAGES.values() if stage.command}, **OTHERS}
     return USAGE.format(commands="\n".join(f"  {name:15s} {text}" for name, text in lines.items()))
 
@@ -57,8 +57,8 @@ def _stage(stage: Stage, arguments: Sequence[str]) -> int:
 
     parser = _parser(stage.command, stage.examples, stage.help[0].upper() + stage.help[1:] + ".")
     parser.add_argument("--config", metavar="NAME_OR_FILE", help="preset or YAML file (default: the project's)")
-    parser.add_argument("--root", metavar="FOLDER", help="project; without it the one under runs/ last worked on")
-    parser.add_argument("--with-inputs", action="store_true", help="first do the stages that make missing inputs")
+    parser.add_argument("--root", metavar="FOLDER", help="project (default: the one below runs/ that was used last)")
+    parser.add_argument("--with-inputs", action="store_true", help="first run the stages that make missing inputs")
     for name, text in stage.flags.items():
         parser.add_argument(f"--{name}", help=text)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the configuration")
@@ -92,7 +92,7 @@ def _run(arguments: Sequence[str]) -> int:
         "run",
         ("mvhpc run --config demo", "mvhpc run --config demo root=/tmp/demo vae.training.epochs=5"),
         "Run the whole pipeline of a preset: data, autoencoder, latents, joint model, predictions, synthetic people. "
-        "A stage that is complete and unchanged is reused. STAGE.key=value reaches into one stage.",
+        "Complete and unchanged stages are reused. STAGE.key=value overrides a key of one stage.",
     )
     parser.add_argument("--config", default="demo", metavar="NAME_OR_FILE", help="pipeline preset or YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -108,8 +108,8 @@ def _export(arguments: Sequence[str]) -> int:
     parser = _parser(
         "export",
         ("mvhpc export runs/joint/checkpoints/step-00001000 --out model", "mvhpc export runs/joint --out model"),
-        "Write the model of a checkpoint as a folder of its own, on this machine, whatever number of workers wrote it. "
-        "Of a run folder the newest checkpoint is taken.",
+        "Write the model of a checkpoint to a folder, on this machine, whatever the number of workers that wrote it. "
+        "Of a run folder the newest checkpoint is used.",
     )
     parser.add_argument("source", metavar="CHECKPOINT_OR_RUN")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="model folder to write")
@@ -125,11 +125,11 @@ def _mlflow_sync(arguments: Sequence[str]) -> int:
     parser = _parser(
         "mlflow-sync",
         ("mvhpc mlflow-sync runs/vae runs/joint", "mvhpc mlflow-sync runs/joint --uri http://127.0.0.1:5000"),
-        "Bring an MLflow store up to date with the journals of run folders, for runs on machines that do not reach it. "
-        "What the store has already is not sent again.",
+        "Send the journals of run folders to an MLflow store, for runs on machines that cannot reach it. "
+        "Points that the store already has are not sent again.",
     )
     parser.add_argument("folders", nargs="+", metavar="RUN_FOLDER")
-    parser.add_argument("--uri", default="", help="tracking URI; without it the one that each run was configured with")
+    parser.add_argument("--uri", default="", help="tracking URI (default: that of each run's configuration)")
     options = parser.parse_args(arguments)
     refuse_password(options.uri)
     os.environ |= PATIENCE
@@ -145,7 +145,7 @@ def _dashboard(arguments: Sequence[str]) -> int:
     parser = _parser(
         "dashboard",
         ("mvhpc dashboard", "mvhpc dashboard runs/demo --port 5001"),
-        "Open the MLflow store of a folder of runs, on this machine only and behind a password.",
+        "Open the MLflow store of a folder of runs, on this machine only, protected by a password.",
     )
     parser.add_argument("store", nargs="?", default="runs/demo", help="folder with mlflow.db, or a tracking URI")
     parser.add_argument("--port", type=int, default=5000)
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ConfigError(nearest(command, [*stages, *handlers], "command"))
     except KeyboardInterrupt:
         print(
-            "mvhpc: interrupted; run the same command again to go on from the last checkpoint",
+            "mvhpc: interrupted; run the same command again to continue from the last checkpoint",
             file=sys.stderr,
         )
         return 130

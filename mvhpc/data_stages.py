@@ -35,9 +35,9 @@ class PackConfig:
     shape: list[int]  # voxels
     max_rejects: str  # "5%" or a count
     split: list[float]  # fractions of train, validation, test
-    split_column: str  # column of the table that gives the split instead; "" for none
-    group: str  # column whose equal values stay in one part of a split; "" for none
-    folds: int  # number of cross-validation folds to record as well; 0 for none
+    split_column: str  # column of the table with the split; "" for none
+    group: str  # column whose groups stay in one part of a split; "" for none
+    folds: int  # number of cross-validation folds to record; 0 for none
     seed: int
     workers: int  # processes; 0 for one per core
     tracking: Tracking

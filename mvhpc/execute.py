@@ -1,4 +1,4 @@
-"""One stage, done whole: run folder, lock, journal, tracking, and the record that says it is finished."""
+"""Runs one stage: run folder, lock, journal, tracking, and the record of its completion."""
 
 import contextlib
 import json
@@ -21,18 +21,18 @@ from mvhpc.runtime.importing import resolve
 from mvhpc.stages import STAGES, Stage
 from shards.files import is_complete, write_bytes, write_text
 
-KEPT = ("jobs", ".lock")  # what stays where an outdated result is set aside: the launcher's files, and the lock held
+KEPT = ("jobs", ".lock")  # not moved when an outdated result is set aside: the launcher's files, and the lock
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage with its configuration, and what identifies its result.
+    """A stage with its configuration and the identity of its result.
 
     Attributes:
         stage: its entry in the table.
         config: its configuration.
-        inputs: key -> identity of the content that it names; of an input that is not there, what the record says.
-        missing: key -> path of inputs that are not there.
+        inputs: key -> identity of the input's content; of a missing input, the recorded one.
+        missing: key -> path of missing inputs.
         fingerprint: of everything that decides the result.
     """
 
@@ -44,7 +44,7 @@ class PlannedStage:
 
     @property
     def out(self) -> Path:
-        """Where its result goes."""
+        """Path of its result."""
         return Path(self.config.out)
 
     @property
@@ -53,7 +53,7 @@ class PlannedStage:
         return self.stage.run_folder(self.out)
 
     def state(self) -> str:
-        """``finished``, ``running`` (begun with this configuration and these inputs), ``changed`` or ``new``."""
+        """``finished``, ``running`` (started with this configuration and these inputs), ``changed`` or ``new``."""
         record = read_record(self.folder)
         if not record:
             return "changed" if self._has_remains() else "new"
@@ -67,16 +67,17 @@ class PlannedStage:
         return status
 
     def _has_remains(self) -> bool:
-        """Whether something lies where the result goes, apart from the files of the job that is to make it."""
+        """Whether the path of the result has content, apart from files of the job that makes it."""
         if self.out != self.folder:
             return self.out.exists()
         return self.out.is_dir() and any(child.name not in KEPT for child in self.out.iterdir())
 
     def has_result(self) -> bool:
-        """Whether a folder of results is in place, whoever made it.
+        """Whether a complete folder of results exists.
 
-        A stage does not begin where there is one, and it appears whole: with a record that says ``running`` it is that
-        stage's. A file may be that of an earlier query; training finds out by its checkpoints.
+        A stage does not start if one exists, and a folder appears complete: if the record is ``running``, the folder is
+        that stage's. This does not hold for a file, which may be of an earlier query, nor for training, which has
+        checkpoints.
         """
         return not self.stage.trains and self.out.is_dir() and is_complete(self.out)
 
@@ -86,19 +87,19 @@ class PlannedStage:
         write_text(self.folder / "stage.json", json.dumps({**self.record(), **finished}, indent=1))
 
     def record(self) -> dict[str, Any]:
-        """What identifies it in its record."""
+        """The identity of the stage, as recorded in ``stage.json``."""
         return {"stage": self.stage.name, "fingerprint": self.fingerprint, "inputs": dict(self.inputs)}
 
     def summary(self) -> dict[str, Any]:
-        """What the stage reported when it was finished; empty before."""
+        """The summary that the stage reported; empty before it is finished."""
         found: dict[str, Any] = read_record(self.folder).get("summary", {})
         return found
 
     def check_inputs(self) -> None:
-        """Refuse to begin without an input.
+        """Check that all inputs exist.
 
         Raises:
-            ConfigError: naming the first key and path.
+            ConfigError: naming the first missing key and path.
         """
         for key, path in self.missing.items():
             maker = self.stage.inputs[key]
@@ -107,7 +108,7 @@ class PlannedStage:
 
 
 def plan(name: str, config: Any) -> PlannedStage:
-    """Find out what identifies the result of a stage; its inputs are looked at once, here.
+    """Determine the identity of a stage's result. The inputs are read once, here.
 
     Args:
         name: of the stage.
@@ -131,16 +132,16 @@ def plan(name: str, config: Any) -> PlannedStage:
 
 
 def execute(planned: PlannedStage) -> dict[str, Any]:
-    """Do one stage: prepare its folder, do it, track it, and record that it is finished.
+    """Run one stage: prepare its folder, run and track it, and record its completion.
 
     Returns:
         The stage's summary: metric name -> number.
 
     Raises:
-        ConfigError: an input that is not there, or another process at work in this folder.
-        FileExistsError: a folder of results is in the place of this one.
-        Exception: whatever the stage raises; its traceback is in the run folder's ``log.txt``. What was recorded of an
-            earlier result stays, unless training went on from it.
+        ConfigError: an input is missing, or another process works in this folder.
+        FileExistsError: a folder of results exists.
+        Exception: as the stage raises; its traceback is in the run folder's ``log.txt``. The record of an earlier
+            result stays, unless training continued from it.
     """
     stage, config, folder = planned.stage, planned.config, planned.folder
     planned.check_inputs()
@@ -171,7 +172,7 @@ def execute(planned: PlannedStage) -> dict[str, Any]:
             with tracker:
                 summary = run_stage(stage, config, run)
                 run.journal.write("summary", metrics=summary)
-                # At once, before MLflow takes its time: killed later on, the stage is finished all the same.
+                # Before the slow MLflow, so that the stage counts as finished if the process is killed there.
                 planned.mark_finished(summary, time.monotonic() - start)
         except BaseException:
             with (folder / "log.txt").open("a") as log:
@@ -184,7 +185,7 @@ def execute(planned: PlannedStage) -> dict[str, Any]:
 
 
 def run_stage(stage: Stage, config: Any, run: Run) -> dict[str, Any]:
-    """The stage's own function; of a stage that trains, the training of its task."""
+    """Call the stage's function, or train its task."""
     if stage.trains:
         from mvhpc.training.run import run_training  # imports torch
 
@@ -194,12 +195,12 @@ def run_stage(stage: Stage, config: Any, run: Run) -> dict[str, Any]:
 
 
 def _starts(folder: Path) -> int:
-    """How often training was begun or resumed there."""
+    """Number of times that training was started or resumed there."""
     return sum(event["event"] == "start" for event in read(folder))
 
 
 def reconcile(planned: PlannedStage) -> bool:
-    """Bring the record up to date where a process was killed between the result and its record; whether it was."""
+    """Complete the record if a process was killed after it wrote the result; return whether it was."""
     if planned.state() != "finished" or read_record(planned.folder)["status"] == "finished":
         return False
     with exclusive(planned.folder):
@@ -208,10 +209,10 @@ def reconcile(planned: PlannedStage) -> bool:
 
 
 def set_aside(planned: PlannedStage) -> None:
-    """Rename an outdated result, and its run folder, to ``NAME.old-N``, so that nothing is lost.
+    """Rename an outdated result and its run folder to ``NAME.old-N``.
 
     Raises:
-        ConfigError: another process is at work there.
+        ConfigError: another process works there.
     """
     folder = planned.folder
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,4 +1,4 @@
-"""Any checkpoint of a trained network as a model folder, on one machine and without GPUs."""
+"""Writes the model folder of any checkpoint, on one machine and without GPUs."""
 
 from pathlib import Path
 from typing import Any
@@ -20,22 +20,22 @@ from shards.files import atomic_folder
 
 
 def export(source: Path, out: Path) -> int:
-    """Write the model of a checkpoint's own weights.
+    """Write a model with the weights of a checkpoint.
 
-    A network that was at its best validation at that step is the same, to the bit, as training exported it.
+    A network whose best validation was at that step is bit-identical to the one that training exported.
 
     Args:
         source: a checkpoint (``RUN/checkpoints/step-XXXXXXXX``) of any number of workers, or a run folder, whose newest
-            checkpoint is taken. The data that the run was trained on must be where its configuration says.
+            checkpoint is used. The training data must be at the path in the run's configuration.
         out: the folder to write.
 
     Returns:
-        the step of the checkpoint.
+        The step of the checkpoint.
 
     Raises:
-        ConfigError: there is no checkpoint of a stage that trains a model, or it is not of the run's configuration.
-        CheckpointError: a damaged one.
-        FileExistsError: ``out`` is there already.
+        ConfigError: there is no checkpoint of a stage that trains, or it does not fit the run's configuration.
+        CheckpointError: the checkpoint is damaged.
+        FileExistsError: ``out`` exists.
     """
     checkpoint, run = _find(source)
     name = read_record(run).get("stage", "nothing")
@@ -57,7 +57,7 @@ def export(source: Path, out: Path) -> int:
 
 
 def _find(source: Path) -> tuple[Checkpoint, Path]:
-    """A checkpoint, found whole, and its run folder."""
+    """A verified checkpoint, and its run folder."""
     folder = source.resolve()
     checkpoints = Checkpoints(
         folder.parent if (folder / MANIFEST).is_file() else folder / "checkpoints", 1, Collectives()
@@ -70,7 +70,7 @@ def _find(source: Path) -> tuple[Checkpoint, Path]:
 
 
 def _metrics(run: Path, step: int) -> dict[str, float]:
-    """The validation metrics of ``step``; empty where there are none."""
+    """The validation metrics of ``step``; may be empty."""
     events = [e for e in read(run) if e["event"] == "metrics" and e["step"] == step]
     named = {name: value for event in reversed(events) for name, value in event["metrics"].items()}
     return {k.removeprefix("validation/"): v for k, v in named.items() if k.startswith("validation/")}

@@ -1,5 +1,4 @@
-"""The table of stages. Whoever must know something of all stages reads it here: the command line, ``submit.py``, the
-pipeline, export, fingerprints and run folders."""
+"""The table of stages, read by the command line, ``submit.py``, the pipeline, export, fingerprints and run folders."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,24 +9,22 @@ from mvhpc.runtime.importing import resolve
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage.
-
-    Its preset files are ``configs/NAME/*.yaml``.
+    """One stage. Its presets are ``configs/NAME/*.yaml``.
 
     Attributes:
         name: of the stage.
-        config: ``module:class`` of its configuration. Modules are imported when they are needed, since some are slow.
+        config: ``module:class`` of its configuration, imported on use, since some modules are slow to import.
         run: ``module:function`` of ``run(config, run) -> summary``; empty for a stage that trains ``task``.
-        inputs: configuration key -> the stage whose result it names; empty where no stage makes it.
-        out: where its result lies below a project's root. ``{split}`` is the folder of one cross-validation fold,
-            ``{query}`` says what is wanted given what.
+        inputs: configuration key -> the stage that makes this input; empty if no stage does.
+        out: path of its result below a project's root. ``{split}`` is the folder of a cross-validation fold,
+            ``{query}`` the name of a query.
         help: one line.
-        command: words that start it after ``mvhpc``; empty for what the ``shards`` command does.
+        command: words after ``mvhpc``; empty for stages of the ``shards`` command.
         examples: complete commands.
         flags: flag -> help; a flag sets the configuration key of its name.
-        task: ``module:class`` of what it trains, a :class:`mvhpc.training.task.Task`; empty for other stages. Its
-            output folder is its run folder, and it goes on from checkpoints.
-        uses_nodes: whether it can be divided among several nodes.
+        task: ``module:class`` of a :class:`mvhpc.training.task.Task`, for a stage that trains; else empty. The output
+            folder of such a stage is its run folder, and it resumes from checkpoints.
+        uses_nodes: whether it can run on several nodes.
     """
 
     name: str
@@ -53,7 +50,7 @@ class Stage:
         return found
 
     def run_folder(self, out: str | Path) -> Path:
-        """Where configuration, journal and log are kept: the output of a stage that trains, else ``OUT.run`` beside."""
+        """Folder of configuration, journal and log: the output of a stage that trains, else ``OUT.run`` beside it."""
         path = Path(out)
         return path if self.trains else path.with_name(path.name + ".run")
 
@@ -127,7 +124,7 @@ STAGES: dict[str, Stage] = {
             task="mvhpc.training.baseline:BaselineTask",
             inputs={"data": "pack"},
             out="{split}baselines/{query}",
-            help="train a DenseNet121 for one question alone, to compare with",
+            help="train a DenseNet121 for a single query, for comparison",
             command="train baseline",
             examples=("mvhpc train baseline data=runs/packed want=age given=[image,sex] out=runs/densenet-age",),
             uses_nodes=True,
@@ -138,7 +135,7 @@ STAGES: dict[str, Stage] = {
             run="mvhpc.inference.predict:run",
             inputs={"model": "joint", "data": "pack"},
             out="{split}predictions/{query}.tsv",
-            help="answer a question about every subject of a packed data set",
+            help="predict variables of every subject of a packed data set, given others",
             command="predict",
             examples=(
                 "mvhpc predict --model runs/joint --data runs/packed --split test --given image,sex --want age "
@@ -150,11 +147,11 @@ STAGES: dict[str, Stage] = {
                 "model": "run folder of a joint model or a baseline",
                 "data": DATA,
                 "split": SPLIT,
-                "given": "variables that are known, by comma; empty for none",
-                "want": "variables to predict, by comma",
-                "samples": "chains per subject, for models that are asked by chains",
-                "draws": "joint draws per subject of all that is wanted, into a second table",
-                "out": "TSV file to write, one row a subject",
+                "given": "known variables, separated by commas; may be empty",
+                "want": "variables to predict, separated by commas",
+                "samples": "chains per subject, for models without posterior",
+                "draws": "joint draws of the wanted variables per subject, in a second table",
+                "out": "TSV file to write, one row per subject",
             },
             uses_nodes=True,
         ),
@@ -164,7 +161,7 @@ STAGES: dict[str, Stage] = {
             run="mvhpc.inference.generate:run",
             inputs={"model": "joint"},
             out="synthetic",
-            help="make synthetic people, as a BIDS tree",
+            help="generate synthetic people, as a BIDS tree",
             command="generate",
             examples=(
                 "mvhpc generate --model runs/joint --count 100 --out synthetic",
@@ -173,7 +170,7 @@ STAGES: dict[str, Stage] = {
             flags={
                 "model": JOINT_MODEL,
                 "count": "number of people",
-                "given": "what is fixed, as name=value,name=value",
+                "given": "fixed variables, as name=value,name=value",
                 "out": "BIDS tree to write",
             },
         ),
@@ -183,7 +180,7 @@ STAGES: dict[str, Stage] = {
             run="mvhpc.inference.translate:run",
             inputs={"model": "joint", "data": "pack"},
             out="{split}translations/{query}",
-            help="draw one volume of every subject from the others: a contrast that was not taken",
+            help="sample one volume of every subject given others, such as a missing contrast",
             command="translate",
             examples=(
                 "mvhpc translate --model runs/joint --data runs/packed --given image,age --want t2w "
@@ -193,8 +190,8 @@ STAGES: dict[str, Stage] = {
                 "model": JOINT_MODEL,
                 "data": DATA,
                 "split": SPLIT,
-                "given": "variables that are known, by comma",
-                "want": "the volume to draw",
+                "given": "known variables, separated by commas",
+                "want": "volume to sample",
                 "out": "BIDS derivative to write",
             },
         ),
@@ -204,15 +201,15 @@ STAGES: dict[str, Stage] = {
             run="mvhpc.inference.inpaint:run",
             inputs={"model": "joint", "image": "", "mask": ""},
             out="inpainted.nii.gz",
-            help="fill in the part of a volume that a mask does not call known",
+            help="fill in the part of a volume that a mask excludes",
             command="inpaint",
             examples=("mvhpc inpaint --model runs/joint --image scan.nii.gz --mask known.nii.gz --out filled.nii.gz",),
             flags={
                 "model": JOINT_MODEL,
                 "image": "NIfTI volume",
                 "mask": "NIfTI volume, non-zero where the image is known",
-                "given": "what is known besides, as name=value,name=value",
-                "samples": "completions to draw",
+                "given": "further known variables, as name=value,name=value",
+                "samples": "number of completions",
                 "out": "NIfTI file to write",
             },
         ),

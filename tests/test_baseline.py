@@ -282,13 +282,13 @@ def test_evaluation_says_what_training_does(data: Path, tmp_path: Path) -> None:
         ({"want": "levle"}, "want: unknown variable 'levle'. Did you mean 'level'"),
         ({"given": "[scna]"}, "given: unknown variable 'scna'. Did you mean 'scan'"),
         ({"want": "scan"}, "want=scan is a volume; a baseline answers a number or a category: level, group"),
-        ({"given": "[scan,level]"}, "level is what is wanted; take it out"),
+        ({"given": "[scan,level]"}, "level is the wanted variable; remove it"),
         ({"given": "[scan,group,scan]"}, "name each variable once"),
         ({"given": "[group]"}, "add one of scan, small"),
         ({"given": "[]"}, "add one of scan, small"),
         ({"given": "[scan,small]"}, "volumes of one shape"),
         ({"given": "[small]"}, "pack 29 voxels or more"),
-        ({"want": "nobody"}, "nobody in the training part of split 'default' has nobody and scan"),
+        ({"want": "nobody"}, "no subject in the training part of split 'default' has nobody and scan"),
     ],
 )
 def test_what_no_baseline_answers_is_refused(data: Path, tmp_path: Path, values: dict[str, str], words: str) -> None:

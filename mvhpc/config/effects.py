@@ -1,6 +1,6 @@
-"""The one table of what configuration keys can change; fingerprints and the compatibility of checkpoints follow it.
+"""Table of the effects of configuration keys, for fingerprints and the compatibility of checkpoints.
 
-A key that is not named here decides the result.
+A key that is not listed decides the result.
 """
 
 from collections.abc import Mapping
@@ -11,13 +11,13 @@ from mvhpc.config.loader import flatten
 
 
 class Effect(Enum):
-    """What another value of a key does.
+    """What a change of a key changes.
 
     Attributes:
-        NONE: nothing, or the result changes by rounding at most.
-        SELECTION: the result is another one, the steps of training and their checkpoints are the same.
-        LENGTH: as SELECTION where the learning rate does not depend on the number of steps, else as RESULT.
-        RESULT: the result is another one.
+        NONE: nothing, or the result by rounding only.
+        SELECTION: the result, but not the steps of training and their checkpoints.
+        LENGTH: as SELECTION if the learning rate does not depend on the number of steps, else as RESULT.
+        RESULT: the result.
     """
 
     NONE = "none"
@@ -29,9 +29,9 @@ class Effect(Enum):
 EFFECTS = {
     "out": Effect.NONE,
     "tracking": Effect.NONE,
-    "batch": Effect.NONE,  # of inference: volumes or people at a time; noise belongs to the person, not to the batch
+    "batch": Effect.NONE,  # of inference; the noise of a sample does not depend on its batch
     "workers": Effect.NONE,  # of packing
-    "model.checkpointing": Effect.NONE,  # activations are computed again instead of kept
+    "model.checkpointing": Effect.NONE,  # activations are recomputed instead of stored
     "training.checkpoint_every": Effect.NONE,
     "training.keep": Effect.NONE,
     "training.log_every": Effect.NONE,
@@ -40,7 +40,7 @@ EFFECTS = {
     "compute.workers": Effect.NONE,
     "compute.zero_stage": Effect.NONE,
     "compute.offload": Effect.NONE,
-    "compute.device": Effect.NONE,  # with precision `auto` it also chooses that: a model may be used where no GPU is
+    "compute.device": Effect.NONE,  # also selects the precision if that is `auto`: a model can be used without a GPU
     "compute.compile": Effect.NONE,
     "compute.threads": Effect.NONE,
     "compute.retries": Effect.NONE,
@@ -49,7 +49,7 @@ EFFECTS = {
 
 
 def effect(key: str) -> Effect:
-    """What the dotted ``key`` of a stage's configuration can change."""
+    """The effect of the dotted ``key`` of a stage's configuration."""
     for known, found in EFFECTS.items():
         if key == known or key.startswith(f"{known}."):
             return found
@@ -57,5 +57,5 @@ def effect(key: str) -> Effect:
 
 
 def decisive(config: Any) -> Mapping[str, Any]:
-    """The keys of a configuration that decide its stage's result, dotted, with their values."""
+    """The dotted keys that decide the result of a configuration's stage, with their values."""
     return {key: value for key, value in flatten(config).items() if effect(key) is not Effect.NONE}

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, and the checks that several parts share."""
+"""The error for invalid configurations, and checks of values."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,11 +6,11 @@ from shards.errors import nearest
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key, file or preset and what to do."""
+    """An invalid configuration; the message names the key, file or preset and what to do."""
 
 
 def choose(word: str, known: Sequence[str], what: str) -> str:
-    """``word`` where it is one of ``known``.
+    """``word``, if it is one of ``known``.
 
     Raises:
         ConfigError: naming the nearest known word.
@@ -21,7 +21,7 @@ def choose(word: str, known: Sequence[str], what: str) -> str:
 
 
 def at_least(least: int, counts: Mapping[str, int]) -> None:
-    """Refuse counts, by key, below the least that make sense.
+    """Check that counts, by key, are not below ``least``.
 
     Raises:
         ConfigError: naming the key.

@@ -1,7 +1,7 @@
 """Typed configuration: a dataclass tree per stage, filled from YAML and dotted overrides.
 
-Values come, later over earlier, from ``configs/STAGE/default.yaml``, the named preset or file, and ``key=value``
-overrides. The dataclasses give names and types alone; numbers and their sources stand in the YAML files.
+Later values override earlier ones: ``configs/STAGE/default.yaml``, the named preset or file, ``key=value`` overrides.
+The dataclasses hold names and types only; values and their sources are in the YAML files.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from mvhpc.config.errors import ConfigError
 from shards.errors import nearest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-RENAMED = {  # key of an earlier version -> its present names, each in its own stage
+RENAMED = {  # key of an earlier version -> its present names, one per stage
     "readers": ("ensemble_members",),
     "reveal": ("clean_volume_prob",),
     "questions": ("queries_per_volume", "queries"),
@@ -31,7 +31,7 @@ def config_file(folder: str, name: str) -> Path:
     """The YAML file of a preset name under ``configs/folder``, or of a path.
 
     Raises:
-        ConfigError: where neither exists.
+        ConfigError: neither exists.
     """
     path = Path(name)
     if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
@@ -52,7 +52,7 @@ def _keys(kind: type, prefix: str = "") -> Iterable[str]:
 
 
 def _parsed(kind: Any, layer: Any) -> Any:
-    """``layer`` with what stands as plain words for a list (``a,b``) or a mapping (``a=1,b=2``) made into one."""
+    """``layer`` with strings parsed where ``kind`` has a list (``a,b``) or a mapping (``a=1,b=2``)."""
     if not isinstance(layer, Mapping | DictConfig) or not dataclasses.is_dataclass(kind):
         return layer
     fields = {field.name: field.type for field in dataclasses.fields(kind)}
@@ -95,20 +95,20 @@ def load_config(
 ) -> C:
     """Build a configuration of type ``kind``.
 
-    Layers, later over earlier: ``configs/FOLDER/default.yaml``, the preset ``name``, ``defaults``, the file ``name``,
-    ``overrides``, ``values``.
+    Layers, where later ones override earlier ones: ``configs/FOLDER/default.yaml``, the preset ``name``, ``defaults``,
+    the file ``name``, ``overrides``, ``values``.
 
     Args:
         kind: the dataclass.
         folder: the stage's folder under ``configs/``.
         name: a preset of that folder, or a YAML file.
-        overrides: ``dotted.key=value``, values in YAML's syntax; a list also as ``a,b``, a mapping as ``a=1,b=2``.
+        overrides: ``dotted.key=value``, with values in YAML; a list also as ``a,b``, a mapping as ``a=1,b=2``.
         values: dotted key -> value.
-        defaults: likewise, under everything that the user gave.
+        defaults: dotted key -> value, overridden by everything that the user sets.
 
     Raises:
-        ConfigError: an unknown preset, a misspelt key (naming the nearest right one), a value of the wrong type, or a
-            key left without value; each names its file or override.
+        ConfigError: an unknown preset, a misspelt key (naming the nearest valid one), a value of the wrong type, or a
+            key without value; the message names the file or override.
     """
     path = config_file(folder, name)
     user_file = path.parent != CONFIGS / folder
@@ -156,12 +156,12 @@ def _nested(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _merge(kind: type, node: Any, source: str, layer: Any) -> Any:
-    """One layer over what is there."""
+    """``node`` overridden by one layer."""
     layer = _parsed(kind, layer)
     try:
         node = OmegaConf.merge(node, layer)
         for key in OmegaConf.missing_keys(layer) if isinstance(layer, DictConfig) else ():
-            OmegaConf.update(node, key, MISSING)  # merging leaves such keys as they were
+            OmegaConf.update(node, key, MISSING)  # merging does not reset such keys
         return node
     except ConfigKeyError as error:
         key = str(getattr(error, "full_key", None) or getattr(error, "key", ""))
@@ -171,7 +171,7 @@ def _merge(kind: type, node: Any, source: str, layer: Any) -> Any:
 
 
 def _unknown(key: str, known: Sequence[str]) -> str:
-    """What to take for a key that there is not."""
+    """The message for an unknown key: its present name, or the nearest key."""
     names = RENAMED.get(key.rpartition(".")[2], ())
     renamed = next((k for k in known if k.rpartition(".")[2] in names), None)
     return f"`{key}` is called {renamed} now" if renamed else nearest(key, known, "key")
@@ -197,11 +197,11 @@ def flatten_override(override: str) -> dict[str, Any]:
 
 
 def to_yaml(config: Any) -> str:
-    """A configuration as YAML, readable again by :func:`load_config`."""
+    """A configuration as YAML, which :func:`load_config` can read."""
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
 def fingerprint(*parts: Any) -> str:
-    """SHA-256 (16 hex digits) of configurations and other JSON-able parts."""
+    """SHA-256 (16 hex digits) of configurations and other JSON-serialisable values."""
     plain = [to_dict(p) if dataclasses.is_dataclass(p) and not isinstance(p, type) else p for p in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The parts of configurations that several stages share; each stage's own stands in its module."""
+"""Sections of configurations that several stages share; those of one stage are in its module."""
 
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -8,7 +8,7 @@ from mvhpc.config.errors import ConfigError, at_least
 
 @dataclass
 class Optimizer:
-    """AdamW and its schedule. ``lr`` rises over ``warmup`` steps, then stays or falls as a cosine to zero."""
+    """AdamW and its schedule: ``lr`` rises over ``warmup`` steps, then is constant or falls as a cosine to zero."""
 
     lr: float
     betas: list[float]
@@ -20,10 +20,10 @@ class Optimizer:
 
 @dataclass
 class Training:
-    """How long, in what batches, and what is kept."""
+    """Length of training, batches, validation and checkpoints."""
 
     epochs: int
-    batch: int  # samples per step over all workers together, whatever their number
+    batch: int  # samples per step of all workers together
     accumulate: int  # micro-batches per step and worker
     validate_every: int  # epochs
     checkpoint_every: int  # steps
@@ -38,17 +38,17 @@ class Training:
 
 @dataclass
 class Device:
-    """Where a stage that runs in one process computes."""
+    """Device and precision of a stage that runs in one process."""
 
     device: str  # auto | cpu | cuda
-    precision: str  # float32 | bfloat16 | auto: bfloat16 where the device is fast at it
-    threads: int  # of the CPU, per worker; 0: torch's choice, or the cores divided among the workers
-    compile: bool  # torch.compile of the networks that are called many times
+    precision: str  # float32 | bfloat16 | auto: bfloat16 if the device is fast at it
+    threads: int  # CPU threads per worker; 0: torch's default, or the cores divided among the workers
+    compile: bool  # torch.compile for networks that are called many times
 
 
 @dataclass
 class Workers(Device):
-    """Where a stage computes that can be divided among workers."""
+    """The same for a stage that can be divided among workers."""
 
     workers: int
 
@@ -58,12 +58,12 @@ class Workers(Device):
 
 @dataclass
 class Compute(Workers):
-    """Where training computes. One worker is this process, several run through Ray Train and DeepSpeed."""
+    """The same for training. One worker is this process; several use Ray Train and DeepSpeed."""
 
     zero_stage: int  # 0 to 3, DeepSpeed ZeRO
-    offload: str  # none | cpu: where the optimizer's state lives, from ZeRO-1 on
-    retries: int  # restarts from the last checkpoint by Ray; in a job also of Ray itself, in a row without a new one
-    hang_minutes: float  # without a step, after which a worker logs all stacks and exits; 0: never
+    offload: str  # none | cpu: device of the optimizer's state, from ZeRO-1 on
+    retries: int  # restarts by Ray; in a job also of Ray itself, consecutive ones without a new checkpoint
+    hang_minutes: float  # without a step until a worker logs all stacks and exits; 0: never
 
 
 @dataclass
@@ -78,22 +78,22 @@ class Tracking:
 
 
 def refuse_password(uri: str) -> None:
-    """Keep passwords out of tracking URIs, which are written to run folders and logs.
+    """Refuse a password in a tracking URI, which is written to run folders and logs.
 
     Raises:
-        ConfigError: for a URI that holds one; it is not repeated.
+        ConfigError: the URI has a password, which the message does not repeat.
     """
     parts = urlsplit(uri)
     if parts.password is not None:
         raise ConfigError(
-            f"tracking.uri: take the password for {parts.hostname} out of it, and set MLFLOW_TRACKING_USERNAME and "
+            f"tracking.uri: remove the password for {parts.hostname} from it, and set MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD (for a database its own variable, as PGPASSWORD) in the environment"
         )
 
 
 @dataclass
 class AutoencoderConfig:
-    """MONAI AutoencoderKL; as many levels as ``channels`` has entries, each after the first halving every axis."""
+    """MONAI AutoencoderKL; one level per entry of ``channels``, each after the first halves every axis."""
 
     channels: list[int]
     latent_channels: int
@@ -104,11 +104,11 @@ class AutoencoderConfig:
 
 @dataclass
 class DenoiserConfig:
-    """3D U-Net of latent diffusion, and how scalars enter and leave it."""
+    """3D U-Net of latent diffusion, and the network of scalars."""
 
-    scalars: str  # late: predicted by a network beside the U-Net; early: by the U-Net, the paper's way
-    components: int  # of the predicted density of a number (late); 0: no density
-    ensemble_members: int  # networks of scalars (late), each trained without a share of the people; 1: without none
+    scalars: str  # late: predicted by a network of their own; early: by the U-Net, as in the paper
+    components: int  # of the mixture that is predicted for a number (late); 0: no density
+    ensemble_members: int  # networks of scalars (late), each trained without a fold of its own; 1: no folds
     channels: list[int]
     attention: list[bool]
     res_blocks: int
@@ -121,18 +121,18 @@ class DenoiserConfig:
 
 @dataclass
 class DiffusionConfig:
-    """The forward processes and what the network predicts."""
+    """The forward processes and the parameterisations."""
 
     steps: int  # T
     beta_start: float
     beta_end: float
     time: str  # shared | independent
-    shared_fraction: float  # of steps, in independent time, that draw one common t
-    clean_fraction: float  # probability, per variable, of resting at t = 0
-    noise_fraction: float  # probability, per variable, of resting at t = T
+    shared_fraction: float  # with independent time, probability of one common t
+    clean_fraction: float  # probability of t = 0, per variable
+    noise_fraction: float  # probability of t = T, per variable
     volume: str  # eps | v | x0
     continuous: str  # eps | v | x0
-    weights: dict[str, float]  # loss weight per variable, 1 where not named
+    weights: dict[str, float]  # loss weight by variable; default 1
 
 
 @dataclass
@@ -141,9 +141,9 @@ class Sampling:
 
     conditioning: str  # auto | posterior (scalars alone) | clean | repaint
     steps: int  # of volumes and continuous variables
-    stride: int  # of categories, in levels; 0: they step with the solver
+    stride: int  # of categories, in levels; 0: as the solver
     solver: str  # of volumes and continuous variables: ddim | dpm (DPM-Solver++ 2M)
-    guidance: float  # 1: none; above 1 the given values have more weight
+    guidance: float  # 1: none; above 1 strengthens the given values
 
     def __post_init__(self) -> None:
         at_least(1, {"sampling.steps": self.steps})

@@ -1,4 +1,4 @@
-"""The KL-regularised autoencoder that turns a volume into a latent of an eighth of its size per axis."""
+"""The KL-regularised autoencoder that maps a volume to a latent of an eighth of its size per axis."""
 
 import math
 from collections.abc import Sequence
@@ -17,8 +17,7 @@ class Autoencoder(nn.Module):
     """Single-channel 3D KL-VAE without attention: MONAI's AutoencoderKL (Rombach et al., arXiv:2112.10752).
 
     Args:
-        cfg: widths of the levels (every level after the first halves each axis), latent channels, residual
-            blocks per level, groups of the group norms, activation checkpointing.
+        cfg: configuration; every level after the first halves each axis.
 
     Raises:
         ConfigError: a width that ``norm_groups`` does not divide.
@@ -47,7 +46,7 @@ class Autoencoder(nn.Module):
             with_decoder_nonlocal_attn=False,
             use_checkpoint=cfg.checkpointing,
         )
-        # Starts with narrow posteriors: with SD 1 the first hundreds of steps are spent on learning to narrow them
+        # Narrow posteriors from the start: with SD 1 the first hundreds of steps only learn to narrow them
         # (480 steps on phantoms of 32 cubed: 18.9 against 17.0 dB after 120, 19.7 against 19.1 after 240).
         nn.init.constant_(self.network.quant_conv_log_sigma.conv.bias, FIRST_LOG_VARIANCE)
         use_channels_last_blocks(self)
@@ -57,7 +56,7 @@ class Autoencoder(nn.Module):
         """The latent's shape (C, h, w, d) for a volume of ``shape`` (H, W, D).
 
         Raises:
-            ConfigError: where an axis does not divide by ``factor``; names the next multiples.
+            ConfigError: an axis is not a multiple of ``factor``; the message names the next multiples.
         """
         if len(shape) != 3 or any(n % self.factor or n <= 0 for n in shape):
             fits = tuple(max(1, math.ceil(n / self.factor)) * self.factor for n in shape)
@@ -77,7 +76,7 @@ class Autoencoder(nn.Module):
             Mean and standard deviation, each (B, C, H/f, W/f, D/f).
 
         Raises:
-            ConfigError: where H, W or D does not divide by ``factor``.
+            ConfigError: H, W or D is not a multiple of ``factor``.
         """
         self.latent_shape(x.shape[2:])
         return self.network.encode(x)

@@ -1,4 +1,4 @@
-"""The comparison: a network trained for one query alone (paper, section 4.2), from voxels."""
+"""Baseline for comparison: a network for a single query, from voxels (paper, section 4.2)."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +12,7 @@ from mvhpc.models.kernels.normalization import SyncedBatchNorm
 from mvhpc.variables import Categorical, Scalar, Variables
 from shards.schema import Schema
 
-SMALLEST = 29  # voxels an axis; of fewer, five halvings leave nothing
+SMALLEST = 29  # voxels per axis; fewer leave nothing after five halvings
 Norm.add_factory_class("synced_batch", SyncedBatchNorm)
 
 
@@ -21,8 +21,8 @@ def scalars_of(schema: Schema, names: Sequence[str], intervals: Mapping[str, Seq
 
     Args:
         schema: of all variables.
-        names: of a query, volumes too.
-        intervals: what becomes [-1, 1] of a number; the schema's range where not named.
+        names: variables of a query; volumes are ignored.
+        intervals: number -> interval that is mapped to [-1, 1]; default: the schema's range.
     """
     return Variables.from_schema(Schema(tuple(v for v in schema.scalars if v.name in names)), {}, intervals)
 
@@ -30,12 +30,12 @@ def scalars_of(schema: Schema, names: Sequence[str], intervals: Mapping[str, Seq
 class Baseline(nn.Module):
     """3D DenseNet121 (Huang et al. 2017) from volumes and scalars, joined at the input, to one scalar.
 
-    A given volume is an input channel; so is a given number, the same everywhere, and each class of a given category,
-    one-hot. A scalar that is missing is 0 in all its channels.
+    Input channels are the given volumes, each given number (constant over the volume) and each class of a given
+    category (one-hot). A missing scalar is 0 in all its channels.
 
     Args:
         scalars: encodings of the query's scalars.
-        given: names; those that are no scalars are volumes, in the order of their channels.
+        given: names of the given variables; volumes are channels in this order.
         want: the scalar to predict.
     """
 
@@ -50,18 +50,18 @@ class Baseline(nn.Module):
         """Predict the wanted scalar.
 
         Args:
-            voxels: of the given volumes, (B, V, H, W, D) in [0, 1], each axis of :data:`SMALLEST` or more.
-            values: encoded scalars by name, (B, 1) of a number, (B,) of a category; those not given are ignored.
-            present: who has them, (B,) bool.
+            voxels: the given volumes, (B, V, H, W, D) in [0, 1], at least :data:`SMALLEST` voxels per axis.
+            values: encoded scalars by name, (B, 1) for a number, (B,) for a category; other variables are ignored.
+            present: by name, which rows have a value, (B,) bool.
 
         Returns:
-            (B, 1), a number as it is encoded; or (B, K), logits of the classes.
+            (B, 1), an encoded number, or (B, K), logits of the classes.
         """
         prediction: Tensor = self.network(self.channels(voxels, values, present))
         return prediction
 
     def channels(self, voxels: Tensor, values: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor:
-        """The inputs of :meth:`forward`, joined as the network's input channels (B, C, H, W, D)."""
+        """The inputs of :meth:`forward` as input channels of the network, (B, C, H, W, D)."""
         channels = [voxels]
         for v in self.conditioning:
             x = values[v.name]

@@ -1,8 +1,8 @@
 """Perceptual distance of volumes: LPIPS on SqueezeNet 1.1 features of slices, from local weight files.
 
 Zhang et al. 2018 (arXiv:1801.03924), version 0.1, squeeze; on slices of three axes as in MAISI (arXiv:2409.11169).
-Compute nodes have no internet, so nothing is downloaded here: the two files are named in the configuration, and used
-only if their SHA-256 is the known one.
+Compute nodes have no internet access, so nothing is downloaded: the configuration names the two files, and their
+SHA-256 is checked.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ BACKBONE_SHA256 = "b8a52dc049b60e4b6ab68ad0df457362afab8b6304b2febdc1650a5dab4d7
 HEADS_SHA256 = "4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76"
 
 HOW_TO_GET = f"""\
-The perceptual term needs two weight files; fetch them once, where there is internet, and name them:
+The perceptual term needs two weight files; download them once and set:
   loss.backbone  squeezenet1_1-b8a52dc0.pth  https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth
                  SHA-256 {BACKBONE_SHA256}
   loss.heads     squeeze.pth                 lpips/weights/v0.1/squeeze.pth inside https://pypi.org/project/lpips/0.1.4/
@@ -29,17 +29,17 @@ Or train without the term: loss.perceptual=0"""
 
 SQUEEZE = {3: (64, 16, 64), 4: (128, 16, 64), 6: (128, 32, 128), 7: (256, 32, 128)}
 SQUEEZE |= {9: (256, 48, 192), 10: (384, 48, 192), 11: (384, 64, 256), 12: (512, 64, 256)}
-TAPS = {1: 64, 4: 128, 7: 256, 9: 384, 10: 384, 11: 512, 12: 512}  # layer -> channels compared there
+TAPS = {1: 64, 4: 128, 7: 256, 9: 384, 10: 384, 11: 512, 12: 512}  # layer -> number of channels that are compared
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # LPIPS 0.1: ImageNet's statistics for [-1, 1]
-SMALLEST = 17  # pixels: below, the third pooling leaves nothing
+SMALLEST = 17  # pixels; a smaller input is empty after the third pooling
 
 
 class WeightsError(ConfigError):
-    """A weight file of the perceptual network that is missing or not the one expected."""
+    """A weight file of the perceptual network is missing or has another hash than expected."""
 
 
 class Fire(nn.Module):
-    """SqueezeNet's block: a 1x1 squeeze, then 1x1 and 3x3 expansions side by side (Iandola et al. 2016)."""
+    """SqueezeNet's block: a 1x1 squeeze, then 1x1 and 3x3 expansions in parallel (Iandola et al. 2016)."""
 
     def __init__(self, inputs: int, squeeze: int, expand: int) -> None:
         super().__init__()
@@ -92,19 +92,19 @@ class SqueezeLPIPS(nn.Module):
 def slice_distance(lpips: SqueezeLPIPS, a: Tensor, b: Tensor, share: float, draws: Sequence[torch.Generator]) -> Tensor:
     """2.5D perceptual distance: the mean LPIPS over some slices of each axis, summed over the three axes.
 
-    As in MAISI (MONAI's ``PerceptualLoss(is_fake_3d=True)``), slices go in as they are, in [0, 1] and grey.
+    As in MAISI (MONAI's ``PerceptualLoss(is_fake_3d=True)``), slices are passed on as they are: grey, in [0, 1].
 
     Args:
         lpips: the network.
         a: volumes (B, 1, H, W, D); b: the same shape.
-        share: of the slices along each axis; at least one is taken. MAISI: 0.2.
-        draws: one generator per sample, which draws its slices.
+        share: fraction of the slices along each axis; at least one is taken. MAISI: 0.2.
+        draws: one generator per sample, which selects its slices.
 
     Returns:
         (B,), zero for equal volumes.
 
     Raises:
-        ValueError: where a slice is smaller than 17 pixels, too small for the network.
+        ValueError: a slice is smaller than 17 pixels, too small for the network.
     """
     if min(a.shape[2:]) < SMALLEST:
         raise ValueError(
@@ -142,10 +142,10 @@ def load_lpips(
     Args:
         backbone: SqueezeNet 1.1 in torchvision's layout (``squeezenet1_1-b8a52dc0.pth``).
         heads: the linear heads of lpips 0.1 (``squeeze.pth``).
-        backbone_sha256, heads_sha256: what the files must hash to.
+        backbone_sha256, heads_sha256: expected hashes.
 
     Raises:
-        WeightsError: a file that is missing or has another hash; says how to get it or do without.
+        WeightsError: a file is missing or has another hash; the message says how to get it or train without it.
     """
     network = SqueezeLPIPS()
     features = _read(backbone, "loss.backbone", backbone_sha256)

@@ -1,1 +1,1 @@
-"""All stages of a preset in turn."""
+"""Runs all stages of a preset in order."""

@@ -1,4 +1,4 @@
-"""Which stages a project has, with which configuration, and where each result lies."""
+"""The stages of a project, their configurations and the paths of their results."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -12,14 +12,14 @@ from mvhpc.stages import STAGES
 
 @dataclass
 class Query:
-    """What is wanted, given what."""
+    """Wanted and given variables."""
 
     want: list[str]
     given: list[str]
 
     @property
     def name(self) -> str:
-        """A file name that says it: ``age-given-image-sex``."""
+        """Its name in files: ``age-given-image-sex``."""
         return query_name(self.want, self.given)
 
 
@@ -30,7 +30,7 @@ def query_name(want: Sequence[str], given: Sequence[str]) -> str:
 
 @dataclass
 class PipelineConfig:
-    """`mvhpc run`: presets, places and queries; one free mapping of overrides per stage."""
+    """`mvhpc run`: presets, paths and queries, and a mapping of overrides per stage."""
 
     preset: str
     root: str
@@ -47,7 +47,7 @@ class PipelineConfig:
 
 
 class Pipeline:
-    """A project: its splits, the places of its results, and the configuration of each stage.
+    """A project: its splits, the paths of its results, and the configuration of each stage.
 
     Args:
         config: of the pipeline.
@@ -55,7 +55,7 @@ class Pipeline:
     Attributes:
         root: the project's folder.
         source: BIDS tree or CSV that is packed.
-        splits: name of each split -> the folder of what is trained on it.
+        splits: name of each split -> folder of the models trained on it.
     """
 
     def __init__(self, config: PipelineConfig) -> None:
@@ -69,20 +69,20 @@ class Pipeline:
         )
 
     def place(self, stage: str, split: str, query: str = "") -> Path:
-        """Where the result of a stage lies, for one split and, of predictions, one query."""
+        """Path of a stage's result, for one split and, if it depends on one, a query."""
         if stage == "phantom":
             return self.source
         folder = "" if self.splits[split] == self.root else f"{self.splits[split].name}/"
         return self.root / STAGES[stage].out.format(split=folder, query=query)
 
     def predictions(self, split: str, query: Query) -> Path:
-        """The TSV file of the answers to one query."""
+        """The TSV file of the predictions for one query."""
         return self.place("predict", split, query.name)
 
     def values(self, stage: str, split: str, query: str = "") -> dict[str, Any]:
-        """What the project says of a stage's configuration: its paths, its split, its tracking store and its own keys.
+        """The project's values of a stage's configuration: paths, split, tracking store and overrides.
 
-        Keys that the configuration of the stage does not have are left out.
+        Keys that the stage's configuration does not have are left out.
         """
         entry = STAGES[stage]
         fields = {field.name for field in dataclasses.fields(entry.config_class())}
@@ -99,7 +99,7 @@ class Pipeline:
         return values
 
     def preset(self, stage: str) -> str:
-        """The preset of a stage: the project's, or ``default`` where the stage has none of that name."""
+        """The preset of a stage: the project's, or ``default`` if the stage has none of that name."""
         preset = self.config.preset
         return preset if (CONFIGS / stage / f"{preset}.yaml").is_file() else "default"
 
@@ -111,7 +111,7 @@ class Pipeline:
         return load_config(STAGES[stage].config_class(), stage, self.preset(stage), (), values)
 
     def steps(self) -> Iterator[tuple[str, Any]]:
-        """(stage, configuration) in the order in which they are done."""
+        """(stage, configuration) in the order in which they run."""
         splits = list(self.splits)
         if not self.config.source:
             yield "phantom", self.configure("phantom", splits[0])

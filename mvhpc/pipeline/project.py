@@ -1,8 +1,8 @@
-"""A stage started by itself, as part of a project.
+"""A single stage, started as part of a project.
 
-A project is the folder of one pipeline, its root. ``ROOT/project.yaml`` is the pipeline's configuration. A stage that
-is started without all of its paths is the stage of that project: its preset, its split and its tracking store are the
-project's, and it reads and writes where the pipeline would. What the user gives goes over that.
+A project is the folder (root) of one pipeline; ``ROOT/project.yaml`` is the pipeline's configuration. A stage that is
+started without all of its paths belongs to a project: it has the project's preset, split and tracking store, and reads
+and writes where the pipeline does. Values that the user sets override these.
 """
 
 import sys
@@ -25,7 +25,7 @@ DEFAULT = "main"
 
 
 def find_root(named: str | None = None) -> Path:
-    """The project's folder: the one named, else the one under ``runs/`` that was worked on last, else ``runs/main``."""
+    """The project's folder: the one named, else the one below ``runs/`` that was used last, else ``runs/main``."""
     if named:
         return Path(named)
     roots = [path.parent for path in RUNS.glob(f"*/{FILE}")]
@@ -33,7 +33,7 @@ def find_root(named: str | None = None) -> Path:
 
 
 def _last_used(root: Path) -> float:
-    """When something was last recorded there, in seconds since 1970."""
+    """Time of the last record there, in seconds since 1970."""
     records = [root / FILE, *root.glob("*/stage.json"), *root.glob("*/*/stage.json")]
     return max(path.stat().st_mtime for path in records)
 
@@ -45,10 +45,10 @@ def record_project(config: PipelineConfig) -> None:
 
 
 def open_project(root: Path, preset: str | None = None) -> Pipeline:
-    """The project in ``root``; where there is none yet, one of ``preset``.
+    """The project in ``root``; if there is none yet, a new one of ``preset``.
 
     Raises:
-        ConfigError: a project file that cannot be used.
+        ConfigError: the project file is invalid.
     """
     if (root / FILE).is_file():
         return Pipeline(load_config(PipelineConfig, "pipeline", str(root / FILE), (), {"root": str(root)}))
@@ -59,11 +59,11 @@ def open_project(root: Path, preset: str | None = None) -> Pipeline:
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asked for: one stage.
+    """A user's request to run one stage.
 
     Attributes:
         stage: the stage.
-        preset: a preset of it or a YAML file; None: the project's, else ``default``.
+        preset: a preset of the stage or a YAML file; None: the project's, else ``default``.
         overrides: ``key=value``.
         flags: key -> text.
         root: of the project; None: see :func:`find_root`.
@@ -76,7 +76,7 @@ class Request:
     root: str | None = None
 
     def sets(self, key: str) -> bool:
-        """Whether the user sets a key: by a flag, an override, or in a YAML file given by its path."""
+        """Whether the user sets a key: by a flag, an override, or in a YAML file."""
         if key in self.flags or any(key in flatten_override(override) for override in self.overrides):
             return True
         return self._from_file() and key in flatten(OmegaConf.to_container(OmegaConf.load(str(self.preset))))
@@ -85,7 +85,7 @@ class Request:
         return self.preset is not None and Path(self.preset).suffix in {".yaml", ".yml"}
 
     def needs_project(self) -> bool:
-        """Whether a path is left to the project, or a project is named."""
+        """Whether a path is not set, or a project is named."""
         paths = {"out", *(key for key, maker in self.stage.inputs.items() if maker)}
         return self.root is not None or not all(self.sets(path) for path in paths)
 
@@ -93,7 +93,7 @@ class Request:
         """The stage's configuration.
 
         Raises:
-            ConfigError: a configuration that cannot be used, or no fold named where the project has several.
+            ConfigError: an invalid configuration, or no fold named although the project has several.
         """
         kind, name = self.stage.config_class(), self.stage.name
         if not self.needs_project():
@@ -126,13 +126,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Configured:
-    """A stage with its configuration, and the project that it is part of.
+    """A stage with its configuration and its project.
 
     Attributes:
-        request: what the user asked for.
+        request: the user's request.
         config: its configuration.
-        project: the project; None where every path was given.
-        split: the project's split that it belongs to.
+        project: the project; None if every path was set.
+        split: name of the project's split.
     """
 
     request: Request
@@ -146,7 +146,7 @@ class Configured:
         return self.request.stage
 
     def before(self) -> Iterator[tuple[str, Any]]:
-        """(stage, configuration) of the project's stages that make what this one reads, in order."""
+        """(stage, configuration) of the project's stages that make the inputs, in order."""
         if self.project is None:
             return
         seen: set[str] = set()
@@ -155,7 +155,7 @@ class Configured:
                 yield from _made_by(self.project, self.split, maker, seen)
 
     def own_place(self) -> str:
-        """Where the project keeps the result of this stage; empty without a project."""
+        """Path of this stage's result in the project; empty without a project."""
         if self.project is None:
             return ""
         query = ""
@@ -165,10 +165,10 @@ class Configured:
         return str(self.project.place(self.stage.name, self.split, query))
 
     def plan(self) -> PlannedStage:
-        """The stage, with what identifies its result.
+        """The stage with the identity of its result.
 
         Raises:
-            ConfigError: an input that is not there, with the command that makes it.
+            ConfigError: an input is missing; the message has the command that makes it.
         """
         planned = plan(self.stage.name, self.config)
         for key, path in planned.missing.items():

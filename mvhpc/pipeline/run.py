@@ -1,4 +1,4 @@
-"""The stages of a project in turn, reusing what is complete and unchanged; then the table of answers."""
+"""Runs the stages of a project in order, reuses complete and unchanged ones, and prints the table of results."""
 
 import sys
 import time
@@ -10,17 +10,17 @@ from mvhpc.pipeline.project import record_project
 
 
 def do(planned: PlannedStage, label: str = "") -> dict[str, Any] | None:
-    """Do a stage that is not complete; a result of other settings or inputs is set aside first.
+    """Run a stage that is not complete. A result of other settings or inputs is set aside first.
 
     Args:
         planned: the stage.
-        label: what its lines begin with.
+        label: beginning of the printed lines.
 
     Returns:
-        its summary; None where it was complete.
+        Its summary; None if it was complete.
 
     Raises:
-        Exception: whatever the stage raises.
+        Exception: as the stage raises.
     """
     state = planned.state()
     if state == "finished":
@@ -40,11 +40,11 @@ def do(planned: PlannedStage, label: str = "") -> dict[str, Any] | None:
 
 
 def run_pipeline(config: PipelineConfig) -> Pipeline:
-    """Do every stage that is not complete, print the table of answers and say what to open next.
+    """Run every stage that is not complete, and print the table of results and further commands.
 
     Raises:
-        ConfigError: a stage's configuration cannot be used; before anything is started.
-        Exception: whatever a stage raises.
+        ConfigError: a stage's configuration is invalid; raised before any stage is started.
+        Exception: as a stage raises.
     """
     pipeline = Pipeline(config)
     record_project(config)

@@ -1,4 +1,4 @@
-"""What a finished pipeline has to say: the table of answers, and where to look next."""
+"""Results of a finished pipeline: the table, figures and further commands."""
 
 import shutil
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from shards.schema import Schema
 
 
 def ideal_predictions(frame: pd.DataFrame, source: Path, given: Sequence[str], schema: Schema) -> pd.DataFrame:
-    """What the phantom's own law answers about the people of ``frame``: posterior median, most probable class.
+    """Predictions of the phantoms' own law for the subjects of ``frame``: posterior median, most probable class.
 
     Args:
         frame: predictions, for their keys and true values.
         source: a folder of phantoms.
-        given: the variables that are known.
+        given: known variables.
         schema: of the predicted variables.
     """
     ideal = best_possible(source, given).reindex(frame["subject"])
@@ -41,8 +41,8 @@ def ideal_predictions(frame: pd.DataFrame, source: Path, given: Sequence[str], s
     return answer
 
 
-def table_of_answers(pipeline: Pipeline) -> Table:
-    """Errors and accuracies of every query over all splits, beside the mean and, for phantoms, the best possible."""
+def table_of_results(pipeline: Pipeline) -> Table:
+    """Errors and accuracies of every query over all splits, of the mean and, for phantoms, the best possible ones."""
     dataset = open_dataset(pipeline.place("pack", list(pipeline.splits)[-1]))
     schema = dataset.index.schema
     phantom = (pipeline.source / "derivatives" / "phantom" / "anatomy.tsv").is_file()
@@ -54,7 +54,7 @@ def table_of_answers(pipeline: Pipeline) -> Table:
         for query in pipeline.config.queries:
             frame, _ = read_predictions(pipeline.predictions(split, query))
             ours.append((label(query.given), frame))
-            if phantom and {*query.want, *query.given} <= {"image", "age", "sex"}:  # whose law is known
+            if phantom and {*query.want, *query.given} <= {"image", "age", "sex"}:  # the law of these is known
                 ideal = ideal_predictions(frame, pipeline.source, query.given, schema)
                 best.append((f"best possible, given {label(query.given)}", ideal))
         means.append(("predicting the mean", constant_predictions(dataset, schema, wanted, split=split)))
@@ -62,9 +62,9 @@ def table_of_answers(pipeline: Pipeline) -> Table:
 
 
 def collect_figures(pipeline: Pipeline) -> Path:
-    """Reconstructions, synthetic people and an inpainted half of a test volume, side by side in ``figures``.
+    """Collect reconstructions, synthetic people and an inpainted half of a test volume in ``figures``.
 
-    Without a validation part there are no reconstructions, without a volume in the test part nothing to inpaint.
+    Without a validation part there are no reconstructions, without a volume in the test part no inpainting.
     """
     folder = pipeline.root / "figures"
     folder.mkdir(exist_ok=True)
@@ -88,12 +88,12 @@ def collect_figures(pipeline: Pipeline) -> Path:
 
 
 def summarize(pipeline: Pipeline) -> str:
-    """Write ``results.md`` and ``figures`` into the pipeline's folder.
+    """Write ``results.md`` and ``figures`` to the pipeline's folder.
 
     Returns:
-        what to print: the table, and three lines that say what to open next.
+        Text to print: the table, the folder of figures and two further commands.
     """
-    table, folder = table_of_answers(pipeline), collect_figures(pipeline)
+    table, folder = table_of_results(pipeline), collect_figures(pipeline)
     write_text(pipeline.root / "results.md", table.markdown() + "\n")
     return "\n".join(
         [
@@ -103,15 +103,15 @@ def summarize(pipeline: Pipeline) -> str:
             "",
             f"figures    {folder}/ : {', '.join(sorted(path.name for path in folder.glob('*.png')))}",
             f"dashboard  mvhpc dashboard {pipeline.root}",
-            f"ask more   {_next_query(pipeline)}",
+            f"predict    {_next_query(pipeline)}",
         ]
     )
 
 
 def _next_query(pipeline: Pipeline) -> str:
-    """A command that asks the last model for all scalars given the volumes."""
+    """A command that predicts all scalars given the volumes by the last model."""
     schema = open_dataset(pipeline.place("pack", list(pipeline.splits)[-1])).index.schema
     given, want = (",".join(v.name for v in group) for group in (schema.volumes, schema.scalars))
     split = list(pipeline.splits)[-1]
     model, data = pipeline.place("joint", split), pipeline.place("pack", split)
-    return f"mvhpc predict --model {model} --data {data} --given {given} --want {want} --out answers.tsv"
+    return f"mvhpc predict --model {model} --data {data} --given {given} --want {want} --out predictions.tsv"

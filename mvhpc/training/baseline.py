@@ -1,4 +1,4 @@
-"""Training the comparison: a DenseNet121 for one query alone (paper, section 4.2)."""
+"""Training of the baseline: a DenseNet121 for a single query (paper, section 4.2)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ from shards.errors import nearest
 from shards.order import Order
 from shards.schema import Schema
 
-LARGER = 4  # the batches of `refresh`, in training batches; without gradients they take less memory all the same
-BATCHES = 8  # of them
+LARGER = 4  # size of the batches of `refresh`, in training batches; without gradients they need less memory
+BATCHES = 8  # number of batches of `refresh`
 
 
 @dataclass
@@ -52,8 +52,8 @@ class BaselineTask(Task):
     micro-batch of all workers together; see :meth:`refresh`.
 
     Raises:
-        ConfigError: a query that no baseline can be trained for, data that are no volumes, without this split, of
-            several shapes or too small, an empty training part, or batches of one.
+        ConfigError: a baseline cannot be trained for this query; the data are not volumes, lack this split, have
+            several shapes or are too small; the training part is empty; or a batch has a single sample.
     """
 
     def __init__(self, config: BaselineConfig) -> None:
@@ -67,18 +67,18 @@ class BaselineTask(Task):
         if min(shape) < SMALLEST:
             raise ConfigError(
                 f"data={config.data}: volumes of {shape} voxels are too small for a DenseNet121, which halves them "
-                f"five times; pack {SMALLEST} voxels or more an axis"
+                f"five times; pack at least {SMALLEST} voxels per axis"
             )
         if config.training.batch < 2 * config.training.accumulate:
             raise ConfigError(
                 f"training.batch={config.training.batch} with training.accumulate={config.training.accumulate}: batch "
-                "normalisation needs two samples or more at a time; raise the batch"
+                "normalisation needs at least two samples at a time; raise the batch"
             )
         self.train, self.others = self._keys("train"), self._keys("validation")
         if not self.train:
             raise ConfigError(
-                f"data={config.data}: nobody in the training part of split {config.split!r} has "
-                f"{' and '.join([config.want, *self.volumes])}; take another split, want or given"
+                f"data={config.data}: no subject in the training part of split {config.split!r} has "
+                f"{' and '.join([config.want, *self.volumes])}; set another split, want or given"
             )
         names = [*config.given, config.want]
         rows = [scalar_values(self.dataset, key, self.schema, names) for key in self.train]
@@ -117,7 +117,7 @@ class BaselineTask(Task):
     def step(
         self, batch: dict[str, Any], engines: dict[str, Engine], step: int, indices: list[int]
     ) -> dict[str, Tensor]:
-        """Predict for a batch, some of it mirrored, and take one optimiser step."""
+        """Predict for a batch, randomly mirrored, and take one optimiser step."""
         draws = [generator(self.config.training.seed, "train", step, i) for i in indices]
         x = batch["voxels"].float()
         mirror = rand(draws, (), x.device) < self.config.flip
@@ -131,8 +131,8 @@ class BaselineTask(Task):
     def refresh(self, networks: dict[str, nn.Module], rank: int, world: int) -> None:
         """Recompute the batch normalisation's statistics from a few batches larger than those of training.
 
-        The running ones are of layers whose input was normalised by small batches. In evaluation it is not, and they
-        are wrong: more with every layer (Wu and Johnson 2021, "Rethinking Batch in BatchNorm", section 3).
+        Running statistics are those of layers whose inputs were normalised by small batches. In evaluation they are
+        not, and the error grows with every layer (Wu and Johnson 2021, "Rethinking Batch in BatchNorm", section 3).
         """
         network = networks["baseline"]
         assert isinstance(network, Baseline)
@@ -146,13 +146,13 @@ class BaselineTask(Task):
         update_bn(batches(), network.network)
 
     def _to(self, network: nn.Module, keys: list[str]) -> tuple[Tensor, Batch, Batch]:
-        """The network's inputs for some people, on its device."""
+        """The network's inputs for the subjects ``keys``, on its device."""
         device = next(network.parameters()).device
         voxels, values, present = tree_map_only(Tensor, lambda x: x.to(device), self._read(keys))
         return voxels.float(), values, present
 
     def validate(self, indices: list[int], networks: dict[str, nn.Module]) -> dict[str, Tensor]:
-        """The loss, and the absolute error in the variable's unit or whether the likeliest class is right."""
+        """The loss, and the absolute error in the variable's unit or the accuracy of the most probable class."""
         network = networks["baseline"]
         voxels, values, present = self._to(network, [self.others[i] for i in indices])
         prediction, truth = network(voxels, values, present).float(), values[self.wanted.name]
@@ -176,7 +176,7 @@ class BaselineTask(Task):
 
 
 def check_query(schema: Schema, config: BaselineConfig) -> None:
-    """Refuse a query that no baseline can be trained for.
+    """Check that a baseline can be trained for a query.
 
     Raises:
         ConfigError: an unknown variable (naming the nearest), a wanted volume, a variable named twice, or no volume
@@ -193,7 +193,7 @@ def check_query(schema: Schema, config: BaselineConfig) -> None:
             f"want={config.want} is a volume; a baseline predicts a number or a category: {', '.join(scalars)}"
         )
     if config.want in config.given:
-        raise ConfigError(f"given: {config.want} is what is wanted; take it out of given")
+        raise ConfigError(f"given: {config.want} is the wanted variable; remove it from given")
     if len(set(config.given)) < len(config.given):
         raise ConfigError(f"given=[{','.join(config.given)}]: name each variable once")
     if set(config.given) <= set(scalars):

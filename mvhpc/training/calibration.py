@@ -1,8 +1,8 @@
-"""Calibration: how much wider predictive densities must be than training alone says.
+"""Calibration of predictive densities on held-out subjects.
 
-A network is surer of people it was trained on than of anybody else: with a hundred subjects by a factor of two. People
-who were held out show by how much. One temperature for each scalar stretches its density about its mean, or divides the
-logits of its classes (temperature scaling, Guo et al. 2017). Means and the order of classes stay.
+A network is overconfident about subjects it was not trained on: by a factor of two with a hundred training subjects.
+One temperature per scalar, fitted to held-out subjects, widens its density about the mean, or divides the logits of its
+classes (temperature scaling, Guo et al. 2017). Means and the order of classes do not change.
 """
 
 import math
@@ -19,9 +19,9 @@ from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.diffusion.posterior import Posterior, ScalarNetwork, why_not
 from mvhpc.runtime.devices import one_thread
 
-PRIOR = math.log(2)  # SD of the temperature's logarithm before any data: so few people cannot move it far
+PRIOR = math.log(2)  # SD of the prior of the temperature's logarithm; with few subjects the temperature stays near 1
 LIMITS = (math.log(0.25), math.log(8))
-BATCH = 64  # people at a time
+BATCH = 64  # subjects per batch
 
 
 @torch.inference_mode()
@@ -33,19 +33,19 @@ def calibrate(
     present: Mapping[str, Tensor],
     held_out: Tensor,
 ) -> dict[str, float]:
-    """The most probable temperatures, given people that were not trained on.
+    """The most probable temperatures, given held-out subjects.
 
-    Every scalar of each is predicted twice: given the volumes, and given the volumes and all other scalars.
+    Every scalar is predicted twice: given the volumes, and given the volumes and all other scalars.
 
     Args:
-        network: ready for inference, and called in the precision of inference.
+        network: ready for inference, in the precision of inference.
         diffusion: on the same device.
-        clean: encoded values of N people.
-        present: who has them, (N,) bool.
-        held_out: (N, R) bool, for each person the one of R ensemble members that was not trained on them.
+        clean: encoded values of N subjects, by variable.
+        present: by variable, which subjects have a value, (N,) bool.
+        held_out: (N, R) bool, for each subject the one of R ensemble members that was not trained on it.
 
     Returns:
-        By scalar; empty for a model without posterior, and without scalars that nobody here has.
+        Temperature by scalar, of the scalars that any subject has; empty for a model without posterior.
     """
     if why_not(network, diffusion):
         return {}
@@ -73,8 +73,8 @@ def _objective(outputs: Tensor, truth: Tensor, kind: str, log: float) -> float:
     """Negative log posterior of a temperature.
 
     Args:
-        outputs: of the network about N people, twice.
-        truth: encoded values of as many.
+        outputs: of the network for N subjects, each twice.
+        truth: encoded values, in the same order.
         kind: parameterisation of a number.
         log: logarithm of the temperature.
     """

@@ -1,4 +1,4 @@
-"""Training the joint diffusion (paper, section 3.1): all latents in memory, one loss over every variable."""
+"""Training of the joint diffusion (paper, section 3.1), with all latents in memory."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,10 +37,10 @@ from shards.errors import nearest
 from shards.index import Index
 from shards.schema import Schema
 
-SD_FLOOR = 0.1  # of an element, in typical SDs: latents of empty background hardly vary
-STANDARDIZED = 256  # people by whom the encoders' features are scaled before training
-MOST_HELD_OUT = 500  # people by whom scalars are validated and calibrated
-VALIDATION_DRAWS = 16  # noisings of each validation sample, the same at every validation
+SD_FLOOR = 0.1  # least SD of an element, in typical SDs: latents of empty background hardly vary
+STANDARDIZED = 256  # subjects by which the encoders' features are scaled before training
+MOST_HELD_OUT = 500  # subjects for validation and calibration of scalars
+VALIDATION_DRAWS = 16  # noise draws per validation sample, the same at every validation
 
 
 @dataclass
@@ -52,9 +52,9 @@ class JointConfig:
     vae: str
     split: str
     schema: str  # name under configs/schema, a YAML file, or "" for the schema the data were packed with
-    queries_per_volume: int  # sets of the scalars' levels that each row is trained on, for one encoding of its volumes
-    clean_volume_prob: float  # that the network of scalars is given clean a volume that the U-Net must denoise
-    scaling: str  # sd: one SD each way of the training mean becomes [-1, 1]; range: the schema's range does
+    queries_per_volume: int  # sets of levels of the scalars per row and step, for one encoding of its volumes
+    clean_volume_prob: float  # probability that the scalar predictor is given a volume clean that the U-Net denoises
+    scaling: str  # interval mapped to [-1, 1]. sd: training mean plus or minus one SD; range: the schema's range
     model: DenoiserConfig
     diffusion: DiffusionConfig
     ema: float  # decay per step
@@ -66,13 +66,13 @@ class JointConfig:
 
 @dataclass(frozen=True)
 class Records:
-    """The content of a dataset of latents for some people, in memory.
+    """Latents and scalars of some subjects, in memory.
 
     Attributes:
         keys: of the records.
-        rows: their scalars, by name.
-        latents: by volume, (N, 1 or 2, C, h, w, d) float16: as it is and, where stored, mirrored; 0 where missing.
-        there: by volume, who has it, (N,) bool.
+        rows: scalars by name.
+        latents: by volume, (N, 1 or 2, C, h, w, d) float16: original and, if stored, mirrored; 0 where missing.
+        there: by volume, which records have it, (N,) bool.
     """
 
     keys: list[str]
@@ -82,10 +82,10 @@ class Records:
 
 
 def read_records(dataset: Dataset, keys: list[str], schema: Schema) -> Records:
-    """All variables of ``schema`` for the people ``keys``.
+    """All variables of ``schema`` for the records ``keys``.
 
     Raises:
-        ConfigError: a variable that the dataset does not have, or a record's category that the schema does not have.
+        ConfigError: the dataset lacks a variable, or the schema lacks a record's category.
     """
     names, recorded = [v.name for v in schema], [v.name for v in dataset.index.schema]
     for name in names:
@@ -108,16 +108,16 @@ def read_records(dataset: Dataset, keys: list[str], schema: Schema) -> Records:
 
 
 class RecordTensors:
-    """All values of some people, as tensors.
+    """All values of some records, as tensors.
 
     Args:
-        records: of them.
-        variables: encode their scalars.
+        records: the records.
+        variables: encodings of their scalars.
 
     Attributes:
         keys: of the records.
-        values: by variable, (N, 1 or 2, C, h, w, d) float16 for a volume (as it is, mirrored), (N, 1) or (N,) else.
-        present: by variable, who has a value, (N,) bool.
+        values: by variable, (N, 1 or 2, C, h, w, d) float16 for a volume (original, mirrored), else (N, 1) or (N,).
+        present: by variable, which records have a value, (N,) bool.
     """
 
     def __init__(self, records: Records, variables: Variables) -> None:
@@ -126,7 +126,7 @@ class RecordTensors:
         self.values, self.present = values | records.latents, present | records.there
 
     def take(self, indices: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Values and presence of the people at ``indices``; by NumPy, see :func:`shards.order.prefetch`."""
+        """Values and presence of the records at ``indices``; by NumPy, see :func:`shards.order.prefetch`."""
 
         def pick(of_all: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: torch.from_numpy(x.numpy()[indices]) for name, x in of_all.items()}
@@ -135,11 +135,11 @@ class RecordTensors:
 
 
 def open_latents(config: JointConfig) -> Dataset:
-    """The data set of latents, found to fit the rest of the configuration.
+    """Open the data set of latents, and check that it fits the rest of the configuration.
 
     Raises:
-        ConfigError: data that are no latents, made by another autoencoder or for another split; queries, probability or
-            ensemble that the design does not allow.
+        ConfigError: the data are not latents, or are of another autoencoder or split; or the design does not allow
+            these ``queries_per_volume``, ``clean_volume_prob`` or ``ensemble_members``.
     """
     dataset = open_dataset(config.latents)
     index = dataset.index
@@ -155,7 +155,7 @@ def open_latents(config: JointConfig) -> Dataset:
     if (theirs := index.extra["vae"]) != (ours := autoencoder_identity(config.vae)):
         raise ConfigError(
             f"vae={config.vae} (SHA-256 {ours[:12]}) is not the autoencoder that made latents={config.latents} "
-            f"(SHA-256 {theirs[:12]}); give that one, or encode again with vae={config.vae}"
+            f"(SHA-256 {theirs[:12]}); set vae to that one, or encode again with vae={config.vae}"
         )
     choose(config.scaling, ("sd", "range"), "scaling")
     separate = config.diffusion.time == "independent" and config.model.scalars == "late"
@@ -181,7 +181,7 @@ class JointTask(Task):
     and ``scalars``, whose ensemble members are trained by cross-fitting on both parts.
 
     Raises:
-        ConfigError: as :func:`open_latents`, or a variable that the data do not have.
+        ConfigError: as :func:`open_latents`, or the data lack a variable.
     """
 
     def __init__(self, config: JointConfig) -> None:
@@ -197,8 +197,8 @@ class JointTask(Task):
         variables = Variables.from_schema(self.schema, self.latent, self.intervals)
         self.diffusion = JointDiffusion(variables, config.diffusion)
         self.people = RecordTensors(records, variables)  # of the training part, then of the validation part
-        self.in_training = torch.arange(len(records.keys)) < len(train)  # (N,) who the denoiser is trained on
-        self.in_fold = self.in_training[:, None]  # (N, R) who each ensemble member is trained on
+        self.in_training = torch.arange(len(records.keys)) < len(train)  # (N,) records that the denoiser is trained on
+        self.in_fold = self.in_training[:, None]  # (N, R) records that each ensemble member is trained on
         if config.model.ensemble_members > 1 and variables.scalars:
             group = {record.key: record.group for record in index.records}
             groups = [group[key] for key in records.keys]
@@ -206,7 +206,7 @@ class JointTask(Task):
         self.samples = int(self.in_fold.any(1).sum())
         validation_first = [*range(len(train), len(records.keys)), *range(len(train))]
         held_out = [i for i in validation_first if not self.in_fold[i].all()]
-        self.held_out = held_out[: max(MOST_HELD_OUT, len(validation))]  # places of the validation samples
+        self.held_out = held_out[: max(MOST_HELD_OUT, len(validation))]  # positions of the validation samples
         self.validation = len(self.held_out) if validation else 0
         torch.manual_seed(config.training.seed)  # the layers' initial weights
         self.networks = build_networks(variables, config.model, self.diffusion.masked_level)
@@ -218,7 +218,7 @@ class JointTask(Task):
             scalars.standardize_features(clean)
         of_volumes, of_scalars = ([f"loss_{v.name}" for v in of] for of in (variables.volumes, variables.scalars))
         self.exported: Mapping[str, Sequence[str]] = {"denoiser": ["loss", *of_volumes, *of_scalars]}
-        if scalars is not None:  # which overfits few people long before volumes are learnt
+        if scalars is not None:  # it overfits few subjects long before volumes are learnt
             self.exported = {
                 "denoiser": ["loss_of_volumes", *of_volumes],
                 "scalars": ["loss_of_scalars", *of_scalars],
@@ -232,11 +232,11 @@ class JointTask(Task):
         open_latents(config)
 
     def _moments(self, records: Records, first: int, volume: str, index: Index) -> dict[str, Any]:
-        """Shape of a volume's latents, and the mean and SD to standardise them by, of the ``first`` records.
+        """Shape of a volume's latents, and the mean and SD of the ``first`` records, by which they are standardised.
 
-        ``scaling=sd``: of each element over the training people, mirrored versions too. What makes two people differ
-        is a small part of a latent beside what all brains share; unscaled, it drowns in the noise, and the network
-        learns the average brain. ``scaling=range``: mean 0 and one SD, the scale that encoding measured.
+        ``scaling=sd``: of each element over the training subjects, mirrored versions included. Differences between
+        subjects are small compared with what all brains have in common; unscaled, the noise hides them, and the network
+        learns the average brain. ``scaling=range``: mean 0 and one SD, the scale measured by the encode stage.
         """
         facts: dict[str, Any] = {"shape": list(index.arrays[volume]["shape"])}
         there = records.there[volume][:first]
@@ -255,7 +255,7 @@ class JointTask(Task):
         return {"values": values, "present": present, "in_fold": self.in_fold[indices]}
 
     def _encode(self, values: Mapping[str, Tensor], mirror: Tensor) -> dict[str, Tensor]:
-        """Scaled latents (B, C, h, w, d), mirrored where ``mirror`` (B,) says so and a mirrored version is stored."""
+        """Scaled latents (B, C, h, w, d), mirrored where ``mirror`` (B,) is True and a mirrored version is stored."""
         batch = dict(values)
         for v in self.diffusion.variables.volumes:
             versions = values[v.name]  # (B, 1 or 2, C, h, w, d)
@@ -273,15 +273,15 @@ class JointTask(Task):
         generators: Sequence[torch.Generator],
         queries: Sequence[torch.Generator],
     ) -> dict[str, Tensor]:
-        """Of each row (B,), by variable, after noising it.
+        """Losses of each row (B,) after adding noise, by variable.
 
         Args:
             networks: by name.
             clean, present: the rows.
-            moving: whose volumes are noised and denoised, (B,) bool on the CPU; others rest at t = 0.
-            members: which ensemble members' predictions count, (B, R) bool.
-            generators: one a row; they decide which volumes ``scalars`` is given clean.
-            queries: Q a row, of levels and noise.
+            moving: rows whose volumes are noised and denoised, (B,) bool on the CPU; those of others stay at t = 0.
+            members: ensemble members whose predictions count, (B, R) bool.
+            generators: one per row; they decide which volumes ``scalars`` is given clean.
+            queries: generators of levels and noise, Q per row.
         """
         volumes = self.diffusion.variables.volumes
         levels = self.diffusion.draw_times(queries)
@@ -325,9 +325,9 @@ class JointTask(Task):
         return {name: value.detach().mean() for name, value in logged.items()}
 
     def validate(self, indices: list[int], networks: dict[str, nn.Module]) -> dict[str, Tensor]:
-        """Losses of held-out people at fixed levels and noise, by networks that were not trained on them.
+        """Losses of held-out records at fixed levels and noise, by networks that were not trained on them.
 
-        NaN for a variable that a person lacks, and losses of volumes for people whom the denoiser was trained on.
+        NaN where a record lacks the variable, and for volumes of records that the denoiser was trained on.
         """
         device = next(networks["denoiser"].parameters()).device
         self.diffusion.to(device)
@@ -353,7 +353,7 @@ class JointTask(Task):
         return sums
 
     def _read_held_out(self, indices: Sequence[int], device: torch.device) -> tuple[Batch, Batch, Tensor]:
-        """Encoded values and presence of held-out people, and the members not trained on them, (B, R) bool."""
+        """Encoded values and presence of held-out records, and the members not trained on them, (B, R) bool."""
         places = [self.held_out[i] for i in indices]
         values, present = self.people.take(places)
         values, present = ({n: x.to(device) for n, x in part.items()} for part in (values, present))
@@ -361,7 +361,7 @@ class JointTask(Task):
         return self._encode(values, unmirrored), present, ~self.in_fold[places].to(device)
 
     def export(self, folder: Path, states: dict[str, dict[str, Tensor]], metrics: dict[str, float]) -> None:
-        """Write networks of the self-contained model: averaged weights, and with ``scalars`` its calibration."""
+        """Write networks of the self-contained model, with averaged weights; with ``scalars`` also its calibration."""
         indices = range(min(len(self.held_out), MOST_HELD_OUT))
         temperature = None
         if "scalars" in states:

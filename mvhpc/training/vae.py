@@ -64,20 +64,20 @@ class Discriminator(nn.Module):
     """PatchGAN: one logit for each patch of a volume (MONAI's PatchDiscriminator with instance norm).
 
     Args:
-        channels: of the first layer, doubled by every further one.
-        layers: as many halvings; a small volume takes fewer.
+        channels: of the first layer; every further layer doubles them.
+        layers: number of halvings; small volumes need fewer.
         shape: (H, W, D) of the volumes.
 
     Raises:
-        ConfigError: where so many layers leave nothing of such a volume.
+        ConfigError: too many layers for volumes of this shape.
     """
 
     def __init__(self, channels: int, layers: int, shape: tuple[int, ...]) -> None:
         super().__init__()
-        left = min(shape) // 2**layers - 2  # two more convolutions of width 4 take one voxel each
+        left = min(shape) // 2**layers - 2  # each of two more convolutions of width 4 removes one voxel
         if left < 1:
             raise ConfigError(
-                f"loss.discriminator_layers={layers} leaves nothing of volumes of {shape} voxels; take fewer"
+                f"loss.discriminator_layers={layers} is too many for volumes of {shape} voxels; set fewer"
             )
         self.network = PatchDiscriminator(
             spatial_dims=3, channels=channels, in_channels=1, num_layers_d=layers, norm="INSTANCE"
@@ -108,7 +108,7 @@ class VAETask(Task):
         config: of the stage.
 
     Raises:
-        ConfigError: data that are no volumes, without this split, or whose shape the networks do not take.
+        ConfigError: the data are not volumes, lack this split, or have a shape that the networks cannot process.
     """
 
     exported: Mapping[str, Sequence[str]] = {"autoencoder": ("reconstruction", "kl", "psnr", "ssim")}
@@ -141,10 +141,10 @@ class VAETask(Task):
 
     @classmethod
     def check(cls, config: VAEConfig) -> None:
-        """Refuse what the networks do not take, and missing weights of the perceptual term.
+        """Check the configuration, the data and the weights of the perceptual term.
 
         Raises:
-            WeightsError: the perceptual term is on and its weights are not there.
+            WeightsError: the perceptual term is on and its weights are missing.
             ConfigError: as the constructor.
         """
         if config.loss.perceptual:
@@ -153,7 +153,7 @@ class VAETask(Task):
 
     @cached_property
     def lpips(self) -> SqueezeLPIPS | None:
-        """The perceptual network; None where ``loss.perceptual`` is 0. Needed by steps alone."""
+        """The perceptual network; None if ``loss.perceptual`` is 0."""
         loss = self.config.loss
         return load_lpips(loss.backbone, loss.heads) if loss.perceptual else None
 
@@ -168,7 +168,7 @@ class VAETask(Task):
     def step(
         self, batch: dict[str, Any], engines: dict[str, Engine], step: int, indices: list[int]
     ) -> dict[str, Tensor]:
-        """Reconstruct a batch and improve the autoencoder, then the discriminator."""
+        """Reconstruct a batch, and take one optimiser step of the autoencoder, then of the discriminator."""
         weights = self.config.loss
         draws = [generator(self.config.training.seed, "train", step, i) for i in indices]
         x = batch["volume"].float()
@@ -190,7 +190,7 @@ class VAETask(Task):
         engines["autoencoder"].step()
 
         if discriminator is not None:
-            both = discriminator(torch.cat([y.detach(), x]))  # one pass: instance norm keeps the samples apart
+            both = discriminator(torch.cat([y.detach(), x]))  # one pass: instance norm does not mix samples
             losses["discriminator"] = discriminator_loss(*both.chunk(2))
             discriminator.backward(losses["discriminator"])
             discriminator.step()
@@ -210,7 +210,7 @@ class VAETask(Task):
         }
 
     def figures(self, networks: dict[str, nn.Module], step: int) -> dict[str, Callable[[Path], None]]:
-        """Some validation volumes beside their reconstructions."""
+        """The first validation volumes and their reconstructions."""
         samples = self.others[:SHOWN]
         if not samples:
             return {}

@@ -1,1 +1,1 @@
-"""What makes the networks fast; results change by rounding at most."""
+"""Faster forms of layers and blocks; results change by rounding at most."""

@@ -1,7 +1,7 @@
-"""MONAI's blocks, computed in the order that suits the device: on GPUs channels stay beside one another in memory.
+"""MONAI's blocks in the memory format that suits the device: channels last on GPUs.
 
-Weights, their names and, on CPUs, every bit are MONAI's. On GPUs its blocks would leave that order after each
-attention, and read and write a volume three times where GroupNorm, SiLU and the shift before them need it once.
+Weights, their names and, on CPUs, all bits of the results are MONAI's. On GPUs, MONAI's blocks leave this format after
+each attention, and read and write a volume three times for a shift, GroupNorm and SiLU, which need only one pass.
 """
 
 from collections.abc import Sequence
@@ -57,13 +57,13 @@ OURS = {
 
 
 def use_channels_last_blocks(module: nn.Module) -> None:
-    """Make what a network has of MONAI's blocks, and every norm, the one of this project."""
+    """Replace the classes of a network's MONAI blocks and norms by those of this module, in place."""
     for part in module.modules():
         part.__class__ = OURS.get(type(part), type(part))
 
 
 def channels_last_weights(module: nn.Module) -> None:
-    """Put the weights of an adopted network's convolutions in the order that GPUs convolve in."""
+    """Convert the convolution weights of a network with these blocks to the channels-last format."""
     if any(isinstance(part, GroupNorm) for part in module.modules()):
         for parameter in module.parameters():
             if parameter.ndim == 5:
@@ -71,7 +71,7 @@ def channels_last_weights(module: nn.Module) -> None:
 
 
 def down(block: Any, h: Tensor, time: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-    """A level of the down path: what it makes of h, and what the up path is passed."""
+    """A level of the down path: its output, and the skip connections for the up path."""
     passed = []
     for i, residual in enumerate(block.resnets):
         h = residual(h, time)
@@ -90,7 +90,7 @@ def middle(block: Any, h: Tensor, time: Tensor, context: Tensor | None) -> Tenso
 
 
 def up(block: Any, h: Tensor, passed: Sequence[Tensor], time: Tensor, context: Tensor | None) -> Tensor:
-    """A level of the up path, with the last of what the down path ``passed`` first."""
+    """A level of the up path; it takes the skip connections ``passed`` from the last to the first."""
     for i, residual in enumerate(block.resnets):
         h = residual(torch.cat([h, passed[-1 - i]], 1), time)
         if hasattr(block, "attentions"):

@@ -1,23 +1,23 @@
-"""3D convolutions on CPUs: a workaround for what PyTorch and oneDNN get wrong or slow."""
+"""3D convolutions on CPUs: workarounds for wrong or slow kernels of PyTorch and oneDNN."""
 
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-# Whether oneDNN is there, and faster than PyTorch's own kernels: not on ARM.
+# Whether oneDNN is available and faster than PyTorch's own kernels; it is not on ARM.
 ONEDNN = torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability()
 
 
 def patch_conv3d(module: nn.Module) -> None:
-    """Make a network's 3D convolutions right and fast where those of PyTorch on CPUs are not (torch 2.13, oneDNN 3.12).
+    """Replace a network's 3D convolutions where those of PyTorch on CPUs are wrong or slow (torch 2.13, oneDNN 3.12).
 
-    In bfloat16, oneDNN's weight gradient over a first spatial axis of 2, or a second of 1, is memory never written, up
-    to infinity, and may write where it must not: of kernel 3 and padding 1 the first, of kernel 4 and stride 2,
-    transposed, the second. Those are computed in float32.
+    In bfloat16, oneDNN's weight gradient contains uninitialised memory, infinities included, and may write out of
+    bounds, if the first spatial axis has size 2 (kernel 3, padding 1) or the second has size 1 (transposed, kernel 4,
+    stride 2). These sizes are computed in float32.
 
-    In float32, PyTorch keeps a batch of one from oneDNN where channels x height x width are few, and takes up to 20
-    times as long by a kernel of its own. A tensor that is in oneDNN's layout already is not kept from it.
+    In float32, PyTorch does not use oneDNN for a batch of one with few channels x height x width, but a kernel of its
+    own that takes up to 20 times as long. For a tensor in oneDNN's layout, it uses oneDNN.
     """
 
     def forward(convolution: nn.Conv3d, x: Tensor) -> Tensor:
@@ -37,8 +37,8 @@ def patch_conv3d(module: nn.Module) -> None:
 
 
 def _kept_from_onednn(convolution: nn.Conv3d, x: Tensor) -> bool:
-    """Whether PyTorch (aten/src/ATen/native/Convolution.cpp, use_mkldnn) computes a convolution of x (B, C, H, W, D) by
-    itself, and takes longer."""
+    """Whether PyTorch uses its own, slower kernel for a convolution of x (B, C, H, W, D); the condition is that of
+    ``use_mkldnn`` in aten/src/ATen/native/Convolution.cpp."""
     plain = type(convolution) is nn.Conv3d and convolution.groups == 1
     few = len(x) == 1 and x.shape[1] * x.shape[2] * x.shape[3] <= 20480
     single = x.dtype == convolution.weight.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Doubling a volume and convolving it at once, with less than a third of the products."""
+"""Upsampling by two merged with the convolution that follows it, with less than a third of the products."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class UpsampleConv(nn.Conv3d):
-    """Convolution, kernel 3 and padding 1, of a volume whose every voxel is first repeated twice along each axis.
+    """Nearest-neighbour upsampling by two, then a convolution of kernel 3 and padding 1.
 
-    Of three neighbours at least two are then copies of one voxel, so that two of the kernel's weights meet the same
-    value. Added beforehand, they leave two products an axis of three, 8 in all of 27: a transposed convolution of
+    Of three neighbours along an axis, at least two are copies of one voxel: two weights multiply the same value. Adding
+    these weights beforehand leaves two of three products per axis, 8 of 27 in all: a transposed convolution of
     stride 2 with the kernel (w2, w1 + w2, w0 + w1, w0) along each axis.
     """
 
@@ -28,13 +28,13 @@ class UpsampleConv(nn.Conv3d):
 
     @property
     def kernel(self) -> Tensor:
-        """Of the transposed convolution, (C, C', 4, 4, 4)."""
+        """Kernel of the transposed convolution, (C, C', 4, 4, 4)."""
         added = self.weight.flatten(2) @ self.added  # (C', C, 64)
         return added.unflatten(2, (4, 4, 4)).transpose(0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w, d) to (B, C', 2h, 2w, 2d)."""
-        with torch.autocast(x.device.type, enabled=False):  # weights are added before they are rounded
+        with torch.autocast(x.device.type, enabled=False):  # adds the weights before rounding
             kernel = self.kernel
         if x.is_cuda:
             return convolve_octants(x, kernel, self.bias)
@@ -42,7 +42,7 @@ class UpsampleConv(nn.Conv3d):
 
     @torch.no_grad()
     def frozen(self) -> nn.ConvTranspose3d:
-        """The same as it is now, with the kernel for its weights."""
+        """The equivalent transposed convolution with the present kernel, without gradients."""
         device, dtype = self.weight.device, self.weight.dtype
         convolution = nn.ConvTranspose3d(self.in_channels, self.out_channels, 4, 2, 1, device=device, dtype=dtype)
         convolution.weight.copy_(self.kernel)
@@ -51,10 +51,10 @@ class UpsampleConv(nn.Conv3d):
 
 
 def convolve_octants(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    """:class:`UpsampleConv`'s transposed convolution as one of kernel 2 that says all eight voxels a voxel becomes.
+    """:class:`UpsampleConv`'s transposed convolution as a convolution of kernel 2 with eight outputs per voxel.
 
-    cuDNN's tensor-core kernels know no gradients of the other, whose 64 weights a channel are too many for them; what
-    it takes instead lasts 20 times as long.
+    cuDNN has no tensor-core kernels for the gradients of the transposed convolution with 64 weights per channel; its
+    fallback takes 20 times as long.
 
     Args:
         x: (B, C, h, w, d).
@@ -74,8 +74,8 @@ def convolve_octants(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Interleave(torch.autograd.Function):
-    """Of y (B, h + 1, w + 1, d + 1, 2, 2, 2, C) the doubled volume (B, 2h, 2w, 2d, C), whose voxel (2i + p, 2j + q,
-    2k + r) is y's (i + p, j + q, k + r, p, q, r)."""
+    """y (B, h + 1, w + 1, d + 1, 2, 2, 2, C) to a volume (B, 2h, 2w, 2d, C): its voxel (2i + p, 2j + q, 2k + r) is
+    y[:, i + p, j + q, k + r, p, q, r]."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:
@@ -98,9 +98,9 @@ def _interleaved(y: Tensor) -> Tensor:
 
 
 def merge_upsampling(module: nn.Module) -> None:
-    """Make every doubling of a MONAI network, with the convolution behind it, a :class:`UpsampleConv`.
+    """Replace each upsampling of a MONAI network and the convolution after it by an :class:`UpsampleConv`, in place.
 
-    Names of weights, their shapes and values and, but for rounding, results stay.
+    Names, shapes and values of the weights stay the same; results change by rounding.
     """
     for part in [*module.modules()]:
         if isinstance(part, UpSample):

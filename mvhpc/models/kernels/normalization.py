@@ -1,4 +1,4 @@
-"""Normalisation: of batches over the samples of all workers, of groups and layers without leaving bfloat16."""
+"""Batch normalisation over all workers, and group and layer normalisation in bfloat16."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class _Total(torch.autograd.Function):
-    """The sum of a tensor over the workers; the gradient of it is the sum of theirs."""
+    """Sum of a tensor over the workers; its gradient is the sum of the workers' gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -23,16 +23,16 @@ class _Total(torch.autograd.Function):
 
 
 def total(x: Tensor) -> Tensor:
-    """The sum of ``x`` over the workers. Collective, and again when its gradient is taken."""
+    """The sum of ``x`` over the workers. Forward and backward are collective."""
     summed: Tensor = _Total.apply(x)
     return summed
 
 
 class SyncedBatchNorm(nn.BatchNorm3d):
-    """BatchNorm3d whose batch is that of all workers together, each with an equal share of it.
+    """BatchNorm3d over the batches of all workers, which must be equally large.
 
-    Every worker then holds the same running statistics, and their number changes no result but by rounding. (torch's
-    SyncBatchNorm does the same, on GPUs alone.)
+    All workers have the same running statistics, and the number of workers changes results only by rounding. torch's
+    SyncBatchNorm does the same, but only on GPUs.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class SyncedBatchNorm(nn.BatchNorm3d):
         return y.to(x.dtype)
 
     def _follow(self, mean: Tensor, variance: Tensor) -> None:
-        """Let the running statistics take in those of one batch."""
+        """Update the running statistics by those of one batch."""
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         share = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum  # None: a plain mean
@@ -61,17 +61,17 @@ class SyncedBatchNorm(nn.BatchNorm3d):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm, with a shift before and SiLU after it where they are asked for.
+    """GroupNorm with an optional shift before it and an optional SiLU after it.
 
-    Under CUDA's autocast it reads and writes bfloat16, in channels-last order, its sums being float32 all the same.
-    Autocast has it in float32 there, which moves three times the bytes for the convolution behind it to round again; a
-    compiled network keeps those in registers by itself.
+    Under CUDA's autocast it reads and writes bfloat16 in channels-last format and sums in float32. PyTorch's own runs
+    in float32 there and moves three times the bytes, for the next convolution to round again. Compiled networks use
+    PyTorch's, since the compiler fuses these steps.
     """
 
     def forward(self, x: Tensor, offset: Tensor | None = None, silu: bool = False) -> Tensor:
         """Normalise x (B, C, H, W, D), plus ``offset`` (B, C)."""
         if x.is_cuda and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
-            from mvhpc.models.kernels.triton_group_norm import group_norm  # Triton comes with PyTorch for GPUs alone
+            from mvhpc.models.kernels.triton_group_norm import group_norm  # Triton is part of PyTorch for GPUs only
 
             return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, offset, silu)
         y = super().forward(x if offset is None else x + offset[:, :, None, None, None])
@@ -79,7 +79,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm that under CUDA's autocast reads and writes bfloat16 too."""
+    """LayerNorm that also reads and writes bfloat16 under CUDA's autocast."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (B, N, C) over C."""

@@ -1,4 +1,4 @@
-"""A network that is asked and no longer trained."""
+"""Networks for inference: weights rounded and packed once instead of in every call."""
 
 from typing import Any
 
@@ -11,16 +11,16 @@ from mvhpc.models.kernels.merged_upsampling import UpsampleConv
 
 
 def freeze(network: nn.Module, precision: torch.dtype, spared: tuple[str, ...] = ()) -> None:
-    """Do once what else every call does with the weights alone: round them, and add up those of doublings.
+    """Round the weights and merge those of upsamplings, in place, which every call would do otherwise.
 
-    Answers stay the same to the bit (on GPUs to rounding, where doublings that are trained go another way), under an
-    autocast to ``precision``, without which the network is of no more use.
-    Autocast remembers what it rounded for the sake of gradients alone, and never under ``torch.inference_mode``.
+    Afterwards the network must run under an autocast to ``precision``. Results stay the same to the bit; on GPUs they
+    change by rounding, since upsampling in training is computed differently. Autocast caches rounded weights only when
+    they need gradients, and never under ``torch.inference_mode``.
 
     Args:
-        network: with weights of float32.
-        precision: that matrix products are done in.
-        spared: how the names of parts begin that are also run without autocast, and whose weights are not rounded.
+        network: with float32 weights.
+        precision: of matrix products.
+        spared: prefixes of the names of modules that also run without autocast; their weights are not rounded.
     """
     for parent in [*network.modules()]:
         for name, part in parent.named_children():
@@ -32,10 +32,10 @@ def freeze(network: nn.Module, precision: torch.dtype, spared: tuple[str, ...] =
 
 
 def pack(network: nn.Module) -> None:
-    """Put the weights of a frozen network's convolutions, of those in bfloat16 on a CPU, in oneDNN's order.
+    """Convert the convolution weights of a frozen network, in bfloat16 on a CPU, to oneDNN's layout, in place.
 
-    Else every call puts them there, which with AMX takes longer than the products of eight small volumes, and seven
-    times as long as those of one. Answers stay the same to the bit; ``torch.compile`` can no longer read the network.
+    Otherwise every call converts them, which with AMX takes longer than the products of eight small volumes, and seven
+    times as long as those of one. Results stay the same to the bit; ``torch.compile`` can no longer trace the network.
     """
     if not (ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return
@@ -46,7 +46,7 @@ def pack(network: nn.Module) -> None:
 
 
 class PackedConv(nn.Module):
-    """A convolution in bfloat16, its weights in oneDNN's order, by the operators to which PyTorch's compiler takes."""
+    """A bfloat16 convolution with weights in oneDNN's layout, by the operators that PyTorch's compiler uses."""
 
     def __init__(self, convolution: nn.Conv3d) -> None:
         super().__init__()
@@ -65,6 +65,6 @@ class PackedConv(nn.Module):
 
 @register_flop_formula(torch.ops.mkldnn._convolution_pointwise)
 def _products(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-    """What PyTorch's counter does not know of that operator, from shapes."""
+    """FLOPs of that operator, which PyTorch's counter does not know."""
     count: int = conv_flop_count(x, weight, out_shape)
     return count

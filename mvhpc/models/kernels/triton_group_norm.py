@@ -1,8 +1,8 @@
-"""GroupNorm of volumes whose channels lie beside one another in memory, in Triton, for GPUs.
+"""GroupNorm of channels-last volumes on GPUs, in Triton.
 
-GPUs convolve fastest in that order, and PyTorch's GroupNorm knows only the other. What stands around it is done on the
-way: a shift of each channel before it, SiLU after it. Nothing is tuned by timing and every sum has one order, so that
-equal inputs give equal bits.
+GPUs convolve fastest in the channels-last format, which PyTorch's GroupNorm does not support. A shift of each channel
+before it and SiLU after it are fused. Nothing is autotuned and every sum has a fixed order, so that equal inputs give
+equal bits.
 """
 
 from typing import Any
@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS = 32, 128  # voxels and channels that a program has at hand
-CHUNK, PARTS = 512, 256  # a program adds up at least so many voxels; a volume is cut into at most so many parts
+ROWS, COLUMNS = 32, 128  # voxels and channels per block of a program
+CHUNK, PARTS = 512, 256  # fewest voxels that a program sums; most parts of a volume
 
 
 @triton.jit
 def _slope(y):  # type: ignore[no-untyped-def]
-    """Of SiLU."""
+    """Derivative of SiLU."""
     s = tl.sigmoid(y)
     return s * (1 + y * (1 - s))
 
@@ -28,8 +28,8 @@ def _add(  # type: ignore[no-untyped-def]
     x, dy, mean, rstd, weight, bias, first, second, S, C, chunk: tl.constexpr,
     backward: tl.constexpr, silu: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """Sums over a part of one sample's voxels, by channel: of x - p and its square, p the first voxel; backward of dy
-    (before SiLU) and of dy (x - mean)."""
+    """Sums over a part of one sample's voxels, per channel. Forward: of x - p and its square, p being the first voxel.
+    Backward: of dy (before SiLU) and of dy (x - mean)."""
     n, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     c = tl.program_id(2) * columns + tl.arange(0, columns)
     live = c < C
@@ -62,8 +62,8 @@ def _moments(  # type: ignore[no-untyped-def]
     x, first, second, offset, mean, rstd, apart, S, C, parts, eps,
     shifted: tl.constexpr, size: tl.constexpr, width: tl.constexpr, most: tl.constexpr,
 ):  # fmt: skip
-    """Of one group of ``size`` channels: what to take from x, by what to multiply, and by how much the mean of each
-    channel is above that of the group."""
+    """Statistics of one group of ``size`` channels: what is subtracted from x, the factor, and the difference of each
+    channel's mean from the group's."""
     n, i, p = tl.program_id(0).to(tl.int64), tl.arange(0, width), tl.arange(0, most)
     c = tl.program_id(1) * size + i
     live = i < size
@@ -84,8 +84,8 @@ def _slopes(  # type: ignore[no-untyped-def]
     first, second, rstd, apart, weight, level, slope, of_weight, of_bias, of_offset, S, C, parts,
     size: tl.constexpr, width: tl.constexpr, most: tl.constexpr,
 ):  # fmt: skip
-    """Of one group: dx = dy rstd weight + level + (x - mean) slope; one sample's share of the gradients of weight and
-    bias, and that of the offset, which is the sum of dx."""
+    """Coefficients of one group in dx = dy rstd weight + level + (x - mean) slope; one sample's part of the gradients
+    of weight and bias, and the gradient of the offset, which is the sum of dx."""
     n, i, p = tl.program_id(0).to(tl.int64), tl.arange(0, width), tl.arange(0, most)
     c = tl.program_id(1) * size + i
     live = i < size
@@ -106,7 +106,7 @@ def _map(  # type: ignore[no-untyped-def]
     x, dy, mean, rstd, weight, bias, level, slope, out, S, C,
     backward: tl.constexpr, silu: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """y of x, or backward dx of x and dy."""
+    """Forward: y from x. Backward: dx from x and dy."""
     n = tl.program_id(1).to(tl.int64)
     s, c = tl.program_id(0) * rows + tl.arange(0, rows), tl.program_id(2) * columns + tl.arange(0, columns)
     live = c < C
@@ -125,7 +125,7 @@ def _map(  # type: ignore[no-untyped-def]
 
 
 class _GroupNorm(torch.autograd.Function):
-    """x (B, C, H, W, D) in channels-last order; weight, bias (C,) and offset (B, C), or None, in float32."""
+    """x (B, C, H, W, D) in channels-last format; weight, bias (C,) and offset (B, C), or None, in float32."""
 
     @staticmethod
     def forward(
@@ -174,10 +174,10 @@ class _GroupNorm(torch.autograd.Function):
 def group_norm(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, offset: Tensor | None = None, silu: bool = False
 ) -> Tensor:
-    """GroupNorm of x + offset, and SiLU of that where it is asked for; sums are float32.
+    """GroupNorm of x + offset, then SiLU if ``silu``; sums are float32.
 
     Args:
-        x: (B, C, H, W, D), in any order; brought into channels-last order.
+        x: (B, C, H, W, D), in any memory format; converted to channels last.
         groups: that C is divided into.
         weight, bias: (C,) float32.
         eps: added to the variance.
@@ -185,7 +185,7 @@ def group_norm(
         silu: whether SiLU follows.
 
     Returns:
-        (B, C, H, W, D) of x's type, in channels-last order.
+        (B, C, H, W, D) of x's type, in channels-last format.
     """
     x = x.contiguous(memory_format=torch.channels_last_3d)
     offset = None if offset is None else offset.float().contiguous()
