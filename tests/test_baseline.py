@@ -281,24 +281,26 @@ def test_evaluation_says_what_training_does(data: Path, tmp_path: Path) -> None:
     [
         ({"want": "levle"}, "want: unknown variable 'levle'. Did you mean 'level'"),
         ({"given": "[scna]"}, "given: unknown variable 'scna'. Did you mean 'scan'"),
-        ({"want": "scan"}, "want=scan is a volume; a baseline answers a number or a category: level, group"),
+        ({"want": "scan"}, "want=scan is a volume; a baseline predicts a number or a category: level, group"),
         ({"given": "[scan,level]"}, "level is the wanted variable; remove it"),
         ({"given": "[scan,group,scan]"}, "name each variable once"),
         ({"given": "[group]"}, "add one of scan, small"),
         ({"given": "[]"}, "add one of scan, small"),
         ({"given": "[scan,small]"}, "volumes of one shape"),
-        ({"given": "[small]"}, "pack 29 voxels or more"),
+        ({"given": "[small]"}, "pack at least 29 voxels per axis"),
         ({"want": "nobody"}, "no subject in the training part of split 'default' has nobody and scan"),
     ],
 )
-def test_what_no_baseline_answers_is_refused(data: Path, tmp_path: Path, values: dict[str, str], words: str) -> None:
+def test_queries_that_no_baseline_can_predict_are_refused(
+    data: Path, tmp_path: Path, values: dict[str, str], words: str
+) -> None:
     with pytest.raises(ConfigError) as refused:
         BaselineTask(config(data, tmp_path, **values))
     assert words in str(refused.value)
 
 
 def test_batches_of_one_are_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="needs two samples"):
+    with pytest.raises(ConfigError, match="needs at least two samples"):
         BaselineTask(config(data, tmp_path, "training.batch=4", "training.accumulate=4"))
 
 
