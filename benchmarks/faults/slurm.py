@@ -15,7 +15,7 @@ import psutil
 
 from benchmarks.faults.trials import RECOVERY_S, Fault, apply, audit, keys, record_verdict
 from tests.slurm_cluster import SlurmCluster
-from tests.test_slurm import nothing_is_left, submit
+from tests.test_slurm import check_cleaned_up, submit
 from tests.test_slurm_faults import (
     Training,
     driver_killed,
@@ -150,7 +150,7 @@ def on_slurm(
         state = slurm.wait(training.job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "", seconds=600)
         assert state in {"COMPLETED", ""}, f"the job is {state}"
         record_verdict(faults, *audit(training.run, whole))
-        nothing_is_left(slurm, training.job, training.run)
+        check_cleaned_up(slurm, training.job, training.run)
     except (AssertionError, OSError) as error:
         record_verdict(faults, 0, f"the run did not finish well: {error}"[:300])
         with contextlib.suppress(AssertionError):

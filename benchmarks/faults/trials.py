@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from mvhpc.checkpoints.consolidate import consolidate, read_weights
-from mvhpc.config import AutoencoderConfig as AutoencoderConfig
-from mvhpc.config import load_config
+from mvhpc.config import AutoencoderConfig, load_config
 from mvhpc.inference.encode import EncodeConfig
 from mvhpc.inference.encode import run as encode
 from mvhpc.models.autoencoder import Autoencoder
-from mvhpc.models.bundle import load, save_autoencoder
+from mvhpc.models.bundle import JointModel, load, save_autoencoder
 from mvhpc.runs.folder import Run
 from mvhpc.runs.journal import read
 from shards.pack import pack
@@ -67,7 +66,9 @@ def prepare(root: Path) -> None:
     """Pack and encode twelve people with an untrained autoencoder, unless the data exist."""
     if (root / "latents" / "index.json").is_file():
         return
-    small = AutoencoderConfig([8, 8, 8, 16], latent_channels=4, res_blocks=1, norm_groups=4, checkpointing=False)
+    small = AutoencoderConfig(
+        channels=[8, 8, 8, 16], latent_channels=4, res_blocks=1, norm_groups=4, checkpointing=False
+    )
     torch.manual_seed(0)
     save_autoencoder(root / "vae" / "model", Autoencoder(small), small)
     write_bids(root / "bids", 12)
@@ -122,10 +123,12 @@ def points(run: Path, rolled_back: list[tuple[float, float]]) -> dict[tuple[int,
 
 
 def bits(run: Path) -> dict[str, str]:
-    """SHA-256 of the exported model and of every file of the newest checkpoint."""
+    """SHA-256 of each network of the exported model and of every file of the newest checkpoint."""
     newest = max((run / "checkpoints").glob("step-*"))
-    states = {f"{newest.name}/{p.name}": digest(read_weights(p)) for p in newest.rglob("*.pt")}
-    return {**states, "model": digest(dict(load(run / "model").denoiser.state_dict()))}
+    states = {f"{newest.name}/{p.relative_to(newest)}": digest(read_weights(p)) for p in newest.rglob("*.pt")}
+    model = load(run / "model", kind=JointModel)
+    networks = {"denoiser": model.denoiser, "scalars": model.scalars}
+    return states | {f"model/{name}": digest(dict(n.state_dict())) for name, n in networks.items() if n is not None}
 
 
 def audit(run: Path, whole: Path, rolled_back: list[tuple[float, float]] = []) -> tuple[int, str]:  # noqa: B006
@@ -145,9 +148,10 @@ def audit(run: Path, whole: Path, rolled_back: list[tuple[float, float]] = []) -
     newest = max((run / "checkpoints").glob("step-*"))
     total = int(newest.name[5:])
     (skipped,) = {float(value) for value in ours[total, "train/skipped_steps"]}
-    updates = {float(moments["step"]) for moments in consolidate(newest / "denoiser").moments.values()}
-    if updates != {total - skipped}:
-        differences.append(f"{updates} updates, not {total - skipped:.0f}")
+    for network in sorted(path for path in newest.iterdir() if path.is_dir()):
+        updates = {float(moments["step"]) for moments in consolidate(network).moments.values()}
+        if updates != {total - skipped}:
+            differences.append(f"{updates} updates of {network.name}, not {total - skipped:.0f}")
     return BATCH * len({step for step, name in wrong if name == "train/loss"}), "; ".join(differences)
 
 

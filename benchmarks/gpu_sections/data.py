@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_sections.settings import Settings
+from mvhpc.config import fingerprint
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import AutoencoderModel, load, save_autoencoder
 from mvhpc.training.joint import JointTask
@@ -18,7 +19,7 @@ VOLUMES = 8  # random ones: training reads them again and again
 
 def volumes(folder: Path, settings: Settings) -> str:
     """A data set of random volumes, made where it is missing."""
-    return _write(folder / "volumes", "volumes", settings.voxels, VOLUMES, settings, {})
+    return _write(folder / "volumes", "volumes", settings.voxels, VOLUMES, settings)
 
 
 def latents(folder: Path, settings: Settings) -> dict[str, str]:
@@ -32,9 +33,8 @@ def latents(folder: Path, settings: Settings) -> dict[str, str]:
         torch.manual_seed(0)
         save_autoencoder(vae / "model", Autoencoder(model), model)
     autoencoder, meta = load(vae, kind=AutoencoderModel)
-    extra = {"scale": {"image": 1.0}, "vae": meta["sha256"]}
     shape = autoencoder.latent_shape(settings.voxels)
-    data = _write(folder / "latents", "latents", shape, settings.samples, settings, extra)
+    data = _write(folder / "latents", "latents", shape, settings.samples, settings, meta["sha256"])
     return {"latents": data, "vae": str(vae)}
 
 
@@ -47,20 +47,22 @@ def untrained_model(folder: Path, settings: Settings) -> str:
 
 
 def _write(
-    folder: Path, kind: str, shape: tuple[int, ...], train: int, settings: Settings, extra: dict[str, object]
+    folder: Path, kind: str, shape: tuple[int, ...], train: int, settings: Settings, autoencoder: str = ""
 ) -> str:
-    """``train`` records of the training part and half as many of the validation part."""
+    """``train`` records of the training part and half as many of the validation part; of latents by ``autoencoder``."""
     if (folder / "index.json").is_file():
         return str(folder)
     grid = {"spacing": 1.0, "shape": list(settings.voxels), "affine": np.eye(4).tolist()}
     arrays = {"image": {"shape": shape, "dtype": "float16"}}
     writer = DatasetWriter(folder, "zarr", kind, Schema.load(), arrays, grid)
-    rng, parts = np.random.default_rng(0), {}
+    rng, parts = np.random.default_rng(0), dict[str, str]()
     for i in range(train + train // 2):
-        values = {"age": float(rng.uniform(20, 80)), "sex": "FM"[int(rng.integers(2))]}
+        values: dict[str, float | str | None] = {"age": float(rng.uniform(20, 80)), "sex": "FM"[int(rng.integers(2))]}
         image = rng.random(shape, np.float32).astype(np.float16)
         key = f"sub-{i:04d}"
         writer.add(key, key, values, {"image": image})
         parts[key] = "train" if i < train else "validation"
+    training = fingerprint(sorted(key for key, part in parts.items() if part == "train"))
+    extra = {"scale": {"image": 1.0}, "vae": autoencoder, "training": training} if autoencoder else {}
     writer.finish({"default": Split("fractions", 0, [0.7, 0.3, 0.0], [], "", parts)}, extra=extra)
     return str(folder)

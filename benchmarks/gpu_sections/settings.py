@@ -7,7 +7,13 @@ from mvhpc.config import load_config
 from mvhpc.training.joint import JointConfig
 from mvhpc.training.vae import VAEConfig
 
-SMALL_VAE = {"model.channels": [8, 8, 16], "model.res_blocks": 1, "model.norm_groups": 4}
+SMALL_VAE = {
+    "model.channels": [8, 8, 16],
+    "model.res_blocks": 1,
+    "model.norm_groups": 4,
+    "loss.discriminator_channels": 8,
+    "loss.discriminator_layers": 2,
+}
 SMALL_JOINT = {
     "model.channels": [16, 16],
     "model.attention": [False, True],
@@ -69,7 +75,7 @@ FULL = Settings()
 TINY = Settings(
     preset="default",
     voxels=(16, 16, 16),
-    joint=SMALL_JOINT | {"model.readers": 1, "training.batch": 4, "compute.precision": "auto"},
+    joint=SMALL_JOINT | {"model.ensemble_members": 1, "training.batch": 4, "compute.precision": "auto"},
     vae=SMALL_VAE | {"training.batch": 2, "compute.precision": "auto"},
     samples=8,
     warm=2,

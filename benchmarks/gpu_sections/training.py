@@ -54,7 +54,7 @@ class Trainer:
                 task.learning_rates[name],
                 config.optimizer,
                 config.compute,
-                getattr(config, "ema", None) if name == task.averaged else None,
+                getattr(config, "ema", None) if name in task.averaged else None,
                 parts,
                 micro,
                 Collectives(0, 1),

@@ -3,12 +3,13 @@
     python -m benchmarks.law.conditionals [--steps 6000 | --exact] [--scalars] [--markdown FILE]
 
 The law: a category of three classes; given the class, a small image (4 x 4 x 4) and two numbers are jointly Gaussian.
-The network is trained on fresh draws. Then it predicts the other scalars given every subset of the variables, by each
-way of conditioning, and samples the image given every subset of the scalars. Compared with the exact conditionals are:
-the error of the mean in units of the exact posterior mean's error (1 is the best possible), the SD in units of the
-exact SD, the mean distance of the class probabilities, and C2ST, the accuracy of a classifier that separates (given,
-prediction) pairs of the model from exact ones (0.5 is chance; Lopez-Paz and Oquab 2017). With --exact the denoiser of
-the law itself replaces the network, which leaves the error of the solvers. All seeds are fixed.
+The joint model's two networks are trained on fresh draws, as the joint stage trains them. Then they predict the other
+scalars given every subset of the variables, by each way of conditioning, and sample the image given every subset of the
+scalars. Compared with the exact conditionals are: the error of the mean in units of the exact posterior mean's error
+(1 is the best possible), the SD in units of the exact SD, the mean distance of the class probabilities, and C2ST, the
+accuracy of a classifier that separates (given, prediction) pairs of the model from exact ones (0.5 is chance;
+Lopez-Paz and Oquab 2017). With --exact the denoiser of the law itself replaces the networks, which leaves the error of
+the solvers. All seeds are fixed.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_score
 from sklearn.neural_network import MLPClassifier
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from mvhpc import config
@@ -31,6 +32,8 @@ from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.diffusion.posterior import Posterior
 from mvhpc.diffusion.sampling import sample
 from mvhpc.models.denoiser import JointDenoiser
+from mvhpc.models.joint_network import JointNetwork, build_networks
+from mvhpc.models.scalar_predictor import ScalarPredictor
 from mvhpc.runtime.randomness import generator, rand
 from mvhpc.variables import Categorical, Continuous, Variables, Volume
 from shards.progress import progress
@@ -45,8 +48,31 @@ VARIABLES = Variables(
         Categorical("site", ("x", "y", "z")),
     ]
 )
-NETWORK = config.DenoiserConfig("late", 8, 1, [32, 64], [False, True], 1, 32, 8, 64, 0.0, False)
-DIFFUSION = config.DiffusionConfig(1000, 0.0015, 0.0195, "independent", 0.1, 0.4, 0.3, "v", "v", {})
+NETWORKS = config.DenoiserConfig(
+    scalars="late",
+    components=8,
+    ensemble_members=1,
+    channels=[32, 64],
+    attention=[False, True],
+    res_blocks=1,
+    head_channels=32,
+    norm_groups=8,
+    embedding=64,
+    dropout=0.0,
+    checkpointing=False,
+)
+DIFFUSION = config.DiffusionConfig(
+    steps=1000,
+    beta_start=0.0015,
+    beta_end=0.0195,
+    time="independent",
+    shared_fraction=0.1,
+    clean_fraction=0.4,
+    noise_fraction=0.3,
+    volume="v",
+    continuous="v",
+    weights={},
+)
 SCALARS = (*NUMBERS, "site")
 QUERIES, CLEAN_VOLUME_PROB = 8, 0.7  # of configs/joint/default.yaml
 METHODS: dict[str, dict[str, object]] = {
@@ -108,42 +134,51 @@ class Law:
         return chances, torch.stack(means, 1), torch.stack(covariances)
 
 
-def trained(law: Law, steps: int, path: Path | None) -> tuple[JointDenoiser, JointDiffusion]:
-    """The network of ``path`` where that exists, else one that is trained now."""
+def trained(law: Law, steps: int, path: Path | None) -> tuple[JointNetwork, JointDiffusion]:
+    """The networks of ``path`` where that exists, else ones that are trained now."""
     diffusion = JointDiffusion(VARIABLES, DIFFUSION)
     torch.manual_seed(0)
-    network = JointDenoiser(VARIABLES, NETWORK, diffusion.masked_level)
+    networks = nn.ModuleDict(build_networks(VARIABLES, NETWORKS, diffusion.masked_level))
     if path is not None and path.is_file():
-        network.load_state_dict(load_file(path))
-        return network.eval(), diffusion
-    network = learn(law, network, diffusion, steps)
-    if path is not None:
-        save_file(network.state_dict(), path)
-    return network, diffusion
+        networks.load_state_dict(load_file(path))
+    else:
+        networks.load_state_dict(learn(law, networks, diffusion, steps))
+        if path is not None:
+            save_file(networks.state_dict(), path)
+    networks.eval()
+    denoiser, scalars = networks["denoiser"], networks["scalars"]
+    assert isinstance(denoiser, JointDenoiser) and isinstance(scalars, ScalarPredictor)
+    return JointNetwork(denoiser, scalars), diffusion
 
 
-def learn(law: Law, network: JointDenoiser, diffusion: JointDiffusion, steps: int, batch: int = 128) -> JointDenoiser:
-    """Train on fresh draws; the result is averaged over the last weights."""
-    network.adapt({"image": law.draw(256, torch.Generator().manual_seed(6))["image"]})
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-3, betas=(0.9, 0.99))
+def learn(
+    law: Law, networks: nn.ModuleDict, diffusion: JointDiffusion, steps: int, batch: int = 128
+) -> dict[str, Tensor]:
+    """Train both networks on fresh draws, as the joint stage does; their weights, averaged over the last steps."""
+    denoiser, scalars = networks["denoiser"], networks["scalars"]
+    assert isinstance(scalars, ScalarPredictor)
+    scalars.standardize_features({"image": law.draw(256, torch.Generator().manual_seed(6))["image"]})
+    optimizer = torch.optim.AdamW(networks.parameters(), 1e-3, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.05)
     averaged = torch.optim.swa_utils.AveragedModel(
-        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
+        networks, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
     )
     g = torch.Generator().manual_seed(1)
     for step in progress(range(steps), "training", unit="step"):
         generators = [generator(0, "law", step, i, q) for i in range(batch) for q in range(QUERIES)]
         noised = diffusion.noise(law.draw(batch, g), {}, diffusion.draw_times(generators), generators)
-        chosen = rand([generator(0, "reveal", step, i) for i in range(batch)], (1,)) < CLEAN_VOLUME_PROB
-        outputs = network(noised.z, noised.t, shown=diffusion.show_clean(noised, chosen))
+        clean = rand([generator(0, "clean volume", step, i) for i in range(batch)], (1,)) < CLEAN_VOLUME_PROB
+        z, t = diffusion.show_clean(noised, clean)
+        outputs = denoiser(noised.z, noised.t, moving=noised.moving) | scalars(noised.z | z, noised.t | t)
         loss = diffusion.total(diffusion.losses(outputs, noised)).mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        for network in networks.values():
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        averaged.update_parameters(network)
-    return averaged.module.eval()
+        averaged.update_parameters(networks)
+    return dict(averaged.module.state_dict())
 
 
 class Exact:
@@ -194,7 +229,7 @@ class Prediction:
 
 
 def predict(
-    network: JointDenoiser | Exact,
+    network: JointNetwork | Exact,
     diffusion: JointDiffusion,
     people: dict[str, Tensor],
     given: tuple[str, ...],
@@ -209,8 +244,8 @@ def predict(
         generators = [generator(0, "answer", i, j) for i in range(n) for j in range(samples)]
         drawn = sample(network, diffusion, fixed, generators, want=want, **method)  # type: ignore[arg-type]
     else:
-        assert isinstance(network, JointDenoiser)
-        posterior = Posterior(network, diffusion, {name: people[name] for name in given}, n)
+        assert isinstance(network, JointNetwork) and network.scalars is not None
+        posterior = Posterior(network.scalars, diffusion, {name: people[name] for name in given}, n)
         uniform = torch.rand(n, samples, len(want), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
         drawn = posterior.draw(want, uniform)
     parts = [drawn[name].reshape(n, samples, -1).double() for name in numbers]
@@ -283,15 +318,15 @@ def measure(predicted: Prediction, exact: tuple[Tensor, Tensor, Tensor], several
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6000, help="of training")
-    parser.add_argument("--network", type=Path, help="the trained network: read where it is, else written there")
-    parser.add_argument("--exact", action="store_true", help="the denoiser of the law itself in place of a network")
+    parser.add_argument("--network", type=Path, help="the trained networks: read where they are, else written there")
+    parser.add_argument("--exact", action="store_true", help="the denoiser of the law itself in place of the networks")
     parser.add_argument("--scalars", action="store_true", help="leave out the image, which takes most of the time")
     parser.add_argument("--people", type=int, default=100, help="to predict for")
     parser.add_argument("--samples", type=int, default=30, help="chains per query")
     parser.add_argument("--markdown", type=Path, help="write the tables there too")
     options = parser.parse_args()
     law = Law()
-    network: JointDenoiser | Exact
+    network: JointNetwork | Exact
     if options.exact:
         diffusion = JointDiffusion(VARIABLES, DIFFUSION)
         network = Exact(law, diffusion)

@@ -23,6 +23,7 @@ from mvhpc.inference.open_predictor import open_predictor
 from mvhpc.inference.predictor import PredictConfig
 from mvhpc.inference.sampler import Sampler
 from mvhpc.models.bundle import JointModel, load
+from mvhpc.models.joint_network import JointNetwork
 from mvhpc.runtime.randomness import generator
 from mvhpc.variables import Continuous
 from shards.dataset import Dataset, open_dataset
@@ -194,7 +195,8 @@ class Joint:
         model = self.sampler.model
         calls = self.sampler.calls(given, [want]) * (1 if self.exact else self.samples)
         if self.whole:
-            self.sampler.model = replace(model, denoiser=Whole(model.denoiser))  # type: ignore[arg-type]
+            self.sampler.model = replace(model)
+            vars(self.sampler.model)["network"] = Whole(model.network)  # in place of the cached property
         predict = self.densities if self.exact else self.chains
         with FlopCounterMode(display=False) as counter:
             predict({name: value[:1] for name, value in given.items()}, 1, want, keys)
@@ -205,13 +207,11 @@ class Joint:
         return {"calls": calls, "flops": counter.get_total_flops(), "seconds": seconds}
 
 
-class Whole(torch.nn.Module):
-    """A denoiser that computes all outputs, whatever is wanted."""
+class Whole:
+    """The joint model's networks, which compute all outputs, whatever is wanted."""
 
-    def __init__(self, denoiser: torch.nn.Module) -> None:
-        super().__init__()
-        self.denoiser = denoiser
+    def __init__(self, network: JointNetwork) -> None:
+        self.network = network
 
-    def forward(self, z: dict[str, Tensor], t: dict[str, Tensor], want: Sequence[str]) -> dict[str, Tensor]:
-        predicted: dict[str, Tensor] = self.denoiser(z, t)
-        return predicted
+    def __call__(self, z: dict[str, Tensor], t: dict[str, Tensor], want: Sequence[str]) -> dict[str, Tensor]:
+        return self.network(z, t)

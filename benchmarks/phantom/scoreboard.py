@@ -83,12 +83,12 @@ def minutes(root: Path, making: float, predicting: float) -> str:
     return f"\nMinutes: {parts}; this invocation {(making + predicting) / 60:.0f}.\n"
 
 
-def scores(answer: Prediction, want: str, truth: Floats) -> Floats:
+def scores(predicted: Prediction, want: str, truth: Floats) -> Floats:
     """Absolute errors in years, or hits, per person."""
-    n = len(answer.point)
+    n = len(predicted.point)
     if want == "sex":
-        return ((answer.point >= 0.5) == (truth[:n] == 1)).astype(float)
-    return np.abs(answer.point - truth[:n])
+        return ((predicted.point >= 0.5) == (truth[:n] == 1)).astype(float)
+    return np.abs(predicted.point - truth[:n])
 
 
 def report(predictions: dict[tuple[str, int], Prediction], labels: Sequence[str], truth: dict[str, Floats]) -> str:

@@ -104,7 +104,7 @@ def _noising(rows: int = 16) -> float:
     batch = {"image": image, "age": torch.zeros(rows, 1), "sex": torch.zeros(rows, dtype=torch.int64)}
 
     def job() -> None:
-        draws = [generator(0, "train", i, q) for i in range(rows) for q in range(config.questions)]
+        draws = [generator(0, "train", i, q) for i in range(rows) for q in range(config.queries_per_volume)]
         diffusion.noise(batch, {}, diffusion.draw_times(draws), draws)
 
     return _seconds(job) / rows
@@ -153,21 +153,21 @@ def _all_reduce() -> tuple[float, float]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    answers = context.SimpleQueue()
-    processes = [context.Process(target=_reducer, args=(rank, port, answers)) for rank in range(2)]
+    results = context.SimpleQueue()
+    processes = [context.Process(target=_reducer, args=(rank, port, results)) for rank in range(2)]
     for process in processes:
         process.start()
-    answer: tuple[float, float] = answers.get()
+    measured: tuple[float, float] = results.get()
     for process in processes:
         process.join()
-    return answer
+    return measured
 
 
-def _reducer(rank: int, port: int, answers: "multiprocessing.SimpleQueue[tuple[float, float]]") -> None:
+def _reducer(rank: int, port: int, results: "multiprocessing.SimpleQueue[tuple[float, float]]") -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     large, small = torch.rand(2**24), torch.rand(1)
     result = 4 * 2**24 / _seconds(lambda: dist.all_reduce(large)), _seconds(lambda: dist.all_reduce(small), 50)
     if rank == 0:
-        answers.put(result)
+        results.put(result)
     dist.destroy_process_group()

@@ -2,8 +2,8 @@
 
     python -m benchmarks.scaling.tables [--measure] [--markdown FILE]
 
-``--measure`` replaces those constants that this machine can measure. ``--markdown`` writes the tables into the file,
-below its marker.
+``--measure`` replaces those constants that this machine can measure. ``--markdown`` writes the tables into FILE, in
+place of all that follows its marker; a file without one keeps its text, and gets the marker and the tables at its end.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.scaling.rates import Rates, measure
 from benchmarks.scaling.steptime import NODE, WORD, Setting, device, memory, passes, saving, step, volume, work_of
-from benchmarks.scaling.workload import PRESETS, STAGES, count, settings
+from benchmarks.scaling.workload import KINDS, PRESETS, count, settings
 from shards.files import write_text
 
 GPUS = (1, 4, 8, 32, 256, 1024)
@@ -106,7 +106,7 @@ def constants(rates: Rates, measured: dict[str, str]) -> str:
 def per_sample(rates: Rates) -> str:
     """Work of one sample, by stage and preset."""
     rows = []
-    for kind in STAGES:
+    for kind in KINDS:
         for preset in PRESETS:
             one = count(kind, preset, 1, 1, device(rates))
             four = count(kind, preset, 4, 4 if kind == "joint" else 1, device(rates))
@@ -165,11 +165,11 @@ def report(rates: Rates, measured: dict[str, str], local: dict[str, float]) -> s
         parts += ["Also measured on this machine; not used, for it is no GPU cluster:\n"]
         parts += [table("on this machine | value", [[name, f"{value:.3g}"] for name, value in local.items()])]
     parts += ["## Work per sample\n", per_sample(rates)]
-    for kind in STAGES:
+    for kind in KINDS:
         for preset in PRESETS:
             parts += [f"## Stage {kind}, preset {preset}\n", scaled(kind, preset, rates), made_of(kind, preset, rates)]
     parts += ["## Recommended\n"]
-    for kind in STAGES:
+    for kind in KINDS:
         for preset in PRESETS:
             for gpus in ADVISED:
                 text = command(best(kind, preset, gpus, grown(kind, preset, gpus), rates), rates)

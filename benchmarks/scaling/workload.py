@@ -24,15 +24,17 @@ from mvhpc.config import load_config
 from mvhpc.diffusion.joint import JointDiffusion, Noised
 from mvhpc.models.autoencoder import Autoencoder, kl_divergence
 from mvhpc.models.denoiser import JointDenoiser
+from mvhpc.models.joint_network import build_networks
 from mvhpc.models.perceptual import SqueezeLPIPS, slice_distance
+from mvhpc.stages import STAGES
 from mvhpc.training.engines.deepspeed import PERSISTENT
 from mvhpc.training.joint import JointConfig
-from mvhpc.training.vae import Discriminator, VAEConfig, discriminator_loss, generator_loss
+from mvhpc.training.vae import Discriminator, discriminator_loss, generator_loss
 from mvhpc.variables import Categorical, Continuous, Variables, Volume
 
 VOXELS = (160, 192, 160)  # of the presets: 1 mm
 PRESETS = ("paper", "h200")
-STAGES: dict[str, type[JointConfig] | type[VAEConfig]] = {"joint": JointConfig, "vae": VAEConfig}
+KINDS = ("joint", "vae")  # stages
 REDUCTION = 8  # of the presets' autoencoders, per axis
 aten = torch.ops.aten
 autocast = partial(torch.autocast, "cpu", torch.bfloat16)
@@ -125,37 +127,34 @@ def joint_parts(preset: str) -> tuple[Variables, JointDiffusion, JointConfig]:
 
 
 def _joint(preset: str, batch: int, moving: int) -> tuple[list[nn.Module], Callable[[], None]]:
-    """The denoiser, and one micro-batch of it whose U-Net sees ``moving`` rows."""
+    """The networks, and one micro-batch of them in which the U-Net computes ``moving`` rows."""
     variables, diffusion, config = joint_parts(preset)
-    network = JointDenoiser(variables, config.model, diffusion.masked_level)
-    rows, asked = (batch, *variables.volumes[0].shape), batch * config.questions
-    z = {"image": torch.randn(rows), "age": torch.randn(asked, 1), "sex": torch.zeros(asked, dtype=torch.int64)}
+    networks, queries = build_networks(variables, config.model, diffusion.masked_level), config.queries_per_volume
+    denoiser = networks["denoiser"]
+    assert isinstance(denoiser, JointDenoiser)
+    shape, rows = (batch, *variables.volumes[0].shape), batch * queries  # rows of scalars
+    z = {"image": torch.randn(shape), "age": torch.randn(rows, 1), "sex": torch.zeros(rows, dtype=torch.int64)}
     t = {name: torch.ones(len(x), dtype=torch.int64) for name, x in z.items()}
     counts = {name: torch.ones(len(x), dtype=torch.bool) for name, x in z.items()}
-    names = [v.name for v in variables.scalars]
-
-    def part(values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The rows of the U-Net, each with all its questions."""
-        return {name: x[: moving * (config.questions if name in names else 1)] for name, x in values.items()}
+    noised = Noised(z, t, z, z, counts, counts["image"])
 
     def step() -> None:
-        # `JointDenoiser.forward`, but for its choice of the rows that move, which needs data.
         with autocast():
-            first = [
-                {n: x[:: config.questions] if n in names else x for n, x in part(values).items()} for values in (z, t)
-            ]
-            if network.late:
-                told = {n: x if n in names else x.repeat_interleave(config.questions) for n, x in t.items()}
-                outputs = network.predict(network.encode(z, t).repeat_interleave(config.questions, 0), z, told, names)
-                image = network.expand(network.contract(*first), *first)["image"]
+            if "scalars" in networks:
+                outputs = networks["scalars"](z, t)
+                # `JointDenoiser.forward`, but for its choice of the rows that move, which needs data.
+                first = [
+                    {name: x[:moving] if name == "image" else x[: moving * queries : queries] for name, x in of.items()}
+                    for of in (z, t)
+                ]
+                image = denoiser.expand(denoiser.contract(*first), *first)["image"]
             else:
-                outputs = network(z, t)
+                outputs = denoiser(z, t)
                 image = outputs["image"][:moving]
-        outputs["image"] = torch.zeros(rows).index_copy(0, torch.arange(moving), image.float())
-        noised = Noised(z, t, z, z, counts, counts["image"])
-        diffusion.total(diffusion.losses({n: x.float() for n, x in outputs.items()}, noised)).mean().backward()
+        outputs["image"] = torch.zeros(shape).index_copy(0, torch.arange(moving), image.float())
+        diffusion.total(diffusion.losses({name: x.float() for name, x in outputs.items()}, noised)).mean().backward()
 
-    return [network], step
+    return [*networks.values()], step
 
 
 def _vae(preset: str, batch: int) -> tuple[list[nn.Module], Callable[[], None]]:
@@ -173,8 +172,8 @@ def _vae(preset: str, batch: int) -> tuple[list[nn.Module], Callable[[], None]]:
     def step() -> None:
         with autocast():
             y, mean, sigma = (part.float() for part in autoencoder(x, noise))
-            judged = frozen(y).float()
-        total = (y - x).abs().mean() + loss.kl * kl_divergence(mean, sigma).mean() + generator_loss(judged)
+            logits = frozen(y).float()
+        total = (y - x).abs().mean() + loss.kl * kl_divergence(mean, sigma).mean() + generator_loss(logits)
         total = total + loss.perceptual * slice_distance(lpips, y, x, loss.slices, draws).mean()
         total.backward()
         with autocast():
@@ -188,7 +187,7 @@ def _vae(preset: str, batch: int) -> tuple[list[nn.Module], Callable[[], None]]:
 def settings(stage: str, preset: str) -> Any:
     """The configuration of a stage's preset, its paths left open."""
     paths = {"joint": ("out", "latents", "vae"), "vae": ("out", "data")}[stage]
-    return load_config(STAGES[stage], stage, preset, values=dict.fromkeys(paths, "..."))
+    return load_config(STAGES[stage].config_class(), stage, preset, values=dict.fromkeys(paths, "..."))
 
 
 @cache

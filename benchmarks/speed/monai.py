@@ -85,9 +85,12 @@ def jobs_of(settings: Settings, config: JointConfig, folder: Path) -> dict[str, 
     """What is timed, by name; one call is one batch."""
     paths = {"out": "", "model": "", "data": ""}
     sampling = load_config(PredictConfig, "predict", "default", values={**paths, "want": WANT}).sampling
-    model, compute = untrained_model(folder, settings), config.compute
-    sampler = Sampler(load(model, resolve_device(compute.device), kind=JointModel), sampling, compute, scalars=True)
-    device, shape = sampler.device, sampler.model.variables.volumes[0].shape
+    folder_of_model, device = untrained_model(folder, settings), resolve_device(config.compute.device)
+    predictor, sampler = (
+        Sampler(load(folder_of_model, device, kind=JointModel), sampling, config.compute, scalars)
+        for scalars in (True, False)  # a sampler of scalars alone prepares no U-Net
+    )
+    shape = sampler.model.variables.volumes[0].shape
     monai, trainer, n = Monai(config, shape, device), Trainer(JointTask(config), config, 1), config.training.batch
     g = torch.Generator().manual_seed(0)
     drawn = {
@@ -101,14 +104,14 @@ def jobs_of(settings: Settings, config: JointConfig, folder: Path) -> dict[str, 
     @torch.inference_mode()
     def denoise() -> None:
         with torch.autocast(device.type, sampler.precision, enabled=sampler.precision is not torch.float32):
-            sampler.model.denoiser(batch, levels, ["image"])
+            sampler.model.network(batch, levels, ["image"])
 
     return {
         "train, MONAI": lambda: monai.train(batch),
         "denoise, MONAI": lambda: monai.denoise(batch),
         "train, ours": lambda: trainer.step(0),
         "denoise, ours": denoise,
-        "predict, ours": lambda: sampler.posterior({"image": batch["image"]}, n).laws(WANT),
+        "predict, ours": lambda: predictor.posterior({"image": batch["image"]}, n).laws(WANT),
     }
 
 

@@ -122,17 +122,25 @@ class Timed(JointTask):
 
 
 class Bare:
-    """A network and AdamW without further machinery, with the interface of an engine."""
+    """A network and AdamW without further machinery, with the interface of an engine.
 
-    def __init__(self, module: nn.Module, config: JointConfig, world: int) -> None:
+    Args:
+        module: the network.
+        rate: of learning.
+        decay: of the average of its weights; None for no average.
+        config: of the joint stage.
+        world: how many workers there are.
+    """
+
+    def __init__(self, module: nn.Module, rate: float, decay: float | None, config: JointConfig, world: int) -> None:
         device = resolve_device(config.compute.device)
         self.device, self.module = device, module.to(device).train()
         self.network = DistributedDataParallel(self.module) if world > 1 else self.module
-        o, self.clip, self.ema = config.optimizer, config.optimizer.clip, config.ema
+        o, self.clip, self.decay = config.optimizer, config.optimizer.clip, decay
         betas = (o.betas[0], o.betas[1])
-        self.optimizer = torch.optim.AdamW(module.parameters(), o.lr, betas, weight_decay=o.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(module.parameters(), rate, betas, weight_decay=o.weight_decay, fused=True)
         self.weights = [p.detach() for p in module.parameters()]
-        self.average = [p.clone() for p in self.weights]
+        self.average = [] if decay is None else [p.clone() for p in self.weights]
         precision = resolve_precision(config.compute.precision, device)
         self.autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
@@ -147,13 +155,17 @@ class Bare:
         nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        torch._foreach_lerp_(self.average, self.weights, 1 - self.ema)
+        if self.decay is not None:
+            torch._foreach_lerp_(self.average, self.weights, 1 - self.decay)
 
 
 def bare(task: JointTask, config: JointConfig, rank: int, world: int) -> None:
     """The bare training loop."""
     order = Order(task.samples, config.training.batch, config.training.seed)
-    engines: Any = {name: Bare(module, config, world) for name, module in task.networks.items()}
+    engines: Any = {
+        name: Bare(module, task.learning_rates[name], config.ema if name in task.averaged else None, config, world)
+        for name, module in task.networks.items()
+    }
     device = resolve_device(config.compute.device)
     for step in range(config.training.epochs * order.steps_per_epoch):
         indices = order.part(step, rank, world)
