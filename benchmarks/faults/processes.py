@@ -229,7 +229,7 @@ def disk_full(victim: Victim, draw: random.Random) -> float:
 def read_only(victim: Victim, draw: random.Random) -> float:
     def remount(how: str) -> bool:
         """Remount the bind mount: the file system itself refuses while a removed file is still mapped."""
-        command = ["mount", "-o", f"remount,bind,{how}", victim.run.parent]
+        command = ["mount", "-o", f"remount,bind,{how}", str(victim.run.parent)]
         return subprocess.run(command, capture_output=True).returncode == 0
 
     while not remount("ro"):  # refused while a file is being written

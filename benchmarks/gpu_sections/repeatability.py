@@ -33,7 +33,7 @@ def repeatability(folder: Path, settings: Settings) -> Iterator[tuple[str, Job]]
     short = {"training.batch": 4, "training.epochs": 2, "compute.workers": 1, "out": "none"}
     critic = {"loss.adversarial": 0.1, "loss.discriminator_channels": 8}
     query = {"want": "age", "given": ["image", "sex"]}
-    stages: dict[str, tuple[type[Task], Any]] = {
+    stages: dict[str, tuple[Callable[[Any], Task], Any]] = {
         "vae": (VAETask, load_config(VAEConfig, "vae", "demo", values=short | data | critic)),
         "baseline": (BaselineTask, load_config(BaselineConfig, "baseline", "demo", values=short | data | query)),
         "joint": (
@@ -50,7 +50,7 @@ def repeatability(folder: Path, settings: Settings) -> Iterator[tuple[str, Job]]
         yield name, partial(compare, task, config, folder / "repeated" / name)
 
 
-def compare(task: type[Task], config: Any, folder: Path) -> dict[str, Any]:
+def compare(task: Callable[[Any], Task], config: Any, folder: Path) -> dict[str, Any]:
     """Train twice; how many tensors there are, and how many differ.
 
     Raises:
