@@ -159,7 +159,8 @@ def learn(
     assert isinstance(scalars, ScalarPredictor)
     scalars.standardize_features({"image": law.draw(256, torch.Generator().manual_seed(6))["image"]})
     optimizer = torch.optim.AdamW(networks.parameters(), 1e-3, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.05)
+    warmup = max(0.05, 2 / steps)  # share of the steps, at least two
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=warmup)
     averaged = torch.optim.swa_utils.AveragedModel(
         networks, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
     )

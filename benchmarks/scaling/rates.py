@@ -27,7 +27,7 @@ BLOCK = 2**28  # bytes written, hashed and copied by a measurement
 
 
 def rate(value: float, unit: str, source: str) -> float:
-    """A field of :class:`Rates`: its value, and what the table of constants says of it."""
+    """A field of :class:`Rates`: its value, and its entry in the table of constants."""
     made: float = field(default=value, metadata={"unit": unit, "source": source})
     return made
 
