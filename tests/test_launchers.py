@@ -341,18 +341,19 @@ def test_one_line_trains_the_joint_stage_of_the_project(
     """``submit.py --stage joint --nodes 4`` after the first four stages, where no SLURM is installed."""
     shutil.copytree(first_stages, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "sbatch").exists())
+    environment = {
+        **os.environ,
+        "SLURM_CONF": str(tmp_path / "no-slurm.conf"),
+    }  # where SLURM is installed, none answers
     command = [sys.executable, str(SUBMIT), "--stage", "joint", "--nodes", "4"]
-    done = subprocess.run(
-        command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False, timeout=300
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "joint: project runs/demo (preset demo)" in done.stderr
     assert "compute.workers=4 (on this machine), in place of the preset's 2" in done.stderr
     folder = tmp_path / "runs" / "demo" / "joint"
     assert read_record(folder)["status"] == "finished" and (folder / "model" / "model.json").is_file()
     assert len(list((folder / "logs").glob("worker-*.log"))) == 4
-    again = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False)
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0 and "complete and unchanged: reused runs/demo/joint" in again.stderr
 
 
