@@ -92,7 +92,7 @@ def test_the_same_seed_writes_the_same_bytes(tiny_model, tmp_path) -> None:
         files = sorted(p for p in (tmp_path / name).rglob("*") if p.is_file())
         trees.append({str(p.relative_to(tmp_path / name)): p.read_bytes() for p in files})
     assert trees[0] == trees[1] and len(trees[0]) == 6
-    with pytest.raises(FileExistsError, match="there already"):
+    with pytest.raises(FileExistsError, match="exists already"):
         generate.run(configuration(tiny_model, tmp_path / "a"), Run(tmp_path))
 
 

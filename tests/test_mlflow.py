@@ -280,9 +280,9 @@ def test_two_processes_that_sync_one_run_create_it_once(tmp_path: Path) -> None:
     for number in range(8):
         root = tmp_path / str(number)
         root.mkdir()
-        losses(root, range(3))
         folders.append(root / "packed.run")
         write_state(folders[-1], track(root, uri=store).state)
+        losses(root, range(3))  # of this run: what was there before is of an earlier one
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", SYNC, store, *map(str, folders)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
