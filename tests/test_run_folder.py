@@ -91,6 +91,7 @@ def test_a_stage_that_fails_or_is_interrupted_leaves_the_record_of_what_is_there
     def interrupt() -> None:
         while read_record(finished.folder)["status"] != "running":
             time.sleep(0.01)
+        time.sleep(1)  # until it draws
         os.kill(os.getpid(), signal.SIGINT)
 
     other = load_config(
