@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import signal
 import time
 import traceback
 from collections.abc import Iterator
@@ -349,7 +350,9 @@ def test_a_stop_and_a_killed_worker_under_ray_change_not_one_bit(
     with pytest.raises(StoppedOnRequest, match=r"^stopped on request after step 1 of 15"):
         launch("tests.toy_task:run_toy", config, tmp_path / "run", config.compute)
     (tmp_path / "stop").unlink()
+    handler = signal.getsignal(signal.SIGINT)
     summary = launch("tests.toy_task:run_toy", config, tmp_path / "run", config.compute)
+    assert signal.getsignal(signal.SIGINT) is handler  # a later interrupt is none of Ray's
     assert (tmp_path / "killed").is_file()
     assert digests(tmp_path / "run") == digests(runs / "zero1")
     assert curves(tmp_path / "run") == curves(runs / "zero1")

@@ -196,7 +196,7 @@ class Joint:
         calls = self.sampler.calls(given, [want]) * (1 if self.exact else self.samples)
         if self.whole:
             self.sampler.model = replace(model)
-            vars(self.sampler.model)["network"] = Whole(model.network)  # in place of the cached property
+            vars(self.sampler.model)["network"] = AllOutputs(model.network)  # in place of the cached property
         predict = self.densities if self.exact else self.chains
         with FlopCounterMode(display=False) as counter:
             predict({name: value[:1] for name, value in given.items()}, 1, want, keys)
@@ -207,7 +207,7 @@ class Joint:
         return {"calls": calls, "flops": counter.get_total_flops(), "seconds": seconds}
 
 
-class Whole:
+class AllOutputs:
     """The joint model's networks, which compute all outputs, whatever is wanted."""
 
     def __init__(self, network: JointNetwork) -> None:
