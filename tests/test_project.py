@@ -113,6 +113,16 @@ def test_a_missing_input_is_named_with_the_command_that_makes_it(
     assert not (home / "runs" / "demo" / "joint").exists()
 
 
+def test_data_that_the_user_packed_are_an_input_that_exists(home: Path) -> None:
+    """They are neither replaced by procedural brains nor set aside."""
+    project("runs/study", "default")
+    (home / "runs" / "study" / "packed").mkdir()
+    (home / "runs" / "study" / "packed" / "index.json").write_text("{}")
+    assert [name for name, _ in configure("joint").before()] == ["vae", "encode"]
+    (home / "runs" / "study" / "packed").rename("elsewhere")
+    assert [name for name, _ in configure("joint").before()] == ["phantom", "pack", "vae", "encode"]
+
+
 @pytest.mark.slow
 def test_inputs_are_made_first_with_the_flag(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From nothing to predictions by one command; the same again finds all of it done, and so does the pipeline.

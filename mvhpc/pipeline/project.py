@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from mvhpc.config import CONFIGS, ConfigError, flatten, flatten_override, load_config, to_yaml
 from mvhpc.execute import PlannedStage, plan
 from mvhpc.pipeline.plan import Pipeline, PipelineConfig, query_name
+from mvhpc.runs.folder import read_record
 from mvhpc.stages import STAGES, Stage
 from shards.files import write_text
 
@@ -187,6 +188,9 @@ def _made_by(project: Pipeline, split: str, stage: str, seen: set[str]) -> Itera
     if stage in seen or (stage == "phantom" and project.config.source):
         return
     seen.add(stage)
+    place = project.place(stage, split)
+    if place.exists() and not read_record(STAGES[stage].run_folder(place)):
+        return  # the user's own, as what `shards pack` made: used as it is
     for maker in STAGES[stage].inputs.values():
         if maker:
             yield from _made_by(project, split, maker, seen)
