@@ -1,0 +1,39 @@
+"""Pages of predictions show what was predicted, and nothing that a name or a flag could inject."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mvhpc.evaluation.report import Answer, Subject, write_pages
+from tests.ellipsoids import ellipsoid
+
+VOLUME = ellipsoid(np.random.default_rng(0), (24, 28, 24))[0]
+AGE = Answer("age", "years", 47.25, (38.0, 57.5), (np.linspace(0, 120, 50), np.exp(-(np.linspace(-3, 3, 50) ** 2))))
+SEX = Answer("sex", probabilities={"F": 0.2, "M": 0.8})
+
+
+def test_pages_say_the_answers_and_the_flags(tmp_path: Path) -> None:
+    volume = VOLUME
+    good = Subject(
+        "sub-01", [AGE, SEX], volume=volume, mask=volume > 0, template=volume > 0.2, figures={"gm_ml": 612.3}
+    )
+    bad = Subject("sub-02_ses-1", [Answer("age", "years"), Answer("sex")], flags=["a CT <b>, not MR"])
+    write_pages(tmp_path, [good, bad], "model M; given image")
+    first, second, group = ((tmp_path / f"{n}.html").read_text() for n in ("sub-01", "sub-02_ses-1", "index"))
+    assert "47.2 years (90 % interval 38.0 to 57.5)" in first and "M (probability 0.80)" in first
+    assert "612.3" in first and "No flags" in first and first.count("<img") == 3
+    assert "not answered" in second and "a CT &lt;b&gt;, not MR" in second and "<img" not in second
+    assert "1 of 2 scans are flagged" in group and 'href="sub-02_ses-1.html"' in group
+    assert not any("http" in page for page in (first, second, group)), "a page loads something"
+
+
+def test_the_same_answers_give_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_pages(tmp_path / name, [Subject("sub-01", [AGE, SEX], volume=VOLUME)], "model M")
+    assert (tmp_path / "a" / "sub-01.html").read_bytes() == (tmp_path / "b" / "sub-01.html").read_bytes()
+
+
+@pytest.mark.parametrize("answer", [Answer("age"), Answer("sex")])
+def test_an_answer_that_is_not_given_says_so(answer: Answer) -> None:
+    assert not answer.given and answer.text() == "not answered"
