@@ -118,6 +118,21 @@ STAGES: dict[str, Stage] = {
             uses_nodes=True,
         ),
         Stage(
+            "scalars",
+            config="mvhpc.training.scalars:ScalarsConfig",
+            run="",
+            task="mvhpc.training.scalars:ScalarsTask",
+            inputs={"data": "pack"},
+            out="{split}scalars",
+            help="train the model that predicts scalars from voxels and tissue maps",
+            command="train scalars",
+            examples=(
+                "mvhpc train scalars data=runs/packed out=runs/scalars",
+                "mvhpc train scalars data=runs/packed out=runs/scalars training.epochs=100 encoder.spacing=2",
+            ),
+            uses_nodes=True,
+        ),
+        Stage(
             "baseline",
             config="mvhpc.training.baseline:BaselineConfig",
             run="",
@@ -144,7 +159,7 @@ STAGES: dict[str, Stage] = {
                 "--out both.tsv",
             ),
             flags={
-                "model": "run folder of a joint model or a baseline",
+                "model": "run folder of a model of scalars, a joint model or a baseline",
                 "data": DATA,
                 "split": SPLIT,
                 "given": "known variables, separated by commas; may be empty",
