@@ -171,6 +171,23 @@ STAGES: dict[str, Stage] = {
             uses_nodes=True,
         ),
         Stage(
+            "calibrate",
+            config="mvhpc.inference.calibrate:CalibrateConfig",
+            run="mvhpc.inference.calibrate:run",
+            inputs={"model": "scalars", "data": ""},
+            out="{split}calibrated",
+            help="calibrate a model of scalars for a new site, by some labelled people of it",
+            command="calibrate",
+            examples=("mvhpc calibrate --model runs/scalars --data new-site --out runs/scalars-new-site",),
+            flags={
+                "model": "run folder of a model of scalars",
+                "data": "packed people of the new site, with labels",
+                "split": SPLIT,
+                "site": "name of the site (default: that of the folder of the data)",
+                "out": "model folder to write",
+            },
+        ),
+        Stage(
             "generate",
             config="mvhpc.inference.generate:GenerateConfig",
             run="mvhpc.inference.generate:run",

@@ -11,10 +11,11 @@ from mvhpc.inference.flags import recipe_flag, row_flag
 from mvhpc.inference.law_cells import decode_draws, law_cells
 from mvhpc.inference.prediction_tables import Row
 from mvhpc.inference.predictor import PredictConfig, check_query
+from mvhpc.inference.scalar_inputs import check_channels, read_inputs
 from mvhpc.models.scalar_bundle import ScalarsModel
 from mvhpc.models.scalar_stack import StackPosterior
 from mvhpc.models.typicality import COMPONENTS
-from mvhpc.records import channels_of, check_data, read_pooled, scalar_values, true_value
+from mvhpc.records import check_data, scalar_values, true_value
 from mvhpc.runtime.devices import one_thread
 from mvhpc.runtime.randomness import generator, rand
 from mvhpc.variables import Volume
@@ -51,12 +52,7 @@ class ScalarsPredictor:
         check_query(self.schema, self.given, self.want)
         check_data(model.grid, self.schema, self.dataset, self.given, self.want)
         self.volumes = [name for name in self.given if self.schema[name].kind == "volume"]
-        for name in self.volumes:
-            if channels_of(self.dataset.index, name) != model.channels[name]:
-                raise ConfigError(
-                    f"{self.dataset.folder} has {', '.join(channels_of(self.dataset.index, name))} of {name}, the model "
-                    f"was trained on {', '.join(model.channels[name])}; preprocess and pack as the model's data"
-                )
+        check_channels(model, self.dataset, self.volumes)
         site = model.meta["site"]
         self.facts = {
             "samples": None,
@@ -75,12 +71,8 @@ class ScalarsPredictor:
             IntegrityError: a damaged volume, with its record.
         """
         model, n = self.model, len(keys)
-        pooled, known = self._read(keys)
         rows = [scalar_values(self.dataset, key, self.schema, self.given) for key in keys]
-        values, present = model.variables.encode_scalars(rows)
-        known |= {
-            name: there if name in self.given else torch.zeros(n, dtype=torch.bool) for name, there in present.items()
-        }
+        pooled, values, known = read_inputs(model, self.dataset, keys, self.given)
         posterior = StackPosterior(model.stack, pooled, values, known)
         cells = {}
         for name, law in posterior.laws(self.want).items():
@@ -113,20 +105,6 @@ class ScalarsPredictor:
             row["flag"] = "; ".join(flags if answered else ["nothing that is given is known"]) or "ok"
             found.append(row)
         return found
-
-    def _read(self, keys: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Pooled volumes (B, C, h, w, d), zeros where not given or missing, and which are known."""
-        pooled, known = {}, {}
-        for v in self.model.variables.volumes:
-            arrays = self.model.channels[v.name]
-            x = torch.zeros(len(keys), *v.shape)
-            there = torch.zeros(len(keys), dtype=torch.bool)
-            for i, key in enumerate(keys if v.name in self.volumes else ()):
-                if all(self.dataset.has(key, name) for name in arrays):
-                    # float16 as in training
-                    x[i], there[i] = read_pooled(self.dataset, key, arrays, self.model.spacing).half().float(), True
-            pooled[v.name], known[v.name] = x, there
-        return pooled, known
 
     def _p_values(self, posterior: StackPosterior, known: dict[str, Tensor]) -> dict[str, Tensor]:
         """By given volume, the p-values (B, 2) of its distances from the training's people."""

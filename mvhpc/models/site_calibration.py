@@ -1,7 +1,7 @@
 """Calibration of predictions at a site that the model was not trained on, by some labelled people of it.
 
 A number's mean is shifted and stretched by Bayesian linear regression, and its law widened so that its central 90 %
-interval is the conformal one: by the scores of people, each of whom was left out of the regression (Barber et al. 2021).
+interval is the conformal one: by the scores of people who were each left out of the regression (Barber et al. 2021).
 A category's logits are shifted and divided by a temperature.
 """
 
