@@ -5,13 +5,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mvhpc.config import ConfigError, choose
 from mvhpc.diffusion.joint import Batch
 from mvhpc.variables import Variables
 from shards.dataset import Dataset
+from shards.index import Index
 from shards.schema import Schema, Variable
+
+TISSUES = ("GM", "WM", "CSF")  # whose maps a packed record may have beside a volume
 
 
 def volume_shape(dataset: Dataset, names: Sequence[str] = ()) -> tuple[int, ...]:
@@ -79,6 +83,39 @@ def read_people(
     voxels = np.stack([np.stack([dataset.read(key, name) for name in volumes]) for key in keys])
     values, present = scalars.encode_scalars([scalar_values(dataset, key, schema, scalars.names) for key in keys])
     return torch.from_numpy(voxels), values, present
+
+
+def channels_of(index: Index, volume: str) -> list[str]:
+    """The arrays that scalars are read from, of a volume: its tissue maps, or itself where it has none."""
+    return [name for name in (f"{volume}_{tissue}" for tissue in TISSUES) if name in index.arrays] or [volume]
+
+
+def read_pooled(dataset: Dataset, key: str, names: Sequence[str], spacing: float) -> Tensor:
+    """Arrays of one record as channels, averaged over cubes of about ``spacing``.
+
+    Args:
+        dataset: packed volumes.
+        key: of a record that has the arrays.
+        names: of C arrays of one shape (H, W, D), such as :func:`channels_of` a volume; uint8 stands for [0, 1].
+        spacing: edge of the cubes, mm; rounded to whole voxels, at least one.
+
+    Returns:
+        (C, ceil(H / n), ceil(W / n), ceil(D / n)) float32 in [0, 1].
+
+    Raises:
+        IntegrityError: a damaged array, with its record.
+    """
+    arrays = [torch.from_numpy(np.array(dataset.read(key, name))) for name in names]
+    x = torch.stack([a.float() / 255 if a.dtype is torch.uint8 else a.float() for a in arrays])  # (C, H, W, D)
+    n = cube(dataset.index.grid, spacing)
+    rest = [(-size) % n for size in x.shape[1:]]
+    x = F.pad(x, [edge for r in reversed(rest) for edge in (0, r)])
+    return F.avg_pool3d(x, n) if n > 1 else x
+
+
+def cube(grid: Mapping[str, Any], spacing: float) -> int:
+    """How many voxels of a grid are about ``spacing`` mm; at least one."""
+    return max(1, round(spacing / float(grid["spacing"])))
 
 
 def check_names(schema: Schema, given: Sequence[str], want: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-MARKERS = ("index.json", "dataset_description.json")  # of packed data and BIDS trees; see is_complete
+MARKERS = ("index.json", "dataset_description.json", "model.json")  # of packed data, BIDS trees, models; see is_complete
 LOCK_POLL_S = 0.2
 
 
@@ -62,7 +62,7 @@ def is_complete(path: Path) -> bool:
     """Whether a result was written to its end, and not only begun by a process that was killed.
 
     A file is renamed to its final name when it is complete (:func:`atomic_file`). So is a BIDS tree
-    (:func:`atomic_folder`), which holds a ``dataset_description.json``. A packed data set gets its ``index.json`` last
+    (:func:`atomic_folder`), which holds a ``dataset_description.json``, and a folder with a ``model.json``. A packed data set gets its ``index.json`` last
     (:class:`shards.writer.DatasetWriter`). Anything else in a folder may be partial, or another program's.
     """
     return path.is_file() or any((path / name).is_file() for name in MARKERS)

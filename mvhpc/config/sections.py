@@ -120,6 +120,18 @@ class DenoiserConfig:
 
 
 @dataclass
+class EncoderConfig:
+    """3D encoders of pooled volumes, and their heads for scalars."""
+
+    spacing: float  # of the pooled volumes, mm
+    ensemble_members: int  # each trained without a fold of its own
+    components: int  # of the mixture that is predicted for a number
+    channels: list[int]
+    norm_groups: int
+    embedding: int  # width of scalar embeddings
+
+
+@dataclass
 class DiffusionConfig:
     """The forward processes and the parameterisations."""
 

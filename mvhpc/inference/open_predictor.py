@@ -2,12 +2,14 @@
 
 from mvhpc.inference.baseline_predictor import BaselinePredictor
 from mvhpc.inference.predictor import PredictConfig, Predictor
+from mvhpc.inference.scalars_predictor import ScalarsPredictor
 from mvhpc.models.bundle import BaselineModel, JointModel, load
 from mvhpc.models.model_folder import ModelError
+from mvhpc.models.scalar_bundle import ScalarsModel
 from mvhpc.runtime.devices import resolve_device
 
 
-def open_predictor(config: PredictConfig) -> Predictor | BaselinePredictor:
+def open_predictor(config: PredictConfig) -> Predictor | BaselinePredictor | ScalarsPredictor:
     """Load the model of ``config`` and make it ready for its query.
 
     Raises:
@@ -19,4 +21,6 @@ def open_predictor(config: PredictConfig) -> Predictor | BaselinePredictor:
         return Predictor(config, model)
     if isinstance(model, BaselineModel):
         return BaselinePredictor(config, model)
-    raise ModelError(f"model={config.model} is an autoencoder; give the run folder of a joint model or a baseline")
+    if isinstance(model, ScalarsModel):
+        return ScalarsPredictor(config, model)
+    raise ModelError(f"model={config.model} is an autoencoder; give the run folder of stage scalars, joint or baseline")

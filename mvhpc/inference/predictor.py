@@ -2,29 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.distributions import MixtureSameFamily
 
 from mvhpc.config import ConfigError, Sampling, Tracking, Workers, at_least, to_dict
-from mvhpc.diffusion.density import crps, quantile
 from mvhpc.diffusion.joint import Batch
 from mvhpc.evaluation import ensembles
 from mvhpc.evaluation.tables import subject_of
+from mvhpc.inference.law_cells import QUANTILES, decode_draws, law_cells
 from mvhpc.inference.prediction_tables import Row, class_cells
 from mvhpc.inference.sampler import Sampler, read_given
 from mvhpc.models.bundle import JointModel
 from mvhpc.records import check_data, check_names, true_value
 from mvhpc.runtime.randomness import generator, rand
-from mvhpc.variables import Categorical, Continuous
+from mvhpc.variables import Categorical, Continuous, Volume
 from shards.dataset import open_dataset
 from shards.schema import Schema
-
-QUANTILES = (5, 25, 50, 75, 95)  # %, of a predicted number
 
 
 @dataclass
@@ -131,32 +126,16 @@ class Predictor:
         rows: dict[str, list[Row]] = {}
         for name, law in posterior.laws(self.want).items():
             variable = self.model.variables[name]
-            if isinstance(variable, Categorical):
-                assert isinstance(law, Tensor)
-                rows[name] = [class_cells(name, dict(zip(variable.classes, p))) for p in law.tolist()]
-            else:
-                assert isinstance(variable, Continuous) and isinstance(law, MixtureSameFamily)
-                rows[name] = self._law(variable, law, keys)
+            assert not isinstance(variable, Volume)
+            rows[name] = law_cells(variable, law, [true_value(self.dataset, key, self.schema[name]) for key in keys])
         if self.config.draws:
             noise = [generator(self.config.seed, "predict", key, "draws") for key in keys]
             uniform = rand(noise, (self.config.draws, len(self.want)), self.sampler.device).double()
             drawn = posterior.draw(self.want, uniform.clamp(1e-7, 1 - 1e-7))
-            values = {name: self._decode(name, drawn[name], len(keys)) for name in self.want}
+            values = {name: decode_draws(self.model.variables[name], drawn[name], len(keys)) for name in self.want}
             for i, row in enumerate(rows[self.want[0]]):
                 row["draws"] = {name: x[i] for name, x in values.items()}
         return rows
-
-    def _law(self, variable: Continuous, law: MixtureSameFamily, keys: Sequence[str]) -> list[Row]:
-        name, scale = variable.name, (variable.high - variable.low) / 2
-        shares = torch.tensor(QUANTILES, dtype=torch.float64) / 100
-        points = quantile(law, shares.to(self.sampler.device))  # (B, 5)
-        columns = {name: variable.decode(law.mean), f"{name}_sd": law.stddev * scale}
-        columns |= {f"{name}_q{q:02d}": variable.snap(variable.decode(points[:, i])) for i, q in enumerate(QUANTILES)}
-        truth = [true_value(self.dataset, key, self.schema[name]) for key in keys]
-        encoded = variable.encode(truth).to(self.sampler.device)[:, 0].double()  # 0 where missing
-        columns[f"{name}_crps"] = crps(law, encoded) * scale
-        rows: list[Row] = [dict(zip(columns, cells)) for cells in zip(*(c.tolist() for c in columns.values()))]
-        return [row if x is not None else row | {f"{name}_crps": None} for row, x in zip(rows, truth)]
 
     def _chains(self, keys: Sequence[str], given: Batch, present: Batch) -> dict[str, list[Row]]:
         """Cells from chains, by wanted variable, one row per subject."""
@@ -169,7 +148,10 @@ class Predictor:
         )
         rows: dict[str, list[Row]] = {}
         for name in self.want:
-            variable, chains = self.model.variables[name], self._decode(name, drawn[name], len(keys))
+            variable, chains = (
+                self.model.variables[name],
+                decode_draws(self.model.variables[name], drawn[name], len(keys)),
+            )
             if isinstance(variable, Categorical):
                 rows[name] = [class_cells(name, {c: x.count(c) / n for c in variable.classes}) for x in chains]
             else:
@@ -189,13 +171,3 @@ class Predictor:
         columns |= {f"{name}_q{q:02d}": points[:, i].tolist() for i, q in enumerate(QUANTILES)}
         columns[f"{name}_crps"] = scores
         return [dict(zip(columns, cells)) for cells in zip(*columns.values())]
-
-    def _decode(self, name: str, drawn: Tensor, subjects: int) -> list[list[Any]]:
-        """Draws (subjects x n, ...) as values in the variable's unit, or classes: subjects x n."""
-        variable = self.model.variables[name]
-        if isinstance(variable, Continuous):
-            flat: list[Any] = variable.snap(variable.decode(drawn)).tolist()
-        else:
-            flat = list(variable.decode(drawn))
-        n = len(flat) // subjects
-        return [flat[i * n : (i + 1) * n] for i in range(subjects)]

@@ -21,8 +21,7 @@ from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.baseline import Baseline, scalars_of
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.models.joint_network import JointNetwork, network_classes
-from mvhpc.models.kernels.channels_last import channels_last_weights
-from mvhpc.models.kernels.cpu_conv3d import patch_conv3d
+from mvhpc.models.loading import load_weights
 from mvhpc.models.model_folder import (
     check_manifest,
     model_folder,
@@ -32,25 +31,10 @@ from mvhpc.models.model_folder import (
     save_networks,
     to_bytes,
 )
+from mvhpc.models.scalar_bundle import ScalarsModel, load_scalars
 from mvhpc.models.scalar_predictor import ScalarPredictor
 from mvhpc.variables import Variables, Volume
 from shards.schema import Schema
-
-
-def prepare(network: nn.Module, device: torch.device | str) -> None:
-    """Make a network ready for inference: on its device, in evaluation mode, without gradients."""
-    network.to(device).eval().requires_grad_(False)
-    if torch.device(device).type == "cpu":
-        patch_conv3d(network)
-    else:
-        channels_last_weights(network)
-
-
-def _load_weights(
-    network: nn.Module, folder: Path, meta: dict[str, Any], name: str, device: torch.device | str
-) -> None:
-    network.load_state_dict(from_bytes(read_weights(folder, meta, name)))
-    prepare(network, device)
 
 
 def save_autoencoder(
@@ -82,7 +66,7 @@ class AutoencoderModel(NamedTuple):
 
 def _autoencoder(folder: Path, meta: dict[str, Any], device: torch.device | str) -> AutoencoderModel:
     network = Autoencoder(config.AutoencoderConfig(**meta["autoencoder"]))
-    _load_weights(network, folder, meta, "autoencoder", device)
+    load_weights(network, folder, meta, "autoencoder", device)
     return AutoencoderModel(network, {**meta, "sha256": meta["networks"]["autoencoder"]["sha256"]})
 
 
@@ -162,7 +146,7 @@ class JointModel:
             ModelError: a missing or damaged file.
         """
         network = Autoencoder(config.AutoencoderConfig(**self.meta["autoencoder"]))
-        _load_weights(network, self.folder, self.meta, "autoencoder", self.device)
+        load_weights(network, self.folder, self.meta, "autoencoder", self.device)
         return network
 
     def _network(self, name: str) -> nn.Module | None:
@@ -171,7 +155,7 @@ class JointModel:
         if name not in classes:
             return None
         network: nn.Module = classes[name](self.variables, model, self.diffusion.masked_level)
-        _load_weights(network, self.folder, self.meta, name, self.device)
+        load_weights(network, self.folder, self.meta, name, self.device)
         return network
 
     def _volume(self, name: str) -> Volume:
@@ -321,7 +305,7 @@ def _baseline(folder: Path, meta: dict[str, Any], device: torch.device | str) ->
     schema, given, want = Schema.from_dict(meta["schema"]), meta["given"], meta["want"]
     scalars = scalars_of(schema, [*given, want], meta["intervals"])
     network = Baseline(scalars, given, want)
-    _load_weights(network, folder, meta, "baseline", device)
+    load_weights(network, folder, meta, "baseline", device)
     return BaselineModel(scalars, schema, network, given, want, meta["grid"], meta)
 
 
@@ -329,13 +313,16 @@ LOADERS: dict[str, Callable[[Path, dict[str, Any], torch.device | str], Any]] = 
     "autoencoder": _autoencoder,
     "joint": _joint,
     "baseline": _baseline,
+    "scalars": load_scalars,
 }
-KINDS = {AutoencoderModel: "autoencoder", JointModel: "joint", BaselineModel: "baseline"}
-M = TypeVar("M", AutoencoderModel, JointModel, BaselineModel)
+KINDS = {AutoencoderModel: "autoencoder", JointModel: "joint", BaselineModel: "baseline", ScalarsModel: "scalars"}
+M = TypeVar("M", AutoencoderModel, JointModel, BaselineModel, ScalarsModel)
 
 
 @overload
-def load(path: str | Path, device: torch.device | str = "cpu") -> AutoencoderModel | JointModel | BaselineModel: ...
+def load(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> AutoencoderModel | JointModel | BaselineModel | ScalarsModel: ...
 @overload
 def load(path: str | Path, device: torch.device | str = "cpu", *, kind: type[M]) -> M: ...
 def load(path: str | Path, device: torch.device | str = "cpu", *, kind: type | None = None) -> Any:

@@ -59,7 +59,7 @@ class JointDenoiser(VariableNetwork):
     """
 
     def __init__(self, variables: Variables, model: config.DenoiserConfig, masked_level: int | None = None) -> None:
-        super().__init__(variables, model, masked_level)
+        super().__init__(variables, model.embedding, masked_level)
         config.choose(model.scalars, ("early", "late"), "way for scalars into the network")
         self.late, self.checkpointing = model.scalars == "late", model.checkpointing
         self.outputs = [v.name for v in self.volumes] if self.late else self.names

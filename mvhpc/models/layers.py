@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvhpc import config
 from mvhpc.variables import Categorical, Scalar, Variables
 
 Values = Mapping[str, Tensor]
@@ -18,14 +17,14 @@ class VariableNetwork(nn.Module):
 
     Args:
         variables: at least one volume; all volumes of one spatial size.
-        model: widths and design.
+        embedding: width of the embeddings of levels and scalars.
         masked_level: the level from which a value is pure noise and masked by zero. None: no value is masked.
 
     Raises:
         ValueError: no volume, or volumes of different size.
     """
 
-    def __init__(self, variables: Variables, model: config.DenoiserConfig, masked_level: int | None) -> None:
+    def __init__(self, variables: Variables, embedding: int, masked_level: int | None) -> None:
         super().__init__()
         self.volumes, self.scalars, self.names = variables.volumes, variables.scalars, variables.names
         if not self.volumes:
@@ -34,7 +33,7 @@ class VariableNetwork(nn.Module):
         if len(set(sizes.values())) > 1:
             raise ValueError(f"volumes of one model must have latents of one size, not {sizes}")
         self.channels = sum(v.shape[0] for v in self.volumes)
-        self.masked_level, self.embedding = masked_level, model.embedding
+        self.masked_level, self.embedding = masked_level, embedding
 
     def queries(self, z: Values) -> int:
         """Q: how many rows of scalars there are for each row of volumes."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from mvhpc.config import ConfigError
 from shards.files import write_bytes
 
-FORMATS = {"autoencoder": 3, "joint": 7, "baseline": 1}  # each counts what changed in its own files
+FORMATS = {"autoencoder": 3, "joint": 7, "baseline": 1, "scalars": 1}  # each counts what changed in its own files
 MANIFEST = "model.json"
 
 

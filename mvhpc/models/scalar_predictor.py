@@ -1,4 +1,4 @@
-"""The network that predicts scalars in the late design: an ensemble, without the U-Net.
+"""Networks that predict scalars from latents or pooled volumes: an ensemble, without the U-Net.
 
 Each member encodes the volumes once; its heads then predict any scalar from these features and from the values and
 levels of the other scalars. Several members are trained by cross-fitting (:mod:`mvhpc.training.cross_fitting`).
@@ -6,14 +6,24 @@ levels of the other scalars. Several members are trained by cross-fitting (:mod:
 
 import math
 from collections.abc import Collection
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from mvhpc import config
 from mvhpc.models.kernels.channels_last import use_channels_last_blocks
 from mvhpc.models.layers import Token, Values, VariableNetwork, zero_linear
 from mvhpc.variables import Categorical, Scalar, Variables
+
+
+class Widths(Protocol):
+    """The configuration of the networks."""
+
+    channels: list[int]
+    norm_groups: int
+    embedding: int
+    components: int
+    ensemble_members: int
 
 
 class ScalarPredictor(VariableNetwork):
@@ -32,8 +42,8 @@ class ScalarPredictor(VariableNetwork):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, variables: Variables, model: config.DenoiserConfig, masked_level: int | None = None) -> None:
-        super().__init__(variables, model, masked_level)
+    def __init__(self, variables: Variables, model: Widths, masked_level: int | None = None) -> None:
+        super().__init__(variables, model.embedding, masked_level)
         self.components = model.components
         parts = zip(*(v.channelwise() for v in self.volumes))
         for name, part in zip(("scale", "shift"), parts):  # (sum C, h, w, d)
@@ -114,7 +124,7 @@ class Encoder(nn.Module):
         model: widths.
     """
 
-    def __init__(self, channels: int, model: config.DenoiserConfig) -> None:
+    def __init__(self, channels: int, model: Widths) -> None:
         super().__init__()
         widths = [channels, *model.channels, model.channels[-1]]
         strides = [1, *[2] * (len(model.channels) - 1), 1]
@@ -162,7 +172,7 @@ class ScalarHeads(nn.Module):
         model: widths.
     """
 
-    def __init__(self, scalars: list[Scalar], variables: int, model: config.DenoiserConfig) -> None:
+    def __init__(self, scalars: list[Scalar], variables: int, model: Widths) -> None:
         super().__init__()
         width, hidden = model.channels[-1], 2 * model.embedding
         self.conditioning = nn.Sequential(

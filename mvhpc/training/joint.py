@@ -21,8 +21,9 @@ from mvhpc.config import (
     fingerprint,
 )
 from mvhpc.diffusion.joint import Batch, JointDiffusion
-from mvhpc.models.bundle import autoencoder_identity, prepare, save_joint
+from mvhpc.models.bundle import autoencoder_identity, save_joint
 from mvhpc.models.joint_network import build_networks
+from mvhpc.models.loading import prepare
 from mvhpc.models.scalar_predictor import ScalarPredictor
 from mvhpc.records import scalar_values
 from mvhpc.runtime.devices import repeatable, resolve_device

@@ -1,0 +1,147 @@
+"""How the members of the model of scalars are mixed, and what distance from the training's scans is usual."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from mvhpc.diffusion.laws import Law, join, log_score, mix, stacking_weights, take, temper
+from mvhpc.models.linear_member import LinearMember
+from mvhpc.models.scalar_predictor import ScalarPredictor
+from mvhpc.models.scalar_stack import CONTEXTS, Mixing, encode, law_of, predict
+from mvhpc.training.calibration import LIMITS, PRIOR
+from mvhpc.variables import Categorical, Variables
+
+BATCH = 64  # people encoded at a time
+NEGLIGIBLE = 0.05  # weight of a member that is left out
+
+
+class HeldOut(Protocol):
+    """People of the training; see :class:`mvhpc.training.scalars.People`."""
+
+    @property
+    def pooled(self) -> Mapping[str, Tensor]: ...
+    @property
+    def values(self) -> Mapping[str, Tensor]: ...
+    @property
+    def present(self) -> Mapping[str, Tensor]: ...
+
+
+def stack_members(
+    variables: Variables,
+    people: HeldOut,
+    features: Sequence[Mapping[str, Tensor]],
+    linear: Sequence[Sequence[LinearMember]],
+    in_fold: Tensor,
+    encoders: ScalarPredictor,
+) -> dict[str, dict[str, Mixing]]:
+    """The mixing of each scalar in each context, by predictions of people whom the members were not fitted to.
+
+    Every scalar is predicted given the volumes, and given the volumes and all other scalars; given all other scalars,
+    and given nothing.
+
+    Args:
+        variables: volumes of pooled voxels and scalars.
+        people: N of them.
+        features: for each linear member, by volume (N, P).
+        linear: for each fold, the linear members of everybody else.
+        in_fold: (N, R) bool, False in the fold that a person is held out from.
+        encoders: ready for inference; its members are the folds'.
+    """
+    fold = (~in_fold).int().argmax(1)  # (N,)
+    encoded = _encode(variables, people, encoders)
+    volumes = [v.name for v in variables.volumes]
+    nobody = torch.zeros(len(fold), dtype=torch.bool)
+    mixing: dict[str, dict[str, Mixing]] = {}
+    for v in variables.scalars:
+        others = [s.name for s in variables.scalars if s.name != v.name]
+        mixing[v.name] = {}
+        for context in CONTEXTS:
+            shown = volumes if context == CONTEXTS[0] else []
+            has = torch.stack([people.present[name] for name in volumes]).any(0) if shown else ~nobody
+            rows = (has & people.present[v.name]).nonzero()[:, 0]
+            laws: list[list[Law]] = []
+            for given in ([*shown], [*shown, *others]):
+                known = {name: x if name in given else nobody for name, x in people.present.items()}
+                laws.append(
+                    _held_out_laws(v.name, variables, people, features, linear, fold, encoders, encoded, known, rows)
+                )
+            mixing[v.name][context] = _mixing(laws, people.values[v.name][rows])
+    return mixing
+
+
+def _encode(variables: Variables, people: HeldOut, encoders: ScalarPredictor) -> tuple[Tensor, Tensor]:
+    """Features (N, R, C) of the volumes that people have, and those of no volume."""
+    parts = torch.arange(len(next(iter(people.values.values())))).split(BATCH)
+    volumes = [v.name for v in variables.volumes]
+
+    def features(shown: bool) -> Tensor:
+        return torch.cat(
+            [
+                encode(
+                    encoders,
+                    variables,
+                    {name: people.pooled[name][part].float() for name in volumes},
+                    {name: people.present[name][part] & shown for name in volumes},
+                )
+                for part in parts
+            ]
+        )
+
+    seen = features(True)
+    return seen, torch.zeros_like(seen)  # as ScalarPredictor.encode makes them
+
+
+def _held_out_laws(
+    want: str,
+    variables: Variables,
+    people: HeldOut,
+    features: Sequence[Mapping[str, Tensor]],
+    linear: Sequence[Sequence[LinearMember]],
+    fold: Tensor,
+    encoders: ScalarPredictor,
+    encoded: tuple[Tensor, Tensor],
+    known: Mapping[str, Tensor],
+    rows: Tensor,
+) -> list[Law]:
+    """The law of each member for the people ``rows``, each person's by members of its own fold."""
+    laws: list[Law] = []
+    for i, of_member in enumerate(features):
+        found, order = [], []
+        for k, members in enumerate(linear):
+            chosen = rows[fold[rows] == k]
+            if not len(chosen):
+                continue
+            scores = members[i].scores({name: x[chosen] for name, x in of_member.items()})
+            values, there = ({n: x[chosen] for n, x in of.items()} for of in (people.values, known))
+            found.append(members[i].moments.law(want, scores, values, there))
+            order.append((fold[rows] == k).nonzero()[:, 0])
+        laws.append(take(join(found), torch.cat(order).argsort()))
+    shown = torch.stack([known[v.name] for v in variables.volumes]).any(0)
+    latent = torch.where(shown[:, None, None].to(encoded[0].device), *encoded)[rows]
+    values, there = ({n: x[rows] for n, x in of.items()} for of in (people.values, known))
+    output = predict(encoders, variables, latent, values, there, want)  # (n, R, ...)
+    laws.append(law_of(output[torch.arange(len(rows)), fold[rows]], isinstance(variables[want], Categorical)))
+    return laws
+
+
+def _mixing(laws: Sequence[Sequence[Law]], truth: Tensor) -> Mixing:
+    """The mixing by several queries about the same people: members' weights, then the temperature of the mixture."""
+    members = len(laws[0])
+    if not len(truth):
+        return Mixing((1 / members,) * members, 1.0)
+    scores = torch.cat([torch.stack([log_score(law, truth) for law in of_query], 1) for of_query in laws])
+    weights = stacking_weights(scores, prior=float(len(laws)))
+    kept = [w if w >= NEGLIGIBLE else 0.0 for w in weights]
+    weights = [w / sum(kept) for w in kept]
+    columns = torch.tensor([weights], dtype=torch.float64).expand(len(truth), -1)
+    mixed = [mix(of_query, columns) for of_query in laws]
+
+    def objective(log: float) -> float:
+        nll = -sum(log_score(temper(law, math.exp(log)), truth).sum() for law in mixed) / len(mixed)
+        return float(nll) + 0.5 * (log / PRIOR) ** 2
+
+    return Mixing(tuple(weights), math.exp(minimize_scalar(objective, bounds=LIMITS, method="bounded").x))

@@ -1,0 +1,90 @@
+"""Calibration at a new site: what it recovers, and that its intervals hold."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mvhpc.config import ConfigError, load_config
+from mvhpc.diffusion.density import quantile
+from mvhpc.diffusion.laws import normal
+from mvhpc.execute import execute, plan
+from mvhpc.inference.calibrate import CalibrateConfig
+from mvhpc.models.bundle import load
+from mvhpc.models.scalar_bundle import ScalarsModel
+from mvhpc.models.site_calibration import calibrate_site
+from tests.test_scalars import packed, predictor, trained
+
+__all__ = ["packed", "trained"]
+EVERYONE = torch.ones(1, dtype=torch.bool)
+
+
+def site(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means predicted for n people, and truths: shifted by 1, stretched by 0.8, with errors of SD 0.5."""
+    g = torch.Generator().manual_seed(seed)
+    mean = torch.randn(n, generator=g, dtype=torch.float64)
+    return mean, 1 + 0.8 * mean + 0.5 * torch.randn(n, generator=g, dtype=torch.float64)
+
+
+def test_shift_stretch_and_width_are_recovered() -> None:
+    """The model says SD 0.1; the calibrated laws have the errors' SD."""
+    mean, truth = site(2000, 0)
+    law = normal(mean, torch.full_like(mean, 0.1))
+    found = calibrate_site(law, truth[:, None])
+    assert found.shift[0] == pytest.approx(1, abs=0.05) and found.stretch == pytest.approx(0.8, abs=0.05)
+    after = found.apply(law, EVERYONE.expand(2000))
+    assert after.stddev.mean() == pytest.approx(0.5, abs=0.03)  # type: ignore[union-attr]
+    same = found.apply(law, ~EVERYONE.expand(2000))
+    assert torch.equal(same.mean, law.mean) and torch.equal(same.stddev, law.stddev)  # type: ignore[union-attr]
+
+
+def test_the_interval_holds_with_twenty_people() -> None:
+    """On average over sites the 90 % interval covers at least 90 % of new people, whatever width the model gave."""
+    covered = []
+    for seed in range(200):
+        mean, truth = site(20, seed)
+        new, hidden = site(50, 1000 + seed)
+        width = 0.05 + 0.3 * torch.rand(20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        found = calibrate_site(normal(mean, width), truth[:, None])
+        law = found.apply(normal(new, torch.full_like(new, 0.2)), EVERYONE.expand(50))
+        low, high = quantile(law, torch.tensor([0.05, 0.95], dtype=torch.float64)).T  # type: ignore[arg-type]
+        covered.append(float(((low <= hidden) & (hidden <= high)).double().mean()))
+    assert 0.89 <= np.mean(covered) <= 0.97
+
+
+def test_a_category_gets_the_shares_of_the_site() -> None:
+    """Probabilities that favour one class by a constant are corrected."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(1000, 2, generator=g, dtype=torch.float64) * 2
+    truth = torch.multinomial(logits.softmax(1), 1, generator=g)[:, 0]
+    biased = (logits + torch.tensor([1.5, 0.0])).softmax(1)
+    found = calibrate_site(biased, truth)
+    after = found.apply(biased, EVERYONE.expand(1000))
+    assert isinstance(after, torch.Tensor)
+    assert (after - logits.softmax(1)).abs().mean() < 0.03
+
+
+def test_nine_people_are_too_few() -> None:
+    mean, truth = site(9, 0)
+    with pytest.raises(ValueError, match="at least 10"):
+        calibrate_site(normal(mean, torch.ones_like(mean)), truth[:, None])
+
+
+def test_the_stage_writes_a_model_that_names_its_site(trained: Path, packed: Path, tmp_path: Path) -> None:
+    values = {"model": str(trained), "data": str(packed), "out": str(tmp_path / "new"), "site": "clinic"}
+    config = load_config(CalibrateConfig, "calibrate", "default", (), values)
+    summary = execute(plan("calibrate", config))
+    assert summary["age_people"] == 39
+    answers = [predictor(m, packed, want=["age"], given=["image"]) for m in (trained, tmp_path / "new")]
+    assert answers[0].facts["site"] is None and answers[1].facts["site"] == {"name": "clinic", "people": 40}
+    keys = answers[0].dataset.keys("test")
+    before, after = ([row["age"] for row in answer(keys)] for answer in answers)
+    found = load(tmp_path / "new", kind=ScalarsModel).stack.site["age"]
+    age = answers[0].model.variables["age"]
+    middle, half = (age.high + age.low) / 2, (age.high - age.low) / 2  # type: ignore[union-attr]
+    expected = middle + half * (found.shift[0] + found.stretch * (np.array(before) - middle) / half)
+    assert np.allclose(after, expected)
+    with pytest.raises(ConfigError, match="calibrated for clinic already"):
+        again = {**values, "model": str(tmp_path / "new"), "out": str(tmp_path / "twice")}
+        execute(plan("calibrate", load_config(CalibrateConfig, "calibrate", "default", (), again)))
