@@ -1,0 +1,319 @@
+"""From raw scans to predictions: the preprocessing that the model's data had, quality control, answers, pages.
+
+``mvhpc predict --bids`` and, with the command line of BIDS Apps (Gorgolewski et al. 2017), ``mvhpc-app``.
+"""
+
+import argparse
+import csv
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mvhpc.config import ConfigError, load_config
+from mvhpc.diffusion.laws import Law, take
+from mvhpc.evaluation.report import Answer, Subject, write_pages
+from mvhpc.evaluation.tables import MISSING, subject_of
+from mvhpc.inference.law_cells import QUANTILES
+from mvhpc.inference.prediction_tables import Row, write_predictions
+from mvhpc.inference.predictor import PredictConfig, check_query
+from mvhpc.inference.sampler import versions
+from mvhpc.inference.scalar_inputs import read_inputs
+from mvhpc.inference.scalars_predictor import ScalarsPredictor
+from mvhpc.models.bundle import load
+from mvhpc.models.scalar_bundle import ScalarsModel
+from mvhpc.models.scalar_stack import StackPosterior
+from mvhpc.runs.folder import identity
+from mvhpc.runtime.devices import one_thread, resolve_device
+from mvhpc.variables import Categorical, Continuous
+from shards.errors import DataError, TooManyRejects
+from shards.files import atomic_file
+from shards.pack import pack
+from shards.participants import ID, PATH, SESSION, Reject, read_sheet, read_table
+from shards.participants import Row as Visit
+from shards.preprocess.images import resample
+from shards.preprocess.recipe import MNI, Recipe
+from shards.preprocess.registration import load_template
+from shards.preprocess.run import preprocess
+from shards.progress import Progress
+from shards.schema import Schema
+
+POINTS, REACH = 240, 4.0  # of a density's curve; SDs on either side of the mean
+OK = "ok"
+NO_ANSWER = {"key", "subject", "typicality", "not_given", "flag"}
+SCANS, DERIVATIVE, PACKED, TABLE = "scans.csv", "preprocessed", "packed", "predictions.tsv"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is predicted for whom.
+
+    Attributes:
+        bids: BIDS folder of raw scans; ``participants.tsv`` is needed only for given scalars.
+        out: folder of the results.
+        model: run folder of a model of scalars.
+        labels: of the participants, without ``sub-``; empty for all.
+        given: known variables; the model's volumes where empty.
+        want: variables to predict; every scalar that is not given where empty.
+        workers: processes of the preprocessing; 0 for one per core.
+        device: ``auto``, ``cpu`` or ``cuda``.
+    """
+
+    bids: Path
+    out: Path
+    model: str
+    labels: Sequence[str] = ()
+    given: Sequence[str] = ()
+    want: Sequence[str] = ()
+    workers: int = 0
+    device: str = "auto"
+
+
+def predict_bids(request: Request) -> list[Row]:
+    """Preprocess, judge and answer; write ``predictions.tsv``, its description and a page per scan.
+
+    Scans are preprocessed as those that the model was trained on. A scan that cannot be preprocessed or fails quality
+    control has a row with its reason and no answers.
+
+    Returns:
+        The rows of the table, in the order of the source.
+
+    Raises:
+        ConfigError: a query that the model does not take, or an unknown participant.
+        DataError: a source that cannot be read, or a missing package.
+    """
+    model = load(request.model, resolve_device(request.device), kind=ScalarsModel)
+    given = list(request.given) or [v.name for v in model.variables.volumes]
+    want = list(request.want) or [v.name for v in model.variables.scalars if v.name not in given]
+    check_query(model.schema, given, want)
+    out = request.out
+    out.mkdir(parents=True, exist_ok=True)
+    schema = _known_part(model.schema, request.bids)
+    reasons: dict[str, str] = {}
+    keys = _list_scans(request, schema, out / SCANS, reasons)
+    source = out / SCANS
+    if model.meta["recipe"]:
+        source = out / DERIVATIVE
+        try:
+            preprocess(out / SCANS, source, Recipe.from_dict(model.meta["recipe"]), workers=request.workers)
+        except DataError:
+            if not (source / "rejected.tsv").is_file():
+                raise
+        reasons |= _read_rejects(source)
+    rows, subjects = _answer(request, model, schema, source, given, want, reasons)
+    answered = _complete(rows, keys, want, reasons)
+    about = f"{', '.join(want)} given {', '.join(given)}, by {request.model}"
+    write_predictions(out / TABLE, answered, _describe(model, given, want))
+    nobody = [Answer(name, model.schema[name].unit or "") for name in want]
+    pages = [subjects.get(key) or Subject(key, nobody, [reasons[key]]) for key in keys]
+    write_pages(out, pages, about)
+    return answered
+
+
+def _known_part(schema: Schema, bids: Path) -> Schema:
+    """The model's volumes, and those of its scalars that the table of participants has."""
+    table = bids / "participants.tsv"
+    columns = read_sheet(table).columns if table.is_file() else []
+    specs = schema.to_dict()
+    return Schema.from_dict({v.name: specs[v.name] for v in schema if v.kind == "volume" or v.column in columns})
+
+
+def _list_scans(request: Request, schema: Schema, path: Path, reasons: dict[str, str]) -> list[str]:
+    """Write the scans to a CSV for the preprocessing; return all keys, and add the reasons of unusable rows."""
+    volumes = schema.volumes
+    if len(volumes) != 1:
+        raise ConfigError(f"{request.model} has {len(volumes)} volumes; preprocessing takes T1-weighted scans alone")
+    table = read_table(request.bids, schema)
+    wanted = {label.removeprefix("sub-") for label in request.labels}
+    found = {row.key.partition("_")[0].removeprefix("sub-") for row in table.rows}
+    if unknown := sorted(wanted - found):
+        raise ConfigError(f"{request.bids}: no participant {', '.join(unknown)}")
+    rows = [r for r in table.rows if not wanted or r.key.partition("_")[0].removeprefix("sub-") in wanted]
+    with atomic_file(path) as part, part.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow([ID, SESSION, PATH, *(v.column for v in schema.scalars)])
+        for row in rows:
+            if isinstance(row, Visit):
+                session = row.key[len(row.subject) + 1 :]
+                file = row.files[volumes[0].name].absolute()
+                values = (MISSING if row.values[v.name] is None else row.values[v.name] for v in schema.scalars)
+                writer.writerow([row.subject, session or MISSING, file, *values])
+    reasons |= {row.key: row.reason for row in rows if isinstance(row, Reject)}
+    return [row.key for row in rows]
+
+
+def _read_rejects(folder: Path) -> dict[str, str]:
+    """Key -> reason of the rejected rows of a derivative or a packed data set."""
+    path = folder / "rejected.tsv"
+    return {cells["key"]: cells["reason"] for _, cells in read_sheet(path).rows} if path.is_file() else {}
+
+
+def _answer(
+    request: Request,
+    model: ScalarsModel,
+    schema: Schema,
+    source: Path,
+    given: Sequence[str],
+    want: Sequence[str],
+    reasons: dict[str, str],
+) -> tuple[dict[str, Row], dict[str, Subject]]:
+    """Rows and pages by key; the reasons of scans that fail quality control are added."""
+    packed = request.out / PACKED
+    shutil.rmtree(packed, ignore_errors=True)
+    options: dict[str, Any] = {"schema": schema, "spacing": model.grid["spacing"], "shape": model.grid["shape"]}
+    try:
+        pack(source, packed, **options, max_rejects="100%", fractions=(0, 0, 1), workers=request.workers)
+    except TooManyRejects:
+        reasons |= _read_rejects(packed)
+        return {}, {}
+    reasons |= _read_rejects(packed)
+    overrides = {"out": str(request.out / TABLE), "model": request.model, "data": str(packed), "split": "all"}
+    overrides |= {"given": ",".join(given), "want": ",".join(want)}
+    config = load_config(PredictConfig, "predict", "default", (), overrides)
+    predictor = ScalarsPredictor(config, model)
+    keys, rows, pages = predictor.dataset.keys(), {}, {}
+    outline = _template_outline(model)
+    with Progress(", ".join(want), len(keys), "scan") as bar:
+        for first in range(0, len(keys), config.batch):
+            part = keys[first : first + config.batch]
+            inputs = read_inputs(model, predictor.dataset, part, given)
+            with torch.inference_mode(), one_thread():
+                laws = StackPosterior(model.stack, *inputs).laws(want)
+            for place, (key, row) in enumerate(zip(part, predictor(part), strict=True)):
+                answers = [_variable_answer(model, row, name, laws[name], place) for name in want]
+                rows[key], pages[key] = row, _page(predictor, row, answers, outline)
+            bar.update(len(part))
+    return rows, pages
+
+
+def _page(
+    predictor: ScalarsPredictor, row: Row, answers: Sequence[Answer], outline: NDArray[np.float32] | None
+) -> Subject:
+    """What the page of one scan shows."""
+    dataset, name, key = predictor.dataset, predictor.model.variables.volumes[0].name, row["key"]
+    record = dataset.record(key)
+    volume = dataset.read(key, name).astype(np.float32)
+    flags = [flag for flag in str(row["flag"]).split("; ") if flag != OK]
+    figures = {name.partition(".")[2]: value for name, value in record.figures.items()}
+    return Subject(key, answers, [*flags, *record.flags], volume, volume > 0, outline, figures)
+
+
+def _variable_answer(model: ScalarsModel, row: Row, name: str, law: Law, place: int) -> Answer:
+    """The answer about one variable of the person at ``place`` of a batch."""
+    variable, unit = model.variables[name], model.schema[name].unit or ""
+    if row[name] is None:
+        return Answer(name, unit)
+    if isinstance(variable, Categorical):
+        return Answer(name, unit, probabilities={c: row[f"{name}_p_{c}"] for c in variable.classes})
+    assert isinstance(variable, Continuous)
+    mean, sd = row[name], row[f"{name}_sd"]
+    x = torch.linspace(mean - REACH * sd, mean + REACH * sd, POINTS, dtype=torch.float64)
+    z = (2 * x - variable.low - variable.high) / (variable.high - variable.low)
+    own = take(law, torch.tensor([place]))
+    assert not isinstance(own, torch.Tensor)
+    density = own.log_prob(z).exp() * 2 / (variable.high - variable.low)
+    interval = (row[f"{name}_q05"], row[f"{name}_q95"])
+    return Answer(name, unit, mean, interval, (x.numpy(), density.numpy()))
+
+
+def _template_outline(model: ScalarsModel) -> NDArray[np.float32] | None:
+    """The template's brain on the model's grid, (H, W, D); None without registration to the built-in template."""
+    recipe = Recipe.from_dict(model.meta["recipe"]) if model.meta["recipe"] else None
+    if recipe is None or "registration" not in recipe.steps or recipe.template != MNI:
+        return None
+    template = load_template(None, recipe)
+    affine = np.array(model.grid["affine"], float)
+    affine[:3, 3] += template.centre
+    height, width, depth = model.grid["shape"]
+    return resample(template.mask, affine, (height, width, depth)).voxels
+
+
+def _complete(
+    rows: Mapping[str, Row], keys: Sequence[str], want: Sequence[str], reasons: Mapping[str, str]
+) -> list[Row]:
+    """The rows of all keys, of one set of columns; without an answer all cells but the flag are empty."""
+    columns = next(iter(rows.values()), dict.fromkeys(["key", "subject", *want, "not_given", "flag"]))
+    empty = dict.fromkeys(columns)
+    return [rows.get(key) or {**empty, "key": key, "subject": subject_of(key), "flag": reasons[key]} for key in keys]
+
+
+def _describe(model: ScalarsModel, given: Sequence[str], want: Sequence[str]) -> dict[str, Any]:
+    """The description of the table: the query, the model, and its columns."""
+    columns: dict[str, dict[str, Any]] = {"key": {"Description": "participant and session"}}
+    for name in want:
+        v = model.schema[name]
+        if v.kind == "categorical":
+            columns[name] = {"Description": f"most probable {name}", "Levels": {c: c for c in v.classes}}
+            columns |= {f"{name}_p_{c}": {"Description": f"probability that {name} is {c}"} for c in v.classes}
+            continue
+        columns[name] = {"Description": f"mean of the predicted distribution of {name}", "Units": v.unit or "n/a"}
+        columns[f"{name}_sd"] = {"Description": "its standard deviation", "Units": v.unit or "n/a"}
+        for q in QUANTILES:
+            columns[f"{name}_q{q:02d}"] = {"Description": f"its {q} % quantile", "Units": v.unit or "n/a"}
+    columns["typicality"] = {"Description": "p-value of the scan's distance from held-out people of the training"}
+    columns["not_given"] = {"Description": "given variables that the participant lacks"}
+    columns["flag"] = {"Description": "ok, or what is doubtful about the scan or its answers"}
+    return {
+        "given": list(given),
+        "want": list(want),
+        "part": "all",
+        "model": identity(model.folder),
+        "schema": model.schema.to_dict(),
+        "versions": versions(),
+        "columns": columns,
+    }
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """One line on how many scans were answered, and how many are flagged."""
+    answered = sum(any(row.get(name) is not None for name in row if name not in NO_ANSWER) for row in rows)
+    flagged = sum(row["flag"] != OK for row in rows)
+    return f"{answered} of {len(rows)} scans answered, {flagged} flagged"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``mvhpc-app``, with the command line of BIDS Apps; returns the exit status."""
+    parser = argparse.ArgumentParser("mvhpc-app", description=__doc__)
+    parser.add_argument("bids_dir", type=Path)
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("analysis_level", choices=["participant"])
+    _add_options(parser)
+    parser.add_argument("--participant-label", "--participant_label", nargs="+", default=[], metavar="LABEL")
+    options = parser.parse_args(arguments)
+    return _run(options, options.bids_dir, options.output_dir, options.participant_label)
+
+
+def predict_command(arguments: Sequence[str]) -> int:
+    """``mvhpc predict --bids``; returns the exit status."""
+    parser = argparse.ArgumentParser("mvhpc predict", description=__doc__)
+    parser.add_argument("--bids", type=Path, required=True, metavar="FOLDER", help="BIDS folder of raw scans")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of the results")
+    _add_options(parser)
+    options = parser.parse_args(arguments)
+    return _run(options, options.bids, options.out, ())
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="run folder of a model of scalars")
+    parser.add_argument("--given", default="", metavar="A,B", help="known variables (default: the scan)")
+    parser.add_argument("--want", default="", metavar="A,B", help="variables to predict (default: all others)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0 for one per core")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+
+
+def _run(options: argparse.Namespace, bids: Path, out: Path, labels: Sequence[str]) -> int:
+    given, want = ([name for name in text.split(",") if name] for text in (options.given, options.want))
+    request = Request(bids, out, options.model, labels, given, want, options.workers, options.device)
+    try:
+        rows = predict_bids(request)
+    except (ConfigError, DataError) as error:
+        print(f"mvhpc: {error}", file=sys.stderr)
+        return 2
+    print(f"{summary(rows)}; see {out / TABLE} and {out / 'index.html'}")
+    return 0
