@@ -1,4 +1,4 @@
-"""NIfTI file -> canonical array: RAS, given spacing, a box around the brain's centre, intensities in [0, 1].
+"""NIfTI or MGH file -> canonical array: RAS, given spacing, a box around the brain's centre, intensities in [0, 1].
 
 Only the voxels and the affine are read from a file. Header text, extensions and all other metadata are discarded.
 """
@@ -18,9 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from shards.files import sha256
+
 PERCENTILE = 99.5  # of the foreground is scaled to 1
 LARGEST = 2**33  # bytes of an unpacked file; a larger one is damaged, or not a structural scan
 MILLIMETRES = {1: 1e3, 3: 1e-3}  # NIfTI's codes for metres and micrometres; other codes are read as millimetres
+PAIR = (".hdr", ".img")
+MGH = 1  # version in the first four bytes of an MGH file, in the place of the header size of NIfTI
 PLAUSIBLE = (0.05, 50.0)  # mm, of a voxel
 FWHM_TO_SIGMA = 1 / math.sqrt(8 * math.log(2))
 
@@ -95,13 +99,26 @@ def canonical(path: Path, spacing: float, shape: tuple[int, int, int]) -> Canoni
 def read(path: Path) -> Scan:
     """Read a NIfTI file, its axes reordered to those nearest to right, anterior, superior.
 
+    Args:
+        path: ``.nii``, ``.nii.gz``, either file of a pair ``.hdr`` and ``.img``, or FreeSurfer's ``.mgz`` or ``.mgh``.
+
     Raises:
-        ValueError: not a NIfTI file, damaged, not 3D, not real numbers, NaN voxels, or an affine that cannot be used;
+        ValueError: not such a file, damaged, not 3D, not real numbers, NaN voxels, or an affine that cannot be used;
             the message gives the reason without the path.
     """
-    raw = path.read_bytes()
-    image = nib.as_closest_canonical(_parse(raw))
-    return Scan(_voxels(image), _affine(image), hashlib.sha256(raw).hexdigest())
+    raw, voxels = _pair(path) if path.suffix in PAIR else (path.read_bytes(), b"")
+    image = nib.as_closest_canonical(_parse(raw, voxels))
+    return Scan(_voxels(image), _affine(image), hashlib.sha256(raw + voxels).hexdigest())
+
+
+def file_sha256(path: Path) -> str:
+    """:attr:`Scan.sha256` of a file; of a pair, of header and image.
+
+    Raises:
+        ValueError: half of a pair.
+        OSError: the file cannot be read.
+    """
+    return sha256(path) if path.suffix not in PAIR else hashlib.sha256(b"".join(_pair(path))).hexdigest()
 
 
 def sample(
@@ -132,8 +149,20 @@ def sample(
     return ndimage.affine_transform(smooth, step, offset, output_shape=shape, order=1, mode=beyond)
 
 
-def _parse(raw: bytes) -> Any:
-    """A NIfTI-1 or NIfTI-2 image from a file's bytes, gzip checksum verified."""
+def _pair(path: Path) -> tuple[bytes, bytes]:
+    """The bytes of a header and of its image file."""
+    files = [path.with_suffix(suffix) for suffix in PAIR]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"half of a pair: there is no {file.suffix} file beside it")
+    header, voxels = (file.read_bytes() for file in files)
+    if header[344:347] not in {b"ni1", b"n+1"} and header[4:7] not in {b"ni2", b"n+2"}:
+        raise ValueError("in the Analyze format, which does not tell left from right: convert it to NIfTI")
+    return header, voxels
+
+
+def _parse(raw: bytes, voxels: bytes = b"") -> Any:
+    """A NIfTI image from the bytes of a NIfTI or MGH file, gzip checksum verified; ``voxels``: of a pair's image."""
     if raw[:2] == b"\x1f\x8b":
         try:
             with gzip.open(io.BytesIO(raw)) as stream:
@@ -144,13 +173,23 @@ def _parse(raw: bytes) -> Any:
             raise ValueError("damaged gzip file") from None
     if len(raw) > LARGEST:
         raise ValueError(f"larger than {LARGEST >> 30} GiB unpacked")
-    kind = {348: nib.Nifti1Image, 540: nib.Nifti2Image}
+    kind = {348: nib.Nifti1Pair, 540: nib.Nifti2Pair} if voxels else {348: nib.Nifti1Image, 540: nib.Nifti2Image}
+    kind[MGH] = nib.MGHImage
     size = next((n for n in kind if n in (int.from_bytes(raw[:4], order) for order in ("little", "big"))), 0)
     if not size:
-        raise ValueError("not a NIfTI file")
+        raise ValueError("not a NIfTI file, nor one of FreeSurfer (.mgz)")
     logging.getLogger("nibabel").setLevel(logging.CRITICAL)  # it logs every irregularity of every header
     try:
-        image = kind[size].from_bytes(raw)
+        if voxels:
+            files = {
+                "header": nib.FileHolder(fileobj=io.BytesIO(raw)),
+                "image": nib.FileHolder(fileobj=io.BytesIO(voxels)),
+            }
+            image = kind[size].from_file_map(files)
+        else:
+            image = kind[size].from_bytes(raw)
+        if size == MGH:
+            image = nib.Nifti1Image.from_image(image)
     except Exception:
         raise ValueError("damaged NIfTI header") from None
     dims = image.shape
@@ -162,7 +201,7 @@ def _parse(raw: bytes) -> Any:
         raise ValueError(f"not a volume: shape {' x '.join(map(str, dims))}")
     if image.get_data_dtype().kind not in "iuf":
         raise ValueError(f"voxels of type {image.get_data_dtype()}, expected real numbers")
-    if math.prod(dims) * image.get_data_dtype().itemsize > len(raw):
+    if math.prod(dims) * image.get_data_dtype().itemsize > len(raw) + len(voxels):
         raise ValueError(f"truncated: too short for {' x '.join(map(str, dims))} voxels")
     if not np.isfinite(image.affine).all():
         raise ValueError("affine with NaN or infinite entries")

@@ -35,5 +35,5 @@ def correct_bias(brain: Volume, mask: Volume) -> Volume:
     if not (np.isfinite(field).all() and (field[inside] > 0).all()):
         raise ValueError("N4 found no usable bias field")
     field = np.maximum(field / field[inside].mean(dtype=np.float64), 0.05).astype(np.float32)
-    fine = resample(Volume(field, affine), brain.affine, brain.voxels.shape, beyond="nearest").voxels  # type: ignore[arg-type]
+    fine = resample(Volume(field, affine), brain.affine, brain.voxels.shape, beyond="nearest").voxels
     return brain.like(np.where(mask.voxels > 0, brain.voxels / fine, 0))

@@ -3,7 +3,7 @@
 import gzip
 import io
 import json
-import re
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,36 +11,81 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from shards.files import atomic_file, write_bytes, write_text
+from shards.errors import DataError
+from shards.files import write_bytes, write_text
+from shards.participants import Row
 from shards.preprocess.images import Volume
 from shards.preprocess.recipe import Recipe
-from shards.preprocess.registration import write_transform
-from shards.preprocess.scan import Result
+from shards.preprocess.registration import transform_bytes
+from shards.preprocess.scan import Result, parameters
+from shards.preprocess.tissue import TISSUES
 
 GENERATOR = "shards preprocess"
 PACKAGES = ("mvhpc", "antspyx", "deepbet", "nilearn", "scikit-learn", "nibabel", "numpy", "scipy", "torch")
 DESCRIPTION = "dataset_description.json"
 
 
-def stem(folder: Path, key: str, suffix: str) -> tuple[Path, str]:
-    """The folder ``anat`` of a visit ``sub-X[_ses-Y]`` and the start of its file names."""
-    del suffix
-    return folder.joinpath(*key.split("_"), "anat"), key
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """The content of the derivative's ``dataset_description.json``."""
+    generator = {
+        "Name": GENERATOR,
+        "Version": versions()["mvhpc"],
+        "Recipe": recipe.to_dict(),
+    }
+    return {
+        "Name": "Preprocessed T1-weighted scans",
+        "BIDSVersion": "1.10.0",
+        "DatasetType": "derivative",
+        "GeneratedBy": [generator],
+    }
 
 
-def names(key: str, suffix: str, recipe: Recipe) -> dict[str, str]:
-    """File names of a visit's results: ``image``, ``mask``, ``sidecar``, ``transform`` and one per tissue."""
+def read_recipe(folder: Path) -> Recipe | None:
+    """The recipe of a derivative of this package; None for any other folder.
+
+    Raises:
+        DataError: a recipe that this version does not know.
+    """
+    try:
+        content = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        generators = [g for g in content["GeneratedBy"] if g["Name"] == GENERATOR]
+        recipe = generators[0]["Recipe"] if generators else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    try:
+        return Recipe.from_dict(recipe) if recipe is not None else None
+    except (DataError, TypeError) as error:
+        raise DataError(f"{folder / DESCRIPTION}: {error}; preprocess again with this version") from error
+
+
+def is_derivative(folder: Path) -> bool:
+    """Whether a folder holds a complete derivative of this package."""
+    return read_recipe(folder) is not None
+
+
+def result_files(folder: Path, row: Row, suffix: str, recipe: Recipe) -> dict[str, Path]:
+    """The files of a visit's results.
+
+    Args:
+        folder: of the derivative.
+        row: the visit.
+        suffix: of the scan, as ``T1w``.
+        recipe: decides which there are.
+
+    Returns:
+        ``image``, ``sidecar``, ``mask``, the tissues, and ``transform`` -> path.
+    """
     space = f"_space-{recipe.space}" if "registration" in recipe.steps else ""
-    found = {
-        "image": f"{key}{space}_desc-preproc_{suffix}.nii.gz",
-        "sidecar": f"{key}{space}_desc-preproc_{suffix}.json",
-        "mask": f"{key}{space}_desc-brain_mask.nii.gz",
+    names = {
+        "image": f"{row.key}{space}_desc-preproc_{suffix}.nii.gz",
+        "sidecar": f"{row.key}{space}_desc-preproc_{suffix}.json",
+        "mask": f"{row.key}{space}_desc-brain_mask.nii.gz",
     }
     if "tissue" in recipe.steps:
-        found |= {tissue: f"{key}{space}_label-{tissue}_probseg.nii.gz" for tissue in ("GM", "WM", "CSF")}
+        names |= {tissue: f"{row.key}{space}_label-{tissue}_probseg.nii.gz" for tissue in TISSUES}
     if space:
-        found["transform"] = f"{key}_from-{suffix}_to-{recipe.space}_mode-image_xfm.mat"
-    return found
+        names["transform"] = f"{row.key}_from-{suffix}_to-{recipe.space}_mode-image_xfm.mat"
+    return {name: _anat(folder, row) / file for name, file in names.items()}
 
 
 def versions() -> dict[str, str]:
@@ -54,40 +99,59 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_result(folder: Path, key: str, suffix: str, recipe: Recipe, result: Result) -> None:
-    """Write the files of one visit; the sidecar comes last, and marks the visit as complete."""
-    anat = folder.joinpath(*key.split("_"), "anat")
-    anat.mkdir(parents=True, exist_ok=True)
-    found = names(key, suffix, recipe)
-    _write_volume(anat / found["image"], result.image, np.float32)
-    _write_volume(anat / found["mask"], result.mask, np.uint8)
+def write_result(
+    folder: Path, row: Row, suffix: str, recipe: Recipe, result: Result, sources: Mapping[str, str]
+) -> None:
+    """Write the files of one visit; the sidecar comes last, and marks the visit as complete.
+
+    Args:
+        folder: of the derivative.
+        row: the visit.
+        suffix: of the scan.
+        recipe: that was followed.
+        result: to write.
+        sources: role -> SHA-256 of the file: the scan, its mask, the reference of a follow-up.
+    """
+    _anat(folder, row).mkdir(parents=True, exist_ok=True)
+    files = result_files(folder, row, suffix, recipe)
+    _write_volume(files["image"], result.image, np.float32)
+    _write_volume(files["mask"], result.mask, np.uint8)
     for tissue, volume in result.tissue.items():
-        _write_volume(anat / found[tissue], volume, np.float32)
+        _write_volume(files[tissue], volume, np.float32)
     if result.matrix is not None:
-        with atomic_file(anat / found["transform"]) as part:
-            temporary = part.with_suffix(".mat")
-            write_transform(result.matrix, temporary)
-            temporary.replace(part)
+        write_bytes(files["transform"], transform_bytes(result.matrix))
     sidecar = {
-        "SpatialReference": recipe.space if result.matrix is not None else "orig",
         "SkullStripped": True,
-        "SourceSHA256": result.sha256,
+        "SpatialReference": recipe.space if result.matrix is not None else "orig",
+        "SourceSHA256": dict(sources),
         "BrainExtraction": result.extraction,
         "Recipe": recipe.to_dict(),
+        "Parameters": parameters(recipe),
         "Software": versions(),
-        "Figures": {name: round(value, 6) for name, value in result.figures.items()},
+        "Figures": {name: float(f"{value:.6g}") for name, value in result.figures.items()},
     }
-    write_text(anat / found["sidecar"], json.dumps(sidecar, indent=1) + "\n")
+    write_text(files["sidecar"], json.dumps(sidecar, indent=1) + "\n")
 
 
-def read_sidecar(folder: Path, key: str, suffix: str, recipe: Recipe) -> dict[str, Any] | None:
+def read_sidecar(folder: Path, row: Row, suffix: str, recipe: Recipe) -> dict[str, Any] | None:
     """The sidecar of a complete visit; None where there is none."""
-    path = folder.joinpath(*key.split("_"), "anat", names(key, suffix, recipe)["sidecar"])
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(result_files(folder, row, suffix, recipe)["sidecar"].read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def clear_visit(folder: Path, row: Row) -> None:
+    """Remove the results of a visit, as those of another recipe; the sidecars first, which mark it as complete."""
+    files = sorted(_anat(folder, row).glob(f"{row.key}_*"), key=lambda path: path.suffix != ".json")
+    for path in files:
+        path.unlink()
+
+
+def _anat(folder: Path, row: Row) -> Path:
+    session = row.key[len(row.subject) + 1 :]  # empty without sessions
+    return folder / row.subject / session / "anat"
 
 
 def _write_volume(path: Path, volume: Volume, dtype: type[Any]) -> None:

@@ -1,12 +1,16 @@
 """Brain masks: found in the scan itself where it is brain-extracted already, otherwise by a network."""
 
+import tempfile
+import zipfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from shards.errors import DataError
 from shards.preprocess.images import Volume
 
 CLEAR_FACES = 0.95  # share of the voxels on a volume's faces that are background where the brain is extracted
@@ -63,6 +67,41 @@ def deepbet(device: str) -> Callable[[Volume], Volume]:
             torch.set_num_threads(threads)
         if not found.any():
             raise ValueError("deepbet finds no brain in it")
+        return scan.like(found)
+
+    return mask
+
+
+def hd_bet(weights: Path, device: str) -> Callable[[Volume], Volume]:
+    """A function from a head to its brain mask, by HD-BET 2 (Isensee et al., 2019), a network of nnU-Net.
+
+    Args:
+        weights: the zip file of its release, which holds ``plans.json``, ``dataset.json`` and ``fold_all``. Loading it
+            runs code that it may hold; check its hash before.
+        device: ``cpu`` or ``cuda``.
+    """
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    network = nnUNetPredictor(
+        use_mirroring=False, perform_everything_on_device=device == "cuda", device=torch.device(device)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(weights) as archive:
+            archive.extractall(folder)
+        plans = sorted(Path(folder).rglob("plans.json"))
+        if len(plans) != 1:
+            raise DataError(f"{weights}: expected one plans.json in it, found {len(plans)}")
+        network.initialize_from_trained_model_folder(str(plans[0].parent), ("all",))
+
+    def mask(scan: Volume) -> Volume:
+        spacing = np.linalg.norm(scan.affine[:3, :3], axis=0)[::-1]
+        labels = network.predict_single_npy_array(  # axes (channel, z, y, x)
+            np.ascontiguousarray(scan.voxels.T)[None], {"spacing": list(map(float, spacing))}
+        )
+        found = np.asarray(labels).T > 0
+        if not found.any():
+            raise ValueError("HD-BET finds no brain in it")
         return scan.like(found)
 
     return mask

@@ -8,7 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.errors import DataError
+from shards.preprocess.extraction import extracted_mask
 from shards.preprocess.images import Volume, ants_library, resample, to_ants, working_grid
+from shards.preprocess.recipe import Recipe
+from shards.volumes import read
 
 SPACING = 4.0  # mm, at which volumes are registered
 KINDS = {"rigid": "Rigid", "affine": "Affine"}
@@ -22,12 +26,10 @@ class Template:
     Attributes:
         brain: brain-extracted, on the grid of the results.
         mask: its brain, 0 or 1.
-        space: label of the space in BIDS names.
     """
 
     brain: Volume
     mask: Volume
-    space: str
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,9 @@ def register(brain: Volume, mask: Volume, template: Template, kind: str) -> Regi
         except (RuntimeError, ValueError) as error:
             raise ValueError("the registration failed") from error
         matrix = _matrix(ants.read_transform(found["fwdtransforms"][0]))
-    warped = resample(moving, fixed.affine, fixed.voxels.shape, matrix).voxels  # type: ignore[arg-type]
-    theirs = resample(mask, fixed.affine, fixed.voxels.shape, matrix).voxels > 0.5  # type: ignore[arg-type]
-    ours = resample(template.mask, fixed.affine, fixed.voxels.shape).voxels > 0.5  # type: ignore[arg-type]
+    warped = resample(moving, fixed.affine, fixed.voxels.shape, matrix).voxels
+    theirs = resample(mask, fixed.affine, fixed.voxels.shape, matrix).voxels > 0.5
+    ours = resample(template.mask, fixed.affine, fixed.voxels.shape).voxels > 0.5
     overlap = 2 * float((theirs & ours).sum()) / max(1, int(theirs.sum() + ours.sum()))
     correlation = float(np.corrcoef(warped[ours], fixed.voxels[ours])[0, 1]) if warped[ours].std() > 0 else 0.0
     return Registration(matrix, correlation, overlap)
@@ -84,41 +86,48 @@ def _matrix(transform: Any) -> NDArray[np.float64]:
     return FLIP @ matrix @ FLIP
 
 
-def write_transform(matrix: NDArray[np.float64], path: Path) -> None:
-    """Write a map as an ITK transform file (``.mat``) that ANTs, ITK-SNAP and 3D Slicer read."""
+def transform_bytes(matrix: NDArray[np.float64]) -> bytes:
+    """A map as the content of an ITK transform file (``.mat``), which ANTs, ITK-SNAP and 3D Slicer read."""
     ants = ants_library()
     itk = FLIP @ matrix @ FLIP
     transform = ants.create_ants_transform(
         transform_type="AffineTransform", matrix=itk[:3, :3], translation=itk[:3, 3], precision="double"
     )
-    ants.write_transform(transform, str(path))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "transform.mat"
+        ants.write_transform(transform, str(path))
+        return path.read_bytes()
 
 
-def load_template(file: Path | None, spacing: float) -> Template:
-    """The template on a grid of the given spacing.
+def load_template(file: Path | None, recipe: Recipe) -> Template:
+    """The template on the grid of the results.
 
     Args:
         file: a brain-extracted volume; None for the MNI152 template that nilearn brings.
-        spacing: mm.
-    """
-    from shards.volumes import read
+        recipe: names the space and the spacing.
 
+    Raises:
+        DataError: a file that cannot be used.
+    """
     if file is None:
         from nilearn.datasets import load_mni152_brain_mask, load_mni152_template
 
         image, brain_mask = load_mni152_template(resolution=1), load_mni152_brain_mask(resolution=1)
         source = Volume(np.ascontiguousarray(image.get_fdata(dtype=np.float32)), image.affine)
         mask = source.like(brain_mask.get_fdata(dtype=np.float32) > 0.5)
-        source = source.like(source.voxels * mask.voxels)
-        space = "MNI152NLin2009aSym"
     else:
-        scan = read(file)
+        try:
+            scan = read(file)
+        except ValueError as error:
+            raise DataError(f"{file}: {error}") from error
         source = Volume(scan.voxels, scan.affine)
-        mask = source.like(source.voxels > 0)
-        space = "".join(c for c in file.name.partition(".")[0] if c.isalnum()) or "template"
+        found = extracted_mask(source)
+        if found is None:
+            raise DataError(f"{file}: a template has to be brain-extracted, with an empty background")
+        mask = found
+    source = source.like(source.voxels * mask.voxels)
     steps = np.linalg.norm(source.affine[:3, :3], axis=0)
-    size = [int(np.ceil(n * step / spacing)) for n, step in zip(source.voxels.shape, steps)]
-    affine = source.affine @ np.diag([*(spacing / steps), 1.0])
-    shape = (size[0], size[1], size[2])
-    brain, inside = resample(source, affine, shape), resample(mask, affine, shape)
-    return Template(brain, inside.like(inside.voxels > 0.5), space)
+    size = [int(np.ceil(n * step / recipe.spacing)) for n, step in zip(source.voxels.shape, steps)]
+    affine = source.affine @ np.diag([*(recipe.spacing / steps), 1.0])
+    brain, inside = (resample(v, affine, (size[0], size[1], size[2])) for v in (source, mask))
+    return Template(brain, inside.like(inside.voxels > 0.5))

@@ -1,18 +1,17 @@
 """The steps on one scan."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.preprocess.bias import correct_bias
+from shards.preprocess import bias, images, registration, tissue
 from shards.preprocess.extraction import background, extracted_mask
 from shards.preprocess.images import Volume, resample
 from shards.preprocess.recipe import Recipe
-from shards.preprocess.registration import Template, register
-from shards.preprocess.tissue import tissue_maps
+from shards.preprocess.registration import Template
 from shards.volumes import read
 
 Extractor = Callable[[Volume], Volume]
@@ -27,7 +26,6 @@ class Result:
         mask: 0 or 1.
         tissue: tissue -> probability; empty where the recipe has no such step.
         matrix: (4, 4), mm in the space of the results to mm in the scan's space; None without registration.
-        sha256: of the scan's file.
         extraction: how the brain was found: ``deepbet``, ``hd-bet``, ``mask``, ``none``.
         figures: brain volume (ml), and of the registration: correlation, overlap, volume ratio of the template to
             the scan.
@@ -37,9 +35,8 @@ class Result:
     mask: Volume
     tissue: dict[str, Volume]
     matrix: NDArray[np.float64] | None
-    sha256: str
     extraction: str
-    figures: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float]
 
 
 def preprocess_scan(
@@ -67,31 +64,28 @@ def preprocess_scan(
     low = min(0.0, float(head.voxels[mask.voxels > 0].min()))
     brain = head.like(np.where(mask.voxels > 0, head.voxels - low, 0))
     if "bias" in recipe.steps:
-        brain = correct_bias(brain, mask)
-    tissue = tissue_maps(brain, mask) if "tissue" in recipe.steps else {}
+        brain = bias.correct_bias(brain, mask)
+    maps = tissue.tissue_maps(brain, mask) if "tissue" in recipe.steps else {}
     figures = {"brain_ml": float(mask.voxels.sum(dtype=np.float64)) * mask.voxel_ml}
     if "registration" not in recipe.steps or template is None:
-        return Result(brain, mask, tissue, None, scan.sha256, extraction, figures)
-    found = register(brain, mask, template, recipe.registration)
+        return Result(brain, mask, maps, None, extraction, figures)
+    found = registration.register(brain, mask, template, recipe.registration)
     figures |= {
         "correlation": found.correlation,
         "overlap": found.overlap,
         "volume_ratio": 1 / abs(float(np.linalg.det(found.matrix[:3, :3]))),
     }
     shape = template.brain.voxels.shape
-    image, inside, *maps = (
-        resample(v, template.brain.affine, shape, found.matrix)  # type: ignore[arg-type]
-        for v in (brain, mask, *tissue.values())
+    image, inside, *warped = (
+        resample(v, template.brain.affine, shape, found.matrix) for v in (brain, mask, *maps.values())
     )
     mask = inside.like(inside.voxels > 0.5)
     image = image.like(np.where(mask.voxels > 0, image.voxels, 0))
-    tissue = {name: m.like(np.clip(m.voxels, 0, 1)) for name, m in zip(tissue, maps)}
-    return Result(image, mask, tissue, found.matrix, scan.sha256, extraction, figures)
+    maps = {name: m.like(np.clip(m.voxels, 0, 1)) for name, m in zip(maps, warped)}
+    return Result(image, mask, maps, found.matrix, extraction, figures)
 
 
-def _brain(
-    head: Volume, recipe: Recipe, extract: Extractor | None, mask_file: Path | None
-) -> tuple[Volume, str]:
+def _brain(head: Volume, recipe: Recipe, extract: Extractor | None, mask_file: Path | None) -> tuple[Volume, str]:
     """The brain mask, and how it was found."""
     if head.voxels.min() == head.voxels.max():
         raise ValueError(f"constant volume: all voxels are {head.voxels.flat[0]:g}")
@@ -112,3 +106,26 @@ def _brain(
     if extract is None:
         raise ValueError("it is not brain-extracted, and there is no network to do so")
     return extract(head), "deepbet" if recipe.brain == "auto" else recipe.brain
+
+
+def parameters(recipe: Recipe) -> dict[str, dict[str, object]]:
+    """The fixed settings of the steps, for the sidecars."""
+    settings: dict[str, dict[str, object]] = {
+        "bias": {
+            "method": "N4",
+            "spacing_mm": bias.SPACING,
+            "shrink_factor": bias.SHRINK,
+            "iterations": list(bias.ITERATIONS),
+            "tolerance": bias.TOLERANCE,
+        },
+        "registration": {
+            "method": f"ANTs {recipe.registration}, Mattes mutual information",
+            "spacing_mm": registration.SPACING,
+            "seed": images.SEED,
+        },
+        "tissue": {
+            "method": "mixture of normals",
+            "components": list(tissue.COMPONENTS),
+        },
+    }
+    return {step: settings[step] for step in recipe.steps if step in settings}
