@@ -9,7 +9,8 @@ import io
 import logging
 import math
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,21 @@ class Scan:
 
 
 @dataclass(frozen=True)
+class Space:
+    """A template's space, which volumes are registered to.
+
+    Attributes:
+        name: label of the space in BIDS names.
+        centre: (3,), of the template's brain, mm; at a voxel of the registered volumes.
+        maps: labels of the probability maps beside each volume, as ``GM``; those of BIDS names.
+    """
+
+    name: str
+    centre: tuple[float, float, float]
+    maps: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Canonical:
     """A volume ready to store.
 
@@ -53,47 +69,89 @@ class Canonical:
         origin: (3,), where the grid's origin lies in the scanner's space, mm.
         sha256: of the source file.
         cropped: share of the brain's signal that lies outside the box.
+        maps: label -> uint8 (H, W, D), 255 times the probability.
     """
 
     voxels: NDArray[np.float16]
     origin: NDArray[np.float64]
     sha256: str
     cropped: float
+    maps: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
 
 
-def grid(spacing: float, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """The common grid of all volumes: the brain's centre of mass is at voxel ``shape // 2`` and at 0 mm."""
+def grid(spacing: float, shape: tuple[int, int, int], space: Space | None = None) -> dict[str, Any]:
+    """The common grid of all volumes: voxel ``shape // 2`` is the brain's centre of mass, and 0 mm.
+
+    In a template's space it is the centre of the template's brain, at its place in that space.
+    """
     affine = np.diag([spacing, spacing, spacing, 1.0])
     affine[:3, 3] = [-spacing * (n // 2) for n in shape]
-    return {"spacing": spacing, "shape": list(shape), "affine": affine.tolist()}
+    if space is None:
+        return {"spacing": spacing, "shape": list(shape), "affine": affine.tolist()}
+    affine[:3, 3] += space.centre
+    return {"spacing": spacing, "shape": list(shape), "affine": affine.tolist(), "space": space.name}
 
 
-def canonical(path: Path, spacing: float, shape: tuple[int, int, int]) -> Canonical:
+def grid_centre(grid: Mapping[str, Any]) -> NDArray[np.float64]:
+    """(3,), where voxel ``shape // 2`` of a grid lies, mm."""
+    centre: NDArray[np.float64] = np.array(grid["affine"]) @ [*(n // 2 for n in grid["shape"]), 1]
+    return centre[:3]
+
+
+def canonical(path: Path, spacing: float, shape: tuple[int, int, int], space: Space | None = None) -> Canonical:
     """Read a NIfTI file and resample it to the common grid.
 
     Scales the 0 to 99.5 percentiles of the foreground to [0, 1], then samples the box around the centre of mass. The
     box is shifted by at most half a voxel so that grids of equal spacing coincide and are not interpolated.
 
     Args:
-        path: ``.nii`` or ``.nii.gz``.
+        path: see :func:`read`.
         spacing: mm, of all axes.
         shape: voxels.
+        space: of a registered volume, which the box is then placed in; its probability maps lie beside the file.
 
     Raises:
         ValueError: the file cannot be used; the message gives the reason without the path.
     """
     scan = read(path)
     signal = _rescale(scan.voxels)  # (X, Y, Z) in [0, 1]
-    centre = np.rint(ndimage.center_of_mass(signal))
+    centre = np.rint(ndimage.center_of_mass(signal) if space is None else _voxel(scan.affine, space.centre))
     step = np.linalg.inv(scan.affine[:3, :3]) * spacing  # scan voxels per grid voxel
-    box = sample(signal, step, centre - step @ [n // 2 for n in shape], shape)
+    offset = centre - step @ [n // 2 for n in shape]
+    box = sample(signal, step, offset, shape)
     inside = float(box.sum(dtype=np.float64)) * abs(np.linalg.det(step)) / float(signal.sum(dtype=np.float64))
     return Canonical(
         voxels=np.clip(box, 0, 1).astype("<f2"),
         origin=(scan.affine @ [*centre, 1])[:3],
         sha256=scan.sha256,
         cropped=max(0.0, 1 - inside),
+        maps={label: _map(path, label, scan, step, offset, shape) for label in (space.maps if space else ())},
     )
+
+
+def _voxel(affine: NDArray[np.float64], millimetres: tuple[float, float, float]) -> NDArray[np.float64]:
+    """(3,), the voxel at a place."""
+    return np.linalg.solve(affine, np.array([*millimetres, 1.0]))[:3].astype(np.float64)
+
+
+def _map(
+    path: Path,
+    label: str,
+    scan: Scan,
+    step: NDArray[np.floating[Any]],
+    offset: NDArray[np.floating[Any]],
+    shape: tuple[int, int, int],
+) -> NDArray[np.uint8]:
+    """The probability map of a label beside a registered volume, sampled as the volume is, uint8."""
+    file = path.with_name(f"{path.name.rpartition('_desc-')[0]}_label-{label}_probseg.nii.gz")
+    if not file.is_file():
+        raise ValueError(f"no map *_label-{label}_probseg.nii.gz beside it; run shards preprocess again")
+    found = read(file)
+    if found.voxels.shape != scan.voxels.shape or not np.allclose(found.affine, scan.affine, atol=1e-3):
+        raise ValueError(f"its map of {label} has another grid")
+    if found.voxels.min() < -1e-3 or found.voxels.max() > 1 + 1e-3:
+        raise ValueError(f"its map of {label} holds values outside of 0 to 1")
+    return np.rint(255 * np.clip(sample(found.voxels, step, offset, shape), 0, 1)).astype(np.uint8)
 
 
 def read(path: Path) -> Scan:

@@ -11,56 +11,14 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from shards.errors import DataError
 from shards.files import write_bytes, write_text
 from shards.participants import Row
 from shards.preprocess.images import Volume
-from shards.preprocess.recipe import Recipe
+from shards.preprocess.recipe import TISSUES, Recipe
 from shards.preprocess.registration import transform_bytes
 from shards.preprocess.scan import Result, parameters
-from shards.preprocess.tissue import TISSUES
 
-GENERATOR = "shards preprocess"
 PACKAGES = ("mvhpc", "antspyx", "deepbet", "nilearn", "scikit-learn", "nibabel", "numpy", "scipy", "torch")
-DESCRIPTION = "dataset_description.json"
-
-
-def describe(recipe: Recipe) -> dict[str, Any]:
-    """The content of the derivative's ``dataset_description.json``."""
-    generator = {
-        "Name": GENERATOR,
-        "Version": versions()["mvhpc"],
-        "Recipe": recipe.to_dict(),
-    }
-    return {
-        "Name": "Preprocessed T1-weighted scans",
-        "BIDSVersion": "1.10.0",
-        "DatasetType": "derivative",
-        "GeneratedBy": [generator],
-    }
-
-
-def read_recipe(folder: Path) -> Recipe | None:
-    """The recipe of a derivative of this package; None for any other folder.
-
-    Raises:
-        DataError: a recipe that this version does not know.
-    """
-    try:
-        content = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        generators = [g for g in content["GeneratedBy"] if g["Name"] == GENERATOR]
-        recipe = generators[0]["Recipe"] if generators else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    try:
-        return Recipe.from_dict(recipe) if recipe is not None else None
-    except (DataError, TypeError) as error:
-        raise DataError(f"{folder / DESCRIPTION}: {error}; preprocess again with this version") from error
-
-
-def is_derivative(folder: Path) -> bool:
-    """Whether a folder holds a complete derivative of this package."""
-    return read_recipe(folder) is not None
 
 
 def result_files(folder: Path, row: Row, suffix: str, recipe: Recipe) -> dict[str, Path]:

@@ -1,16 +1,22 @@
 """The recipe of a preprocessing: all choices that decide its results."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from shards.errors import DataError, nearest
+from shards.volumes import Space
 
 STEPS = ("brain", "bias", "registration", "tissue")  # in the order in which they run
 BRAIN = ("auto", "deepbet", "hd-bet", "mask", "none")
 REGISTRATION = ("rigid", "affine")
 MNI = "mni"
+TISSUES = ("GM", "WM", "CSF")
+GENERATOR = "shards preprocess"
+DESCRIPTION = "dataset_description.json"
 
 
 @dataclass(frozen=True)
@@ -66,3 +72,43 @@ class Recipe:
             if key not in known:
                 raise DataError(nearest(key, known, "key of a recipe"))
         return cls(**{**content, "steps": tuple(content.get("steps", STEPS))})
+
+
+def describe(recipe: Recipe, version: str, centre: tuple[float, float, float] | None) -> dict[str, Any]:
+    """The content of a derivative's ``dataset_description.json``.
+
+    Args:
+        recipe: of the derivative.
+        version: of this package.
+        centre: of the template's brain, mm; None without registration.
+    """
+    generator = {"Name": GENERATOR, "Version": version, "Recipe": recipe.to_dict(), "TemplateCentre": centre}
+    return {
+        "Name": "Preprocessed scans",
+        "BIDSVersion": "1.10.0",
+        "DatasetType": "derivative",
+        "GeneratedBy": [generator],
+    }
+
+
+def read_derivative(folder: Path) -> tuple[Recipe, Space | None] | None:
+    """The recipe of a derivative of this package, and the space of its volumes; None for any other folder.
+
+    Raises:
+        DataError: a recipe that this version does not know.
+    """
+    path = folder / DESCRIPTION
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        generator = next(g for g in content["GeneratedBy"] if g["Name"] == GENERATOR)
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        return None
+    try:
+        recipe = Recipe.from_dict(generator["Recipe"])
+        centre = generator["TemplateCentre"]
+        if centre is None:
+            return recipe, None
+        x, y, z = map(float, centre)
+    except (DataError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: {error}; preprocess again with this version") from error
+    return recipe, Space(recipe.space, (x, y, z), TISSUES if "tissue" in recipe.steps else ())

@@ -31,6 +31,13 @@ class Template:
     brain: Volume
     mask: Volume
 
+    @property
+    def centre(self) -> tuple[float, float, float]:
+        """Of the brain's bounding box, at the nearest voxel, mm."""
+        inside = np.argwhere(self.mask.voxels > 0)
+        x, y, z, _ = self.mask.affine @ [*np.rint((inside.min(0) + inside.max(0)) / 2), 1]
+        return float(x), float(y), float(z)
+
 
 @dataclass(frozen=True)
 class Registration:

@@ -10,9 +10,10 @@ from shards.cpus import available_cores
 from shards.errors import DataError
 from shards.files import lock_file, sha256, write_bytes, write_text
 from shards.participants import PATH, Reject, Row, read_table
-from shards.preprocess.derivative import DESCRIPTION, describe, is_derivative
+from shards.preprocess.derivative import versions
 from shards.preprocess.pool import map_processes
-from shards.preprocess.recipe import Recipe
+from shards.preprocess.recipe import DESCRIPTION, Recipe, describe, read_derivative
+from shards.preprocess.registration import load_template
 from shards.preprocess.requirements import check_packages, check_weights, find_device
 from shards.preprocess.subject import Job, Outcome
 from shards.preprocess.tables import carry_tables
@@ -98,6 +99,7 @@ def preprocess(
     if not table.rows:
         raise DataError(f"{source}: the table has no rows")
     _check_folder(Path(source), out)
+    centre = load_template(job.template, recipe).centre if "registration" in recipe.steps else None
     out.mkdir(parents=True, exist_ok=True)
     try:
         with lock_file(out / LOCK, patience=0):
@@ -121,7 +123,7 @@ def preprocess(
                 line, key, reason = rejects[0]
                 raise DataError(f"no scan could be processed; {key or f'line {line}'}: {reason}; see {out / REJECTED}")
             carry_tables(Path(source), out, table.kind, {row.key for row in table.rows if isinstance(row, Row)})
-            write_text(out / DESCRIPTION, json.dumps(describe(recipe), indent=1) + "\n")
+            write_text(out / DESCRIPTION, json.dumps(describe(recipe, versions()["mvhpc"], centre), indent=1) + "\n")
     except BlockingIOError:
         raise DataError(f"{out} is being written by another process") from None
     return Summary(
@@ -156,7 +158,7 @@ def _check_folder(source: Path, out: Path) -> None:
         raise DataError(f"{out} is the source; choose another folder for the derivative")
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; choose a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / LOCK).exists() and not is_derivative(out):
+    if out.is_dir() and any(out.iterdir()) and not (out / LOCK).exists() and read_derivative(out) is None:
         raise DataError(f"{out} holds something other than a derivative of this command; choose another folder")
 
 

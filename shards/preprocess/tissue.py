@@ -3,8 +3,8 @@
 import numpy as np
 
 from shards.preprocess.images import Volume
+from shards.preprocess.recipe import TISSUES
 
-TISSUES = ("GM", "WM", "CSF")
 COMPONENTS = ("CSF", "CSF", "GM", "WM")  # dark to bright in a T1-weighted scan; voxels of fluid and cortex are fluid
 START = (3, 15, 45, 85)  # percentiles of the intensities at which the means of the components start
 RANGE = (0.5, 99.5)  # percentiles; brighter voxels are vessels
