@@ -21,6 +21,7 @@ from shards.files import write_bytes
 from shards.index import Index, Split
 from shards.participants import Reject, Row, Table, read_table
 from shards.progress import Progress
+from shards.qc.limits import LIMITS, remarks, verdict
 from shards.schema import Schema
 from shards.split import check_groups, draw_folds, draw_fractions, merge_groups
 from shards.volumes import Canonical, canonical, grid
@@ -72,6 +73,7 @@ def pack(
     folds: int = 0,
     seed: int = 0,
     workers: int = 1,
+    keep_suspect: bool = False,
 ) -> Summary:
     """Pack a BIDS folder or a CSV into ``out``.
 
@@ -93,6 +95,7 @@ def pack(
         folds: number of cross-validation folds to record as well; 0 for none.
         seed: of the draws of splits.
         workers: processes; 0 for one per core.
+        keep_suspect: pack scans that fail quality control (:mod:`shards.qc`) too, and flag their records.
 
     Returns:
         A summary; ``out/rejected.tsv`` lists the rejected rows with their reasons.
@@ -116,7 +119,7 @@ def pack(
         draw_fractions([], fractions, seed)
     arrays = {v.name: {"shape": size, "dtype": "<f2"} for v in schema.volumes}
     target = grid(spacing, size)
-    token = _token(table, schema, target, storage, group)
+    token = _token(table, schema, target, storage, group, keep_suspect)
     arguments: dict[str, Any] = {
         "source": table.kind,
         "spacing": spacing,
@@ -128,11 +131,13 @@ def pack(
         "folds": folds,
         "seed": seed,
     }
+    if keep_suspect:
+        arguments["keep_suspect"] = True
     if split_column:
         arguments |= {"fractions": [], "split_column": split_column}
     writer = DatasetWriter(out, storage, "volumes", schema, arrays, target, group=group, token=token)
     with contextlib.closing(writer):
-        _convert_and_write(writer, table.rows, groups, spacing, size, workers or available_cores())
+        _convert_and_write(writer, table.rows, groups, spacing, size, workers or available_cores(), keep_suspect)
         packed = [n for n in writer.notes if "sources" in n]
         rejects = [n for n in writer.notes if "reason" in n]
         listing = _listing(rejects)
@@ -177,19 +182,31 @@ def _convert_and_write(
     spacing: float,
     shape: tuple[int, int, int],
     workers: int,
+    keep_suspect: bool,
 ) -> None:
     """Convert and write the rows that the writer has no note of yet; each row leaves one note."""
     done = len(writer.notes)
     with Progress("packing", len(rows), "volume", initial=done) as bar:
         for row, outcome in _convert_all(rows[done:], spacing, shape, workers):
+            reasons, flags = ([], []) if isinstance(outcome, str) else _judge(outcome, writer.schema)
             if isinstance(outcome, str) or isinstance(row, Reject):
                 writer.note({"line": row.line, "key": row.key, "reason": outcome})
+            elif reasons and not keep_suspect:
+                writer.note({"line": row.line, "key": row.key, "reason": "; ".join(reasons)})
             else:
                 hashes = {name: volume.sha256 for name, volume in outcome.items()}
                 writer.note({"key": row.key, "sources": hashes, "cropped": max(v.cropped for v in outcome.values())})
                 voxels = {name: volume.voxels for name, volume in outcome.items()}
-                writer.add(row.key, row.subject, row.values, voxels, groups[row.subject])
+                figures = {f"{name}.{f}": x for name, volume in outcome.items() for f, x in volume.figures.items()}
+                writer.add(row.key, row.subject, row.values, voxels, groups[row.subject], figures, reasons + flags)
             bar.update()
+
+
+def _judge(volumes: Mapping[str, Canonical], schema: Schema) -> tuple[list[str], list[str]]:
+    """Why a row's volumes should be rejected, and what else is unusual about them."""
+    found = [(name, volume.figures, schema[name].suffix) for name, volume in volumes.items()]
+    reasons = [f"{name}: {reason}" for name, figures, suffix in found for reason in verdict(figures, suffix)]
+    return reasons, [f"{name}: {remark}" for name, figures, suffix in found for remark in remarks(figures, suffix)]
 
 
 def _listing(rejects: Sequence[dict[str, Any]]) -> bytes:
@@ -206,6 +223,12 @@ def _summary(index: Index, table: Table, packed: Sequence[dict[str, Any]], rejec
         notes.append(
             f"{len(cropped)} volumes lose more than {CROPPED:.0%} of their signal to the box "
             f"({worst['key']} {worst['cropped']:.0%}): choose a larger --shape"
+        )
+    flagged = [r for r in index.records if r.flags]
+    if flagged:
+        notes.append(
+            f"{len(flagged)} of the packed rows are flagged by quality control "
+            f"({flagged[0].key}: {flagged[0].flags[0]}): see shards inspect"
         )
     records, schema = index.records, index.schema
     assignment = index.split().assignment
@@ -258,7 +281,9 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _token(table: Table, schema: Schema, target: dict[str, Any], storage: str, group: str) -> str:
+def _token(
+    table: Table, schema: Schema, target: dict[str, Any], storage: str, group: str, keep_suspect: bool
+) -> str:
     """Hash of everything that decides the shards; an interrupted packing resumes only where it is the same."""
     files = [
         [row.key, name, path.stat().st_size, path.stat().st_mtime_ns]
@@ -267,7 +292,8 @@ def _token(table: Table, schema: Schema, target: dict[str, Any], storage: str, g
         for name, path in row.files.items()
     ]
     versions = [version(name) for name in PACKAGES]
-    return _digest([table.sha256, files, schema.to_dict(), target, storage, group, versions])
+    limits = [[limit.figure, str(limit.low), str(limit.high)] for limit in LIMITS]
+    return _digest([table.sha256, files, schema.to_dict(), target, storage, group, versions, keep_suspect, limits])
 
 
 Outcome = str | dict[str, Canonical]

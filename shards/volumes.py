@@ -18,9 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from shards.qc.figures import background, measure
+
 PERCENTILE = 99.5  # of the foreground is scaled to 1
+RINGING = 0.1  # share of the foreground; fewer values below the background are errors of interpolation
 LARGEST = 2**33  # bytes of an unpacked file; a larger one is damaged, or not a structural scan
+POINTERS = (b"/annex/objects/", b"version https://git-lfs.github.com/spec/")  # in place of a file's content
 MILLIMETRES = {1: 1e3, 3: 1e-3}  # NIfTI's codes for metres and micrometres; other codes are read as millimetres
+CONTRADICTION = 0.1  # relative difference of the voxel sizes of sform and pixdim; below lie rounding and calibration
 PLAUSIBLE = (0.05, 50.0)  # mm, of a voxel
 FWHM_TO_SIGMA = 1 / math.sqrt(8 * math.log(2))
 
@@ -49,12 +54,14 @@ class Canonical:
         origin: (3,), where the grid's origin lies in the scanner's space, mm.
         sha256: of the source file.
         cropped: share of the brain's signal that lies outside the box.
+        figures: of quality control, see :func:`shards.qc.figures.measure`.
     """
 
     voxels: NDArray[np.float16]
     origin: NDArray[np.float64]
     sha256: str
     cropped: float
+    figures: dict[str, float]
 
 
 def grid(spacing: float, shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -79,6 +86,7 @@ def canonical(path: Path, spacing: float, shape: tuple[int, int, int]) -> Canoni
         ValueError: the file cannot be used; the message gives the reason without the path.
     """
     scan = read(path)
+    figures = measure(scan.voxels, scan.affine)
     signal = _rescale(scan.voxels)  # (X, Y, Z) in [0, 1]
     centre = np.rint(ndimage.center_of_mass(signal))
     step = np.linalg.inv(scan.affine[:3, :3]) * spacing  # scan voxels per grid voxel
@@ -89,6 +97,7 @@ def canonical(path: Path, spacing: float, shape: tuple[int, int, int]) -> Canoni
         origin=(scan.affine @ [*centre, 1])[:3],
         sha256=scan.sha256,
         cropped=max(0.0, 1 - inside),
+        figures=figures,
     )
 
 
@@ -144,6 +153,8 @@ def _parse(raw: bytes) -> Any:
             raise ValueError("damaged gzip file") from None
     if len(raw) > LARGEST:
         raise ValueError(f"larger than {LARGEST >> 30} GiB unpacked")
+    if raw.startswith(POINTERS):
+        raise ValueError("the file is a pointer whose content was not fetched (git annex get, git lfs pull)")
     kind = {348: nib.Nifti1Image, 540: nib.Nifti2Image}
     size = next((n for n in kind if n in (int.from_bytes(raw[:4], order) for order in ("little", "big"))), 0)
     if not size:
@@ -170,6 +181,14 @@ def _parse(raw: bytes) -> Any:
     zooms = np.linalg.norm(directions, axis=0)
     if zooms.min() == 0 or abs(np.linalg.det(directions / zooms)) < 1e-3:
         raise ValueError("singular affine")
+    stated = np.abs(np.asarray(image.header.get_zooms()[:3], np.float64))
+    unit = MILLIMETRES.get(int(image.header["xyzt_units"]) & 7, 1.0)
+    if int(image.header["qform_code"]) > 0 and not np.allclose(zooms, stated * unit, rtol=CONTRADICTION):
+        both = [" x ".join(f"{z:.3g}" for z in sizes) for sizes in (zooms, stated * unit)]
+        raise ValueError(
+            f"the header contradicts itself: voxels are {both[0]} mm by its sform, {both[1]} mm by its pixdim and "
+            "qform; correct the one that is wrong"
+        )
     if zooms.min() < PLAUSIBLE[0] or zooms.max() > PLAUSIBLE[1]:
         raise ValueError(f"voxels of {' x '.join(f'{z:g}' for z in zooms)} mm: wrong units or affine")
     return nib.squeeze_image(image)
@@ -203,14 +222,21 @@ def _rescale(voxels: NDArray[np.float32]) -> NDArray[np.float32]:
 
     The background is the most frequent value on the volume's faces. This holds for brain-extracted volumes with any
     background (0, -1024, 0 among negative values); in a volume with noise in the air it removes almost nothing.
+
+    Percentile 0 leaves out what no tissue has: values below the background where they are few (interpolation beside
+    edges), and values that lie below the 0.5 percentile by more than the range of the percentiles 0.5 to 99.5 (dead
+    pixels, overflow).
     """
     if voxels.min() == voxels.max():
         raise ValueError(f"constant volume: all voxels are {voxels.flat[0]:g}")
-    faces = [np.take(voxels, (0, -1), axis).ravel() for axis in range(3)]
-    values, counts = np.unique(np.concatenate(faces), return_counts=True)
-    foreground = voxels != values[counts.argmax()]
-    low = float(voxels[foreground].min())
-    high = float(np.percentile(voxels[foreground], PERCENTILE))
+    empty = background(voxels)
+    foreground = voxels != empty
+    values = voxels[foreground]
+    low, high = (float(p) for p in np.percentile(values, (100 - PERCENTILE, PERCENTILE)))
+    bound = low - (high - low) if high > low else -math.inf
+    if (values < empty).mean() < RINGING:
+        bound = max(bound, empty)
+    low = float(values[values >= bound].min())
     if not high > low:
         raise ValueError(f"constant volume: the foreground has no contrast (all {low:g})")
     scaled = np.clip((voxels - low) / (high - low), 0, 1)

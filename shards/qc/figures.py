@@ -17,6 +17,8 @@ from shards.qc.orientation import upright
 COARSE = 3.0  # mm, of the voxels on which shape is measured
 LEVEL = 0.2  # of the bright tissue, above which a voxel belongs to the outline; CSF of T1w lies about there
 CLEAR = 9.0  # mm from the outline, beyond which an extracted brain has no signal
+INSIDE = 8.0  # mm below the surface, where no scalp, skull or rim of a mask is
+FEW = 30  # voxels; medians and percentiles of fewer are not taken
 HOUNSFIELD = -900.0  # a background below is air in Hounsfield units; magnitudes of MR are not negative
 RAYS, RAY_STEP, RAY_DEPTH = 800, 1.5, 30.0  # rays into the upper half of the outline; mm
 Array = NDArray[np.floating[Any]]
@@ -41,7 +43,7 @@ def measure(voxels: NDArray[np.float32], affine: NDArray[np.float64]) -> dict[st
     Returns:
         Figure -> value, rounded to four digits. Figures that a volume does not have (the layers of an object thinner
         than they are) are left out; a constant volume has the first three alone. Names are the keys of
-        :data:`shards.qc.limits.FIGURES`.
+        :data:`shards.qc.limits.LIMITS`.
     """
     zooms = np.linalg.norm(affine[:3, :3], axis=0)
     empty = background(voxels)
@@ -128,29 +130,29 @@ def _shape(signal: NDArray[np.float32], foreground: NDArray[np.bool_], zooms: ND
     blocks = foreground.size / float(np.prod(factors))  # of the whole volume; outside of the box all is background
     space = int(inside_box.sum()) + max(0.0, blocks - samples.size)
     figures["signal_outside"] = float(samples[inside_box].sum()) / space if space else 0.0
-    depth = ndimage.distance_transform_edt(np.pad(outline, 1), sampling=size)[1:-1, 1:-1, 1:-1]
-    figures |= _layers(coarse, outline, depth)
-    figures["blur"] = _edge(coarse, outline, size, tissue) / float(size.max())
+    figures |= _contrast(coarse, outline, size, tissue)
     figures["gap"] = _gap(coarse, outline, size, tissue)
     figures["upright"], figures["likeness"] = upright(outline, size)
     return figures
 
 
-def _layers(coarse: Array, outline: NDArray[np.bool_], depth: Array) -> dict[str, float]:
-    """Median of the layer 3 to 9 mm below the surface, relative to that of 12 to 21 mm: cortex and white matter."""
-    outer, inner = coarse[outline & (depth > 3) & (depth <= 9)], coarse[outline & (depth > 12) & (depth <= 21)]
-    if min(outer.size, inner.size) < 30 or not np.median(inner):
-        return {}
-    return {"rim": float(np.median(outer) / np.median(inner))}
-
-
-def _edge(coarse: Array, outline: NDArray[np.bool_], size: Array, tissue: float) -> float:
-    """mm over which the steepest edges (the upper 2 % of slopes) rise from 0 to bright tissue."""
-    padded = np.pad(coarse, 1, mode="edge")
-    slopes = np.gradient(padded, *size)
-    slope = np.sqrt(sum(np.square(s) for s in slopes))[1:-1, 1:-1, 1:-1]
-    steepest = float(np.percentile(slope[ndimage.binary_dilation(outline)], 98))
-    return tissue / steepest if steepest else np.inf
+def _contrast(coarse: Array, outline: NDArray[np.bool_], size: Array, tissue: float) -> dict[str, float]:
+    """Figures of the intensities by their depth below the surface of the outline."""
+    depth = ndimage.distance_transform_edt(np.pad(outline, 1), sampling=size)[1:-1, 1:-1, 1:-1]
+    slope = np.sqrt(sum(np.square(s) for s in np.gradient(np.pad(coarse, 1, mode="edge"), *size)))[1:-1, 1:-1, 1:-1]
+    at_surface, inside = ndimage.binary_dilation(outline), depth > INSIDE
+    figures = {}
+    for name, region in (("blur", at_surface), ("blur_inside", inside)):
+        steepest = float(np.percentile(slope[region], 98)) if np.count_nonzero(region) >= FEW else 0.0
+        if steepest:
+            figures[name] = tissue / steepest / float(size.max())
+    outer, inner = coarse[outline & (depth > 3) & (depth <= 9)], coarse[(depth > 12) & (depth <= 21)]
+    if min(outer.size, inner.size) >= FEW and np.median(inner) > 0:
+        low, middle, high = np.percentile(coarse[inside], (2, 50, 98))
+        if middle > low:
+            rim = float(np.median(outer) / np.median(inner))
+            figures |= {"rim": rim, "fluid": rim * float((high - middle) / (middle - low))}
+    return figures
 
 
 def _gap(coarse: Array, outline: NDArray[np.bool_], size: Array, tissue: float) -> float:

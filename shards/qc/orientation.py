@@ -12,13 +12,16 @@ from shards.phantom.brain import render_tissues, spacing
 
 SHAPE = (32, 32, 32)
 SMOOTH = 5.0  # mm, SD: coarser than gyri
+TILTS = (-24, -12, 0, 12, 24)  # degrees about the left-right axis: heads lie in a scanner with the chin up or down
+AS_STORED = ((0, 1, 2), (1, 1))
 
 
 def upright(outline: NDArray[np.bool_], size: NDArray[np.float64]) -> tuple[float, float]:
     """Likeness of an outline to a brain's, as it is stored and beyond that of its best other orientation.
 
-    The outline is scaled to the reference's volume and centred on it; likeness is the correlation of both, smoothed.
-    Left and right are taken as equal, because a brain's outline does not tell them apart.
+    The outline is scaled to the reference's volume and centred on it; likeness is the correlation of both, smoothed,
+    at the best tilt of the head (within 24 degrees). Left and right are taken as equal, because a brain's outline
+    does not tell them apart.
 
     Args:
         outline: (X, Y, Z), axes towards right, anterior, superior.
@@ -39,9 +42,11 @@ def upright(outline: NDArray[np.bool_], size: NDArray[np.float64]) -> tuple[floa
     ours = ndimage.affine_transform(ours, matrix, offset, SHAPE, order=1)
     ours = ours - ours.mean()
     norm = float(np.sqrt(np.square(ours).sum()))
-    likeness = {name: float((ours * other).sum()) / norm for name, other in _orientations()}
-    as_stored = likeness.pop(((0, 1, 2), (1, 1)))
-    return as_stored - max(likeness.values()), as_stored
+    names, references = _orientations()
+    likeness = (references @ ours.ravel() / norm).reshape(-1, len(TILTS)).max(1)
+    as_stored = float(likeness[names.index(AS_STORED)])
+    others = [value for name, value in zip(names, likeness) if name != AS_STORED]
+    return as_stored - float(max(others)), as_stored
 
 
 @lru_cache(maxsize=1)
@@ -62,17 +67,18 @@ def _reference_volume() -> float:
 
 
 @lru_cache(maxsize=1)
-def _orientations() -> list[tuple[tuple[tuple[int, ...], tuple[int, ...]], NDArray[np.float32]]]:
-    """The reference with its axes exchanged and reversed, smoothed, of mean 0 and norm 1.
+def _orientations() -> tuple[list[tuple[tuple[int, ...], tuple[int, ...]]], NDArray[np.float32]]:
+    """The smoothed reference in 24 orientations, with every tilt of each.
 
-    The name of each is the order of its axes and the directions of the two that are not left-right.
+    Returns:
+        Names of the orientations: the order of the axes, and the directions of the two that are not left-right; and
+        (orientations x tilts, voxels), each row of mean 0 and norm 1.
     """
     smooth = ndimage.gaussian_filter(_reference(), SMOOTH / spacing(SHAPE))
-    smooth -= smooth.mean()
-    smooth /= np.sqrt(np.square(smooth).sum())
-    found = []
-    for order in itertools.permutations(range(3)):
-        for signs in itertools.product((1, -1), repeat=2):
-            turned = smooth[:, :: signs[0], :: signs[1]].transpose(order)
-            found.append(((order, signs), np.ascontiguousarray(turned)))
-    return found
+    tilted = [ndimage.rotate(smooth, tilt, axes=(1, 2), reshape=False, order=1) for tilt in TILTS]
+    names = list(itertools.product(itertools.permutations(range(3)), itertools.product((1, -1), repeat=2)))
+    rows = np.stack(
+        [t[:, :: signs[0], :: signs[1]].transpose(order).ravel() for order, signs in names for t in tilted]
+    )
+    rows -= rows.mean(1, keepdims=True)
+    return names, rows / np.linalg.norm(rows, axis=1, keepdims=True)
