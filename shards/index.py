@@ -32,7 +32,7 @@ class Record:
         shard: the tar file, relative to the folder; empty in a Zarr store.
         offsets: volume variable -> byte offset of the array in the tar file, or row in the Zarr array.
         figures: ``VARIABLE.FIGURE`` -> value, of quality control; see :mod:`shards.qc.limits`.
-        flags: what is wrong or unusual about the scans, each beginning with the variable.
+        flags: ``VARIABLE.FIGURE`` of each limit of quality control that the scans violate.
     """
 
     key: str

@@ -21,7 +21,7 @@ from shards.files import write_bytes
 from shards.index import Index, Split
 from shards.participants import Reject, Row, Table, read_table
 from shards.progress import Progress
-from shards.qc.limits import LIMITS, remarks, verdict
+from shards.qc.limits import LIMITS, verdict, violated
 from shards.schema import Schema
 from shards.split import check_groups, draw_folds, draw_fractions, merge_groups
 from shards.volumes import Canonical, canonical, grid
@@ -188,25 +188,29 @@ def _convert_and_write(
     done = len(writer.notes)
     with Progress("packing", len(rows), "volume", initial=done) as bar:
         for row, outcome in _convert_all(rows[done:], spacing, shape, workers):
-            reasons, flags = ([], []) if isinstance(outcome, str) else _judge(outcome, writer.schema)
+            suspect, flags = ("", []) if isinstance(outcome, str) else _judge(outcome, writer.schema)
             if isinstance(outcome, str) or isinstance(row, Reject):
                 writer.note({"line": row.line, "key": row.key, "reason": outcome})
-            elif reasons and not keep_suspect:
-                writer.note({"line": row.line, "key": row.key, "reason": "; ".join(reasons)})
+            elif suspect and not keep_suspect:
+                writer.note({"line": row.line, "key": row.key, "reason": suspect})
             else:
                 hashes = {name: volume.sha256 for name, volume in outcome.items()}
                 writer.note({"key": row.key, "sources": hashes, "cropped": max(v.cropped for v in outcome.values())})
                 voxels = {name: volume.voxels for name, volume in outcome.items()}
                 figures = {f"{name}.{f}": x for name, volume in outcome.items() for f, x in volume.figures.items()}
-                writer.add(row.key, row.subject, row.values, voxels, groups[row.subject], figures, reasons + flags)
+                writer.add(row.key, row.subject, row.values, voxels, groups[row.subject], figures, flags)
             bar.update()
 
 
-def _judge(volumes: Mapping[str, Canonical], schema: Schema) -> tuple[list[str], list[str]]:
-    """Why a row's volumes should be rejected, and what else is unusual about them."""
-    found = [(name, volume.figures, schema[name].suffix) for name, volume in volumes.items()]
-    reasons = [f"{name}: {reason}" for name, figures, suffix in found for reason in verdict(figures, suffix)]
-    return reasons, [f"{name}: {remark}" for name, figures, suffix in found for remark in remarks(figures, suffix)]
+def _judge(volumes: Mapping[str, Canonical], schema: Schema) -> tuple[str, list[str]]:
+    """Why a row's volumes should be rejected, '' for not at all; and ``VARIABLE.FIGURE`` of each violated limit."""
+    reasons, flags = [], []
+    for name, volume in volumes.items():
+        figures, suffix = volume.figures, schema[name].suffix
+        reasons += [f"{name}: {'; '.join(words)}" for words in [verdict(figures, suffix)] if words]
+        limits = violated(figures, suffix) + violated(figures, suffix, rejects=False)
+        flags += [f"{name}.{limit.figure}" for limit in limits]
+    return "; ".join(reasons), flags
 
 
 def _listing(rejects: Sequence[dict[str, Any]]) -> bytes:
@@ -227,8 +231,8 @@ def _summary(index: Index, table: Table, packed: Sequence[dict[str, Any]], rejec
     flagged = [r for r in index.records if r.flags]
     if flagged:
         notes.append(
-            f"{len(flagged)} of the packed rows are flagged by quality control "
-            f"({flagged[0].key}: {flagged[0].flags[0]}): see shards inspect"
+            f"quality control flags {len(flagged)} of the packed rows (first {flagged[0].key}: "
+            f"{', '.join(flagged[0].flags)}): see shards inspect"
         )
     records, schema = index.records, index.schema
     assignment = index.split().assignment
@@ -281,9 +285,7 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _token(
-    table: Table, schema: Schema, target: dict[str, Any], storage: str, group: str, keep_suspect: bool
-) -> str:
+def _token(table: Table, schema: Schema, target: dict[str, Any], storage: str, group: str, keep_suspect: bool) -> str:
     """Hash of everything that decides the shards; an interrupted packing resumes only where it is the same."""
     files = [
         [row.key, name, path.stat().st_size, path.stat().st_mtime_ns]

@@ -296,7 +296,9 @@ def _visits(folder: Path, cells: Mapping[str, str], schema: Schema) -> Iterator[
         for variable in schema.volumes:
             name = re.compile(rf"{re.escape(stem)}(_.+)?_{re.escape(variable.suffix)}\.nii(\.gz)?")
             anat = folder / session / "anat"
-            matches = sorted(p for p in anat.glob("*.nii*") if name.fullmatch(p.name) and (p.is_file() or p.is_symlink()))
+            matches = sorted(
+                p for p in anat.glob("*.nii*") if name.fullmatch(p.name) and (p.is_file() or p.is_symlink())
+            )
             plain = [p for p in matches if p.name.startswith(f"{stem}_{variable.suffix}.")]
             if matches:
                 files[variable.name] = plain or matches

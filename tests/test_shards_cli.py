@@ -144,7 +144,9 @@ def test_options_come_from_a_preset_and_flags_go_over_it(tmp_path: Path, capsys:
         assert {"format": stage.format, "spacing": stage.spacing, "shape": stage.shape} | used == used
         assert (used["fractions"], used["seed"], used["max_rejects"]) == (stage.split, stage.seed, stage.max_rejects)
     preset = tmp_path / "mine.yaml"
-    preset.write_text("spacing: 4\nshape: [10, 12, 9]\nworkers: 1\nsplit_column: set\nmax_rejects: 3\nkeep_suspect: true\n")
+    preset.write_text(
+        "spacing: 4\nshape: [10, 12, 9]\nworkers: 1\nsplit_column: set\nmax_rejects: 3\nkeep_suspect: true\n"
+    )
     flags = ["--split", "0", "0", "1", "--format", "webdataset"]
     assert main(["pack", str(source), str(tmp_path / "mine"), "--config", str(preset), *flags]) == 0
     index = Index.load(tmp_path / "mine")

@@ -56,7 +56,8 @@ def measure(voxels: NDArray[np.float32], affine: NDArray[np.float64]) -> dict[st
     if foreground.any():
         signal = voxels - np.float32(empty)
         extreme = float(np.percentile(np.abs(signal[foreground]), 99))
-        figures["negative"] = float((signal[foreground] < -0.02 * extreme).mean())
+        below = voxels < min(empty, 0.0) - 0.02 * extreme
+        figures["negative"] = float(below.sum() / foreground.sum())
         figures["flat"] = _flat(voxels, foreground)
         figures |= _shape(signal, foreground, zooms)
     return {name: float(f"{value:.4g}") for name, value in figures.items() if np.isfinite(value)}
@@ -73,7 +74,7 @@ def _flat(voxels: NDArray[np.float32], foreground: NDArray[np.bool_]) -> float:
         one, next_one = (slice(None),) * axis + (slice(-1),), (slice(None),) * axis + (slice(1, None),)
         both = foreground[one] & foreground[next_one]
         equal = (voxels[one] == voxels[next_one]) & both
-        shares.append(np.count_nonzero(equal) / max(np.count_nonzero(both), 1))
+        shares.append(float(equal.sum()) / max(int(both.sum()), 1))
     return min(shares)
 
 
@@ -88,15 +89,15 @@ def _around(foreground: NDArray[np.bool_], margin: Sequence[int]) -> tuple[slice
 
 def _block_means(volume: NDArray[np.float32], factors: Sequence[int]) -> NDArray[np.float32]:
     """Means over blocks of ``factors`` voxels; the last block repeats the edge where it is not full."""
-    means = np.pad(volume, [(0, -n % f) for n, f in zip(volume.shape, factors)], mode="edge")
+    means: Array = np.pad(volume, [(0, -n % f) for n, f in zip(volume.shape, factors)], mode="edge")
     for axis, factor in enumerate(factors):
         if factor > 1:
-            means = np.add.reduceat(means, range(0, means.shape[axis], factor), axis=axis) / np.float32(factor)
-    return means
+            means = np.add.reduceat(means, range(0, means.shape[axis], factor), axis=axis) / factor
+    return means.astype(np.float32, copy=False)
 
 
 def _shape(signal: NDArray[np.float32], foreground: NDArray[np.bool_], zooms: NDArray[np.float64]) -> dict[str, float]:
-    """Figures of the outline: the largest bright object, its holes filled."""
+    """Figures of the outline: the largest bright object, holes filled."""
     factors = [max(1, round(COARSE / z)) for z in zooms]
     size = zooms * factors
     box = _around(foreground, factors)
@@ -106,9 +107,9 @@ def _shape(signal: NDArray[np.float32], foreground: NDArray[np.bool_], zooms: ND
     if not bright.any():
         return {}
     tissue = float(np.percentile(coarse[bright], 90))
-    labels, _ = ndimage.label(coarse > LEVEL * tissue)
-    largest = labels == np.bincount(labels.ravel())[1:].argmax() + 1
-    outline = ndimage.binary_fill_holes(largest)
+    above = coarse > LEVEL * tissue
+    labels, _ = ndimage.label(ndimage.binary_fill_holes(above))
+    outline = labels == np.bincount(labels.ravel())[1:].argmax() + 1
     lengths, cuts = [], []
     for axis in range(3):
         area = outline.sum(tuple({0, 1, 2} - {axis}))
@@ -122,7 +123,7 @@ def _shape(signal: NDArray[np.float32], foreground: NDArray[np.bool_], zooms: ND
         "height_mm": lengths[2],
         "cut": max(cuts),
         "compact": volume / float(np.prod(lengths)),
-        "solid": float(largest.sum() / outline.sum()),
+        "solid": float((above & outline).sum() / outline.sum()),
     }
     beyond = ndimage.distance_transform_edt(~outline, sampling=size) > CLEAR + size.max()
     samples = np.abs(signal[tuple(slice(f // 2, None, f) for f in factors)]) > 0.002 * tissue  # one in each full block

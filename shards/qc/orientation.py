@@ -77,8 +77,6 @@ def _orientations() -> tuple[list[tuple[tuple[int, ...], tuple[int, ...]]], NDAr
     smooth = ndimage.gaussian_filter(_reference(), SMOOTH / spacing(SHAPE))
     tilted = [ndimage.rotate(smooth, tilt, axes=(1, 2), reshape=False, order=1) for tilt in TILTS]
     names = list(itertools.product(itertools.permutations(range(3)), itertools.product((1, -1), repeat=2)))
-    rows = np.stack(
-        [t[:, :: signs[0], :: signs[1]].transpose(order).ravel() for order, signs in names for t in tilted]
-    )
+    rows = np.stack([t[:, :: signs[0], :: signs[1]].transpose(order).ravel() for order, signs in names for t in tilted])
     rows -= rows.mean(1, keepdims=True)
     return names, rows / np.linalg.norm(rows, axis=1, keepdims=True)
