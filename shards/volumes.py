@@ -21,6 +21,7 @@ from scipy import ndimage
 from shards.qc.figures import background, measure
 
 PERCENTILE = 99.5  # of the foreground is scaled to 1
+FAINT = 1e-3  # of bright tissue
 RINGING = 0.1  # share of the foreground; fewer values below the background are errors of interpolation
 LARGEST = 2**33  # bytes of an unpacked file; a larger one is damaged, or not a structural scan
 POINTERS = (b"/annex/objects/", b"version https://git-lfs.github.com/spec/")  # in place of a file's content
@@ -221,7 +222,8 @@ def _rescale(voxels: NDArray[np.float32]) -> NDArray[np.float32]:
     """Foreground percentiles 0 to 99.5 -> [0, 1], background -> 0.
 
     The background is the most frequent value on the volume's faces. This holds for brain-extracted volumes with any
-    background (0, -1024, 0 among negative values); in a volume with noise in the air it removes almost nothing.
+    background (0, -1024, 0 among negative values); in a volume with noise in the air it removes almost nothing. What
+    differs from it by less than a thousandth of the bright tissue is background too: interpolation leaves it there.
 
     Percentile 0 leaves out what no tissue has: values below the background where they are few (interpolation beside
     edges), and values that lie below the 0.5 percentile by more than the range of the percentiles 0.5 to 99.5 (dead
@@ -230,7 +232,8 @@ def _rescale(voxels: NDArray[np.float32]) -> NDArray[np.float32]:
     if voxels.min() == voxels.max():
         raise ValueError(f"constant volume: all voxels are {voxels.flat[0]:g}")
     empty = background(voxels)
-    foreground = voxels != empty
+    strength = np.abs(voxels - np.float32(empty))
+    foreground = strength > FAINT * np.percentile(strength[strength > 0], PERCENTILE)
     values = voxels[foreground]
     low, high = (float(p) for p in np.percentile(values, (100 - PERCENTILE, PERCENTILE)))
     bound = low - (high - low) if high > low else -math.inf

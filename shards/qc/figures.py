@@ -17,6 +17,7 @@ from shards.qc.orientation import upright
 COARSE = 3.0  # mm, of the voxels on which shape is measured
 LEVEL = 0.2  # of the bright tissue, above which a voxel belongs to the outline; CSF of T1w lies about there
 CLEAR = 9.0  # mm from the outline, beyond which an extracted brain has no signal
+FAINT = 0.002  # of bright tissue; less is what interpolation leaves in an empty background
 INSIDE = 8.0  # mm below the surface, where no scalp, skull or rim of a mask is
 FEW = 30  # voxels; medians and percentiles of fewer are not taken
 HOUNSFIELD = -900.0  # a background below is air in Hounsfield units; magnitudes of MR are not negative
@@ -42,7 +43,7 @@ def measure(voxels: NDArray[np.float32], affine: NDArray[np.float64]) -> dict[st
 
     Returns:
         Figure -> value, rounded to four digits. Figures that a volume does not have (the layers of an object thinner
-        than they are) are left out; a constant volume has the first three alone. Names are the keys of
+        than they are) are left out; a constant volume has the first two alone. Names are the keys of
         :data:`shards.qc.limits.LIMITS`.
     """
     zooms = np.linalg.norm(affine[:3, :3], axis=0)
@@ -50,20 +51,20 @@ def measure(voxels: NDArray[np.float32], affine: NDArray[np.float64]) -> dict[st
     figures = {
         "voxel_mm": float(zooms.max()),
         "hounsfield": float((np.abs(voxels + 1000) < 100).mean()) if empty < HOUNSFIELD else 0.0,
-        "empty_faces": float((_faces(voxels) == empty).mean()),
     }
-    foreground = voxels != empty
-    if foreground.any():
-        signal = voxels - np.float32(empty)
-        extreme = float(np.percentile(np.abs(signal[foreground]), 99))
-        below = voxels < min(empty, 0.0) - 0.02 * extreme
-        figures["negative"] = float(below.sum() / foreground.sum())
+    signal = voxels - np.float32(empty)
+    strength = np.abs(signal)
+    if strength.any():
+        bright = float(np.percentile(strength[strength > 0], 99))
+        foreground = strength > FAINT * bright
+        figures["empty_faces"] = 1 - float(_faces(foreground).mean())
+        figures["negative"] = float((voxels < min(empty, 0.0) - 0.02 * bright).sum() / foreground.sum())
         figures["flat"] = _flat(voxels, foreground)
         figures |= _shape(signal, foreground, zooms)
     return {name: float(f"{value:.4g}") for name, value in figures.items() if np.isfinite(value)}
 
 
-def _faces(voxels: NDArray[np.float32]) -> NDArray[np.float32]:
+def _faces(voxels: NDArray[Any]) -> NDArray[Any]:
     return np.concatenate([np.take(voxels, (0, -1), axis).ravel() for axis in range(3)])
 
 
@@ -126,7 +127,7 @@ def _shape(signal: NDArray[np.float32], foreground: NDArray[np.bool_], zooms: ND
         "solid": float((above & outline).sum() / outline.sum()),
     }
     beyond = ndimage.distance_transform_edt(~outline, sampling=size) > CLEAR + size.max()
-    samples = np.abs(signal[tuple(slice(f // 2, None, f) for f in factors)]) > 0.002 * tissue  # one in each full block
+    samples = np.abs(signal[tuple(slice(f // 2, None, f) for f in factors)]) > FAINT * tissue  # one in each full block
     inside_box = beyond[tuple(slice(n) for n in samples.shape)]
     blocks = foreground.size / float(np.prod(factors))  # of the whole volume; outside of the box all is background
     space = int(inside_box.sum()) + max(0.0, blocks - samples.size)

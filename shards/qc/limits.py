@@ -84,7 +84,7 @@ LIMITS = (
           "wrong voxel size", "brains of one-year-olds have 700 ml or more; 1,097 to 1,882 ml measured"),
     Limit("likeness", 0.75, 1, "brain", "not shaped like a brain: correlation {:.2f} with an average outline",
           "spheres and ellipsoids have 0.88 to 0.91; 0.93 to 0.97 measured"),
-    Limit("upright", -0.015, INF, "brain", "stored upside down, back to front or with axes exchanged: another "
+    Limit("upright", -0.015, INF, "brain", "stored upside down, back to front or with axes exchanged, or cut: another "
           "orientation fits a brain better (by {:.3f}); correct the affine",
           "0.006 to 0.060 measured, with 20 degrees of rotation more -0.004 or more; reversed scans below -0.019"),
     Limit("fluid", 0, 1.3, "brain", "not T1-weighted: fluid and cortex are brighter than white matter (T2 or PET; "
@@ -96,8 +96,8 @@ LIMITS = (
           "2.0 to 4.0 measured, an extracted PET template 6.0", rejects=False),
     Limit("affine_covered", 0.85, 1, "registered", "{:.0%} of the template's brain is covered: a part of a brain, or "
           "a failed registration", "0.97 to 1.00 measured with MNI152"),
-    Limit("affine_overlap", 0.85, 1, "registered", "the brain's outline overlaps that of the template by {:.2f} (Dice): "
-          "failed brain extraction or registration", "0.91 to 0.97 measured; half brains, whole heads 0.71 to 0.81"),
+    Limit("affine_overlap", 0.85, 1, "registered", "the brain's outline overlaps that of the template by {:.2f} (Dice):"
+          " failed brain extraction or registration", "0.91 to 0.97 measured; half brains, whole heads 0.71 to 0.81"),
     Limit("affine_similarity", 0.3, 1, "registered", "looks unlike the template (correlation {:.2f}): not T1-weighted, "
           "upside down, or a failed registration", "0.39 to 0.63 measured; reversed brains 0.17 to 0.22, T2, PET and "
           "labels below 0", t1w=True),
