@@ -182,17 +182,27 @@ def _parse(raw: bytes) -> Any:
     zooms = np.linalg.norm(directions, axis=0)
     if zooms.min() == 0 or abs(np.linalg.det(directions / zooms)) < 1e-3:
         raise ValueError("singular affine")
-    stated = np.abs(np.asarray(image.header.get_zooms()[:3], np.float64))
-    unit = MILLIMETRES.get(int(image.header["xyzt_units"]) & 7, 1.0)
-    if int(image.header["qform_code"]) > 0 and not np.allclose(zooms, stated * unit, rtol=CONTRADICTION):
-        both = [" x ".join(f"{z:.3g}" for z in sizes) for sizes in (zooms, stated * unit)]
-        raise ValueError(
-            f"the header contradicts itself: voxels are {both[0]} mm by its sform, {both[1]} mm by its pixdim and "
-            "qform; correct the one that is wrong"
-        )
+    _check_header(image, zooms)
     if zooms.min() < PLAUSIBLE[0] or zooms.max() > PLAUSIBLE[1]:
         raise ValueError(f"voxels of {' x '.join(f'{z:g}' for z in zooms)} mm: wrong units or affine")
     return nib.squeeze_image(image)
+
+
+def _check_header(image: Any, zooms: NDArray[np.float64]) -> None:
+    """Refuse voxel sizes of the sform (mm) that contradict pixdim, where a qform says that pixdim is meant.
+
+    A sform that was lost or rewritten without the scale of the voxels makes a brain several times too small or large;
+    which of the two is wrong cannot be seen from the header.
+    """
+    if not isinstance(image.header, nib.Nifti1Header) or int(image.header["qform_code"]) < 1:
+        return
+    stated = np.array(image.header.get_zooms()[:3], np.float64) * _millimetres(image)
+    if not np.allclose(zooms, stated, rtol=CONTRADICTION):
+        sform, pixdim = (" x ".join(f"{z:.3g}" for z in sizes) for sizes in (zooms, stated))
+        raise ValueError(
+            f"the header contradicts itself: voxels are {sform} mm by its sform, {pixdim} mm by its pixdim and qform; "
+            "correct the one that is wrong"
+        )
 
 
 def _directions(image: Any) -> NDArray[np.float64]:
@@ -202,8 +212,13 @@ def _directions(image: Any) -> NDArray[np.float64]:
 
 def _affine(image: Any) -> NDArray[np.float64]:
     """(4, 4), voxel to mm, for any unit of the header."""
-    unit = MILLIMETRES.get(int(image.header["xyzt_units"]) & 7, 1.0)
+    unit = _millimetres(image)
     return np.diag([unit, unit, unit, 1.0]) @ image.affine
+
+
+def _millimetres(image: Any) -> float:
+    """mm in the header's unit of length."""
+    return MILLIMETRES.get(int(image.header["xyzt_units"]) & 7, 1.0)
 
 
 def _voxels(image: Any) -> NDArray[np.float32]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -330,15 +331,15 @@ def test_no_real_brain_is_rejected(data: str, every: int) -> None:
 def test_real_heads_are_refused_unless_the_brain_is_extracted_later() -> None:
     for path in scans("heads"):
         figures = measure((scan := read(path)).voxels, scan.affine)
-        assert "skull" in verdict(figures)[1] and "shards preprocess" in verdict(figures)[-1], path.name
+        assert "skull" in verdict(figures)[0] and "shards preprocess" in verdict(figures)[-1], path.name
         assert verdict(figures, head=True) == [], path.name
 
 
 ODD = {
     "4d.nii.gz": "4D volume", "axes-RAS.nii.gz": "not brain-extracted", "axes-PIR.nii.gz": "not brain-extracted",
     "bigendian.nii": "too few for a human brain", "ct.nii.gz": "a CT or an angiogram", "labels.nii.gz": "a label map",
-    "headeronly.hdr": "truncated", "macaque-labels.nii.gz": "a label map", "oneslice.nii": "not a volume",
-    "pet.nii": "a PET",
+    "headeronly.hdr": "truncated|half of a pair", "macaque-labels.nii.gz": "a label map",
+    "oneslice.nii": "not a volume", "pet.nii": "a PET",
     "rgb.nii.gz": "expected real numbers", "shear.nii.gz": "a CT", "slab.nii.gz": "a slab",
     "statistic.nii.gz": "a statistical map", "t2-template.nii": "not brain-extracted",
 }  # fmt: skip
@@ -354,4 +355,4 @@ def test_odd_files_are_refused_for_the_right_reason(name: str, words: str) -> No
         reasons = verdict(measure((scan := read(path)).voxels, scan.affine))
     except ValueError as error:
         reasons = [str(error)]
-    assert words in "; ".join(reasons)
+    assert re.search(words, "; ".join(reasons))

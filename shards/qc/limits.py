@@ -54,7 +54,7 @@ LIMITS = (
     Limit("voxel_mm", 0, 12.5, "image", "voxels of {:.3g} mm are too coarse to show a brain",
           "12 mm are the coarsest phantoms; the white matter under a gyrus is 10 mm wide", heads=True),
     Limit("height_mm", 70, INF, "image", "only {:.0f} mm from bottom to top: a slab, or a part of a brain",
-          "brains of 500 ml are about 90 mm high; 123 to 156 mm measured", heads=True),
+          "brains of 500 ml are about 90 mm high; 120 to 156 mm measured", heads=True),
     Limit("length_mm", 90, INF, "image", "only {:.0f} mm from back to front: a slab, or a part of a brain",
           "brains of 500 ml are about 120 mm long; 144 to 192 mm measured", heads=True),
     Limit("width_mm", 75, INF, "image", "only {:.0f} mm from left to right: a slab, or a part of a brain",
@@ -62,13 +62,13 @@ LIMITS = (
     Limit("compact", 0.3, 1, "image", "no brain: the signal fills {:.0%} of its bounding box (vessels, bone, a CT or "
           "an angiogram)", "ellipsoids fill 0.52; brains 0.40 to 0.48, heads 0.47 to 0.55, vessels 0.03", heads=True),
     Limit("blur", 0, 3.1, "image", "too blurred for MR: edges are {:.1f} voxels wide (a PET or SPECT image, or strong "
-          "smoothing)", "a sharp edge is 1 to 2.5 blocks wide; 1.97 to 2.44 measured, a PET template 3.6", heads=True),
-    Limit("signal_outside", 0, 0.05, "head", "not brain-extracted: {:.0%} of the space around the brain or head holds "
-          "signal or noise", "brain extraction leaves an empty background; at most 0.0002 measured, heads 0.08 "
-          "or more"),
+          "smoothing)", "a sharp edge is 1 to 2.5 blocks wide; 1.97 to 2.54 measured, a PET template 3.6", heads=True),
     Limit("gap", 0, 0.25, "head", "a head with skull and scalp: {:.0%} of the rays from its surface cross a dark layer "
           "under a bright one", "bone gives no signal; brains 0.00 to 0.07 (sulci; phantoms at most 0.16), "
           "heads 0.34 to 0.70"),
+    Limit("signal_outside", 0, 0.05, "head", "not brain-extracted: {:.0%} of the space around the brain or head holds "
+          "signal or noise", "brain extraction leaves an empty background; at most 0.0002 measured, heads 0.08 "
+          "or more"),
     Limit("volume_ml", 0, 2300, "head", "{:.0f} ml are too many for a brain: a head with skull and scalp, or a wrong "
           "voxel size", "the largest healthy intracranial volumes are 2,100 ml; 1,097 to 1,882 ml measured, "
           "heads 3,251 ml or more"),
@@ -79,21 +79,22 @@ LIMITS = (
           "that is not brain-extracted, or a brain that is not covered",
           "the brain stem has 0.08 of the largest section; 0.00 measured, necks 0.36 to 0.65"),
     Limit("solid", 0.7, 1, "brain", "hollow: {:.0%} of the outline is tissue; a CT, or a skull without brain",
-          "ventricles are at most 10 % of a brain, even in hydrocephalus hardly 25 %; 0.97 to 1.00 measured"),
+          "ventricles are at most 10 % of a brain, even in hydrocephalus hardly 25 %; 0.97 to 1.00 measured",
+          heads=True),
     Limit("volume_ml", 500, INF, "brain", "{:.0f} ml are too few for a human brain: a part of one, an animal, or a "
-          "wrong voxel size", "brains of one-year-olds have 700 ml or more; 1,097 to 1,882 ml measured"),
+          "wrong voxel size", "brains of one-year-olds have 700 ml or more; 1,097 to 1,882 ml measured", heads=True),
     Limit("likeness", 0.75, 1, "brain", "not shaped like a brain: correlation {:.2f} with an average outline",
           "spheres and ellipsoids have 0.88 to 0.91; 0.93 to 0.97 measured"),
     Limit("upright", -0.015, INF, "brain", "stored upside down, back to front or with axes exchanged, or cut: another "
           "orientation fits a brain better (by {:.3f}); correct the affine",
           "0.006 to 0.060 measured, with 20 degrees of rotation more -0.004 or more; reversed scans below -0.019"),
     Limit("fluid", 0, 1.3, "brain", "not T1-weighted: fluid and cortex are brighter than white matter (T2 or PET; "
-          "{:.1f}, T1w lies below 1)", "T1: white > grey > CSF; 0.32 to 0.78 measured, a T2 template 3.1, phantoms of "
+          "{:.1f}, T1w lies below 1)", "T1: white > grey > CSF; 0.32 to 0.70 measured, a T2 template 3.1, phantoms of "
           "T2 1.37 or more", t1w=True),
     Limit("rim", 0, 1.1, "brain", "not T1-weighted: the cortex is {:.2f} times as bright as white matter",
-          "T1: grey is 0.6 to 0.9 of white; 0.59 to 0.87 measured, a constant object 1.0", t1w=True),
+          "T1: grey is 0.6 to 0.9 of white; 0.59 to 0.86 measured, a constant object 1.0", t1w=True),
     Limit("blur_inside", 0, 5.0, "brain", "no cortex to be seen: edges inside of the brain are {:.1f} voxels wide",
-          "2.0 to 4.0 measured, an extracted PET template 6.0", rejects=False),
+          "2.1 to 4.2 measured, an extracted PET template 6.0", rejects=False),
     Limit("affine_covered", 0.85, 1, "registered", "{:.0%} of the template's brain is covered: a part of a brain, or "
           "a failed registration", "0.97 to 1.00 measured with MNI152"),
     Limit("affine_overlap", 0.85, 1, "registered", "the brain's outline overlaps that of the template by {:.2f} (Dice):"
