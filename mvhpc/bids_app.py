@@ -201,7 +201,7 @@ def _page(
     volume = dataset.read(key, name).astype(np.float32)
     flags = [flag for flag in str(row["flag"]).split("; ") if flag != OK]
     figures = {name.partition(".")[2]: value for name, value in record.figures.items()}
-    return Subject(key, answers, [*flags, *record.flags], volume, volume > 0, outline, figures)
+    return Subject(key, answers, [*flags, *record.flags], volume, (volume > 0).astype(np.float32), outline, figures)
 
 
 def _variable_answer(model: ScalarsModel, row: Row, name: str, law: Law, place: int) -> Answer:
@@ -227,11 +227,8 @@ def _template_outline(model: ScalarsModel) -> NDArray[np.float32] | None:
     recipe = Recipe.from_dict(model.meta["recipe"]) if model.meta["recipe"] else None
     if recipe is None or "registration" not in recipe.steps or recipe.template != MNI:
         return None
-    template = load_template(None, recipe)
-    affine = np.array(model.grid["affine"], float)
-    affine[:3, 3] += template.centre
     height, width, depth = model.grid["shape"]
-    return resample(template.mask, affine, (height, width, depth)).voxels
+    return resample(load_template(None, recipe).mask, np.array(model.grid["affine"]), (height, width, depth)).voxels
 
 
 def _complete(

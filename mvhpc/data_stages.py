@@ -40,6 +40,7 @@ class PackConfig:
     folds: int  # number of cross-validation folds to record; 0 for none
     seed: int
     workers: int  # processes; 0 for one per core
+    keep_suspect: bool  # pack and flag scans that fail quality control, instead of rejecting them
     tracking: Tracking
 
 
@@ -67,5 +68,6 @@ def run_pack(config: PackConfig, run: Run) -> dict[str, Any]:
         folds=config.folds,
         seed=config.seed,
         workers=config.workers,
+        keep_suspect=config.keep_suspect,
     )
     return dict(summary)

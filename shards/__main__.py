@@ -44,7 +44,8 @@ PACK = """SOURCE is a BIDS folder (participants.tsv, sub-X[/ses-Y]/anat/*_SUFFIX
 participant_id and path (relative to the CSV; session_id is optional; with several volume variables, one column per
 variable, with its name), or a derivative of `shards preprocess`, whose volumes stay where the template has them and
 whose tissue maps are packed too. Each volume is resampled to RAS, the spacing and the shape, centred on the brain, with
-intensities in [0, 1]; it should be brain-extracted. Rejected rows are listed with their reasons in OUT/rejected.tsv.
+intensities in [0, 1]. A scan that is no brain-extracted T1w brain (a head with skull, a CT, a label map, a slab) is
+rejected, or with --keep-suspect packed and flagged. Rejected rows are listed with their reasons in OUT/rejected.tsv.
 After an interruption, the same command resumes after the last complete shard.
 
 Options that are not given come from the preset: configs/pack/NAME.yaml, over configs/pack/default.yaml.
@@ -140,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--folds", type=int, metavar="K", help="also record K cross-validation folds")
     pack.add_argument("--seed", type=int, metavar="N", help="of the splits")
     pack.add_argument("--workers", type=int, metavar="N", help="processes; 0 for one per core")
+    pack.add_argument(
+        "--keep-suspect", action="store_true", default=None, help="pack and flag scans that fail quality control"
+    )
 
     split = command("split", "record another split, or cross-validation folds, in a packed data set", SPLIT)
     split.add_argument("out", metavar="OUT", type=Path)

@@ -31,6 +31,8 @@ class Record:
         checksums: volume variable -> SHA-256 of the array's bytes (C order, little endian), without missing volumes.
         shard: the tar file, relative to the folder; empty in a Zarr store.
         offsets: volume variable -> byte offset of the array in the tar file, or row in the Zarr array.
+        figures: ``VARIABLE.FIGURE`` -> value, of quality control; see :mod:`shards.qc.limits`.
+        flags: ``VARIABLE.FIGURE`` of each limit of quality control that the scans violate.
     """
 
     key: str
@@ -40,6 +42,8 @@ class Record:
     checksums: dict[str, str]
     shard: str
     offsets: dict[str, int]
+    figures: dict[str, float] = field(default_factory=dict)
+    flags: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

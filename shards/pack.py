@@ -22,6 +22,7 @@ from shards.index import Index, Split
 from shards.participants import Reject, Row, Table, read_table
 from shards.preprocess.recipe import read_derivative
 from shards.progress import Progress
+from shards.qc.limits import LIMITS, verdict, violated
 from shards.schema import Schema
 from shards.split import check_groups, draw_folds, draw_fractions, merge_groups
 from shards.volumes import Canonical, Space, canonical, grid
@@ -73,6 +74,7 @@ def pack(
     folds: int = 0,
     seed: int = 0,
     workers: int = 1,
+    keep_suspect: bool = False,
 ) -> Summary:
     """Pack a BIDS folder or a CSV into ``out``.
 
@@ -95,6 +97,7 @@ def pack(
         folds: number of cross-validation folds to record as well; 0 for none.
         seed: of the draws of splits.
         workers: processes; 0 for one per core.
+        keep_suspect: pack scans that fail quality control (:mod:`shards.qc`) too, and flag their records.
 
     Returns:
         A summary; ``out/rejected.tsv`` lists the rejected rows with their reasons.
@@ -125,7 +128,7 @@ def pack(
         for label in (space.maps if space else ())
     }
     target = grid(spacing, size, space)
-    token = _token(table, schema, target, storage, group)
+    token = _token(table, schema, target, storage, group, keep_suspect)
     arguments: dict[str, Any] = {
         "source": table.kind,
         "spacing": spacing,
@@ -137,11 +140,14 @@ def pack(
         "folds": folds,
         "seed": seed,
     }
+    if keep_suspect:
+        arguments["keep_suspect"] = True
     if split_column:
         arguments |= {"fractions": [], "split_column": split_column}
     writer = DatasetWriter(out, storage, "volumes", schema, arrays, target, group=group, token=token)
     with contextlib.closing(writer):
-        _convert_and_write(writer, table.rows, groups, spacing, size, space, workers or available_cores())
+        cores = workers or available_cores()
+        _convert_and_write(writer, table.rows, groups, spacing, size, space, cores, keep_suspect)
         packed = [n for n in writer.notes if "sources" in n]
         rejects = [n for n in writer.notes if "reason" in n]
         listing = _listing(rejects)
@@ -194,21 +200,37 @@ def _convert_and_write(
     shape: tuple[int, int, int],
     space: Space | None,
     workers: int,
+    keep_suspect: bool,
 ) -> None:
     """Convert and write the rows that the writer has no note of yet; each row leaves one note."""
     done = len(writer.notes)
     with Progress("packing", len(rows), "volume", initial=done) as bar:
         for row, outcome in _convert_all(rows[done:], spacing, shape, space, workers):
+            suspect, flags = ("", []) if isinstance(outcome, str) else _judge(outcome, writer.schema)
             if isinstance(outcome, str) or isinstance(row, Reject):
                 writer.note({"line": row.line, "key": row.key, "reason": outcome})
+            elif suspect and not keep_suspect:
+                writer.note({"line": row.line, "key": row.key, "reason": suspect})
             else:
                 hashes = {name: volume.sha256 for name, volume in outcome.items()}
                 writer.note({"key": row.key, "sources": hashes, "cropped": max(v.cropped for v in outcome.values())})
                 voxels: dict[str, Any] = {name: volume.voxels for name, volume in outcome.items()}
                 for name, volume in outcome.items():
                     voxels |= {f"{name}_{label}": values for label, values in volume.maps.items()}
-                writer.add(row.key, row.subject, row.values, voxels, groups[row.subject])
+                figures = {f"{name}.{f}": x for name, volume in outcome.items() for f, x in volume.figures.items()}
+                writer.add(row.key, row.subject, row.values, voxels, groups[row.subject], figures, flags)
             bar.update()
+
+
+def _judge(volumes: Mapping[str, Canonical], schema: Schema) -> tuple[str, list[str]]:
+    """Why a row's volumes should be rejected, '' for not at all; and ``VARIABLE.FIGURE`` of each violated limit."""
+    reasons, flags = [], []
+    for name, volume in volumes.items():
+        figures, suffix = volume.figures, schema[name].suffix
+        reasons += [f"{name}: {'; '.join(words)}" for words in [verdict(figures, suffix)] if words]
+        limits = violated(figures, suffix) + violated(figures, suffix, rejects=False)
+        flags += [f"{name}.{limit.figure}" for limit in limits]
+    return "; ".join(reasons), flags
 
 
 def _listing(rejects: Sequence[dict[str, Any]]) -> bytes:
@@ -225,6 +247,12 @@ def _summary(index: Index, table: Table, packed: Sequence[dict[str, Any]], rejec
         notes.append(
             f"{len(cropped)} volumes lose more than {CROPPED:.0%} of their signal to the box "
             f"({worst['key']} {worst['cropped']:.0%}): choose a larger --shape"
+        )
+    flagged = [r for r in index.records if r.flags]
+    if flagged:
+        notes.append(
+            f"quality control flags {len(flagged)} of the packed rows (first {flagged[0].key}: "
+            f"{', '.join(flagged[0].flags)}): see shards inspect"
         )
     records, schema = index.records, index.schema
     assignment = index.split().assignment
@@ -277,7 +305,7 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _token(table: Table, schema: Schema, target: dict[str, Any], storage: str, group: str) -> str:
+def _token(table: Table, schema: Schema, target: dict[str, Any], storage: str, group: str, keep_suspect: bool) -> str:
     """Hash of everything that decides the shards; an interrupted packing resumes only where it is the same."""
     files = [
         [row.key, name, path.stat().st_size, path.stat().st_mtime_ns]
@@ -286,7 +314,8 @@ def _token(table: Table, schema: Schema, target: dict[str, Any], storage: str, g
         for name, path in row.files.items()
     ]
     versions = [version(name) for name in PACKAGES]
-    return _digest([table.sha256, files, schema.to_dict(), target, storage, group, versions])
+    limits = [[limit.figure, str(limit.low), str(limit.high)] for limit in LIMITS]
+    return _digest([table.sha256, files, schema.to_dict(), target, storage, group, versions, keep_suspect, limits])
 
 
 Outcome = str | dict[str, Canonical]

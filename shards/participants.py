@@ -137,6 +137,14 @@ def prefixed(prefix: str, label: str) -> str:
     return label if label.startswith(prefix) else prefix + label
 
 
+def _check_fetched(variable: str, file: Path) -> None:
+    """Refuse a link of DataLad or git-annex whose content is elsewhere."""
+    if file.is_symlink() and not file.exists():
+        raise ValueError(
+            f"{variable}: the file is a link whose content is not here; fetch it first (datalad get, git annex get)"
+        )
+
+
 class _Reader:
     """Turns cells and files into rows; finds duplicate keys."""
 
@@ -208,6 +216,7 @@ def _read_csv(path: Path, schema: Schema, group: str, split_column: str) -> Tabl
             if _missing(cell):
                 return None
             file = path.parent / cell
+            _check_fetched(variable.name, file)
             if not file.is_file():
                 raise ValueError(f"{variable.name}: no file where column {columns[variable.name]} points")
             return file
@@ -251,7 +260,10 @@ def _read_bids(folder: Path, schema: Schema, group: str, split_column: str) -> T
                         f"{variable.name}: {len(matches)} files *_{variable.suffix}.* in one anat folder; "
                         "keep one there, or name it in a CSV"
                     )
-                return matches[0] if matches else None
+                if not matches:
+                    return None
+                _check_fetched(variable.name, matches[0])
+                return matches[0]
 
             own = {k: v for k, v in by_session.get(session, {}).items() if k != SESSION and not _missing(v)}
             reader.add(line, {**cells, **own, SESSION: session}, find)
@@ -284,7 +296,7 @@ def _visits(folder: Path, cells: Mapping[str, str], schema: Schema) -> Iterator[
         for variable in schema.volumes:
             name = re.compile(rf"{re.escape(stem)}(_.+)?_{re.escape(variable.suffix)}\.(nii(\.gz)?|hdr|mgz)")
             anat = folder / session / "anat"
-            matches = sorted(p for p in anat.glob("*") if name.fullmatch(p.name) and p.is_file())
+            matches = sorted(p for p in anat.glob("*") if name.fullmatch(p.name) and (p.is_file() or p.is_symlink()))
             plain = [p for p in matches if p.name.startswith(f"{stem}_{variable.suffix}.")]
             if matches:
                 files[variable.name] = plain or matches

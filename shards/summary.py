@@ -26,6 +26,8 @@ def summarize(index: Index) -> dict[str, Any]:
             for name, spec in index.arrays.items()
         },
         "scalars": {v.name: _scalar(index, v.name, v.kind, v.unit) for v in index.schema.scalars},
+        "flags": dict(Counter(flag for r in index.records for flag in r.flags).most_common()),
+        "flagged": sum(bool(r.flags) for r in index.records),
         "splits": {
             name: {
                 "method": split.method,
@@ -89,6 +91,9 @@ def _lines(content: dict[str, Any]) -> Iterator[str]:
         yield f"{name:<11} {scalar['kind']:<12} {text}" + (
             f", {scalar['missing']:,} missing" if scalar["missing"] else ""
         )
+    if content["flagged"]:
+        counts = ", ".join(f"{flag} {count:,}" for flag, count in content["flags"].items())
+        yield f"flagged     {content['flagged']:,} records by quality control: {counts}"
     if content["splits"]:
         yield ""
         width = max(len("split"), *map(len, content["splits"])) + 2

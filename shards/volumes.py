@@ -20,10 +20,15 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from shards.files import sha256
+from shards.qc.figures import background, measure
 
 PERCENTILE = 99.5  # of the foreground is scaled to 1
+FAINT = 1e-3  # of bright tissue
+RINGING = 0.1  # share of the foreground; fewer values below the background are errors of interpolation
 LARGEST = 2**33  # bytes of an unpacked file; a larger one is damaged, or not a structural scan
+POINTERS = (b"/annex/objects/", b"version https://git-lfs.github.com/spec/")  # in place of a file's content
 MILLIMETRES = {1: 1e3, 3: 1e-3}  # NIfTI's codes for metres and micrometres; other codes are read as millimetres
+CONTRADICTION = 0.1  # relative difference of the voxel sizes of sform and pixdim; below lie rounding and calibration
 PAIR = (".hdr", ".img")
 MGH = 1  # version in the first four bytes of an MGH file, in the place of the header size of NIfTI
 PLAUSIBLE = (0.05, 50.0)  # mm, of a voxel
@@ -69,6 +74,7 @@ class Canonical:
         origin: (3,), where the grid's origin lies in the scanner's space, mm.
         sha256: of the source file.
         cropped: share of the brain's signal that lies outside the box.
+        figures: of quality control, see :func:`shards.qc.figures.measure`.
         maps: label -> uint8 (H, W, D), 255 times the probability.
     """
 
@@ -76,6 +82,7 @@ class Canonical:
     origin: NDArray[np.float64]
     sha256: str
     cropped: float
+    figures: dict[str, float]
     maps: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
 
 
@@ -114,6 +121,7 @@ def canonical(path: Path, spacing: float, shape: tuple[int, int, int], space: Sp
         ValueError: the file cannot be used; the message gives the reason without the path.
     """
     scan = read(path)
+    figures = measure(scan.voxels, scan.affine)
     signal = _rescale(scan.voxels)  # (X, Y, Z) in [0, 1]
     centre = np.rint(ndimage.center_of_mass(signal) if space is None else _voxel(scan.affine, space.centre))
     step = np.linalg.inv(scan.affine[:3, :3]) * spacing  # scan voxels per grid voxel
@@ -125,6 +133,7 @@ def canonical(path: Path, spacing: float, shape: tuple[int, int, int], space: Sp
         origin=(scan.affine @ [*centre, 1])[:3],
         sha256=scan.sha256,
         cropped=max(0.0, 1 - inside),
+        figures=figures,
         maps={label: _map(path, label, scan, step, offset, shape) for label in (space.maps if space else ())},
     )
 
@@ -231,6 +240,8 @@ def _parse(raw: bytes, voxels: bytes = b"") -> Any:
             raise ValueError("damaged gzip file") from None
     if len(raw) > LARGEST:
         raise ValueError(f"larger than {LARGEST >> 30} GiB unpacked")
+    if raw.startswith(POINTERS):
+        raise ValueError("the file is a pointer whose content was not fetched (git annex get, git lfs pull)")
     kind = {348: nib.Nifti1Pair, 540: nib.Nifti2Pair} if voxels else {348: nib.Nifti1Image, 540: nib.Nifti2Image}
     kind[MGH] = nib.MGHImage
     size = next((n for n in kind if n in (int.from_bytes(raw[:4], order) for order in ("little", "big"))), 0)
@@ -267,9 +278,27 @@ def _parse(raw: bytes, voxels: bytes = b"") -> Any:
     zooms = np.linalg.norm(directions, axis=0)
     if zooms.min() == 0 or abs(np.linalg.det(directions / zooms)) < 1e-3:
         raise ValueError("singular affine")
+    _check_header(image, zooms)
     if zooms.min() < PLAUSIBLE[0] or zooms.max() > PLAUSIBLE[1]:
         raise ValueError(f"voxels of {' x '.join(f'{z:g}' for z in zooms)} mm: wrong units or affine")
     return nib.squeeze_image(image)
+
+
+def _check_header(image: Any, zooms: NDArray[np.float64]) -> None:
+    """Refuse voxel sizes of the sform (mm) that contradict pixdim, where a qform says that pixdim is meant.
+
+    A sform that was lost or rewritten without the scale of the voxels makes a brain several times too small or large;
+    which of the two is wrong cannot be seen from the header.
+    """
+    if not isinstance(image.header, nib.Nifti1Header) or int(image.header["qform_code"]) < 1:
+        return
+    stated = np.array(image.header.get_zooms()[:3], np.float64) * _millimetres(image)
+    if not np.allclose(zooms, stated, rtol=CONTRADICTION):
+        sform, pixdim = (" x ".join(f"{z:.3g}" for z in sizes) for sizes in (zooms, stated))
+        raise ValueError(
+            f"the header contradicts itself: voxels are {sform} mm by its sform, {pixdim} mm by its pixdim and qform; "
+            "correct the one that is wrong"
+        )
 
 
 def _directions(image: Any) -> NDArray[np.float64]:
@@ -279,8 +308,13 @@ def _directions(image: Any) -> NDArray[np.float64]:
 
 def _affine(image: Any) -> NDArray[np.float64]:
     """(4, 4), voxel to mm, for any unit of the header."""
-    unit = MILLIMETRES.get(int(image.header["xyzt_units"]) & 7, 1.0)
+    unit = _millimetres(image)
     return np.diag([unit, unit, unit, 1.0]) @ image.affine
+
+
+def _millimetres(image: Any) -> float:
+    """mm in the header's unit of length."""
+    return MILLIMETRES.get(int(image.header["xyzt_units"]) & 7, 1.0)
 
 
 def _voxels(image: Any) -> NDArray[np.float32]:
@@ -299,15 +333,24 @@ def _rescale(voxels: NDArray[np.float32]) -> NDArray[np.float32]:
     """Foreground percentiles 0 to 99.5 -> [0, 1], background -> 0.
 
     The background is the most frequent value on the volume's faces. This holds for brain-extracted volumes with any
-    background (0, -1024, 0 among negative values); in a volume with noise in the air it removes almost nothing.
+    background (0, -1024, 0 among negative values); in a volume with noise in the air it removes almost nothing. What
+    differs from it by less than a thousandth of the bright tissue is background too: interpolation leaves it there.
+
+    Percentile 0 leaves out what no tissue has: values below the background where they are few (interpolation beside
+    edges), and values that lie below the 0.5 percentile by more than the range of the percentiles 0.5 to 99.5 (dead
+    pixels, overflow).
     """
     if voxels.min() == voxels.max():
         raise ValueError(f"constant volume: all voxels are {voxels.flat[0]:g}")
-    faces = [np.take(voxels, (0, -1), axis).ravel() for axis in range(3)]
-    values, counts = np.unique(np.concatenate(faces), return_counts=True)
-    foreground = voxels != values[counts.argmax()]
-    low = float(voxels[foreground].min())
-    high = float(np.percentile(voxels[foreground], PERCENTILE))
+    empty = background(voxels)
+    strength = np.abs(voxels - np.float32(empty))
+    foreground = strength > FAINT * np.percentile(strength[strength > 0], PERCENTILE)
+    values = voxels[foreground]
+    low, high = (float(p) for p in np.percentile(values, (100 - PERCENTILE, PERCENTILE)))
+    bound = low - (high - low) if high > low else -math.inf
+    if (values < empty).mean() < RINGING:
+        bound = max(bound, empty)
+    low = float(values[values >= bound].min())
     if not high > low:
         raise ValueError(f"constant volume: the foreground has no contrast (all {low:g})")
     scaled = np.clip((voxels - low) / (high - low), 0, 1)

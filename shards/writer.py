@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,8 @@ class DatasetWriter:
         values: Mapping[str, Value],
         arrays: Mapping[str, NDArray[Any]],
         group: str = "",
+        figures: Mapping[str, float] | None = None,
+        flags: Sequence[str] = (),
     ) -> None:
         """Append one record.
 
@@ -161,6 +163,7 @@ class DatasetWriter:
             values: scalar variable -> value; variables left out are missing.
             arrays: volume variable -> array of the declared shape and dtype; variables left out are missing.
             group: see :class:`shards.index.Record`; the subject where empty.
+            figures, flags: see :class:`shards.index.Record`.
 
         Raises:
             DataError: a duplicate key, or an array whose name, shape or dtype was not declared.
@@ -181,7 +184,8 @@ class DatasetWriter:
         shard = self._store.name
         offsets = self._store.add(key, subject, known, ordered)
         checksums = {name: array_checksum(array) for name, array in ordered.items()}
-        self.records.append(Record(key, subject, group or subject, known, checksums, shard, offsets))
+        found = (dict(figures or {}), list(flags))
+        self.records.append(Record(key, subject, group or subject, known, checksums, shard, offsets, *found))
         if len(self.records) - self._saved_records >= self._per_shard:
             self._flush()
 

@@ -100,6 +100,7 @@ def tiny_dataset(tiny_bids: Path) -> Path:
         folds=0,
         seed=0,
         workers=1,
+        keep_suspect=True,
     )
     return out
 

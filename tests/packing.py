@@ -39,7 +39,8 @@ def bids(folder: Path, people: list[tuple[str, str, str]], extra: dict[str, str]
 
 
 def packed(source: Path, out: Path, **options: Any) -> Any:
-    return pack(source, out, **{"spacing": 2.0, "shape": SIZE, "max_rejects": "100%", **options})
+    """Pack; blobs are no brains, so what quality control finds is kept."""
+    return pack(source, out, **{"spacing": 2.0, "shape": SIZE, "max_rejects": "100%", "keep_suspect": True, **options})
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -42,7 +42,13 @@ def test_a_translated_tree_is_one_whatever_subjects_are_called(
     for old, new in names.items():
         table.write_text(table.read_text().replace(f"{old}\t", f"{new}\t"))
     schema = load(tiny_model).schema
-    options = {"storage": "zarr", "schema": schema, "max_rejects": "0", "fractions": (0.4, 0.1, 0.5)}
+    options = {
+        "storage": "zarr",
+        "schema": schema,
+        "max_rejects": "0",
+        "fractions": (0.4, 0.1, 0.5),
+        "keep_suspect": True,
+    }
     pack(tree, tmp_path / "packed", spacing=8.0, shape=(16, 16, 16), **options)
     places = {"model": str(tiny_model), "data": str(tmp_path / "packed"), "out": str(tmp_path / "t1w")}
     made = do("translate", given=["age"], want="image", **places, **FEW)

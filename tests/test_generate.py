@@ -74,7 +74,7 @@ def test_a_generated_tree_packs_again(tiny_model, tmp_path) -> None:
     tree = tmp_path / "people"
     rows = [line.split("\t") for line in (tree / "participants.tsv").read_text().splitlines()]
     assert rows[0] == ["participant_id", "age", "sex"] and len(rows) == 1 + summary["people"]
-    pack(tree, tmp_path / "packed", spacing=8.0, shape=(16, 16, 16), max_rejects="0")
+    pack(tree, tmp_path / "packed", spacing=8.0, shape=(16, 16, 16), max_rejects="0", keep_suspect=True)
     dataset = open_dataset(tmp_path / "packed")
     assert dataset.keys() == [row[0] for row in rows[1:]]
     for key, age, sex in rows[1:]:

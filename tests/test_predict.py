@@ -196,6 +196,7 @@ def test_data_on_another_grid_are_refused(tiny_model, tiny_bids, tmp_path) -> No
 
     schema = Schema.from_dict(json.loads((tiny_model / "model" / "model.json").read_text())["schema"])
     options = {"storage": "zarr", "schema": schema, "max_rejects": "0", "fractions": (0.4, 0.1, 0.5)}
+    options["keep_suspect"] = True
     pack(tiny_bids, tmp_path / "coarse", spacing=10.0, shape=(16, 16, 16), **options)
     config = configuration(tiny_model, tmp_path / "coarse", tmp_path / "a.tsv", given=["image"], want=["age"])
     with pytest.raises(ConfigError, match=r"spacing.*pack again with spacing 8"):
@@ -208,6 +209,7 @@ def test_a_category_that_the_model_does_not_know_affects_no_other_query(tiny_mod
     schema = json.loads((tiny_model / "model" / "model.json").read_text())["schema"]
     schema["sex"] |= {"classes": ["woman", "man"], "aliases": {"F": "woman", "M": "man"}}
     options = {"storage": "zarr", "schema": Schema.from_dict(schema), "max_rejects": "0", "fractions": (0.4, 0.1, 0.5)}
+    options["keep_suspect"] = True
     pack(tiny_bids, tmp_path / "packed", spacing=8.0, shape=(16, 16, 16), **options)
     config = configuration(tiny_model, tmp_path / "packed", tmp_path / "a.tsv", given=["image"], want=["age"])
     assert answer(config, tmp_path / "run")[0]["subjects"] == 12
@@ -233,6 +235,7 @@ def test_data_of_another_unit_kind_or_contrast_are_refused(tiny_model, tiny_bids
     schema = json.loads((tiny_model / "model" / "model.json").read_text())["schema"]
     schema[name] = change if "kind" in change else {**schema[name], **change}
     options = {"storage": "zarr", "schema": Schema.from_dict(schema), "max_rejects": "0", "fractions": (0.4, 0.1, 0.5)}
+    options["keep_suspect"] = True
     pack(tmp_path / "bids", tmp_path / "packed", spacing=8.0, shape=(16, 16, 16), **options)
     for given, want in ((["image", "age"], ["sex"]), (["image", "sex"], ["age"])):
         config = configuration(tiny_model, tmp_path / "packed", tmp_path / "a.tsv", given=given, want=want)

@@ -63,7 +63,7 @@ def record(folder: Path) -> list[bytes]:
 
 def test_data_that_are_refused_leave_the_record_of_what_is_there(tiny_bids: Path, tmp_path: Path) -> None:
     values = {"source": str(tiny_bids), "out": str(tmp_path / "packed.v1"), "spacing": 8.0, "shape": [16, 16, 16]}
-    values |= {"workers": 1, "split": [0.4, 0.1, 0.5]}
+    values |= {"workers": 1, "split": [0.4, 0.1, 0.5], "keep_suspect": True}
     execute(plan("pack", load_config(PackConfig, "pack", values=values)))
     before = record(tmp_path / "packed.v1.run")
     changed = plan("pack", load_config(PackConfig, "pack", values={**values, "seed": 1}))

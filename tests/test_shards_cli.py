@@ -48,7 +48,7 @@ if moment == "move": Path.replace = lambda self, target: die() if self.is_dir() 
 if moment == "index": shards.index.Index.save = die
 if moment == "torn index": shards.index.write_bytes = torn
 if moment == "clean-up": shutil.rmtree = lambda path, **_: die() if Path(path).name == ".partial" else None
-pack(source, out, storage=storage, spacing=2.0, shape=(20, 24, 18), workers=1)
+pack(source, out, storage=storage, spacing=2.0, shape=(20, 24, 18), workers=1, keep_suspect=True)
 """
 
 
@@ -114,6 +114,7 @@ def test_files_of_others_do_not_make_a_result_complete(tmp_path: Path) -> None:
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = bids(tmp_path / "bids", [*PEOPLE, ("sub-x", "200", "F")]), tmp_path / "out"
     command = ["pack", str(source), str(out), "--spacing", "2", "--shape", "16", "18", "14", "--workers", "1"]
+    command.append("--keep-suspect")
     assert main([*command, "--format", "webdataset"]) == 1
     assert (out / "rejected.tsv").is_file() and "1 of 8 rows are faulty" in capsys.readouterr().err
     assert main([*command, "--format", "webdataset", "--max-rejects", "20%"]) == 0
@@ -137,13 +138,15 @@ def test_options_come_from_a_preset_and_flags_go_over_it(tmp_path: Path, capsys:
     source = bids(tmp_path / "bids", PEOPLE)
     for arguments, preset in ([], "default"), (["--config", "demo"], "demo"):
         out = tmp_path / preset
-        assert main(["pack", str(source), str(out), *arguments, "--workers", "1"]) == 0
+        assert main(["pack", str(source), str(out), *arguments, "--workers", "1", "--keep-suspect"]) == 0
         stage = load_config(PackConfig, "pack", preset, (), {"source": str(source), "out": str(out)})
         used = Index.load(out).provenance["arguments"]
         assert {"format": stage.format, "spacing": stage.spacing, "shape": stage.shape} | used == used
         assert (used["fractions"], used["seed"], used["max_rejects"]) == (stage.split, stage.seed, stage.max_rejects)
     preset = tmp_path / "mine.yaml"
-    preset.write_text("spacing: 4\nshape: [10, 12, 9]\nworkers: 1\nsplit_column: set\nmax_rejects: 3\n")
+    preset.write_text(
+        "spacing: 4\nshape: [10, 12, 9]\nworkers: 1\nsplit_column: set\nmax_rejects: 3\nkeep_suspect: true\n"
+    )
     flags = ["--split", "0", "0", "1", "--format", "webdataset"]
     assert main(["pack", str(source), str(tmp_path / "mine"), "--config", str(preset), *flags]) == 0
     index = Index.load(tmp_path / "mine")

@@ -129,7 +129,7 @@ def test_a_split_is_taken_from_a_column(tmp_path: Path, kind: str, capsys: pytes
     with_column(table, "set", ["train", "Training", "val", "dev", "validation", "TEST", "n/a"])
     out = tmp_path / "out"
     command = ["pack", str(source), str(out), "--config", "demo", "--shape", *map(str, SIZE), "--spacing", "2"]
-    assert main([*command, "--workers", "1", "--split-column", "set", "--folds", "2"]) == 0
+    assert main([*command, "--workers", "1", "--split-column", "set", "--folds", "2", "--keep-suspect"]) == 0
     assert "1 rows have no value in the split column and belong to no part: sub-06\n" in capsys.readouterr().out
     dataset = open_dataset(out)
     assert dataset.keys("train") == ["sub-00", "sub-01"] and dataset.keys("test") == ["sub-05"]

@@ -76,7 +76,7 @@ def test_a_job_from_its_submission_to_its_end(slurm: SlurmCluster, tiny_bids: Pa
     site = tmp_path / "site.yaml"
     site.write_text("time: '0:10:00'\nsbatch: {hold: true}\nenvironment: {NOTE: two words}\n")
     out, run = tmp_path / "packed", tmp_path / "packed.run"
-    keys = [f"source={tiny_bids}", f"out={out}", "spacing=8.0", "shape=[16,16,16]", "workers=1"]
+    keys = [f"source={tiny_bids}", f"out={out}", "spacing=8.0", "shape=[16,16,16]", "workers=1", "keep_suspect=true"]
     stage = ["--stage", "pack", "--config", "demo", "--cluster-config", str(site), *keys]
 
     shown = submit(*stage, "--dry-run").stdout

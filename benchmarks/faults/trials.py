@@ -75,6 +75,7 @@ def prepare(root: Path) -> None:
     pack(
         root / "bids", root / "packed", storage="zarr", schema=Schema.from_dict(SCHEMA), spacing=8.0,
         shape=(16, 16, 16), max_rejects="0", fractions=(0.7, 0.2, 0.1), group="", folds=0, seed=0, workers=1,
+        keep_suspect=True,
     )  # fmt: skip
     places = {"data": str(root / "packed"), "vae": str(root / "vae"), "out": str(root / "latents")}
     encode(load_config(EncodeConfig, "encode", "default", (), places), Run(root / "latents.run"))

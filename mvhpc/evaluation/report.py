@@ -176,7 +176,7 @@ def _draw_density(ax: Axes, answer: Answer) -> None:
     ax.plot(x, density, color=LINE)
     if answer.interval:
         low, high = answer.interval
-        ax.fill_between(x, density, where=(x >= low) & (x <= high), color=FILL)  # type: ignore[arg-type]
+        ax.fill_between(x, density, where=(x >= low) & (x <= high), color=FILL)
     if answer.mean is not None:
         ax.axvline(answer.mean, color=LINE, linewidth=1, linestyle="--")
     ax.set_ylim(0)

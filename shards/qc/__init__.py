@@ -1,0 +1,1 @@
+"""Quality control of scans: figures of a volume, and a verdict by stated limits."""
