@@ -55,7 +55,7 @@ class Request:
     """What is predicted for whom.
 
     Attributes:
-        bids: BIDS folder of raw scans; ``participants.tsv`` is needed only for given scalars.
+        source: BIDS folder or CSV of raw scans, as ``shards preprocess`` takes it.
         out: folder of the results.
         model: run folder of a model of scalars.
         labels: of the participants, without ``sub-``; empty for all.
@@ -65,7 +65,7 @@ class Request:
         device: ``auto``, ``cpu`` or ``cuda``.
     """
 
-    bids: Path
+    source: Path
     out: Path
     model: str
     labels: Sequence[str] = ()
@@ -75,11 +75,15 @@ class Request:
     device: str = "auto"
 
 
-def predict_bids(request: Request) -> list[Row]:
+def predict_scans(request: Request, model: ScalarsModel | None = None) -> list[Row]:
     """Preprocess, judge and answer; write ``predictions.tsv``, its description and a page per scan.
 
     Scans are preprocessed as those that the model was trained on. A scan that cannot be preprocessed or fails quality
     control has a row with its reason and no answers.
+
+    Args:
+        request: what is predicted for whom.
+        model: that of ``request.model``, if it is loaded already.
 
     Returns:
         The rows of the table, in the order of the source.
@@ -88,13 +92,13 @@ def predict_bids(request: Request) -> list[Row]:
         ConfigError: a query that the model does not take, or an unknown participant.
         DataError: a source that cannot be read, or a missing package.
     """
-    model = load(request.model, resolve_device(request.device), kind=ScalarsModel)
+    model = model or load(request.model, resolve_device(request.device), kind=ScalarsModel)
     given = list(request.given) or [v.name for v in model.variables.volumes]
     want = list(request.want) or [v.name for v in model.variables.scalars if v.name not in given]
     check_query(model.schema, given, want)
     out = request.out
     out.mkdir(parents=True, exist_ok=True)
-    schema = _known_part(model.schema, request.bids)
+    schema = _known_part(model.schema, request.source)
     reasons: dict[str, str] = {}
     keys = _list_scans(request, schema, out / SCANS, reasons)
     source = out / SCANS
@@ -106,7 +110,10 @@ def predict_bids(request: Request) -> list[Row]:
             if not (source / "rejected.tsv").is_file():
                 raise
         reasons |= _read_rejects(source)
-    rows, subjects = _answer(request, model, schema, source, given, want, reasons)
+    rows: dict[str, Row] = {}
+    subjects: dict[str, Subject] = {}
+    if not all(key in reasons for key in keys):
+        rows, subjects = _answer(request, model, schema, source, given, want, reasons)
     answered = _complete(rows, keys, want, reasons)
     about = f"{', '.join(want)} given {', '.join(given)}, by {request.model}"
     write_predictions(out / TABLE, answered, _describe(model, given, want))
@@ -116,9 +123,9 @@ def predict_bids(request: Request) -> list[Row]:
     return answered
 
 
-def _known_part(schema: Schema, bids: Path) -> Schema:
+def _known_part(schema: Schema, source: Path) -> Schema:
     """The model's volumes, and those of its scalars that the table of participants has."""
-    table = bids / "participants.tsv"
+    table = source / "participants.tsv" if source.is_dir() else source
     columns = read_sheet(table).columns if table.is_file() else []
     specs = schema.to_dict()
     return Schema.from_dict({v.name: specs[v.name] for v in schema if v.kind == "volume" or v.column in columns})
@@ -129,11 +136,11 @@ def _list_scans(request: Request, schema: Schema, path: Path, reasons: dict[str,
     volumes = schema.volumes
     if len(volumes) != 1:
         raise ConfigError(f"{request.model} has {len(volumes)} volumes; preprocessing takes T1-weighted scans alone")
-    table = read_table(request.bids, schema)
+    table = read_table(request.source, schema)
     wanted = {label.removeprefix("sub-") for label in request.labels}
     found = {row.key.partition("_")[0].removeprefix("sub-") for row in table.rows}
     if unknown := sorted(wanted - found):
-        raise ConfigError(f"{request.bids}: no participant {', '.join(unknown)}")
+        raise ConfigError(f"{request.source}: no participant {', '.join(unknown)}")
     rows = [r for r in table.rows if not wanted or r.key.partition("_")[0].removeprefix("sub-") in wanted]
     with atomic_file(path) as part, part.open("w", newline="") as stream:
         writer = csv.writer(stream)
@@ -143,7 +150,7 @@ def _list_scans(request: Request, schema: Schema, path: Path, reasons: dict[str,
                 session = row.key[len(row.subject) + 1 :]
                 file = row.files[volumes[0].name].absolute()
                 values = (MISSING if row.values[v.name] is None else row.values[v.name] for v in schema.scalars)
-                writer.writerow([row.subject, session or MISSING, file, *values])
+                writer.writerow([row.subject, session, file, *values])
     reasons |= {row.key: row.reason for row in rows if isinstance(row, Reject)}
     return [row.key for row in rows]
 
@@ -170,9 +177,10 @@ def _answer(
     try:
         pack(source, packed, **options, max_rejects="100%", fractions=(0, 0, 1), workers=request.workers)
     except TooManyRejects:
-        reasons |= _read_rejects(packed)
         return {}, {}
-    reasons |= _read_rejects(packed)
+    finally:
+        for key, reason in _read_rejects(packed).items():
+            reasons.setdefault(key, reason)  # a scan without a result of the preprocessing has that reason
     overrides = {"out": str(request.out / TABLE), "model": request.model, "data": str(packed), "split": "all"}
     overrides |= {"given": ",".join(given), "want": ",".join(want)}
     config = load_config(PredictConfig, "predict", "default", (), overrides)
@@ -308,7 +316,7 @@ def _run(options: argparse.Namespace, bids: Path, out: Path, labels: Sequence[st
     given, want = ([name for name in text.split(",") if name] for text in (options.given, options.want))
     request = Request(bids, out, options.model, labels, given, want, options.workers, options.device)
     try:
-        rows = predict_bids(request)
+        rows = predict_scans(request)
     except (ConfigError, DataError) as error:
         print(f"mvhpc: {error}", file=sys.stderr)
         return 2

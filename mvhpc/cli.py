@@ -170,6 +170,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = " ".join(arguments[:2]) if arguments[0] == "train" else arguments[0]
     rest = arguments[len(command.split()) :]
     try:
+        if command == "predict" and any(word.partition("=")[0] == "--bids" for word in rest):
+            from mvhpc.bids_app import predict_command
+
+            return predict_command(rest)
         if command in handlers:
             return handlers[command](rest)
         if command in stages:

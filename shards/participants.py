@@ -227,7 +227,7 @@ def _read_csv(path: Path, schema: Schema, group: str, split_column: str) -> Tabl
 
 def _read_bids(folder: Path, schema: Schema, group: str, split_column: str) -> Table:
     path = folder / "participants.tsv"
-    sheet = read_sheet(path)
+    sheet = read_sheet(path) if path.exists() or schema.scalars else _list_subjects(folder)
     _require_column(sheet.columns, ID, path)
     if group:
         _require_column(sheet.columns, group, path)
@@ -280,6 +280,14 @@ def _read_bids(folder: Path, schema: Schema, group: str, split_column: str) -> T
     if empty_sessions:
         notes.append(f"{empty_sessions} sessions hold none of the volumes and were skipped")
     return Table("bids", reader.rows, notes, digest.hexdigest())
+
+
+def _list_subjects(folder: Path) -> _Sheet:
+    """A table of the subject folders, for a source without ``participants.tsv`` of which no scalar is wanted."""
+    names = sorted(path.name for path in folder.glob("sub-*") if path.is_dir())
+    if not names:
+        raise DataError(f"{folder}: no participants.tsv and no folder sub-*; give a BIDS folder")
+    return _Sheet([ID], [(line, {ID: name}) for line, name in enumerate(names, 2)], "\n".join(names))
 
 
 def _visits(folder: Path, cells: Mapping[str, str], schema: Schema) -> Iterator[tuple[str, dict[str, list[Path]]]]:
