@@ -74,7 +74,7 @@ LIMITS = (
           "heads 3,251 ml or more"),
     Limit("empty_faces", 0.95, 1, "head", "{:.0%} of the image's border is empty: not brain-extracted (the neck leaves "
           "the image), or the brain is cut", "an extracted brain touches the border with its stem at most; "
-          "1.00 measured, heads 0.79 to 0.91"),
+          "1.00 measured, heads 0.85 to 0.92"),
     Limit("cut", 0, 0.15, "head", "cut by the border of the image in {:.0%} of its cross-section: the neck of a head "
           "that is not brain-extracted, or a brain that is not covered",
           "the brain stem has 0.08 of the largest section; 0.00 measured, necks 0.36 to 0.65"),
