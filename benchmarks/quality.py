@@ -4,8 +4,8 @@ Each row is a figure: its limits, then smallest and largest value in each data s
 would be rejected or flagged, with the reasons.
 """
 
+import argparse
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -46,5 +46,17 @@ def table(folders: list[Path]) -> list[str]:
     return [*lines, "", *notes]
 
 
+def main() -> None:
+    """Print the table of the folders that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", metavar="BIDS", nargs="+", type=Path, help="folder with sub-*/anat/*_T1w.nii.gz")
+    parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the lines there too")
+    args = parser.parse_args()
+    text = "\n".join(table(args.folders)) + "\n"
+    print(text, end="")
+    if args.markdown:
+        args.markdown.write_text(text)
+
+
 if __name__ == "__main__":
-    print("\n".join(table([Path(argument) for argument in sys.argv[1:]])))
+    main()

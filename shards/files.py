@@ -65,9 +65,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def is_complete(path: Path) -> bool:
     """Whether a result was written to its end, and not only begun by a process that was killed.
 
-    A file is renamed to its final name when it is complete (:func:`atomic_file`). So is a BIDS tree
-    (:func:`atomic_folder`), which holds a ``dataset_description.json``, and a folder with a ``model.json``. A packed data set gets its ``index.json`` last
-    (:class:`shards.writer.DatasetWriter`). Anything else in a folder may be partial, or another program's.
+    A file is renamed to its final name when it is complete (:func:`atomic_file`). So is a BIDS tree or a model
+    (:func:`atomic_folder`), which holds a ``dataset_description.json`` or a ``model.json``. A packed data set gets its
+    ``index.json`` last (:class:`shards.writer.DatasetWriter`). Anything else in a folder may be partial, or another
+    program's.
     """
     return path.is_file() or any((path / name).is_file() for name in MARKERS)
 

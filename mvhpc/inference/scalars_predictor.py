@@ -108,10 +108,8 @@ class ScalarsPredictor:
 
     def _p_values(self, posterior: StackPosterior, known: dict[str, Tensor]) -> dict[str, Tensor]:
         """By given volume, the p-values (B, 2) of its distances from the training's people."""
-        member, features, scores = self.model.stack.linear[0], posterior.features[0], posterior.scores[0]
+        member, scores = self.model.stack.linear[0], posterior.scores[0]
         return {
-            name: self.model.typical[name].p_values(
-                member.components[name].distances(features[name], scores[name], COMPONENTS)
-            )
+            name: self.model.typical[name].p_values(member.components[name].distances(scores[name], COMPONENTS))
             for name in self.volumes
         }

@@ -1,75 +1,74 @@
 """Linear predictions of any scalar given any variables, in closed form, from one matrix of second moments.
 
 Each volume is read as its principal components. A number is predicted by Bayesian linear regression, whose strengths of
-regularisation are the most probable ones (evidence approximation, MacKay 1992), one for the components of each volume
-and one for the scalars. A category is predicted by linear discriminant analysis, regularised likewise: its classes have
-normal features of one covariance matrix. Both need the moments of people only, not the people.
+regularisation are the most probable ones (evidence), one for the components of each volume and one for the scalars. A
+category is predicted by the same regression of its indicators, whose predictive distributions give probabilities
+(least-squares classification, Rasmussen and Williams 2006, section 6.5). Both need the moments of people, not the people.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize
 from torch import Tensor
-from torch.distributions import MixtureSameFamily
 
-from mvhpc.diffusion.laws import Law, join, normal, take
-from mvhpc.variables import Categorical, Continuous, Scalar
+from mvhpc.diffusion.laws import LEAST, Law, join, normal, take
+from mvhpc.variables import Categorical, Scalar
 
-ITERATIONS = 200
-TOLERANCE = 1e-4  # relative change of the strengths
-STRENGTHS = (1e-6, 1e9)  # limits; features have variances of 1 at most
+GRID = (-10, 13)  # logarithms of the strengths that are tried first, relative to the features' scatter
+TOLERANCE = {"xatol": 0.02, "fatol": 1e-3}
 
 
 @dataclass(frozen=True)
 class Regression:
-    """p(y | x) of a number: a normal distribution of mean ``centre + weights (x - means)``.
+    """Bayesian linear regression of T targets on F features.
 
     Attributes:
-        means: of the F features.
-        centre: of y.
-        weights: (F,).
-        noise: variance of y about its mean.
-        covariance: of the weights, (F, F).
+        means: of the features, (F,).
+        centres: of the targets, (T,).
+        weights: (F, T).
+        noise: variance of the targets about their means, (T,).
+        inverse: covariance of the weights in units of the noise, (F, F).
+        strength: noise by prior variance, of the weights of each volume's features.
         people: N.
     """
 
     means: Tensor
-    centre: Tensor
+    centres: Tensor
     weights: Tensor
     noise: Tensor
-    covariance: Tensor
+    inverse: Tensor
+    strength: dict[str, float]
     people: float
 
-    def law(self, x: Tensor) -> MixtureSameFamily:
-        """The predictive distribution of each row of features (B, F)."""
+    def predict(self, x: Tensor, rests: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean and variance (B, T) of the targets.
+
+        Args:
+            x: features, (B, F).
+            rests: of each volume, squared length (B,) of what its features leave: the weights of what no person of the
+                training varies in are those of the prior.
+        """
         centred = x - self.means
-        variance = self.noise * (1 + 1 / self.people) + ((centred @ self.covariance) * centred).sum(1)
-        return normal(self.centre + centred @ self.weights, variance.sqrt())
+        share = 1 + 1 / self.people + ((centred @ self.inverse) * centred).sum(1)
+        share = share + sum(rests[name] / strength for name, strength in self.strength.items())
+        return self.centres + centred @ self.weights, self.noise * share[:, None]
 
 
-@dataclass(frozen=True)
-class Discriminant:
-    """p(class | x): softmax of ``x weights + bias``.
-
-    Attributes:
-        weights: (F, K).
-        bias: (K,).
-    """
-
-    weights: Tensor
-    bias: Tensor
-
-    def law(self, x: Tensor) -> Tensor:
-        """The probabilities (B, K) of each row of features (B, F)."""
-        return (x @ self.weights + self.bias).softmax(1)
+def class_probabilities(mean: Tensor, variance: Tensor) -> Tensor:
+    """Probabilities (B, K) of classes from the predictive distributions of their indicators, (B, K)."""
+    p = torch.special.ndtr((mean - 0.5) / variance.sqrt()).clamp(min=LEAST)
+    return p / p.sum(1, keepdim=True)
 
 
 def strengths(scatter: Tensor, products: Tensor, squares: Tensor, people: float, blocks: Sequence[slice]) -> Tensor:
     """The most probable strength of regularisation of each feature: the ratio of noise to prior variance.
 
-    Features of one block have one strength. MacKay's fixed point, over several targets that share the strengths.
+    Features of one block have one strength. They maximise the evidence, in which the noise is the most probable one and
+    the mean of each target is free; several targets share the strengths.
 
     Args:
         scatter: of the centred features, sum over people, (F, F).
@@ -81,22 +80,31 @@ def strengths(scatter: Tensor, products: Tensor, squares: Tensor, people: float,
     Returns:
         (F,), float64.
     """
-    strength = torch.full(
-        (len(scatter),), float(scatter.diagonal().mean().clamp(min=STRENGTHS[0])), dtype=scatter.dtype
-    )
-    for _ in range(ITERATIONS):
-        inverse = torch.linalg.inv(scatter + strength.diag())
-        weights = inverse @ products  # (F, T)
-        used = 1 - strength * inverse.diagonal()  # (F,) effective parameters
-        rest = squares - 2 * (weights * products).sum(0) + (weights * (scatter @ weights)).sum(0)
-        noise = rest.clamp(min=1e-12) / max(people - 1 - float(used.sum()), 1.0)  # (T,)
-        before, strength = strength, strength.clone()
-        for block in blocks:
-            fitted = (weights[block].square() / noise).sum()
-            strength[block] = (len(noise) * used[block].sum() / fitted.clamp(min=1e-300)).clamp(*STRENGTHS)
-        if ((strength / before).log().abs() < TOLERANCE).all():
-            break
-    return strength
+
+    def spread_out(logs: Sequence[float]) -> Tensor:
+        strength = torch.empty(len(scatter), dtype=scatter.dtype)
+        for log, block in zip(logs, blocks, strict=True):
+            strength[block] = math.exp(log)
+        return strength
+
+    def objective(logs: Sequence[float]) -> float:
+        return -evidence(scatter, products, squares, people, spread_out(logs))
+
+    typical = math.log(max(float(scatter.diagonal().mean()), 1e-12))
+    grid = [typical + step for step in range(*GRID)]
+    start = min(grid, key=lambda log: objective([log] * len(blocks)))
+    limits = [(grid[0], grid[-1])] * len(blocks)
+    found = minimize(objective, [start] * len(blocks), bounds=limits, method="Nelder-Mead", options=TOLERANCE)
+    return spread_out(found.x)
+
+
+def evidence(scatter: Tensor, products: Tensor, squares: Tensor, people: float, strength: Tensor) -> float:
+    """The logarithm of the probability of T targets, up to a constant; arguments as in :func:`strengths`."""
+    factor = torch.linalg.cholesky(scatter + strength.diag())
+    explained = torch.linalg.solve_triangular(factor, products, upper=False).square().sum(0)  # (T,)
+    rest = (squares - explained).clamp(min=1e-12)
+    logdet = 2 * factor.diagonal().log().sum() - strength.log().sum()
+    return float(-0.5 * ((people - 1) * rest.log().sum() + len(squares) * logdet))
 
 
 class Moments:
@@ -119,7 +127,7 @@ class Moments:
             self.blocks[name] = slice(first, first + width)
             first += width
         self.width = first
-        self._models: dict[tuple[str, ...], Regression | Discriminant] = {}
+        self._models: dict[tuple[str, ...], Regression] = {}
 
     @classmethod
     def of_people(
@@ -164,13 +172,19 @@ class Moments:
         return torch.cat(columns, 1)
 
     def law(
-        self, want: str, features: Mapping[str, Tensor], values: Mapping[str, Tensor], present: Mapping[str, Tensor]
+        self,
+        want: str,
+        features: Mapping[str, Tensor],
+        rests: Mapping[str, Tensor],
+        values: Mapping[str, Tensor],
+        present: Mapping[str, Tensor],
     ) -> Law:
         """The predictive law of a scalar given everything else that each of B people has.
 
         Args:
             want: a scalar; its own value is ignored.
             features, values, present: of B people, as in :meth:`rows`.
+            rests: of each volume, squared length (B,) of what its features leave.
 
         Raises:
             ValueError: fewer than two of the people that the moments are of have the scalar and the given volumes.
@@ -181,59 +195,54 @@ class Moments:
         laws, order = [], []
         for i, pattern in enumerate(patterns.tolist()):
             chosen = (places == i).nonzero()[:, 0]
-            model, columns = self._model(want, tuple(name for name, there in zip(names, pattern) if there))
-            laws.append(model.law(rows[chosen][:, columns]))
+            given = tuple(name for name, there in zip(names, pattern) if there)
+            of_chosen = rows[chosen][:, [i for name in given for i in self._columns(name)]]
+            laws.append(self._law(want, given, of_chosen, {name: x[chosen] for name, x in rests.items()}))
             order.append(chosen)
         return take(join(laws), torch.cat(order).argsort())
 
-    def _model(self, want: str, given: tuple[str, ...]) -> tuple[Regression | Discriminant, list[int]]:
-        """The fitted model of a query, and the columns of rows that it takes."""
+    def _columns(self, name: str) -> range:
+        return range(self.width)[self.blocks[name]]
+
+    def _law(self, want: str, given: tuple[str, ...], x: Tensor, rests: Mapping[str, Tensor]) -> Law:
+        """The law of a scalar of people with features x, (B, F), of exactly the given variables."""
         if (want, *given) not in self._models:
             self._models[want, *given] = self._fit(want, given)
-        return self._models[want, *given], [i for name in given for i in range(self.width)[self.blocks[name]]]
+        model = self._models[want, *given]
+        mean, variance = model.predict(x, rests)
+        if any(isinstance(v, Categorical) for v in self.scalars if v.name == want):
+            return class_probabilities(mean, variance) if given else mean
+        return normal(mean[:, 0], variance[:, 0].sqrt())
 
-    def _fit(self, want: str, given: Sequence[str]) -> Regression | Discriminant:
-        volumes = {name for name in given if name in self.sizes}
+    def _fit(self, want: str, given: Sequence[str]) -> Regression:
+        volumes = [name for name in given if name in self.sizes]
         place = [v.name for v in self.scalars].index(want)
-        sums = [of_pattern[place] for of_pattern, there in zip(self.sums, self.patterns) if volumes <= set(there)]
+        sums = [of_pattern[place] for of_pattern, there in zip(self.sums, self.patterns) if {*volumes} <= {*there}]
         moments = torch.stack(sums).sum(0) if sums else torch.zeros(self.width, self.width, dtype=torch.float64)
         people = float(moments[0, 0])
         if people < 2:
-            raise ValueError(f"fewer than two people of the training have {' and '.join([want, *sorted(volumes)])}")
-        columns = [i for name in given for i in range(self.width)[self.blocks[name]]]
-        targets = list(range(self.width)[self.blocks[want]])
+            raise ValueError(f"fewer than two people of the training have {' and '.join([want, *volumes])}")
+        columns, targets = [i for name in given for i in self._columns(name)], list(self._columns(want))
         means, centres = moments[0, columns] / people, moments[0, targets] / people
         scatter = moments[columns][:, columns] - people * torch.outer(means, means)
         products = moments[columns][:, targets] - people * torch.outer(means, centres)
-        squares = moments[targets, targets] - people * centres.square()
-        inverse = self._inverse(given, scatter, products, squares, people)
-        if isinstance(self.scalars[place], Continuous):
-            weights = inverse @ products[:, 0]
-            rest = squares[0] - 2 * weights @ products[:, 0] + weights @ scatter @ weights
-            used = (inverse * scatter).sum()
-            noise = (rest / (people - 1 - used).clamp(min=1)).clamp(min=1e-8)
-            return Regression(means, centres[0], weights, noise, noise * inverse, people)
-        counts = moments[0, targets]  # (K,)
-        of_class = moments[columns][:, targets] / counts.clamp(min=1)  # (F, K), means
-        between = of_class - means[:, None]
-        regularised = torch.linalg.inv(inverse) if len(columns) else inverse
-        within = (regularised - (between * counts) @ between.T) / max(people - len(targets), 1.0)
-        weights = torch.linalg.solve(within, of_class)
-        shares = (counts + 1) / (people + len(targets))
-        return Discriminant(weights, shares.log() - 0.5 * (weights * of_class).sum(0))
+        squares = (moments[targets, targets] - people * centres.square()).clamp(min=1e-8)
+        strength = torch.zeros(0, dtype=torch.float64)
+        if columns:
+            blocks = list(self._blocks(given))
+            strength = strengths(scatter, products, squares, people, [block for _, block in blocks])
+        inverse = torch.linalg.inv(scatter + strength.diag())
+        weights = inverse @ products
+        noise = ((squares - (weights * products).sum(0)) / (people - 1)).clamp(min=1e-8)
+        of_volumes = {name: float(strength[block][0]) for name, block in blocks if name} if columns else {}
+        return Regression(means, centres, weights, noise, inverse, of_volumes, people)
 
-    def _inverse(
-        self, given: Sequence[str], scatter: Tensor, products: Tensor, squares: Tensor, people: float
-    ) -> Tensor:
-        """The inverse of the regularised scatter of the given variables' features."""
-        blocks, first, scalars = [], 0, 0
+    def _blocks(self, given: Sequence[str]) -> Iterator[tuple[str, slice]]:
+        """Of the given variables' features: those of each volume with its name, and at last those of all scalars."""
+        first = 0
         for name in given:
-            width = len(range(self.width)[self.blocks[name]])
-            blocks.append(slice(first, first + width))
-            first += width
-            scalars += 0 if name in self.sizes else width
-        volumes = [block for name, block in zip(given, blocks) if name in self.sizes]
-        blocks = [*volumes, slice(first - scalars, first)] if scalars else volumes
-        if not blocks:
-            return scatter
-        return torch.linalg.inv(scatter + strengths(scatter, products, squares, people, blocks).diag())
+            if name in self.sizes:
+                yield name, slice(first, first + self.sizes[name])
+                first += self.sizes[name]
+        if any(name not in self.sizes for name in given):
+            yield "", slice(first, None)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mvhpc.diffusion.laws import Law
 from mvhpc.models.linear import Moments
-from mvhpc.models.principal_components import PrincipalComponents
+from mvhpc.models.principal_components import PrincipalComponents, Scores
 from mvhpc.variables import Scalar
 
 
@@ -46,13 +47,27 @@ class LinearMember:
             ValueError: a volume that fewer than two of them have.
         """
         components = {name: PrincipalComponents.fit(x, chosen & present[name], count) for name, x in features.items()}
-        scores = {name: components[name].scores(x[chosen]) for name, x in features.items()}
+        scores = {name: components[name].scores(x[chosen]).values for name, x in features.items()}
         values, present = ({name: x[chosen] for name, x in of.items()} for of in (values, present))
         return cls(components, Moments.of_people(scalars, scores, values, present))
 
-    def scores(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Scores (B, R) of each volume's features (B, P)."""
+    def scores(self, features: Mapping[str, Tensor]) -> dict[str, Scores]:
+        """Scores of each volume's features (B, P)."""
         return {name: self.components[name].scores(x) for name, x in features.items()}
+
+    def law(
+        self, want: str, scores: Mapping[str, Scores], values: Mapping[str, Tensor], known: Mapping[str, Tensor]
+    ) -> Law:
+        """The predictive law of a scalar given everything else that is known of B people.
+
+        Args:
+            want: a scalar; its own value is ignored.
+            scores: of each volume.
+            values: encoded scalars, (B, 1) or (B,).
+            known: by variable, (B,) bool.
+        """
+        features = {name: x.values for name, x in scores.items()}
+        return self.moments.law(want, features, {name: x.rest for name, x in scores.items()}, values, known)
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name."""

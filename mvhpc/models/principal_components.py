@@ -10,6 +10,23 @@ BATCH = 64  # people whose voxels are converted to float32 at a time
 
 
 @dataclass(frozen=True)
+class Scores:
+    """Volumes as their principal components.
+
+    Attributes:
+        values: scores, (B, R) float64.
+        rest: squared length of what they leave, (B,) float64; the variances of all components of the people that these
+            were fitted to sum to 1.
+    """
+
+    values: Tensor
+    rest: Tensor
+
+    def __getitem__(self, rows: Tensor) -> "Scores":
+        return Scores(self.values[rows], self.rest[rows])
+
+
+@dataclass(frozen=True)
 class PrincipalComponents:
     """A linear map from P voxels to R scores, ordered by variance. float32.
 
@@ -54,20 +71,23 @@ class PrincipalComponents:
         scale = variance.clamp(min=0).sum().sqrt()
         return cls(mean, basis, scale.float(), (variance[:keep].sqrt() / scale).float())
 
-    def scores(self, x: Tensor) -> Tensor:
-        """Voxels (B, P) -> scores (B, R), float64."""
-        parts = [((part.float() - self.mean) @ self.basis.T / self.scale).double() for part in x.split(BATCH)]
-        return torch.cat(parts)
+    def scores(self, x: Tensor) -> Scores:
+        """The scores of voxels (B, P), which may be of any floating type."""
+        values, rests = [], []
+        for part in x.split(BATCH):
+            centred = (part.float() - self.mean) / self.scale
+            values.append((centred @ self.basis.T).double())
+            rests.append((centred.double().square().sum(1) - values[-1].square().sum(1)).clamp(min=0))
+        return Scores(torch.cat(values), torch.cat(rests))
 
-    def distances(self, x: Tensor, scores: Tensor, first: int) -> Tensor:
-        """How far voxels (B, P) are from the people's: (B, 2), float64.
+    def distances(self, scores: Scores, first: int) -> Tensor:
+        """How far B volumes are from the people's: (B, 2), float64.
 
         The Mahalanobis distance of the ``first`` scores, and the length of what these leave, in units of all people's.
         """
-        squares = [((part.float() - self.mean) / self.scale).double().square().sum(1) for part in x.split(BATCH)]
-        head = scores[:, :first]
-        rest = (torch.cat(squares) - head.square().sum(1)).clamp(min=0).sqrt()
-        return torch.stack([(head / self.sd[:first]).square().sum(1).sqrt(), rest], 1)
+        head, tail = scores.values[:, :first], scores.values[:, first:]
+        rest = scores.rest + tail.square().sum(1)
+        return torch.stack([(head / self.sd[:first]).square().sum(1).sqrt(), rest.sqrt()], 1)
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name."""

@@ -14,8 +14,7 @@ from mvhpc import config
 from mvhpc.models.linear_member import LinearMember
 from mvhpc.models.loading import load_weights
 from mvhpc.models.model_folder import model_folder, read_manifest, read_weights, save_networks, to_bytes
-from mvhpc.models.scalar_predictor import ScalarPredictor
-from mvhpc.models.scalar_stack import MASKED, Mixing, ScalarStack
+from mvhpc.models.scalar_stack import Mixing, ScalarStack, build_encoders
 from mvhpc.models.site_calibration import SiteCalibration
 from mvhpc.models.typicality import Typicality
 from mvhpc.variables import Variables
@@ -137,7 +136,7 @@ def load_scalars(folder: Path, meta: dict[str, Any], device: torch.device | str)
     encoders = None
     model = config.EncoderConfig(**meta["encoder"])
     if "encoders" in meta["networks"]:
-        encoders = ScalarPredictor(variables, model, MASKED)
+        encoders = build_encoders(variables, model)
         load_weights(encoders, folder, meta, "encoders", device)
     mixing = {
         name: {context: Mixing(tuple(how["weights"]), how["temperature"]) for context, how in of.items()}

@@ -33,6 +33,7 @@ class ScalarPredictor(VariableNetwork):
         variables: at least one volume and one scalar; all volumes of one spatial size.
         model: widths, and the number of members.
         masked_level: the level from which a value is pure noise and masked by zero. None: no value is masked.
+        first_stride: of the encoders' first convolution.
 
     Raises:
         ValueError: no volume, or volumes of different size.
@@ -42,14 +43,16 @@ class ScalarPredictor(VariableNetwork):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, variables: Variables, model: Widths, masked_level: int | None = None) -> None:
+    def __init__(
+        self, variables: Variables, model: Widths, masked_level: int | None = None, first_stride: int = 1
+    ) -> None:
         super().__init__(variables, model.embedding, masked_level)
         self.components = model.components
         parts = zip(*(v.channelwise() for v in self.volumes))
         for name, part in zip(("scale", "shift"), parts):  # (sum C, h, w, d)
             self.register_buffer(name, torch.cat(part), persistent=False)
         members = range(model.ensemble_members)
-        self.encoders = nn.ModuleList(Encoder(self.channels, model) for _ in members)
+        self.encoders = nn.ModuleList(Encoder(self.channels, model, first_stride) for _ in members)
         self.tokens = nn.ModuleList(nn.ModuleList(Token(v, model.embedding) for v in self.scalars) for _ in members)
         self.heads = nn.ModuleList(ScalarHeads(self.scalars, len(variables), model) for _ in members)
         use_channels_last_blocks(self)
@@ -122,12 +125,13 @@ class Encoder(nn.Module):
     Args:
         channels: of the latents of all volumes.
         model: widths.
+        first_stride: of the first convolution.
     """
 
-    def __init__(self, channels: int, model: Widths) -> None:
+    def __init__(self, channels: int, model: Widths, first_stride: int = 1) -> None:
         super().__init__()
         widths = [channels, *model.channels, model.channels[-1]]
-        strides = [1, *[2] * (len(model.channels) - 1), 1]
+        strides = [first_stride, *[2] * (len(model.channels) - 1), 1]
         self.blocks = nn.Sequential(
             *(
                 nn.Sequential(nn.Conv3d(i, o, 3, stride, padding=1), nn.GroupNorm(model.norm_groups, o), nn.SiLU())

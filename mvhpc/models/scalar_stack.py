@@ -15,12 +15,18 @@ from mvhpc.diffusion.density import density, quantile
 from mvhpc.diffusion.laws import Law, mix, temper
 from mvhpc.models.linear_member import LinearMember
 from mvhpc.models.pooled_features import linear_features
-from mvhpc.models.scalar_predictor import ScalarPredictor
+from mvhpc.models.principal_components import Scores
+from mvhpc.models.scalar_predictor import ScalarPredictor, Widths
 from mvhpc.models.site_calibration import SiteCalibration
 from mvhpc.variables import Categorical, Variables
 
 MASKED = 1  # level of an unknown variable, as the encoders take it; a known one has level 0
 CONTEXTS = ("volumes", "scalars")  # whether a query gives a volume, or scalars alone
+
+
+def build_encoders(variables: Variables, model: Widths) -> ScalarPredictor:
+    """The 3D encoders of pooled volumes, untrained. Their first convolution halves the volumes, for speed."""
+    return ScalarPredictor(variables, model, MASKED, first_stride=2)
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,6 @@ class ScalarStack:
     mixing: Mapping[str, Mapping[str, Mixing]]
     site: Mapping[str, SiteCalibration]
 
-    def features(self, pooled: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """Features (B, P) of pooled volumes (B, C, h, w, d), for each linear member."""
-        return [{name: linear_features(x, sd) for name, x in pooled.items()} for sd in self.smoothing]
-
 
 class StackPosterior:
     """p(scalars | given) of B people; their volumes are read once, here.
@@ -79,8 +81,10 @@ class StackPosterior:
         known: Mapping[str, Tensor],
     ) -> None:
         self.stack, self.values, self.known = stack, dict(values), dict(known)
-        self.features = stack.features(pooled)
-        self.scores = [member.scores(x) for member, x in zip(stack.linear, self.features, strict=True)]
+        self.scores = [
+            member.scores({name: linear_features(x, sd) for name, x in pooled.items()})
+            for member, sd in zip(stack.linear, stack.smoothing, strict=True)
+        ]
         self.encoded = None if stack.encoders is None else encode(stack.encoders, stack.variables, pooled, known)
 
     def laws(self, want: Collection[str]) -> dict[str, Law]:
@@ -98,7 +102,8 @@ class StackPosterior:
             By wanted variable clean encoded values (B x draws, 1) or (B x draws,), the draws of a row together.
         """
         n = uniform.shape[1]
-        scores = [{name: x.repeat_interleave(n, 0) for name, x in of.items()} for of in self.scores]
+        rows = torch.arange(uniform.shape[0]).repeat_interleave(n)
+        scores = [{name: x[rows] for name, x in of.items()} for of in self.scores]
         encoded = None if self.encoded is None else self.encoded.repeat_interleave(n, 0)
         values, known = ({k: x.repeat_interleave(n, 0) for k, x in of.items()} for of in (self.values, self.known))
         for i, name in enumerate(want):
@@ -110,13 +115,13 @@ class StackPosterior:
     def _law(
         self,
         want: str,
-        scores: Sequence[Mapping[str, Tensor]],
+        scores: Sequence[Mapping[str, Scores]],
         encoded: Tensor | None,
         values: Mapping[str, Tensor],
         known: Mapping[str, Tensor],
     ) -> Law:
         stack = self.stack
-        laws = [m.moments.law(want, x, values, known) for m, x in zip(stack.linear, scores, strict=True)]
+        laws = [m.law(want, x, values, known) for m, x in zip(stack.linear, scores, strict=True)]
         if encoded is not None and stack.encoders is not None:
             output = predict(stack.encoders, stack.variables, encoded, values, known, want)
             laws.append(law_of(output, isinstance(stack.variables[want], Categorical)))

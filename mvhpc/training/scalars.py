@@ -22,7 +22,7 @@ from mvhpc.models.loading import prepare
 from mvhpc.models.pooled_features import linear_features
 from mvhpc.models.scalar_bundle import save_scalars
 from mvhpc.models.scalar_predictor import ScalarPredictor
-from mvhpc.models.scalar_stack import MASKED, standardized
+from mvhpc.models.scalar_stack import MASKED, build_encoders, standardized
 from mvhpc.models.typicality import COMPONENTS, Typicality
 from mvhpc.records import channels_of, cube, read_pooled, scalar_values
 from mvhpc.runtime.devices import one_thread, resolve_device
@@ -119,7 +119,7 @@ def check_scalars(config: ScalarsConfig) -> tuple[Dataset, Schema]:
     return dataset, schema
 
 
-def read_people(dataset: Dataset, keys: Sequence[str], variables: Variables, schema: Schema, spacing: float) -> People:
+def pool_people(dataset: Dataset, keys: Sequence[str], variables: Variables, schema: Schema, spacing: float) -> People:
     """The records ``keys``, pooled to about ``spacing`` mm.
 
     Raises:
@@ -170,7 +170,7 @@ class ScalarsTask(Task):
         self.intervals = standard_intervals(self.schema, rows)
         spacing = config.encoder.spacing
         variables = pooled_variables(self.dataset, self.schema, spacing, self.intervals)
-        self.people = read_people(self.dataset, train + validation, variables, self.schema, spacing)
+        self.people = pool_people(self.dataset, train + validation, variables, self.schema, spacing)
         self.latent = {
             v.name: {"shape": list(v.shape)} | _channel_moments(self.people, v.name) for v in variables.volumes
         }
@@ -178,7 +178,7 @@ class ScalarsTask(Task):
         self.in_fold = assign_folds(self.people.groups, config.encoder.ensemble_members, config.training.seed)  # (N, R)
         self.samples = self.validation = len(self.people.keys)
         torch.manual_seed(config.training.seed)  # the layers' initial weights
-        network = ScalarPredictor(self.variables, config.encoder, MASKED)
+        network = build_encoders(self.variables, config.encoder)
         whole = torch.stack([self.people.present[v.name] for v in self.variables.volumes]).all(0).nonzero()[:, 0]
         if len(whole) > 1:
             some = {name: x[whole[:STANDARDIZED]].float() for name, x in self.people.pooled.items()}
@@ -324,7 +324,7 @@ class ScalarsTask(Task):
     @torch.no_grad()
     def export(self, folder: Path, states: dict[str, dict[str, Tensor]], metrics: dict[str, float]) -> None:
         """Fit the linear members, mix all members by held-out people, and write the model."""
-        network = ScalarPredictor(self.variables, self.config.encoder, MASKED)
+        network = build_encoders(self.variables, self.config.encoder)
         network.load_state_dict(states["encoders"])
         prepare(network, resolve_device(self.config.compute.device))
         mixing = stack_members(self.variables, self.people, self.features, self.held_out_linear, self.in_fold, network)
@@ -356,7 +356,7 @@ class ScalarsTask(Task):
             part = x[there & ~in_fold]
             components = members[0].components[volume]
             if len(part):
-                distances.append(components.distances(part, components.scores(part), COMPONENTS))
+                distances.append(components.distances(components.scores(part), COMPONENTS))
         return Typicality.of_people(torch.cat(distances))
 
 

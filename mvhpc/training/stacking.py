@@ -117,7 +117,7 @@ def _held_out_laws(
                 continue
             scores = members[i].scores({name: x[chosen] for name, x in of_member.items()})
             values, there = ({n: x[chosen] for n, x in of.items()} for of in (people.values, known))
-            found.append(members[i].moments.law(want, scores, values, there))
+            found.append(members[i].law(want, scores, values, there))
             order.append((fold[rows] == k).nonzero()[:, 0])
         laws.append(take(join(found), torch.cat(order).argsort()))
     shown = torch.stack([known[v.name] for v in variables.volumes]).any(0)

@@ -17,7 +17,7 @@ from shards.qc.orientation import upright
 COARSE = 3.0  # mm, of the voxels on which shape is measured
 LEVEL = 0.2  # of the bright tissue, above which a voxel belongs to the outline; CSF of T1w lies about there
 CLEAR = 9.0  # mm from the outline, beyond which an extracted brain has no signal
-FAINT = 0.002  # of bright tissue; less is what interpolation leaves in an empty background
+FAINT = 0.01  # of bright tissue; less is what interpolation or a network leaves in an empty background
 INSIDE = 8.0  # mm below the surface, where no scalp, skull or rim of a mask is
 FEW = 30  # voxels; medians and percentiles of fewer are not taken
 HOUNSFIELD = -900.0  # a background below is air in Hounsfield units; magnitudes of MR are not negative

@@ -69,15 +69,16 @@ LIMITS = (
     Limit("signal_outside", 0, 0.05, "head", "not brain-extracted: {:.0%} of the space around the brain or head holds "
           "signal or noise", "brain extraction leaves an empty background; at most 0.0002 measured, heads 0.08 "
           "or more"),
-    Limit("volume_ml", 0, 2300, "head", "{:.0f} ml are too many for a brain: a head with skull and scalp, or a wrong "
-          "voxel size", "the largest healthy intracranial volumes are 2,100 ml; 1,097 to 1,882 ml measured, "
-          "heads 3,251 ml or more"),
+    Limit("volume_ml", 0, 2400, "head", "{:.0f} ml are too many for a brain: a head with skull and scalp, or a wrong "
+          "voxel size", "the largest healthy intracranial volumes are 2,100 ml; 1,097 to 1,882 ml measured, at most "
+          "2,195 ml after affine registration to MNI152, heads 3,251 ml or more"),
     Limit("empty_faces", 0.95, 1, "head", "{:.0%} of the image's border is empty: not brain-extracted (the neck leaves "
           "the image), or the brain is cut", "an extracted brain touches the border with its stem at most; "
-          "1.00 measured, heads 0.79 to 0.91"),
-    Limit("cut", 0, 0.15, "head", "cut by the border of the image in {:.0%} of its cross-section: the neck of a head "
+          "1.00 measured, heads 0.85 to 0.92"),
+    Limit("cut", 0, 0.25, "head", "cut by the border of the image in {:.0%} of its cross-section: the neck of a head "
           "that is not brain-extracted, or a brain that is not covered",
-          "the brain stem has 0.08 of the largest section; 0.00 measured, necks 0.36 to 0.65"),
+          "the brain stem has 0.08 of the largest section; 0.00 measured, at most 0.16 in a template's box, necks "
+          "0.36 to 0.65"),
     Limit("solid", 0.7, 1, "brain", "hollow: {:.0%} of the outline is tissue; a CT, or a skull without brain",
           "ventricles are at most 10 % of a brain, even in hydrocephalus hardly 25 %; 0.97 to 1.00 measured"),
     Limit("volume_ml", 500, INF, "brain", "{:.0f} ml are too few for a human brain: a part of one, an animal, or a "
