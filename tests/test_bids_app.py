@@ -1,0 +1,93 @@
+"""From raw scans to answers: the app answers as the stages do one by one, and says why it does not."""
+
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+import mvhpc
+from mvhpc.bids_app import main
+from mvhpc.cli import main as mvhpc_main
+from shards.pack import pack
+from shards.phantom.make import make_phantoms
+from shards.preprocess.recipe import Recipe
+from shards.preprocess.run import preprocess
+
+pytest.importorskip("ants")
+pytest.importorskip("nilearn")
+pytestmark = pytest.mark.slow
+
+RECIPE = Recipe(steps=("brain", "registration", "tissue"), spacing=4.0)
+SMALL = ["encoder.channels=[8,8]", "encoder.ensemble_members=2", "training.epochs=1", "training.batch=4"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Raw scans of twelve people, packed after preprocessing, and a model of scalars of them."""
+    home = tmp_path_factory.mktemp("app")
+    make_phantoms(home / "bids", 12, (48, 48, 48), 0)
+    preprocess(home / "bids", home / "derivative", RECIPE, workers=1)
+    pack(home / "derivative", home / "packed", spacing=4.0, shape=(48, 56, 48), fractions=(0.8, 0.1, 0.1), workers=1)
+    paths = [f"data={home / 'packed'}", f"out={home / 'scalars'}"]
+    assert mvhpc_main(["train", "scalars", *paths, *SMALL, "compute.precision=float32"]) == 0
+    return home
+
+
+@pytest.fixture(scope="module")
+def results(home: Path) -> Path:
+    """What the app wrote about two of these people and a label map."""
+    raw = home / "raw"
+    for subject in sorted((home / "bids").glob("sub-*"))[:2]:
+        shutil.copytree(subject, raw / subject.name)
+    folder = raw / "sub-labels" / "anat"
+    folder.mkdir(parents=True)
+    labels = np.zeros((48, 48, 48), np.int16)
+    labels[12:36, 12:36, 12:36] = 3
+    nib.save(nib.Nifti1Image(labels, np.diag([4.0, 4, 4, 1])), folder / "sub-labels_T1w.nii.gz")
+    assert main([str(raw), str(home / "results"), "participant", "--model", str(home / "scalars")]) == 0
+    return home / "results"
+
+
+def table(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, sep="\t", index_col="key")
+
+
+def test_the_app_answers_as_the_stages_do(home: Path, results: Path) -> None:
+    places = ["--model", str(home / "scalars"), "--data", str(home / "packed"), "--out", str(home / "all.tsv")]
+    assert mvhpc_main(["predict", *places, "--given", "image", "--want", "age,sex", "--split", "all"]) == 0
+    staged, found = table(home / "all.tsv"), table(results / "predictions.tsv")
+    answers = ["age", "age_sd", "age_q05", "age_q95", "sex", "sex_p_F", "typicality"]
+    known = [key for key in found.index if key != "sub-labels"]
+    pd.testing.assert_frame_equal(found.loc[known, answers], staged.loc[known, answers])
+    assert len(known) == 2
+
+
+def test_what_cannot_be_answered_says_why(results: Path) -> None:
+    row = table(results / "predictions.tsv").loc["sub-labels"]
+    assert pd.isna(row["age"]) and pd.isna(row["sex"]) and row["flag"] != "ok"
+    page = (results / "sub-labels.html").read_text()
+    assert "not answered" in page and row["flag"].replace("'", "&#39;") in page
+    group = (results / "index.html").read_text()
+    assert all(f"{key}.html" in group and (results / f"{key}.html").is_file() for key in ("sub-labels", "sub-0001"))
+
+
+def test_single_scans_from_python_have_the_same_answers(home: Path, results: Path) -> None:
+    model = mvhpc.load(home / "scalars", "cpu")
+    file = next((home / "raw" / "sub-0001" / "anat").glob("*.nii.gz"))
+    expected = table(results / "predictions.tsv").loc["sub-0001"]
+    assert model.predict(file, want=["age"])["age"] == pytest.approx(expected["age"], rel=1e-5)
+    image = nib.load(file)
+    again = model.predict(image.get_fdata(), {"sex": "F"}, ["age"], image.affine)
+    other = model.predict(image.get_fdata(), {"sex": "M"}, ["age"], image.affine)
+    assert again["age"] is not None and again["age"] != other["age"]
+    with pytest.raises(ValueError, match="need their affine"):
+        model.predict(image.get_fdata())
+
+
+def test_an_unknown_participant_is_refused(home: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places = [str(home / "raw"), str(home / "other"), "participant", "--model", str(home / "scalars")]
+    assert main([*places, "--participant-label", "0001", "nobody"]) == 2
+    assert "no participant nobody" in capsys.readouterr().err
