@@ -117,6 +117,9 @@ def _parser() -> argparse.ArgumentParser:
         "--template", metavar="FILE", help="brain-extracted volume; default nilearn's MNI152 template"
     )
     preprocess.add_argument("--spacing", type=float, metavar="MM", help="of the results")
+    preprocess.add_argument(
+        "--keep-suspect", action="store_true", default=None, help="keep and flag scans that fail quality control"
+    )
     preprocess.add_argument("--suffix", metavar="SUFFIX", help="of the scans in a BIDS folder; default T1w")
     preprocess.add_argument("--weights", metavar="FILE", help="zip file of HD-BET's weights")
     preprocess.add_argument("--weights-sha256", metavar="HASH", help="its SHA-256, as published")
@@ -204,6 +207,7 @@ def _preprocess(args: argparse.Namespace) -> None:
         device=options["device"],
         workers=options["workers"],
         suffix=options["suffix"],
+        keep_suspect=options["keep_suspect"],
     )
     print(
         f"processed {summary['processed']:,} of {summary['scans']:,} scans into {args.out}, "

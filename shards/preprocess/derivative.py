@@ -87,6 +87,7 @@ def write_result(
         "Parameters": parameters(recipe),
         "Software": versions(),
         "Figures": {name: float(f"{value:.6g}") for name, value in result.figures.items()},
+        "Flags": result.flags,
     }
     write_text(files["sidecar"], json.dumps(sidecar, indent=1) + "\n")
 

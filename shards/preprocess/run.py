@@ -53,6 +53,7 @@ def preprocess(
     device: str = "auto",
     workers: int = 0,
     suffix: str = "T1w",
+    keep_suspect: bool = False,
     map_subjects: Map | None = None,
 ) -> Summary:
     """Preprocess the scans of a BIDS folder or a CSV into a BIDS derivative.
@@ -71,6 +72,7 @@ def preprocess(
         device: ``auto``, ``cpu`` or ``cuda``, for the network that extracts brains.
         workers: processes; 0 for one per core.
         suffix: of the scans in a BIDS folder.
+        keep_suspect: keep scans that fail quality control (:mod:`shards.qc`) too, and flag them in their sidecars.
         map_subjects: runs :class:`shards.preprocess.subject.Worker` on all subjects; processes of this machine by
             default.
 
@@ -94,6 +96,7 @@ def preprocess(
         template=Path(template).absolute() if template is not None else None,
         weights=weights.absolute() if weights is not None else None,
         device=find_device(device) if "brain" in recipe.steps and recipe.brain not in {"mask", "none"} else "cpu",
+        keep_suspect=keep_suspect,
     )
     table = read_table(source, _schema(suffix, recipe))
     if not table.rows:

@@ -12,6 +12,9 @@ from shards.preprocess.extraction import background, extracted_mask
 from shards.preprocess.images import Volume, resample
 from shards.preprocess.recipe import Recipe
 from shards.preprocess.registration import Template
+from shards.qc.figures import measure
+from shards.qc.limits import T1W, verdict
+from shards.qc.registered import compare
 from shards.volumes import read
 
 Extractor = Callable[[Volume], Volume]
@@ -27,8 +30,9 @@ class Result:
         tissue: tissue -> probability; empty where the recipe has no such step.
         matrix: (4, 4), mm in the space of the results to mm in the scan's space; None without registration.
         extraction: how the brain was found: ``deepbet``, ``hd-bet``, ``mask``, ``none``.
-        figures: brain volume (ml), and of the registration: correlation, overlap, volume ratio of the template to
-            the scan.
+        figures: of quality control, by :mod:`shards.qc`: of the scan as it is, of the brain (``brain.``) and of the
+            registration; of the registration also the volume of the template relative to the scan's.
+        flags: why the scan should be rejected; empty for one that is fit to use.
     """
 
     image: Volume
@@ -37,6 +41,7 @@ class Result:
     matrix: NDArray[np.float64] | None
     extraction: str
     figures: dict[str, float]
+    flags: list[str]
 
 
 def preprocess_scan(
@@ -45,8 +50,10 @@ def preprocess_scan(
     template: Template | None,
     extract: Extractor | None,
     mask_file: Path | None = None,
+    suffix: str = T1W,
+    keep_suspect: bool = False,
 ) -> Result:
-    """Run the steps of the recipe on one scan.
+    """Run the steps of the recipe on one scan, and judge it before and after them.
 
     Args:
         path: of the scan.
@@ -54,27 +61,26 @@ def preprocess_scan(
         template: to register to; of a follow-up, the subject's first session in the template's space.
         extract: network that finds the brain.
         mask_file: brain mask on the scan's grid, for the extraction by ``mask``.
+        suffix: of the scan in BIDS; limits of T1-weighted intensities hold for ``T1w`` alone.
+        keep_suspect: go on with a scan that fails quality control, and flag the result.
 
     Raises:
-        ValueError: the scan cannot be used; the message gives the reason without the path.
+        ValueError: the scan cannot be used or fails quality control; the message gives the reason without the path.
     """
     scan = read(path)
     head = Volume(scan.voxels, scan.affine)
+    judge = _Judge(suffix, keep_suspect)
+    judge.add(measure(scan.voxels, scan.affine), head=True)
     mask, extraction = _brain(head, recipe, extract, mask_file)
     low = min(0.0, float(head.voxels[mask.voxels > 0].min()))
     brain = head.like(np.where(mask.voxels > 0, head.voxels - low, 0))
     if "bias" in recipe.steps:
         brain = bias.correct_bias(brain, mask)
+    judge.add(measure(brain.voxels, brain.affine), prefix="brain.")
     maps = tissue.tissue_maps(brain, mask) if "tissue" in recipe.steps else {}
-    figures = {"brain_ml": float(mask.voxels.sum(dtype=np.float64)) * mask.voxel_ml}
     if "registration" not in recipe.steps or template is None:
-        return Result(brain, mask, maps, None, extraction, figures)
+        return Result(brain, mask, maps, None, extraction, judge.figures, judge.flags)
     found = registration.register(brain, mask, template, recipe.registration)
-    figures |= {
-        "correlation": found.correlation,
-        "overlap": found.overlap,
-        "volume_ratio": 1 / abs(float(np.linalg.det(found.matrix[:3, :3]))),
-    }
     shape = template.brain.voxels.shape
     image, inside, *warped = (
         resample(v, template.brain.affine, shape, found.matrix) for v in (brain, mask, *maps.values())
@@ -82,7 +88,35 @@ def preprocess_scan(
     mask = inside.like(inside.voxels > 0.5)
     image = image.like(np.where(mask.voxels > 0, image.voxels, 0))
     maps = {name: m.like(np.clip(m.voxels, 0, 1)) for name, m in zip(maps, warped)}
-    return Result(image, mask, maps, found.matrix, extraction, figures)
+    fit = compare(image.voxels, mask.voxels > 0, template.brain.voxels, template.mask.voxels > 0, recipe.registration)
+    judge.add(fit | {"volume_ratio": 1 / abs(float(np.linalg.det(found.matrix[:3, :3])))})
+    return Result(image, mask, maps, found.matrix, extraction, judge.figures, judge.flags)
+
+
+class _Judge:
+    """Quality control of one scan, step by step.
+
+    Attributes:
+        figures: all figures so far.
+        flags: reasons for which the scan should be rejected, where it is kept nevertheless.
+    """
+
+    def __init__(self, suffix: str, keep_suspect: bool) -> None:
+        self.suffix, self.keep_suspect = suffix, keep_suspect
+        self.figures: dict[str, float] = {}
+        self.flags: list[str] = []
+
+    def add(self, figures: dict[str, float], *, head: bool = False, prefix: str = "") -> None:
+        """Add figures.
+
+        Raises:
+            ValueError: they are outside of their limits, and suspect scans are not kept.
+        """
+        self.figures |= {prefix + name: value for name, value in figures.items()}
+        reasons = verdict(figures, self.suffix, head)
+        if reasons and not self.keep_suspect:
+            raise ValueError("; ".join(reasons))
+        self.flags += [reason for reason in reasons if reason not in self.flags]
 
 
 def _brain(head: Volume, recipe: Recipe, extract: Extractor | None, mask_file: Path | None) -> tuple[Volume, str]:

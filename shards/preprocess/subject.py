@@ -26,6 +26,7 @@ class Job:
     template: Path | None
     weights: Path | None
     device: str
+    keep_suspect: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,13 @@ class Worker:
         if template is not None and first is not None:
             template = self._reference(first)
         result = preprocess_scan(
-            row.files["image"], job.recipe, template, lambda head: self.network(head), row.files.get("mask")
+            row.files["image"],
+            job.recipe,
+            template,
+            lambda head: self.network(head),
+            row.files.get("mask"),
+            job.suffix,
+            job.keep_suspect,
         )
         write_result(job.out, row, job.suffix, job.recipe, result, sources)
 
@@ -111,6 +118,7 @@ class Worker:
         sidecar = read_sidecar(job.out, row, job.suffix, job.recipe)
         return (
             sidecar is not None
+            and (job.keep_suspect or not sidecar.get("Flags"))
             and sidecar.get("SourceSHA256") == sources
             and sidecar.get("Recipe") == json.loads(json.dumps(job.recipe.to_dict()))
             and all(path.is_file() for path in result_files(job.out, row, job.suffix, job.recipe).values())

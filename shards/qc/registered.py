@@ -1,6 +1,6 @@
 """Figures of a scan that is registered to a template: whether the registration and the brain extraction succeeded."""
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ def compare(
     mask: NDArray[np.bool_],
     template: NDArray[np.floating[Any]],
     template_mask: NDArray[np.bool_],
-    registration: Literal["affine", "rigid"],
+    registration: str,
 ) -> dict[str, float]:
     """Overlap and likeness of a scan and the template, on the template's grid.
 
@@ -20,7 +20,7 @@ def compare(
         mask: (X, Y, Z), its brain.
         template: (X, Y, Z), intensities of the same contrast.
         template_mask: (X, Y, Z), its brain.
-        registration: degrees of freedom; after a rigid one, size and shape of the head differ from the template's.
+        registration: ``affine`` or ``rigid``; after a rigid one, size and shape of the head differ from the template's.
 
     Returns:
         ``R_covered``: share of the template's brain inside of the mask; ``R_overlap``: Dice of the masks;
