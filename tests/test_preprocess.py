@@ -207,7 +207,7 @@ def test_all_results_are_on_the_grid_of_the_template(derivative: Path) -> None:
     sidecar = json.loads((anat / f"sub-b_space-{SPACE}_desc-preproc_T1w.json").read_text())
     assert Recipe.from_dict(sidecar["Recipe"]) == QUICK
     assert sidecar["BrainExtraction"] == "none"
-    assert sidecar["Figures"]["overlap"] > 0.9
+    assert sidecar["Figures"]["affine_overlap"] > 0.9
 
 
 def test_a_follow_up_lies_on_its_first_session(derivative: Path) -> None:
