@@ -20,8 +20,8 @@ LAYERS = [
     ["inference", "training", "data_stages"],
     ["stages"],
     ["execute"],
-    ["pipeline", "export"],
-    ["cli"],
+    ["pipeline", "export", "bids_app"],
+    ["api", "cli"],
     ["__main__"],
 ]
 ONLY = {  # slow or optional libraries, and who may import them

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from shards.preprocess.bias import correct_bias
 from shards.preprocess.extraction import deepbet, extracted_mask
-from shards.preprocess.images import Volume, resample
+from shards.preprocess.images import Volume, ants_library, resample, to_ants
 from shards.preprocess.recipe import Recipe
 from shards.preprocess.registration import load_template, register
 from shards.preprocess.tissue import tissue_maps
@@ -72,7 +72,7 @@ def speed(heads: Path, count: int = 2) -> None:
 
 
 def tissue(oasis: Path) -> None:
-    scores = []
+    scores: dict[str, list[list[float]]] = {"mixture": [], "Atropos": []}
     for path in sorted(oasis.glob("sub-*/ses-1/anat/*_T1w.nii.gz")):
         if path.name.removeprefix("sub-OAS").partition("_")[0] in CHOSEN_ON:
             continue
@@ -80,16 +80,33 @@ def tissue(oasis: Path) -> None:
         mask = extracted_mask(scan)
         if mask is None:
             raise SystemExit(f"{path}: not brain-extracted")
-        maps = tissue_maps(correct_bias(scan, mask), mask)
+        corrected = correct_bias(scan, mask)
         name = path.name.replace("T1w", "desc-csf1gm2wm3_dseg")
         truth = load(oasis / "derivatives" / "tissues" / path.relative_to(oasis).with_name(name)).voxels
-        order = list(LABELS)
-        guess = np.stack([maps[t].voxels for t in order]).argmax(0)
         inside = mask.voxels > 0
-        scores.append([dice(inside & (guess == i), truth == LABELS[t]) for i, t in enumerate(order)])
-        print(path.name, " ".join(f"{t} {s:.3f}" for t, s in zip(order, scores[-1])), flush=True)
-    mean, sd = np.mean(scores, 0), np.std(scores, 0, ddof=1)
-    print(f"{len(scores)} people: " + ", ".join(f"{t} {m:.3f} (SD {s:.3f})" for t, m, s in zip(LABELS, mean, sd)))
+        maps = tissue_maps(corrected, mask)
+        guess = 1 + np.stack([maps[name].voxels for name in LABELS]).argmax(0)
+        for method, labels in (("mixture", guess), ("Atropos", atropos(corrected, mask))):
+            found = [dice(inside & (labels == number), truth == number) for number in LABELS.values()]
+            scores[method].append(found)
+            print(path.name, method, " ".join(f"{t} {x:.3f}" for t, x in zip(LABELS, found)), flush=True)
+    for method, rows in scores.items():
+        mean, sd = np.mean(rows, 0), np.std(rows, 0, ddof=1)
+        print(
+            f"{method}, {len(rows)} people: "
+            + ", ".join(f"{t} {m:.3f} (SD {x:.3f})" for t, m, x in zip(LABELS, mean, sd))
+        )
+
+
+def atropos(brain: Volume, mask: Volume) -> NDArray[np.float32]:
+    """Labels by ANTs Atropos from k-means, with a Markov random field; the brightest and darkest voxels clipped."""
+    inside = mask.voxels > 0
+    clipped = np.clip(brain.voxels, *np.percentile(brain.voxels[inside], (0.5, 99.5)))
+    image, region = to_ants(brain.like(np.where(inside, clipped, 0))), to_ants(mask)
+    labels: NDArray[np.float32] = (
+        ants_library().atropos(image, region, i="Kmeans[3]", m="[0.1,1x1x1]", c="[5,0]")["segmentation"].numpy()
+    )
+    return labels.round()
 
 
 def brain(heads: Path, extracted: Path) -> None:
