@@ -1,4 +1,4 @@
-"""The `shards` command: phantom, pack, verify, inspect, split."""
+"""The `shards` command: phantom, preprocess, pack, verify, inspect, split."""
 
 import argparse
 import difflib
@@ -14,14 +14,36 @@ from shards.errors import DataError, IntegrityError, TooManyRejects
 EXAMPLES = """examples:
   shards phantom data/phantom --subjects 200 --seed 0
   shards pack data/phantom data/packed --config demo
+  shards preprocess bids/ derivative/ --spacing 2
   shards pack my_scans.csv packed --spacing 1 --shape 160 192 160 --max-rejects 5% --group family
   shards split packed --folds 5 --seed 0
   shards verify packed
   shards inspect packed --json
 """
+PREPROCESS = """SOURCE is a BIDS folder (sessions too) or a CSV with the columns participant_id and path (session_id is
+optional), with T1-weighted scans as NIfTI (.nii, .nii.gz, .hdr with .img) or FreeSurfer's .mgz. OUT becomes a BIDS
+derivative, which `shards pack` takes as its source. Steps, in this order:
+
+  brain         extract the brain: deepbet, except where the scan is extracted already (--brain auto)
+  bias          correct the scanner's intensity inhomogeneity (N4)
+  registration  register to a template (affine or rigid); follow-ups to the subject's first registered session
+  tissue        probabilities of grey matter, white matter and cerebrospinal fluid
+
+The same command again processes only what has changed: a scan is skipped where its file and the recipe are the same.
+Scans that cannot be processed are listed with their reasons in OUT/rejected.tsv. With --brain mask, the mask of each
+scan is the file *_mask.nii.gz beside it, or stands in the column mask of the CSV.
+
+Options that are not given come from the preset: configs/preprocess/NAME.yaml, over configs/preprocess/default.yaml.
+
+examples:
+  shards preprocess bids/ derivative/ --spacing 2
+  shards preprocess scans.csv derivative/ --registration rigid --steps brain bias registration
+  shards preprocess bids/ derivative/ --brain hd-bet --weights release_2.0.0.zip --weights-sha256 HASH
+"""
 PACK = """SOURCE is a BIDS folder (participants.tsv, sub-X[/ses-Y]/anat/*_SUFFIX.nii.gz) or a CSV with the columns
 participant_id and path (relative to the CSV; session_id is optional; with several volume variables, one column per
-variable, with its name). Each volume is resampled to RAS, the spacing and the shape, centred on the brain, with
+variable, with its name), or a derivative of `shards preprocess`, whose volumes stay where the template has them and
+whose tissue maps are packed too. Each volume is resampled to RAS, the spacing and the shape, centred on the brain, with
 intensities in [0, 1]; it should be brain-extracted. Rejected rows are listed with their reasons in OUT/rejected.tsv.
 After an interruption, the same command resumes after the last complete shard.
 
@@ -75,6 +97,30 @@ def _parser() -> argparse.ArgumentParser:
     phantom.add_argument("--rich", action="store_true", default=None, help="add T2w, five sites and a memory score")
     phantom.add_argument("--seed", type=int, metavar="N", help="random seed")
     phantom.add_argument("--workers", type=int, default=0, metavar="N", help="processes; default one per core")
+
+    preprocess = command(
+        "preprocess", "make a BIDS derivative of raw scans: brains in the space of a template", PREPROCESS
+    )
+    preprocess.add_argument("source", metavar="SOURCE", type=Path)
+    preprocess.add_argument("out", metavar="OUT", type=Path)
+    preprocess.add_argument(
+        "--config", default="default", metavar="NAME", help="preset under configs/preprocess, or a YAML file"
+    )
+    preprocess.add_argument("--steps", nargs="+", metavar="STEP", help="brain, bias, registration, tissue")
+    preprocess.add_argument(
+        "--tissue", action=argparse.BooleanOptionalAction, default=None, help="add or leave out the step tissue"
+    )
+    preprocess.add_argument("--brain", metavar="HOW", help="auto, deepbet, hd-bet, mask or none")
+    preprocess.add_argument("--registration", metavar="KIND", help="affine or rigid")
+    preprocess.add_argument(
+        "--template", metavar="FILE", help="brain-extracted volume; default nilearn's MNI152 template"
+    )
+    preprocess.add_argument("--spacing", type=float, metavar="MM", help="of the results")
+    preprocess.add_argument("--suffix", metavar="SUFFIX", help="of the scans in a BIDS folder; default T1w")
+    preprocess.add_argument("--weights", metavar="FILE", help="zip file of HD-BET's weights")
+    preprocess.add_argument("--weights-sha256", metavar="HASH", help="its SHA-256, as published")
+    preprocess.add_argument("--device", choices=["auto", "cpu", "cuda"], help="for the network that extracts brains")
+    preprocess.add_argument("--workers", type=int, metavar="N", help="processes; 0 for one per core")
 
     pack = command("pack", "pack a BIDS folder or a CSV into shards", PACK)
     pack.add_argument("source", metavar="SOURCE", type=Path)
@@ -132,6 +178,39 @@ def _phantom(args: argparse.Namespace) -> None:
     print(f"{options['subjects']} phantoms in {args.out}; pack them with: shards pack {args.out} OUT --config demo")
 
 
+def _preprocess(args: argparse.Namespace) -> None:
+    from shards.preprocess.recipe import Recipe
+    from shards.preprocess.run import REJECTED, preprocess
+
+    options = _options(args)
+    steps = [step for step in options["steps"] if args.tissue is not False or step != "tissue"]
+    recipe = Recipe(
+        steps=(*steps, "tissue") if args.tissue else tuple(steps),
+        brain=options["brain"],
+        registration=options["registration"],
+        spacing=float(options["spacing"]),
+        weights=options["weights_sha256"],
+    )
+    summary = preprocess(
+        args.source,
+        args.out,
+        recipe,
+        template=options["template"] or None,
+        weights=options["weights"] or None,
+        device=options["device"],
+        workers=options["workers"],
+        suffix=options["suffix"],
+    )
+    print(
+        f"processed {summary['processed']:,} of {summary['scans']:,} scans into {args.out}, "
+        f"{summary['unchanged']:,} were there unchanged"
+    )
+    if summary["rejected"]:
+        print(f"rejected {summary['rejected']:,}: see {args.out / REJECTED}")
+    for note in summary["notes"]:
+        print(f"note: {note}")
+
+
 def _pack(args: argparse.Namespace) -> None:
     from shards.pack import pack
 
@@ -180,7 +259,14 @@ def _inspect(args: argparse.Namespace) -> None:
     print(json.dumps(summary, indent=2) if args.json else format_summary(summary))
 
 
-COMMANDS = {"phantom": _phantom, "pack": _pack, "split": _split, "verify": _verify, "inspect": _inspect}
+COMMANDS = {
+    "phantom": _phantom,
+    "preprocess": _preprocess,
+    "pack": _pack,
+    "split": _split,
+    "verify": _verify,
+    "inspect": _inspect,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,10 +20,11 @@ from shards.errors import DataError, TooManyRejects
 from shards.files import write_bytes
 from shards.index import Index, Split
 from shards.participants import Reject, Row, Table, read_table
+from shards.preprocess.recipe import read_derivative
 from shards.progress import Progress
 from shards.schema import Schema
 from shards.split import check_groups, draw_folds, draw_fractions, merge_groups
-from shards.volumes import Canonical, canonical, grid
+from shards.volumes import Canonical, Space, canonical, grid
 from shards.writer import DatasetWriter
 
 FRACTIONS = (0.89, 0.01, 0.10)  # the MetaVoxel paper: 9,078 / 108 / 968 subjects
@@ -79,7 +80,8 @@ def pack(
     an interrupted packing resumes after the last complete shard.
 
     Args:
-        source: see :func:`shards.participants.read_table`.
+        source: see :func:`shards.participants.read_table`. Of a derivative of ``shards preprocess``, volumes stay where
+            the template has them, and their tissue maps are stored beside them as ``VOLUME_TISSUE``.
         out: folder without a packed data set.
         storage: ``zarr`` or ``webdataset``.
         schema: a schema, or the name or file of one.
@@ -114,8 +116,15 @@ def pack(
         _check_split_column(rows, groups, split_column)
     else:
         draw_fractions([], fractions, seed)
+    derivative = read_derivative(Path(source))
+    recipe, space = derivative or (None, None)
     arrays = {v.name: {"shape": size, "dtype": "<f2"} for v in schema.volumes}
-    target = grid(spacing, size)
+    arrays |= {
+        f"{v.name}_{label}": {"shape": size, "dtype": "|u1"}
+        for v in schema.volumes
+        for label in (space.maps if space else ())
+    }
+    target = grid(spacing, size, space)
     token = _token(table, schema, target, storage, group)
     arguments: dict[str, Any] = {
         "source": table.kind,
@@ -132,7 +141,7 @@ def pack(
         arguments |= {"fractions": [], "split_column": split_column}
     writer = DatasetWriter(out, storage, "volumes", schema, arrays, target, group=group, token=token)
     with contextlib.closing(writer):
-        _convert_and_write(writer, table.rows, groups, spacing, size, workers or available_cores())
+        _convert_and_write(writer, table.rows, groups, spacing, size, space, workers or available_cores())
         packed = [n for n in writer.notes if "sources" in n]
         rejects = [n for n in writer.notes if "reason" in n]
         listing = _listing(rejects)
@@ -159,7 +168,14 @@ def pack(
             "rows": len(table.rows),
             "rejected": len(rejects),
         }
+        if recipe is not None:
+            provenance["recipe"] = recipe.to_dict()
         index = writer.finish(splits, provenance, files={REJECTED: listing})
+    if recipe is not None and spacing < recipe.spacing:
+        table.notes.append(
+            f"the derivative has voxels of {recipe.spacing:g} mm, coarser than {spacing:g} mm: preprocess with "
+            f"--spacing {spacing:g}"
+        )
     return _summary(index, table, packed, len(rejects))
 
 
@@ -176,18 +192,21 @@ def _convert_and_write(
     groups: Mapping[str, str],
     spacing: float,
     shape: tuple[int, int, int],
+    space: Space | None,
     workers: int,
 ) -> None:
     """Convert and write the rows that the writer has no note of yet; each row leaves one note."""
     done = len(writer.notes)
     with Progress("packing", len(rows), "volume", initial=done) as bar:
-        for row, outcome in _convert_all(rows[done:], spacing, shape, workers):
+        for row, outcome in _convert_all(rows[done:], spacing, shape, space, workers):
             if isinstance(outcome, str) or isinstance(row, Reject):
                 writer.note({"line": row.line, "key": row.key, "reason": outcome})
             else:
                 hashes = {name: volume.sha256 for name, volume in outcome.items()}
                 writer.note({"key": row.key, "sources": hashes, "cropped": max(v.cropped for v in outcome.values())})
-                voxels = {name: volume.voxels for name, volume in outcome.items()}
+                voxels: dict[str, Any] = {name: volume.voxels for name, volume in outcome.items()}
+                for name, volume in outcome.items():
+                    voxels |= {f"{name}_{label}": values for label, values in volume.maps.items()}
                 writer.add(row.key, row.subject, row.values, voxels, groups[row.subject])
             bar.update()
 
@@ -273,12 +292,12 @@ def _token(table: Table, schema: Schema, target: dict[str, Any], storage: str, g
 Outcome = str | dict[str, Canonical]
 
 
-def _convert(row: Row, spacing: float, shape: tuple[int, int, int]) -> Outcome:
+def _convert(row: Row, spacing: float, shape: tuple[int, int, int], space: Space | None) -> Outcome:
     """A row's canonical volumes, or the reason for its rejection."""
     volumes = {}
     for name, path in row.files.items():
         try:
-            volumes[name] = canonical(path, spacing, shape)
+            volumes[name] = canonical(path, spacing, shape, space)
         except ValueError as error:
             return f"{name}: {error}"
         except OSError as error:
@@ -289,19 +308,21 @@ def _convert(row: Row, spacing: float, shape: tuple[int, int, int]) -> Outcome:
 
 
 def _convert_all(
-    rows: Sequence[Row | Reject], spacing: float, shape: tuple[int, int, int], workers: int
+    rows: Sequence[Row | Reject], spacing: float, shape: tuple[int, int, int], space: Space | None, workers: int
 ) -> Iterator[tuple[Row | Reject, Outcome]]:
     """Rows with their outcomes, in order, converted in ``workers`` processes (in this one where that is 1)."""
     if workers == 1:
         for row in rows:
-            yield row, row.reason if isinstance(row, Reject) else _convert(row, spacing, shape)
+            yield row, row.reason if isinstance(row, Reject) else _convert(row, spacing, shape, space)
         return
     context = multiprocessing.get_context("spawn")  # fork is unsafe where the caller has threads
     pool = ProcessPoolExecutor(workers, context, initializer=_ignore_interrupts)
     pending: deque[tuple[Row | Reject, Future[Outcome] | str]] = deque()
     try:
         for row in rows:
-            pending.append((row, row.reason if isinstance(row, Reject) else pool.submit(_convert, row, spacing, shape)))
+            pending.append(
+                (row, row.reason if isinstance(row, Reject) else pool.submit(_convert, row, spacing, shape, space))
+            )
             if len(pending) > 4 * workers:  # bounds the results held in memory
                 yield _result(*pending.popleft())
         while pending:

@@ -99,7 +99,7 @@ def read_table(source: str | Path, schema: Schema, group: str = "", split_column
     raise DataError(f"{source}: no such folder or file; give a BIDS folder or a CSV")
 
 
-def _read_sheet(path: Path) -> _Sheet:
+def read_sheet(path: Path) -> _Sheet:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -133,7 +133,7 @@ def _missing(cell: str) -> bool:
     return cell.casefold() in MISSING
 
 
-def _prefixed(prefix: str, label: str) -> str:
+def prefixed(prefix: str, label: str) -> str:
     return label if label.startswith(prefix) else prefix + label
 
 
@@ -160,9 +160,9 @@ class _Reader:
         if _missing(subject):
             self.rows.append(Reject(line, "", f"no {ID}"))
             return
-        subject = _prefixed("sub-", subject)
+        subject = prefixed("sub-", subject)
         part = self._part(line, subject, cells.get(self.split_column, ""))
-        labels = [subject] if _missing(session) else [subject, _prefixed("ses-", session)]
+        labels = [subject] if _missing(session) else [subject, prefixed("ses-", session)]
         key = "_".join(labels)
         try:
             if not all(map(LABEL.fullmatch, labels)):
@@ -190,7 +190,7 @@ class _Reader:
 
 
 def _read_csv(path: Path, schema: Schema, group: str, split_column: str) -> Table:
-    sheet = _read_sheet(path)
+    sheet = read_sheet(path)
     volumes = schema.volumes
     columns = {v.name: v.column for v in volumes}
     if len(volumes) == 1 and volumes[0].column not in sheet.columns:
@@ -218,7 +218,7 @@ def _read_csv(path: Path, schema: Schema, group: str, split_column: str) -> Tabl
 
 def _read_bids(folder: Path, schema: Schema, group: str, split_column: str) -> Table:
     path = folder / "participants.tsv"
-    sheet = _read_sheet(path)
+    sheet = read_sheet(path)
     _require_column(sheet.columns, ID, path)
     if group:
         _require_column(sheet.columns, group, path)
@@ -227,18 +227,18 @@ def _read_bids(folder: Path, schema: Schema, group: str, split_column: str) -> T
     digest = hashlib.sha256(sheet.text.encode())
     empty_sessions = 0
     for line, cells in sheet.rows:
-        subject = _prefixed("sub-", cells[ID])
+        subject = prefixed("sub-", cells[ID])
         if _missing(cells[ID]) or not LABEL.fullmatch(subject):  # not a safe path
             reader.add(line, cells, lambda variable: None)
             continue
         table = folder / subject / f"{subject}_sessions.tsv"
         by_session: dict[str, dict[str, str]] = {}
         if table.is_file():
-            sessions = _read_sheet(table)
+            sessions = read_sheet(table)
             _require_column(sessions.columns, SESSION, table)
             sessions_known.update(sessions.columns)
             digest.update(sessions.text.encode())
-            by_session = {_prefixed("ses-", row[SESSION]): row for _, row in sessions.rows}
+            by_session = {prefixed("ses-", row[SESSION]): row for _, row in sessions.rows}
         visits = list(_visits(folder / subject, cells, schema))
         full = [visit for visit in visits if visit[1]]
         empty_sessions += len(visits) - len(full) if full else 0
@@ -248,7 +248,7 @@ def _read_bids(folder: Path, schema: Schema, group: str, split_column: str) -> T
                 matches = files.get(variable.name, [])
                 if len(matches) > 1:
                     raise ValueError(
-                        f"{variable.name}: {len(matches)} files *_{variable.suffix}.nii[.gz] in one anat folder; "
+                        f"{variable.name}: {len(matches)} files *_{variable.suffix}.* in one anat folder; "
                         "keep one there, or name it in a CSV"
                     )
                 return matches[0] if matches else None
@@ -261,7 +261,7 @@ def _read_bids(folder: Path, schema: Schema, group: str, split_column: str) -> T
     if split_column and split_column not in sessions_known:
         _require_column(sheet.columns, split_column, path)
     notes = []
-    listed = {_prefixed("sub-", cells[ID]) for _, cells in sheet.rows}
+    listed = {prefixed("sub-", cells[ID]) for _, cells in sheet.rows}
     unlisted = sum(p.is_dir() and p.name not in listed for p in folder.glob("sub-*"))
     if unlisted:
         notes.append(f"{unlisted} subject folders have no row in participants.tsv and were skipped")
@@ -274,7 +274,7 @@ def _visits(folder: Path, cells: Mapping[str, str], schema: Schema) -> Iterator[
     """The sessions of a subject ('' where there are none) and, by variable, the files that match."""
     named = cells.get(SESSION, "")
     if not _missing(named):
-        sessions = [_prefixed("ses-", named)]
+        sessions = [prefixed("ses-", named)]
     else:
         found = sorted(p.name for p in folder.glob("ses-*") if p.is_dir())
         sessions = [*([""] if (folder / "anat").is_dir() or not found else []), *found]
@@ -282,9 +282,9 @@ def _visits(folder: Path, cells: Mapping[str, str], schema: Schema) -> Iterator[
         stem = "_".join(filter(None, (folder.name, session)))
         files = {}
         for variable in schema.volumes:
-            name = re.compile(rf"{re.escape(stem)}(_.+)?_{re.escape(variable.suffix)}\.nii(\.gz)?")
+            name = re.compile(rf"{re.escape(stem)}(_.+)?_{re.escape(variable.suffix)}\.(nii(\.gz)?|hdr|mgz)")
             anat = folder / session / "anat"
-            matches = sorted(p for p in anat.glob("*.nii*") if name.fullmatch(p.name) and p.is_file())
+            matches = sorted(p for p in anat.glob("*") if name.fullmatch(p.name) and p.is_file())
             plain = [p for p in matches if p.name.startswith(f"{stem}_{variable.suffix}.")]
             if matches:
                 files[variable.name] = plain or matches

@@ -44,7 +44,7 @@ def load_preset(command: str, name: str | Path = "default") -> dict[str, Any]:
     """Options of a command: ``configs/COMMAND/default.yaml``, overlaid with a preset.
 
     Args:
-        command: ``pack`` or ``phantom``.
+        command: ``pack``, ``phantom`` or ``preprocess``.
         name: of the preset, or a YAML file.
 
     Returns:
@@ -67,7 +67,12 @@ def load_preset(command: str, name: str | Path = "default") -> dict[str, Any]:
 
 
 def _fits(value: Any, default: Any) -> bool:
-    """Whether a value has the type of the default; a whole number may stand for a float or a string."""
+    """Whether a value has the type of the default; a whole number may stand for a float or a string.
+
+    A list of words may have any length, a list of numbers that of the default.
+    """
+    if isinstance(default, list) and all(isinstance(word, str) for word in default):
+        return isinstance(value, list) and all(isinstance(word, str) for word in value)
     if isinstance(default, list):
         return isinstance(value, list) and len(value) == len(default) and all(map(_fits, value, default))
     allowed = {float: (float, int), str: (str, int)}.get(type(default), (type(default),))

@@ -1,4 +1,4 @@
-"""NIfTI file -> canonical array: RAS, given spacing, a box around the brain's centre, intensities in [0, 1].
+"""NIfTI or MGH file -> canonical array: RAS, given spacing, a box around the brain's centre, intensities in [0, 1].
 
 Only the voxels and the affine are read from a file. Header text, extensions and all other metadata are discarded.
 """
@@ -9,7 +9,8 @@ import io
 import logging
 import math
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from shards.files import sha256
+
 PERCENTILE = 99.5  # of the foreground is scaled to 1
 LARGEST = 2**33  # bytes of an unpacked file; a larger one is damaged, or not a structural scan
 MILLIMETRES = {1: 1e3, 3: 1e-3}  # NIfTI's codes for metres and micrometres; other codes are read as millimetres
+PAIR = (".hdr", ".img")
+MGH = 1  # version in the first four bytes of an MGH file, in the place of the header size of NIfTI
 PLAUSIBLE = (0.05, 50.0)  # mm, of a voxel
 FWHM_TO_SIGMA = 1 / math.sqrt(8 * math.log(2))
 
@@ -41,6 +46,21 @@ class Scan:
 
 
 @dataclass(frozen=True)
+class Space:
+    """A template's space, which volumes are registered to.
+
+    Attributes:
+        name: label of the space in BIDS names.
+        centre: (3,), of the template's brain, mm; at a voxel of the registered volumes.
+        maps: labels of the probability maps beside each volume, as ``GM``; those of BIDS names.
+    """
+
+    name: str
+    centre: tuple[float, float, float]
+    maps: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Canonical:
     """A volume ready to store.
 
@@ -49,59 +69,114 @@ class Canonical:
         origin: (3,), where the grid's origin lies in the scanner's space, mm.
         sha256: of the source file.
         cropped: share of the brain's signal that lies outside the box.
+        maps: label -> uint8 (H, W, D), 255 times the probability.
     """
 
     voxels: NDArray[np.float16]
     origin: NDArray[np.float64]
     sha256: str
     cropped: float
+    maps: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
 
 
-def grid(spacing: float, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """The common grid of all volumes: the brain's centre of mass is at voxel ``shape // 2`` and at 0 mm."""
+def grid(spacing: float, shape: tuple[int, int, int], space: Space | None = None) -> dict[str, Any]:
+    """The common grid of all volumes: voxel ``shape // 2`` is the brain's centre of mass, and 0 mm.
+
+    In a template's space it is the centre of the template's brain, at its place in that space.
+    """
     affine = np.diag([spacing, spacing, spacing, 1.0])
     affine[:3, 3] = [-spacing * (n // 2) for n in shape]
-    return {"spacing": spacing, "shape": list(shape), "affine": affine.tolist()}
+    if space is None:
+        return {"spacing": spacing, "shape": list(shape), "affine": affine.tolist()}
+    affine[:3, 3] += space.centre
+    return {"spacing": spacing, "shape": list(shape), "affine": affine.tolist(), "space": space.name}
 
 
-def canonical(path: Path, spacing: float, shape: tuple[int, int, int]) -> Canonical:
+def grid_centre(grid: Mapping[str, Any]) -> NDArray[np.float64]:
+    """(3,), where voxel ``shape // 2`` of a grid lies, mm."""
+    centre: NDArray[np.float64] = np.array(grid["affine"]) @ [*(n // 2 for n in grid["shape"]), 1]
+    return centre[:3]
+
+
+def canonical(path: Path, spacing: float, shape: tuple[int, int, int], space: Space | None = None) -> Canonical:
     """Read a NIfTI file and resample it to the common grid.
 
     Scales the 0 to 99.5 percentiles of the foreground to [0, 1], then samples the box around the centre of mass. The
     box is shifted by at most half a voxel so that grids of equal spacing coincide and are not interpolated.
 
     Args:
-        path: ``.nii`` or ``.nii.gz``.
+        path: see :func:`read`.
         spacing: mm, of all axes.
         shape: voxels.
+        space: of a registered volume, which the box is then placed in; its probability maps lie beside the file.
 
     Raises:
         ValueError: the file cannot be used; the message gives the reason without the path.
     """
     scan = read(path)
     signal = _rescale(scan.voxels)  # (X, Y, Z) in [0, 1]
-    centre = np.rint(ndimage.center_of_mass(signal))
+    centre = np.rint(ndimage.center_of_mass(signal) if space is None else _voxel(scan.affine, space.centre))
     step = np.linalg.inv(scan.affine[:3, :3]) * spacing  # scan voxels per grid voxel
-    box = sample(signal, step, centre - step @ [n // 2 for n in shape], shape)
+    offset = centre - step @ [n // 2 for n in shape]
+    box = sample(signal, step, offset, shape)
     inside = float(box.sum(dtype=np.float64)) * abs(np.linalg.det(step)) / float(signal.sum(dtype=np.float64))
     return Canonical(
         voxels=np.clip(box, 0, 1).astype("<f2"),
         origin=(scan.affine @ [*centre, 1])[:3],
         sha256=scan.sha256,
         cropped=max(0.0, 1 - inside),
+        maps={label: _map(path, label, scan, step, offset, shape) for label in (space.maps if space else ())},
     )
+
+
+def _voxel(affine: NDArray[np.float64], millimetres: tuple[float, float, float]) -> NDArray[np.float64]:
+    """(3,), the voxel at a place."""
+    return np.linalg.solve(affine, np.array([*millimetres, 1.0]))[:3].astype(np.float64)
+
+
+def _map(
+    path: Path,
+    label: str,
+    scan: Scan,
+    step: NDArray[np.floating[Any]],
+    offset: NDArray[np.floating[Any]],
+    shape: tuple[int, int, int],
+) -> NDArray[np.uint8]:
+    """The probability map of a label beside a registered volume, sampled as the volume is, uint8."""
+    file = path.with_name(f"{path.name.rpartition('_desc-')[0]}_label-{label}_probseg.nii.gz")
+    if not file.is_file():
+        raise ValueError(f"no map *_label-{label}_probseg.nii.gz beside it; run shards preprocess again")
+    found = read(file)
+    if found.voxels.shape != scan.voxels.shape or not np.allclose(found.affine, scan.affine, atol=1e-3):
+        raise ValueError(f"its map of {label} has another grid")
+    if found.voxels.min() < -1e-3 or found.voxels.max() > 1 + 1e-3:
+        raise ValueError(f"its map of {label} holds values outside of 0 to 1")
+    return np.rint(255 * np.clip(sample(found.voxels, step, offset, shape), 0, 1)).astype(np.uint8)
 
 
 def read(path: Path) -> Scan:
     """Read a NIfTI file, its axes reordered to those nearest to right, anterior, superior.
 
+    Args:
+        path: ``.nii``, ``.nii.gz``, either file of a pair ``.hdr`` and ``.img``, or FreeSurfer's ``.mgz`` or ``.mgh``.
+
     Raises:
-        ValueError: not a NIfTI file, damaged, not 3D, not real numbers, NaN voxels, or an affine that cannot be used;
+        ValueError: not such a file, damaged, not 3D, not real numbers, NaN voxels, or an affine that cannot be used;
             the message gives the reason without the path.
     """
-    raw = path.read_bytes()
-    image = nib.as_closest_canonical(_parse(raw))
-    return Scan(_voxels(image), _affine(image), hashlib.sha256(raw).hexdigest())
+    raw, voxels = _pair(path) if path.suffix in PAIR else (path.read_bytes(), b"")
+    image = nib.as_closest_canonical(_parse(raw, voxels))
+    return Scan(_voxels(image), _affine(image), hashlib.sha256(raw + voxels).hexdigest())
+
+
+def file_sha256(path: Path) -> str:
+    """:attr:`Scan.sha256` of a file; of a pair, of header and image.
+
+    Raises:
+        ValueError: half of a pair.
+        OSError: the file cannot be read.
+    """
+    return sha256(path) if path.suffix not in PAIR else hashlib.sha256(b"".join(_pair(path))).hexdigest()
 
 
 def sample(
@@ -132,8 +207,20 @@ def sample(
     return ndimage.affine_transform(smooth, step, offset, output_shape=shape, order=1, mode=beyond)
 
 
-def _parse(raw: bytes) -> Any:
-    """A NIfTI-1 or NIfTI-2 image from a file's bytes, gzip checksum verified."""
+def _pair(path: Path) -> tuple[bytes, bytes]:
+    """The bytes of a header and of its image file."""
+    files = [path.with_suffix(suffix) for suffix in PAIR]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"half of a pair: there is no {file.suffix} file beside it")
+    header, voxels = (file.read_bytes() for file in files)
+    if header[344:347] not in {b"ni1", b"n+1"} and header[4:7] not in {b"ni2", b"n+2"}:
+        raise ValueError("in the Analyze format, which does not tell left from right: convert it to NIfTI")
+    return header, voxels
+
+
+def _parse(raw: bytes, voxels: bytes = b"") -> Any:
+    """A NIfTI image from the bytes of a NIfTI or MGH file, gzip checksum verified; ``voxels``: of a pair's image."""
     if raw[:2] == b"\x1f\x8b":
         try:
             with gzip.open(io.BytesIO(raw)) as stream:
@@ -144,13 +231,23 @@ def _parse(raw: bytes) -> Any:
             raise ValueError("damaged gzip file") from None
     if len(raw) > LARGEST:
         raise ValueError(f"larger than {LARGEST >> 30} GiB unpacked")
-    kind = {348: nib.Nifti1Image, 540: nib.Nifti2Image}
+    kind = {348: nib.Nifti1Pair, 540: nib.Nifti2Pair} if voxels else {348: nib.Nifti1Image, 540: nib.Nifti2Image}
+    kind[MGH] = nib.MGHImage
     size = next((n for n in kind if n in (int.from_bytes(raw[:4], order) for order in ("little", "big"))), 0)
     if not size:
-        raise ValueError("not a NIfTI file")
+        raise ValueError("not a NIfTI file, nor one of FreeSurfer (.mgz)")
     logging.getLogger("nibabel").setLevel(logging.CRITICAL)  # it logs every irregularity of every header
     try:
-        image = kind[size].from_bytes(raw)
+        if voxels:
+            files = {
+                "header": nib.FileHolder(fileobj=io.BytesIO(raw)),
+                "image": nib.FileHolder(fileobj=io.BytesIO(voxels)),
+            }
+            image = kind[size].from_file_map(files)
+        else:
+            image = kind[size].from_bytes(raw)
+        if size == MGH:
+            image = nib.Nifti1Image.from_image(image)
     except Exception:
         raise ValueError("damaged NIfTI header") from None
     dims = image.shape
@@ -162,7 +259,7 @@ def _parse(raw: bytes) -> Any:
         raise ValueError(f"not a volume: shape {' x '.join(map(str, dims))}")
     if image.get_data_dtype().kind not in "iuf":
         raise ValueError(f"voxels of type {image.get_data_dtype()}, expected real numbers")
-    if math.prod(dims) * image.get_data_dtype().itemsize > len(raw):
+    if math.prod(dims) * image.get_data_dtype().itemsize > len(raw) + len(voxels):
         raise ValueError(f"truncated: too short for {' x '.join(map(str, dims))} voxels")
     if not np.isfinite(image.affine).all():
         raise ValueError("affine with NaN or infinite entries")

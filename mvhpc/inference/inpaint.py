@@ -161,7 +161,8 @@ def place(image: Path, mask: Path, grid: Mapping[str, Any]) -> tuple[NDArray, ND
         image: NIfTI file.
         mask: NIfTI file in the same space, of any voxel size; non-zero where the image is known. Its border values
             continue outside.
-        grid: ``spacing`` (mm) and ``shape`` (voxels) of the model's volumes.
+        grid: of the model's volumes, see :func:`shards.volumes.grid`; for a template's space, the image has to be
+            registered to it.
 
     Returns:
         Voxels (H, W, D) in [0, 1], placed and scaled by the whole image, its unknown part included; bool (H, W, D),
@@ -173,11 +174,13 @@ def place(image: Path, mask: Path, grid: Mapping[str, Any]) -> tuple[NDArray, ND
     """
     height, width, depth = grid["shape"]
     affine = np.array(grid["affine"])
+    centre = volumes.grid_centre(grid)
+    space = volumes.Space(grid["space"], tuple(centre)) if "space" in grid else None
     try:
-        brain = volumes.canonical(image, grid["spacing"], (height, width, depth))
+        brain = volumes.canonical(image, grid["spacing"], (height, width, depth), space)
     except (OSError, ValueError) as error:
         raise ConfigError(f"image={image}: {error}") from error
-    affine[:3, 3] += brain.origin
+    affine[:3, 3] += brain.origin - centre
     try:
         marked = volumes.read(mask)
     except (OSError, ValueError) as error:

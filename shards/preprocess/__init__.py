@@ -1,0 +1,1 @@
+"""Preprocessing: raw T1-weighted scans -> a BIDS derivative in a template's space."""

@@ -1,0 +1,112 @@
+"""Brain masks: found in the scan itself where it is brain-extracted already, otherwise by a network."""
+
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from shards.errors import DataError
+from shards.preprocess.images import Volume
+
+CLEAR_FACES = 0.95  # share of the voxels on a volume's faces that are background where the brain is extracted
+LARGEST_BRAIN_ML = 2400.0  # with all fluid inside the skull; heads without a neck are larger
+WHOLE = 0.95  # share of the foreground in its largest connected part
+
+
+def background(voxels: NDArray[np.float32]) -> float:
+    """The most frequent value on the faces of a volume."""
+    values, counts = np.unique(_faces(voxels), return_counts=True)
+    return float(values[counts.argmax()])
+
+
+def extracted_mask(scan: Volume) -> Volume | None:
+    """The mask of a scan that is brain-extracted already; None where it is not.
+
+    Such a scan has one background value on its faces, and a foreground in one piece that is no larger than a brain.
+    """
+    empty = background(scan.voxels)
+    if (_faces(scan.voxels) == empty).mean() < CLEAR_FACES:
+        return None
+    foreground = scan.voxels != empty
+    if foreground.sum() * scan.voxel_ml > LARGEST_BRAIN_ML:
+        return None
+    parts, count = ndimage.label(foreground)
+    if count == 0:
+        return None
+    sizes = np.bincount(parts.ravel())[1:]
+    if sizes.max() < WHOLE * sizes.sum():
+        return None
+    return scan.like(ndimage.binary_fill_holes(parts == 1 + sizes.argmax()))
+
+
+def deepbet(device: str) -> Callable[[Volume], Volume]:
+    """A function from a head to its brain mask, by deepbet (Fisch et al., 2024), whose networks come with the package.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+    """
+    import torch
+    from deepbet import BrainExtraction
+
+    network: Any = BrainExtraction(no_gpu=device == "cpu")
+
+    def mask(scan: Volume) -> Volume:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # processes work on other scans at the same time
+        try:
+            probability = network.run_model(scan.voxels.copy())
+            found = network.postprocess(probability > 0.5)
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError("deepbet finds no brain in it") from error
+        finally:
+            torch.set_num_threads(threads)
+        if not found.any():
+            raise ValueError("deepbet finds no brain in it")
+        return scan.like(found)
+
+    return mask
+
+
+def hd_bet(weights: Path, device: str) -> Callable[[Volume], Volume]:
+    """A function from a head to its brain mask, by HD-BET 2 (Isensee et al., 2019), a network of nnU-Net.
+
+    Args:
+        weights: the zip file of its release, which holds ``plans.json``, ``dataset.json`` and ``fold_all``. Loading it
+            runs code that it may hold; check its hash before.
+        device: ``cpu`` or ``cuda``.
+    """
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    network = nnUNetPredictor(
+        use_mirroring=False, perform_everything_on_device=device == "cuda", device=torch.device(device)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(weights) as archive:
+            archive.extractall(folder)
+        plans = sorted(Path(folder).rglob("plans.json"))
+        if len(plans) != 1:
+            raise DataError(f"{weights}: expected one plans.json in it, found {len(plans)}")
+        network.initialize_from_trained_model_folder(str(plans[0].parent), ("all",))
+
+    def mask(scan: Volume) -> Volume:
+        spacing = np.linalg.norm(scan.affine[:3, :3], axis=0)[::-1]
+        labels = network.predict_single_npy_array(  # axes (channel, z, y, x)
+            np.ascontiguousarray(scan.voxels.T)[None], {"spacing": list(map(float, spacing))}
+        )
+        found = np.asarray(labels).T > 0
+        if not found.any():
+            raise ValueError("HD-BET finds no brain in it")
+        return scan.like(found)
+
+    return mask
+
+
+def _faces(voxels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The voxels on the six faces of a volume."""
+    return np.concatenate([np.take(voxels, (0, -1), axis).ravel() for axis in range(3)])

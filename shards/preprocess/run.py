@@ -1,0 +1,167 @@
+"""Preprocessing of a whole source: subject by subject, in parallel, resumable and incremental."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypedDict
+
+from shards.cpus import available_cores
+from shards.errors import DataError
+from shards.files import lock_file, sha256, write_bytes, write_text
+from shards.participants import PATH, Reject, Row, read_table
+from shards.preprocess.derivative import versions
+from shards.preprocess.pool import map_processes
+from shards.preprocess.recipe import DESCRIPTION, Recipe, describe, read_derivative
+from shards.preprocess.registration import load_template
+from shards.preprocess.requirements import check_packages, check_weights, find_device
+from shards.preprocess.subject import Job, Outcome
+from shards.preprocess.tables import carry_tables
+from shards.progress import Progress
+from shards.schema import Schema
+
+REJECTED = "rejected.tsv"
+LOCK = ".preprocess.lock"
+Map = Callable[[Job, Sequence[list[Row]]], Iterable[list[Outcome]]]
+
+
+class Summary(TypedDict):
+    """Counts of a preprocessing.
+
+    Attributes:
+        scans: of the source.
+        processed: scans that were processed.
+        unchanged: scans whose results were there.
+        rejected: scans without a result, which ``rejected.tsv`` lists.
+        notes: messages for the user.
+    """
+
+    scans: int
+    processed: int
+    unchanged: int
+    rejected: int
+    notes: list[str]
+
+
+def preprocess(
+    source: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    template: str | Path | None = None,
+    weights: str | Path | None = None,
+    device: str = "auto",
+    workers: int = 0,
+    suffix: str = "T1w",
+    map_subjects: Map | None = None,
+) -> Summary:
+    """Preprocess the scans of a BIDS folder or a CSV into a BIDS derivative.
+
+    Called again, it processes only what has changed: a scan is skipped where its results are complete and its file,
+    the recipe and, of a follow-up, the subject's first scan are the same. Results do not depend on ``workers`` or on
+    interruptions.
+
+    Args:
+        source: a BIDS folder, or a CSV with the columns participant_id and path (session_id optional; for brain masks
+            a column mask). In a BIDS folder, masks are the files ``*_mask.nii.gz`` beside the scans.
+        out: folder of the derivative.
+        recipe: the steps.
+        template: a brain-extracted volume in place of the MNI152 template.
+        weights: the zip file of HD-BET's weights, whose SHA-256 is ``recipe.weights``.
+        device: ``auto``, ``cpu`` or ``cuda``, for the network that extracts brains.
+        workers: processes; 0 for one per core.
+        suffix: of the scans in a BIDS folder.
+        map_subjects: runs :class:`shards.preprocess.subject.Worker` on all subjects; processes of this machine by
+            default.
+
+    Returns:
+        A summary; ``out/rejected.tsv`` lists the scans without a result with the reasons.
+
+    Raises:
+        DataError: a source, folder or argument that cannot be used, a missing package or file of weights, or no scan
+            that can be processed.
+    """
+    out = Path(out)
+    if template is not None:
+        recipe = replace(recipe, template=sha256(Path(template)), space=_space(Path(template)))
+    check_packages(recipe)
+    weights = Path(weights) if weights is not None else None
+    check_weights(recipe, weights)
+    job = Job(
+        out=out.absolute(),
+        recipe=recipe,
+        suffix=suffix,
+        template=Path(template).absolute() if template is not None else None,
+        weights=weights.absolute() if weights is not None else None,
+        device=find_device(device) if "brain" in recipe.steps and recipe.brain not in {"mask", "none"} else "cpu",
+    )
+    table = read_table(source, _schema(suffix, recipe))
+    if not table.rows:
+        raise DataError(f"{source}: the table has no rows")
+    _check_folder(Path(source), out)
+    centre = load_template(job.template, recipe).centre if "registration" in recipe.steps else None
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock_file(out / LOCK, patience=0):
+            (out / DESCRIPTION).unlink(missing_ok=True)  # it marks a complete derivative
+            subjects: dict[str, list[Row]] = {}
+            for row in table.rows:
+                if isinstance(row, Row):
+                    subjects.setdefault(row.subject, []).append(row)
+            workers = min(workers or available_cores(), max(1, len(subjects)))
+            run = map_subjects or (lambda job, all_rows: map_processes(job, all_rows, workers))
+            outcomes: dict[str, Outcome] = {}
+            with Progress("preprocessing", sum(map(len, subjects.values())), "scan") as bar:
+                for batch in run(job, list(subjects.values())):
+                    outcomes |= {outcome.key: outcome for outcome in batch}
+                    bar.update(len(batch))
+            rejects = list(_rejects(table.rows, outcomes))
+            lines = [f"{line}\t{key}\t{' '.join(reason.split())}\n" for line, key, reason in rejects]
+            write_bytes(out / REJECTED, "".join(["line\tkey\treason\n", *lines]).encode())
+            done = [outcome for outcome in outcomes.values() if not outcome.reason]
+            if not done:
+                line, key, reason = rejects[0]
+                raise DataError(f"no scan could be processed; {key or f'line {line}'}: {reason}; see {out / REJECTED}")
+            carry_tables(Path(source), out, table.kind, {row.key for row in table.rows if isinstance(row, Row)})
+            write_text(out / DESCRIPTION, json.dumps(describe(recipe, versions()["mvhpc"], centre), indent=1) + "\n")
+    except BlockingIOError:
+        raise DataError(f"{out} is being written by another process") from None
+    return Summary(
+        scans=len(table.rows),
+        processed=sum(not outcome.unchanged for outcome in done),
+        unchanged=sum(outcome.unchanged for outcome in done),
+        rejected=len(rejects),
+        notes=table.notes,
+    )
+
+
+def _schema(suffix: str, recipe: Recipe) -> Schema:
+    """The scans, and their masks where the recipe takes masks."""
+    specs = {"image": {"kind": "volume", "column": PATH, "suffix": suffix}}
+    if "brain" in recipe.steps and recipe.brain == "mask":
+        specs["mask"] = {"kind": "volume", "suffix": "mask"}
+    return Schema.from_dict(specs)
+
+
+def _rejects(rows: Sequence[Row | Reject], outcomes: dict[str, Outcome]) -> Iterator[tuple[int, str, str]]:
+    """(line, key, reason) of each row without a result."""
+    for row in rows:
+        if isinstance(row, Reject):
+            yield row.line, row.key, row.reason
+        elif outcomes[row.key].reason:
+            yield row.line, row.key, outcomes[row.key].reason
+
+
+def _check_folder(source: Path, out: Path) -> None:
+    """Refuse a folder with content of something else."""
+    if source.is_dir() and source.resolve() == out.resolve():
+        raise DataError(f"{out} is the source; choose another folder for the derivative")
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; choose a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / LOCK).exists() and read_derivative(out) is None:
+        raise DataError(f"{out} holds something other than a derivative of this command; choose another folder")
+
+
+def _space(template: Path) -> str:
+    """The label of a template file's space: letters and digits of its name."""
+    return "".join(c for c in template.name.partition(".")[0] if c.isascii() and c.isalnum()) or "template"

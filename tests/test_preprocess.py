@@ -1,0 +1,366 @@
+"""Preprocessing: each step against a known truth, and the derivative as a whole."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from shards.__main__ import main
+from shards.dataset import open_dataset
+from shards.errors import DataError
+from shards.pack import pack
+from shards.phantom.anatomy import draw_anatomy
+from shards.phantom.brain import Tissues, render_tissues, spacing
+from shards.phantom.make import render_image
+from shards.preprocess import requirements
+from shards.preprocess.bias import correct_bias
+from shards.preprocess.extraction import extracted_mask
+from shards.preprocess.images import Volume, ants_library, resample
+from shards.preprocess.recipe import Recipe
+from shards.preprocess.registration import FLIP, load_template, register, transform_bytes
+from shards.preprocess.run import preprocess
+from shards.preprocess.tissue import tissue_maps
+from shards.volumes import read
+
+pytest.importorskip("ants")
+pytest.importorskip("nilearn")
+
+SHAPE = (48, 48, 48)
+SPACE = "MNI152NLin2009aSym"
+REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+QUICK = Recipe(steps=("brain", "registration", "tissue"), spacing=4.0)
+
+
+def phantom(seed: int) -> tuple[Volume, Tissues]:
+    """A brain of 4 mm voxels, centred at 0 mm, and the truth about its tissues."""
+    rng = np.random.default_rng(seed)
+    tissues = render_tissues(draw_anatomy(rng, 50.0, "F"), rng, SHAPE)
+    affine = np.diag([spacing(SHAPE)] * 3 + [1.0])
+    affine[:3, 3] = -spacing(SHAPE) * (np.array(SHAPE) - 1) / 2
+    return Volume(render_image(tissues, rng).astype(np.float32), affine), tissues
+
+
+@pytest.fixture(scope="module")
+def brain() -> tuple[Volume, Tissues]:
+    return phantom(0)
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return 2 * float((a & b).sum()) / float(a.sum() + b.sum())
+
+
+def save(path: Path, volume: Volume) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(volume.voxels.astype(np.int16), volume.affine), path)
+    return path
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def test_n4_recovers_a_known_field(brain: tuple[Volume, Tissues]) -> None:
+    volume, _ = brain
+    inside = volume.voxels > 0
+    x, y, _ = np.meshgrid(*[np.linspace(-1, 1, n) for n in SHAPE], indexing="ij")
+    field = np.exp(0.4 * x - 0.3 * y * y)
+    mask = volume.like(inside)
+    plain, biased = correct_bias(volume, mask), correct_bias(volume.like(volume.voxels * field), mask)
+    left = np.log(biased.voxels[inside] / plain.voxels[inside])
+    assert left.std() < 0.25 * np.log(field[inside]).std()
+    assert (biased.voxels[~inside] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["rigid", "affine"])
+def test_registration_recovers_a_known_map(kind: str) -> None:
+    template = load_template(None, Recipe(spacing=4.0))
+    known = np.eye(4)
+    known[:3, :3] = Rotation.from_euler("xyz", [12, -7, 9], degrees=True).as_matrix()
+    if kind == "affine":
+        known[:3, :3] @= np.diag([0.9, 0.95, 0.85])
+    known[:3, 3] = [8, -12, 15]  # template's mm -> scan's mm
+    affine = np.diag([3.0, 3.0, 3.0, 1.0])
+    affine[:3, 3] = -130
+    moved, mask = (resample(v, affine, (90, 90, 90), np.linalg.inv(known)) for v in (template.brain, template.mask))
+    found = register(moved, mask.like(mask.voxels > 0.5), template, kind)
+    points = np.array([[-60, -20, 0, 1], [60, -20, 10, 1], [0, 60, 20, 1], [0, -90, 10, 1], [0, 0, 70, 1.0]]).T
+    assert np.abs((found.matrix - known) @ points).max() < 2.0  # mm; half a voxel of the working grid
+    assert found.overlap > 0.97
+    assert found.correlation > 0.9
+
+
+def test_the_transform_file_maps_points_as_the_matrix_does(tmp_path: Path) -> None:
+    matrix = np.eye(4)
+    matrix[:3, :3] = Rotation.from_euler("xyz", [10, 20, 30], degrees=True).as_matrix() * 1.1
+    matrix[:3, 3] = [1, -2, 3]
+    (tmp_path / "x.mat").write_bytes(transform_bytes(matrix))
+    transform = ants_library().read_transform(str(tmp_path / "x.mat"))
+    point = np.array([10.0, 20.0, 30.0, 1.0])  # LPS
+    assert np.allclose(transform.apply_to_point(point[:3]), (FLIP @ matrix @ FLIP @ point)[:3], atol=1e-5)
+
+
+def test_tissue_maps_sum_to_one_and_match_the_truth(brain: tuple[Volume, Tissues]) -> None:
+    volume, truth = brain
+    inside = volume.voxels > 0
+    mask = volume.like(inside)
+    maps = tissue_maps(correct_bias(volume, mask), mask)
+    assert np.allclose(sum(m.voxels for m in maps.values())[inside], 1, atol=1e-5)
+    assert all((m.voxels[~inside] == 0).all() for m in maps.values())
+    guess = np.stack([maps[t].voxels for t in ("CSF", "GM", "WM")]).argmax(0)
+    real = np.stack([truth.csf, truth.grey, truth.white]).argmax(0)
+    for number, least in enumerate((0.55, 0.75, 0.85)):  # at 4 mm most fluid is in shared voxels
+        assert dice(inside & (guess == number), inside & (real == number)) > least
+
+
+def test_an_extracted_brain_is_recognised_and_a_head_is_not(brain: tuple[Volume, Tissues]) -> None:
+    volume, _ = brain
+    found = extracted_mask(volume)
+    assert found is not None
+    assert dice(found.voxels > 0, volume.voxels > 0) > 0.99
+    shifted = volume.like(np.where(volume.voxels > 0, volume.voxels, -1024))
+    assert extracted_mask(shifted) is not None
+    neck = volume.voxels.copy()
+    neck[18:30, 16:28, :16] = 500  # reaches the lower face
+    neck[4:44, 2:46, 6:40] += 300
+    assert extracted_mask(volume.like(neck)) is None
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_formats_of_one_volume_read_alike(tmp_path: Path, brain: tuple[Volume, Tissues]) -> None:
+    volume, _ = brain
+    voxels = volume.voxels.astype(np.int16)
+    expected = read(save(tmp_path / "a.nii.gz", volume))
+    nib.save(nib.MGHImage(voxels.astype(np.int32), volume.affine), tmp_path / "b.mgz")
+    nib.save(nib.Nifti1Pair(voxels, volume.affine), tmp_path / "c.hdr")
+    for name in ("b.mgz", "c.hdr", "c.img"):
+        found = read(tmp_path / name)
+        assert np.array_equal(found.voxels, expected.voxels)
+        assert np.allclose(found.affine, expected.affine, atol=1e-5)
+    (tmp_path / "c.img").unlink()
+    with pytest.raises(ValueError, match=r"no \.img file beside it"):
+        read(tmp_path / "c.hdr")
+    nib.save(nib.AnalyzeImage(voxels, volume.affine), tmp_path / "d.hdr")
+    with pytest.raises(ValueError, match="Analyze format"):
+        read(tmp_path / "d.img")
+
+
+# --- the derivative --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two people, one of them with a follow-up that is turned and brighter, and two faulty rows."""
+    folder = tmp_path_factory.mktemp("source")
+    first, second = phantom(0)[0], phantom(1)[0]
+    turn = np.eye(4)
+    turn[:3, :3] = Rotation.from_euler("z", 15, degrees=True).as_matrix()
+    save(folder / "sub-a" / "ses-1" / "anat" / "sub-a_ses-1_T1w.nii.gz", first)
+    later = Volume(1.5 * first.voxels, turn @ first.affine)
+    save(folder / "sub-a" / "ses-2" / "anat" / "sub-a_ses-2_T1w.nii.gz", later)
+    save(folder / "sub-b" / "anat" / "sub-b_T1w.nii.gz", second)
+    (folder / "sub-c" / "anat").mkdir(parents=True)
+    (folder / "sub-c" / "anat" / "sub-c_T1w.nii.gz").write_bytes(b"no scan")
+    (folder / "participants.tsv").write_text(
+        "participant_id\tage\tsex\nsub-a\t40\tF\nsub-b\t50\tM\nsub-c\t60\tM\nsub-d\t70\tM\n"
+    )
+    (folder / "sub-a" / "sub-a_sessions.tsv").write_text("session_id\tage\nses-1\t40\nses-2\t42\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def derivative(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("derivative") / "out"
+    summary = preprocess(source, out, QUICK, workers=1)
+    assert (summary["processed"], summary["unchanged"], summary["rejected"]) == (3, 0, 2)
+    return out
+
+
+def test_bad_scans_are_listed_and_stop_nothing(derivative: Path) -> None:
+    lines = (derivative / "rejected.tsv").read_text().splitlines()
+    assert lines[0] == "line\tkey\treason"
+    assert lines[1].startswith("4\tsub-c\tnot a NIfTI file")
+    assert lines[2] == "5\tsub-d\tno file: image"
+
+
+def test_all_results_are_on_the_grid_of_the_template(derivative: Path) -> None:
+    template = load_template(None, QUICK)
+    anat = derivative / "sub-b" / "anat"
+    for name in ("desc-preproc_T1w", "desc-brain_mask", "label-GM_probseg", "label-WM_probseg", "label-CSF_probseg"):
+        image = nib.load(anat / f"sub-b_space-{SPACE}_{name}.nii.gz")
+        assert image.shape == template.brain.voxels.shape
+        assert np.allclose(image.affine, template.brain.affine)
+    sidecar = json.loads((anat / f"sub-b_space-{SPACE}_desc-preproc_T1w.json").read_text())
+    assert Recipe.from_dict(sidecar["Recipe"]) == QUICK
+    assert sidecar["BrainExtraction"] == "none"
+    assert sidecar["Figures"]["overlap"] > 0.9
+
+
+def test_a_follow_up_lies_on_its_first_session(derivative: Path) -> None:
+    """The same brain, turned by 15 degrees, comes to lie where it lay."""
+    first, later = (
+        read(derivative / "sub-a" / s / "anat" / f"sub-a_{s}_space-{SPACE}_desc-preproc_T1w.nii.gz").voxels
+        for s in ("ses-1", "ses-2")
+    )
+    both = (first > 0) & (later > 0)
+    assert dice(first > 0, later > 0) > 0.97
+    assert np.corrcoef(first[both], later[both])[0, 1] > 0.95
+
+
+def test_workers_do_not_change_a_bit(source: Path, derivative: Path, tmp_path: Path) -> None:
+    preprocess(source, tmp_path / "out", QUICK, workers=2)
+    assert hashes(tmp_path / "out") == hashes(derivative)
+
+
+def test_only_what_changed_is_done_again(source: Path, derivative: Path, tmp_path: Path) -> None:
+    scans, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(source, scans)
+    shutil.copytree(derivative, out)
+    summary = preprocess(scans, out, QUICK, workers=1)
+    assert (summary["processed"], summary["unchanged"]) == (0, 3)
+    assert hashes(out) == hashes(derivative)
+    save(scans / "sub-b" / "anat" / "sub-b_T1w.nii.gz", phantom(2)[0])
+    next((out / "sub-a" / "ses-2" / "anat").glob("*GM*")).unlink()  # as after an interruption
+    summary = preprocess(scans, out, QUICK, workers=1)
+    assert (summary["processed"], summary["unchanged"]) == (2, 1)
+    before, after = hashes(derivative), hashes(out)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed and all(name.startswith("sub-b/") for name in changed)
+    plain = dataclasses.replace(QUICK, steps=("brain",))
+    summary = preprocess(scans, out, plain, workers=1)
+    assert summary["processed"] == 3
+    assert not list(out.rglob("*space-*"))  # of the recipe before
+
+
+def test_another_folder_is_not_written_to(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(DataError, match="something other than a derivative"):
+        preprocess(source, tmp_path, QUICK)
+    with pytest.raises(DataError, match="is the source"):
+        preprocess(source, source, QUICK)
+
+
+def test_a_csv_becomes_tables_that_pack_reads(source: Path, tmp_path: Path) -> None:
+    table = tmp_path / "scans.csv"
+    scans = sorted(source.rglob("sub-[ab]*_T1w.nii.gz"))
+    rows = [f"a,1,{scans[0]},40,F", f"a,2,{scans[1]},,F", f"b,,{scans[2]},50,M"]
+    table.write_text("\n".join(["participant_id,session_id,path,age,sex", *rows]) + "\n")
+    out, packed = tmp_path / "out", tmp_path / "packed"
+    preprocess(table, out, dataclasses.replace(QUICK, steps=("brain",)), workers=1)
+    pack(out, packed, spacing=8.0, shape=(24, 24, 24), fractions=(0, 0, 1), workers=1)
+    values = {r.key: r.values for r in open_dataset(packed).index.records}
+    assert values == {
+        "sub-a_ses-1": {"age": 40.0, "sex": "F"},
+        "sub-a_ses-2": {"age": None, "sex": "F"},
+        "sub-b": {"age": 50.0, "sex": "M"},
+    }
+
+
+def test_given_masks_are_used(brain: tuple[Volume, Tissues], tmp_path: Path) -> None:
+    volume, _ = brain
+    half = volume.like(volume.voxels > 0)
+    half.voxels[:24] = 0
+    anat = tmp_path / "source" / "sub-a" / "anat"
+    save(anat / "sub-a_T1w.nii.gz", volume)
+    save(anat / "sub-a_desc-brain_mask.nii.gz", half)
+    (tmp_path / "source" / "participants.tsv").write_text("participant_id\nsub-a\n")
+    preprocess(tmp_path / "source", tmp_path / "out", Recipe(steps=("brain",), brain="mask"), workers=1)
+    image = read(tmp_path / "out" / "sub-a" / "anat" / "sub-a_desc-preproc_T1w.nii.gz").voxels
+    assert np.array_equal(image, np.where(half.voxels > 0, volume.voxels, 0))
+
+
+# --- packing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", ["zarr", "webdataset"])
+def test_pack_takes_a_derivative_as_it_lies(derivative: Path, tmp_path: Path, storage: str) -> None:
+    """At the derivative's spacing nothing is interpolated: voxels and maps are those of its files, to the bit."""
+    out = tmp_path / "packed"
+    shape = (24, 28, 24)
+    pack(derivative, out, storage=storage, spacing=4.0, shape=shape, max_rejects="50%", fractions=(0, 0, 1), workers=1)
+    data = open_dataset(out)
+    assert data.index.provenance["recipe"] == QUICK.to_dict()
+    assert data.index.grid["space"] == SPACE
+    anat = derivative / "sub-b" / "anat"
+    stem = f"sub-b_space-{SPACE}"
+    image = nib.load(anat / f"{stem}_desc-preproc_T1w.nii.gz")
+    start = np.linalg.solve(image.affine, np.array(data.index.grid["affine"]))[:3, 3]
+    assert np.allclose(start, np.rint(start), atol=1e-4)
+    box = tuple(slice(round(s), round(s) + n) for s, n in zip(start, shape))
+    voxels = image.get_fdata()
+    stored = data.read("sub-b", "image").astype(np.float64)
+    assert np.corrcoef(voxels[box].ravel(), stored.ravel())[0, 1] > 0.995
+    assert np.array_equal(voxels[box] == 0, stored == 0) or (voxels[box] == 0).mean() <= (stored == 0).mean()
+    for tissue in ("GM", "WM", "CSF"):
+        probability = nib.load(anat / f"{stem}_label-{tissue}_probseg.nii.gz").get_fdata()[box]
+        assert np.array_equal(data.read("sub-b", f"image_{tissue}"), np.rint(255 * probability).astype(np.uint8))
+
+
+def test_a_missing_map_rejects_the_row(derivative: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "derivative"
+    shutil.copytree(derivative, copy)
+    next((copy / "sub-b").rglob("*label-GM*")).unlink()
+    pack(copy, tmp_path / "packed", spacing=8.0, shape=(20, 24, 20), max_rejects="75%", fractions=(0, 0, 1), workers=1)
+    assert "sub-b\timage: no map *_label-GM_probseg.nii.gz" in (tmp_path / "packed" / "rejected.tsv").read_text()
+
+
+# --- what is missing is found before work starts ---------------------------------------------------------------------
+
+
+def test_a_missing_package_is_named_first(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None if name == "ants" else object())
+    assert main(["preprocess", str(source), str(tmp_path / "out")]) == 2
+    assert "package antspyx is missing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_are_checked(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requirements, "find_spec", lambda name: object())
+    weights = tmp_path / "weights.zip"
+    weights.write_bytes(b"weights")
+    recipe = Recipe(brain="hd-bet", weights="0" * 64)
+    for given, file, message in (
+        (recipe, None, "no file of weights"),
+        (recipe, weights, "do not use this file"),
+        (dataclasses.replace(recipe, weights=""), weights, "give the SHA-256"),
+    ):
+        with pytest.raises(DataError, match=message):
+            preprocess(source, tmp_path / "out", given, weights=file)
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_read_back_and_refuse_unknown_words() -> None:
+    assert Recipe.from_dict(json.loads(json.dumps(QUICK.to_dict()))) == QUICK
+    for wrong in ({"steps": ("brian",)}, {"brain": "bet"}, {"registration": "syn"}):
+        with pytest.raises(DataError, match=r"Did you mean|Known"):
+            Recipe(**wrong)
+
+
+# --- real scans ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (REAL / "heads").is_dir(), reason="needs real heads (shared/data/heads)")
+def test_deepbet_finds_the_brain_of_a_real_head(tmp_path: Path) -> None:
+    pytest.importorskip("deepbet")
+    name = Path("sub-IXI012/anat/sub-IXI012_T1w.nii.gz")
+    table = tmp_path / "scans.csv"
+    table.write_text(f"participant_id,path\nsub-IXI012,{REAL / 'heads' / name}\n")
+    preprocess(table, tmp_path / "out", Recipe(steps=("brain",)), device="cpu", workers=1)
+    mask = read(tmp_path / "out" / "sub-IXI012" / "anat" / "sub-IXI012_desc-brain_mask.nii.gz").voxels > 0
+    assert dice(mask, read(REAL / "ixi" / name).voxels > 0) > 0.93
