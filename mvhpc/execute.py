@@ -20,6 +20,7 @@ from mvhpc.runs.tracker import Tracker
 from mvhpc.runtime.importing import resolve
 from mvhpc.stages import STAGES, Stage
 from shards.files import is_complete, write_bytes, write_text
+from shards.schema import Schema
 
 KEPT = ("jobs", ".lock")  # not moved when an outdated result is set aside: the launcher's files, and the lock
 
@@ -53,10 +54,15 @@ class PlannedStage:
         return self.stage.run_folder(self.out)
 
     def state(self) -> str:
-        """``finished``, ``running`` (started with this configuration and these inputs), ``changed`` or ``new``."""
+        """State of the result.
+
+        Returns:
+            ``finished``, ``running`` (started with this configuration and these inputs), ``changed`` (other settings or
+            inputs), ``unknown`` (content without a record: this stage did not make it) or ``new``.
+        """
         record = read_record(self.folder)
         if not record:
-            return "changed" if self._has_remains() else "new"
+            return "unknown" if self._has_content() else "new"
         if record["fingerprint"] != self.fingerprint:
             return "changed"
         if not self.out.exists():
@@ -66,7 +72,7 @@ class PlannedStage:
         status: str = record["status"]
         return status
 
-    def _has_remains(self) -> bool:
+    def _has_content(self) -> bool:
         """Whether the path of the result has content, apart from files of the job that makes it."""
         if self.out != self.folder:
             return self.out.exists()
@@ -128,6 +134,8 @@ def plan(name: str, config: Any) -> PlannedStage:
             missing[key] = path
             inputs[key] = recorded.get(key, "")
     keys = {key: value for key, value in decisive(config).items() if key not in stage.inputs}
+    if keys.get("schema"):  # its content counts, not the name of its file
+        keys["schema"] = Schema.load(keys["schema"]).to_dict()
     return PlannedStage(stage, config, inputs, missing, fingerprint(stage.name, keys, inputs))
 
 

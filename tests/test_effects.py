@@ -12,7 +12,7 @@ import torch
 
 from mvhpc.checkpoints.compatibility import check
 from mvhpc.checkpoints.manifest import Checkpoint
-from mvhpc.config import AutoencoderConfig, ConfigError, Effect, effect, flatten, load_config
+from mvhpc.config import CONFIGS, AutoencoderConfig, ConfigError, Effect, effect, flatten, load_config
 from mvhpc.execute import plan
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.stages import STAGES, TRAINED
@@ -69,6 +69,8 @@ def changed(config: Any) -> Iterator[tuple[str, Any]]:
             value = not value
         elif isinstance(value, int | float):
             value = value + 1
+        elif name == "schema":
+            value = next(path.stem for path in (CONFIGS / "schema").glob("*.yaml") if path.stem != value)
         elif isinstance(value, str):
             value = value + "x"
         else:
@@ -88,6 +90,21 @@ def test_fingerprints_follow_the_table(stage: str, tmp_path: Path) -> None:
     }
     if stage in TRAINED:
         assert {key for key in ignored if not key.startswith("model.")} - set(STAGES[stage].inputs) == NO_EFFECT
+
+
+def test_a_schema_counts_by_its_content(tmp_path: Path) -> None:
+    """The same file with another content is another schema; a copy of it is the same."""
+    file, copied = tmp_path / "my.yaml", tmp_path / "copy.yaml"
+    text = (CONFIGS / "schema" / "default.yaml").read_text()
+    file.write_text(text)
+    copied.write_text(text)
+    config = configuration("pack", tmp_path)
+    config.schema = str(file)
+    before = plan("pack", config).fingerprint
+    config.schema = str(copied)
+    assert plan("pack", config).fingerprint == before
+    copied.write_text(text + "weight: {kind: continuous, range: [30, 200], unit: kg}\n")
+    assert plan("pack", config).fingerprint != before
 
 
 @pytest.mark.parametrize("stage", TRAINED)

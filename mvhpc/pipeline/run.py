@@ -4,6 +4,7 @@ import sys
 import time
 from typing import Any
 
+from mvhpc.config import ConfigError
 from mvhpc.execute import PlannedStage, execute, plan, reconcile, set_aside
 from mvhpc.pipeline.plan import Pipeline, PipelineConfig
 from mvhpc.pipeline.project import record_project
@@ -20,6 +21,7 @@ def do(planned: PlannedStage, label: str = "") -> dict[str, Any] | None:
         Its summary; None if it was complete.
 
     Raises:
+        ConfigError: the path of the result holds something that the stage did not make.
         Exception: as the stage raises.
     """
     state = planned.state()
@@ -28,6 +30,11 @@ def do(planned: PlannedStage, label: str = "") -> dict[str, Any] | None:
         print(f"{label}complete and unchanged: reused {planned.out}", file=sys.stderr)
         return None
     planned.check_inputs()
+    if state == "unknown":
+        raise ConfigError(
+            f"{planned.out} exists, and no record says that stage {planned.stage.name} made it; "
+            "move it, or choose another root or out"
+        )
     print(f"{label}-> {planned.out}", file=sys.stderr)
     if state == "changed":
         print(f"{' ' * len(label)}made with other settings or inputs: set aside", file=sys.stderr)
