@@ -13,9 +13,8 @@ from mvhpc.diffusion.joint import Batch
 from mvhpc.variables import Variables
 from shards.dataset import Dataset
 from shards.index import Index
+from shards.preprocess.recipe import TISSUES
 from shards.schema import Schema, Variable
-
-TISSUES = ("GM", "WM", "CSF")  # whose maps a packed record may have beside a volume
 
 
 def volume_shape(dataset: Dataset, names: Sequence[str] = ()) -> tuple[int, ...]:

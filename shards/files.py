@@ -10,11 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-MARKERS = (
-    "index.json",
-    "dataset_description.json",
-    "model.json",
-)  # of packed data, BIDS trees, models; see is_complete
+MARKERS = ("index.json", "dataset_description.json", "model.json")  # see is_complete
 LOCK_POLL_S = 0.2
 
 

@@ -18,7 +18,7 @@ from mvhpc.inference.scalar_inputs import read_inputs
 from mvhpc.models.bundle import load
 from mvhpc.models.scalar_bundle import ScalarsModel, save_calibrated
 from mvhpc.models.scalar_stack import StackPosterior
-from mvhpc.models.site_calibration import FEWEST, calibrate_site
+from mvhpc.models.site_calibration import FEWEST, SiteCalibration, calibrate_site
 from mvhpc.records import check_data, scalar_values, subjects
 from mvhpc.runs.folder import Run
 from mvhpc.runtime.devices import one_thread, resolve_device
@@ -76,7 +76,8 @@ def run(config: CalibrateConfig, run: Run) -> dict[str, Any]:
             laws[name].append(law)
         seen.append(torch.stack([known[name] for name in volumes]).any(0))
     truth, present = model.variables.encode_scalars([scalar_values(dataset, key, model.schema, names) for key in keys])
-    found, summary = {}, {}
+    found: dict[str, SiteCalibration] = {}
+    summary: dict[str, Any] = {}
     for name in names:
         rows = (torch.cat(seen) & present[name]).nonzero()[:, 0]
         if len(rows) < FEWEST:

@@ -3,7 +3,7 @@
 Each volume is read as its principal components. A number is predicted by Bayesian linear regression, whose strengths of
 regularisation are the most probable ones (evidence), one for the components of each volume and one for the scalars. A
 category is predicted by the same regression of its indicators, whose predictive distributions give probabilities
-(least-squares classification, Rasmussen and Williams 2006, section 6.5). Both need the moments of people, not the people.
+(least-squares classification, Rasmussen and Williams 2006, section 6.5). Both need moments of the people only.
 """
 
 import math

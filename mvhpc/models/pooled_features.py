@@ -1,7 +1,8 @@
 """What the linear predictions read: pooled volumes, smoothed, and folded at the middle of the head.
 
-Left and right are averaged, as the features of the two halves are nearly copies and their differences mostly noise.
-Tissue maps are compositions, taken as centred log-ratios (Aitchison 1982); a volume by itself as its voxels.
+Left and right are averaged, as the features of the two halves are nearly copies and their differences mostly noise. Of
+tissue maps the square roots are taken, whose noise is about equal everywhere, less the mean of each tissue over the
+scan's brain, in which scanners differ most.
 """
 
 import math
@@ -9,8 +10,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-LEAST = 0.05  # added to shares of tissue before the logarithm
 
 
 def smooth(x: Tensor, sd: float) -> Tensor:
@@ -40,6 +39,9 @@ def linear_features(pooled: Tensor, sd: float) -> Tensor:
     x = smooth(pooled.float(), sd)
     x = (x + x.flip(2))[:, :, : (x.shape[2] + 1) // 2] / 2
     if x.shape[1] > 1:
-        logs = (x.clamp(min=0) + LEAST).log()
-        x = logs - logs.mean(1, keepdim=True)
+        brain = x.sum(1, keepdim=True).clamp(0, 1)  # (B, 1, h / 2, w, d)
+        roots = x.clamp(min=0).sqrt()
+        space = (2, 3, 4)
+        mean = (roots * brain).sum(space, keepdim=True) / brain.sum(space, keepdim=True).clamp(min=1e-6)
+        x = (roots - mean) * brain
     return x.flatten(1)

@@ -77,7 +77,7 @@ class ScalarsConfig:
 
 
 @dataclass(frozen=True)
-class People:
+class PooledRecords:
     """Pooled volumes and scalars of N subjects, in memory.
 
     Attributes:
@@ -119,7 +119,7 @@ def check_scalars(config: ScalarsConfig) -> tuple[Dataset, Schema]:
     return dataset, schema
 
 
-def pool_people(dataset: Dataset, keys: Sequence[str], variables: Variables, schema: Schema, spacing: float) -> People:
+def pool_people(dataset: Dataset, keys: Sequence[str], variables: Variables, schema: Schema, spacing: float) -> PooledRecords:
     """The records ``keys``, pooled to about ``spacing`` mm.
 
     Raises:
@@ -135,7 +135,7 @@ def pool_people(dataset: Dataset, keys: Sequence[str], variables: Variables, sch
         pooled[v.name] = torch.zeros(len(keys), *v.shape, dtype=torch.float16)
         for i in present[v.name].nonzero()[:, 0].tolist():
             pooled[v.name][i] = read_pooled(dataset, keys[i], arrays, spacing)
-    return People(list(keys), [dataset.record(key).group for key in keys], pooled, values, present)
+    return PooledRecords(list(keys), [dataset.record(key).group for key in keys], pooled, values, present)
 
 
 def pooled_variables(dataset: Dataset, schema: Schema, spacing: float, intervals: Mapping[str, Any]) -> Variables:
@@ -374,7 +374,7 @@ def _features(pooled: Tensor, sd: float) -> Tensor:
     return torch.cat([linear_features(part, sd).half() for part in pooled.split(BATCH)])
 
 
-def _channel_moments(people: People, name: str) -> dict[str, Tensor]:
+def _channel_moments(people: PooledRecords, name: str) -> dict[str, Tensor]:
     """Mean and SD of each channel over everybody's voxels, (C, 1, 1, 1)."""
     x = people.pooled[name][people.present[name]]
     if not len(x):
@@ -386,7 +386,7 @@ def _channel_moments(people: People, name: str) -> dict[str, Tensor]:
     return {"mean": means.float().reshape(shape), "sd": squares.sqrt().clamp(min=1e-3).float().reshape(shape)}
 
 
-def _ranges(variables: Variables, people: People) -> dict[str, list[float]]:
+def _ranges(variables: Variables, people: PooledRecords) -> dict[str, list[float]]:
     """The least and the greatest value of each number, in its unit."""
     ranges = {}
     for v in variables.scalars:

@@ -20,7 +20,7 @@ NEGLIGIBLE = 0.05  # weight of a member that is left out
 
 
 class HeldOut(Protocol):
-    """People of the training; see :class:`mvhpc.training.scalars.People`."""
+    """PooledRecords of the training; see :class:`mvhpc.training.scalars.PooledRecords`."""
 
     @property
     def pooled(self) -> Mapping[str, Tensor]: ...
