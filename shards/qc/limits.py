@@ -101,7 +101,7 @@ LIMITS = (
     Limit("affine_overlap", 0.85, 1, "registered", "the brain's outline overlaps that of the template by {:.2f} (Dice):"
           " failed brain extraction or registration", "0.91 to 0.97 measured; half brains, whole heads 0.71 to 0.81"),
     Limit("affine_similarity", 0.25, 1, "registered", "looks unlike the template (correlation {:.2f}): not "
-          "T1-weighted, upside down, or a failed registration", "0.39 to 0.63 measured, phantoms 0.28 or more; reversed "
+          "T1-weighted, upside down, or a failed registration", "0.39 to 0.63 measured, phantoms 0.28 up; reversed "
           "brains 0.17 to 0.22, T2, PET and labels below 0", t1w=True),
     Limit("rigid_covered", 0.5, 1, "registered", "{:.0%} of the template's brain is covered: a part of a brain, or a "
           "failed registration", "head size stays; 0.62 to 0.92 measured with MNI152, which is large"),
