@@ -209,7 +209,7 @@ def _page(
     volume = dataset.read(key, name).astype(np.float32)
     flags = [flag for flag in str(row["flag"]).split("; ") if flag != OK]
     figures = {name.partition(".")[2]: value for name, value in record.figures.items()}
-    return Subject(key, answers, [*flags, *record.flags], volume, (volume > 0).astype(np.float32), outline, figures)
+    return Subject(key, answers, flags, volume, (volume > 0).astype(np.float32), outline, figures)
 
 
 def _variable_answer(model: ScalarsModel, row: Row, name: str, law: Law, place: int) -> Answer:

@@ -20,7 +20,7 @@ from shards.phantom.anatomy import draw_anatomy
 from shards.phantom.brain import Tissues, render_tissues, spacing
 from shards.phantom.make import T1W, T2W, draw_subject, render_image
 from shards.qc.figures import measure
-from shards.qc.limits import LIMITS, verdict, violated
+from shards.qc.limits import LIMITS, explain, verdict, violated
 from shards.qc.registered import compare
 from shards.volumes import canonical, read
 
@@ -356,3 +356,8 @@ def test_odd_files_are_refused_for_the_right_reason(name: str, words: str) -> No
     except ValueError as error:
         reasons = [str(error)]
     assert re.search(words, "; ".join(reasons))
+
+
+def test_a_flag_is_explained_by_the_limit_that_it_violates() -> None:
+    assert explain("image.volume_ml", {"image.volume_ml": 250.0}).startswith("image: 250 ml are too few")
+    assert "too many for a brain" in explain("image.volume_ml", {"image.volume_ml": 4000.0})

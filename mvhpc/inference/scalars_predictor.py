@@ -20,6 +20,7 @@ from mvhpc.runtime.devices import one_thread
 from mvhpc.runtime.randomness import generator, rand
 from mvhpc.variables import Volume
 from shards.dataset import open_dataset
+from shards.qc.limits import explain
 
 
 class ScalarsPredictor:
@@ -100,7 +101,13 @@ class ScalarsPredictor:
                 row["draws"] = {name: x[i] for name, x in drawn.items()}
             p = {name: x[i] for name, x in unusual.items() if known[name][i]}
             row["typicality"] = min((float(x.min()) for x in p.values()), default=None)
-            flags = [*self.common_flags, *row_flag(self.schema, model.meta["ranges"], p, rows[i], row, self.want)]
+            record = self.dataset.record(key)
+            suspect = [explain(flag, record.figures) for flag in record.flags]
+            flags = [
+                *suspect,
+                *self.common_flags,
+                *row_flag(self.schema, model.meta["ranges"], p, rows[i], row, self.want),
+            ]
             row["not_given"] = ",".join(lacking) or None
             row["flag"] = "; ".join(flags if answered else ["nothing that is given is known"]) or "ok"
             found.append(row)

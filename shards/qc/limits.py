@@ -144,3 +144,17 @@ def violated(
         and not limit.low <= figures.get(limit.figure, limit.low) <= limit.high
     ]
     return [limit for limit in found if limit.step == found[0].step]
+
+
+def explain(flag: str, figures: Mapping[str, float]) -> str:
+    """What a flag of a record means, in words.
+
+    Args:
+        flag: ``VARIABLE.FIGURE``, see :class:`shards.index.Record`.
+        figures: of the record.
+    """
+    variable, _, figure = flag.partition(".")
+    value = figures[flag]
+    limits = [limit for limit in LIMITS if limit.figure == figure]
+    limit = next((limit for limit in limits if not limit.low <= value <= limit.high), limits[0])
+    return f"{variable}: {limit.reason.format(value)}"
