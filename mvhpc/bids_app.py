@@ -37,15 +37,18 @@ from shards.files import atomic_file
 from shards.pack import pack
 from shards.participants import ID, PATH, SESSION, Reject, read_sheet, read_table
 from shards.participants import Row as Visit
-from shards.preprocess.images import resample
+from shards.preprocess.derivative import result_files
 from shards.preprocess.recipe import MNI, Recipe
 from shards.preprocess.registration import load_template
 from shards.preprocess.run import preprocess
 from shards.progress import Progress
 from shards.schema import Schema
+from shards.volumes import read
 
 POINTS, REACH = 240, 4.0  # of a density's curve; SDs on either side of the mean
+EDGE = 0.1  # of a packed volume; below lies what resampling leaves around the brain
 OK = "ok"
+Array = NDArray[np.float32]
 NO_ANSWER = {"key", "subject", "typicality", "not_given", "flag"}
 SCANS, DERIVATIVE, PACKED, TABLE = "scans.csv", "preprocessed", "packed", "predictions.tsv"
 
@@ -186,7 +189,7 @@ def _answer(
     config = load_config(PredictConfig, "predict", "default", (), overrides)
     predictor = ScalarsPredictor(config, model)
     keys, rows, pages = predictor.dataset.keys(), {}, {}
-    outline = _template_outline(model)
+    pictures = _Pictures(source, Recipe.from_dict(model.meta["recipe"]) if model.meta["recipe"] else None)
     with Progress(", ".join(want), len(keys), "scan") as bar:
         for first in range(0, len(keys), config.batch):
             part = keys[first : first + config.batch]
@@ -195,21 +198,44 @@ def _answer(
                 laws = StackPosterior(model.stack, *inputs).laws(want)
             for place, (key, row) in enumerate(zip(part, predictor(part), strict=True)):
                 answers = [_variable_answer(model, row, name, laws[name], place) for name in want]
-                rows[key], pages[key] = row, _page(predictor, row, answers, outline)
+                rows[key], pages[key] = row, _page(predictor, row, answers, pictures)
             bar.update(len(part))
     return rows, pages
 
 
-def _page(
-    predictor: ScalarsPredictor, row: Row, answers: Sequence[Answer], outline: NDArray[np.float32] | None
-) -> Subject:
+def _page(predictor: ScalarsPredictor, row: Row, answers: Sequence[Answer], pictures: "_Pictures") -> Subject:
     """What the page of one scan shows."""
-    dataset, name, key = predictor.dataset, predictor.model.variables.volumes[0].name, row["key"]
-    record = dataset.record(key)
-    volume = dataset.read(key, name).astype(np.float32)
     flags = [flag for flag in str(row["flag"]).split("; ") if flag != OK]
+    record = predictor.dataset.record(row["key"])
     figures = {name.partition(".")[2]: value for name, value in record.figures.items()}
-    return Subject(key, answers, flags, volume, (volume > 0).astype(np.float32), outline, figures)
+    if row["typicality"] is not None:
+        figures = {"typicality": row["typicality"], **figures}
+    volume, mask = pictures.read(predictor, row["key"])
+    return Subject(row["key"], answers, flags, volume, mask, pictures.template, figures)
+
+
+class _Pictures:
+    """The scans of the pages: of the derivative, otherwise of the packed data.
+
+    Attributes:
+        template: the template's brain on the grid of the derivative; None without registration to the built-in one.
+    """
+
+    def __init__(self, source: Path, recipe: Recipe | None) -> None:
+        self.source, self.recipe = source, recipe
+        registered = recipe is not None and "registration" in recipe.steps and recipe.template == MNI
+        self.template = load_template(None, recipe).mask.voxels if registered and recipe else None
+
+    def read(self, predictor: ScalarsPredictor, key: str) -> tuple[Array, Array]:
+        """A scan in [0, 1], and its brain mask; (X, Y, Z), RAS."""
+        if self.recipe is None:
+            packed = predictor.dataset.read(key, predictor.model.variables.volumes[0].name).astype(np.float32)
+            return packed, (packed > EDGE).astype(np.float32)
+        suffix = predictor.schema.volumes[0].suffix
+        visit = Visit(0, key, subject_of(key), "", "", {}, {})
+        files = result_files(self.source, visit, suffix, self.recipe)
+        voxels, mask = (read(files[name]).voxels for name in ("image", "mask"))
+        return np.clip(voxels / np.percentile(voxels[mask > 0], 99.5), 0, 1), mask
 
 
 def _variable_answer(model: ScalarsModel, row: Row, name: str, law: Law, place: int) -> Answer:
@@ -221,22 +247,15 @@ def _variable_answer(model: ScalarsModel, row: Row, name: str, law: Law, place: 
         return Answer(name, unit, probabilities={c: row[f"{name}_p_{c}"] for c in variable.classes})
     assert isinstance(variable, Continuous)
     mean, sd = row[name], row[f"{name}_sd"]
-    x = torch.linspace(mean - REACH * sd, mean + REACH * sd, POINTS, dtype=torch.float64)
+    least, most = model.schema[name].range
+    ends = max(least, mean - REACH * sd), min(most, mean + REACH * sd)
+    x = torch.linspace(*ends, POINTS, dtype=torch.float64)
     z = (2 * x - variable.low - variable.high) / (variable.high - variable.low)
     own = take(law, torch.tensor([place]))
     assert not isinstance(own, torch.Tensor)
     density = own.log_prob(z).exp() * 2 / (variable.high - variable.low)
     interval = (row[f"{name}_q05"], row[f"{name}_q95"])
     return Answer(name, unit, mean, interval, (x.numpy(), density.numpy()))
-
-
-def _template_outline(model: ScalarsModel) -> NDArray[np.float32] | None:
-    """The template's brain on the model's grid, (H, W, D); None without registration to the built-in template."""
-    recipe = Recipe.from_dict(model.meta["recipe"]) if model.meta["recipe"] else None
-    if recipe is None or "registration" not in recipe.steps or recipe.template != MNI:
-        return None
-    height, width, depth = model.grid["shape"]
-    return resample(load_template(None, recipe).mask, np.array(model.grid["affine"]), (height, width, depth)).voxels
 
 
 def _complete(
