@@ -1,13 +1,16 @@
-"""The stages ``phantom`` and ``pack``; both call :mod:`shards`."""
+"""The stages ``phantom``, ``preprocess`` and ``pack``; they call :mod:`shards`."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mvhpc.config import Tracking
+from mvhpc.config import Tracking, at_least
 from mvhpc.runs.folder import Run
 from shards.pack import pack
 from shards.phantom.make import make_phantoms
+from shards.preprocess.recipe import Recipe
+from shards.preprocess.run import preprocess
 from shards.schema import Schema
 
 
@@ -20,6 +23,36 @@ class PhantomConfig:
     shape: list[int]
     rich: bool  # add a second contrast, a site and a memory score
     seed: int
+    tracking: Tracking
+
+
+@dataclass
+class PreprocessWorkers:
+    """Where scans are preprocessed."""
+
+    device: str  # auto | cpu | cuda, of the network that extracts brains
+    workers: int  # one: processes of this machine; several: all cores of the Ray cluster, or with cuda all GPUs
+
+    def __post_init__(self) -> None:
+        at_least(1, {"compute.workers": self.workers})
+
+
+@dataclass
+class PreprocessConfig:
+    """`shards preprocess`: raw scans -> a BIDS derivative in a template's space."""
+
+    source: str
+    out: str
+    steps: list[str]
+    brain: str  # auto | deepbet | hd-bet | mask | none
+    registration: str  # affine | rigid
+    template: str  # file; "" for the MNI152 template of nilearn
+    spacing: float  # mm, of the results
+    suffix: str  # of the scans in a BIDS folder
+    weights: str  # file of HD-BET's weights
+    weights_sha256: str
+    workers: int  # processes of this machine; 0 for one per core
+    compute: PreprocessWorkers
     tracking: Tracking
 
 
@@ -48,6 +81,34 @@ def run_phantom(config: PhantomConfig, run: Run) -> dict[str, Any]:
     height, width, depth = config.shape
     make_phantoms(Path(config.out), config.subjects, (height, width, depth), config.seed, rich=config.rich)
     return {"subjects": config.subjects}
+
+
+def run_preprocess(config: PreprocessConfig, run: Run) -> dict[str, Any]:
+    """Stage ``preprocess``: see :func:`shards.preprocess.run.preprocess`. Several workers share the subjects by Ray."""
+    map_subjects = None
+    if config.compute.workers > 1:
+        from mvhpc.runtime.ray_subjects import map_subjects_by_ray  # imports Ray Data
+
+        map_subjects = partial(map_subjects_by_ray, logs=run.folder / "logs")
+    recipe = Recipe(
+        steps=tuple(config.steps),
+        brain=config.brain,
+        registration=config.registration,
+        spacing=config.spacing,
+        weights=config.weights_sha256,
+    )
+    summary = preprocess(
+        Path(config.source),
+        Path(config.out),
+        recipe,
+        template=config.template or None,
+        weights=config.weights or None,
+        device=config.compute.device,
+        workers=config.workers,
+        suffix=config.suffix,
+        map_subjects=map_subjects,
+    )
+    return dict(summary)
 
 
 def run_pack(config: PackConfig, run: Run) -> dict[str, Any]:

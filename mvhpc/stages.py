@@ -71,6 +71,15 @@ STAGES: dict[str, Stage] = {
             help="make procedural brains with a known joint law",
         ),
         Stage(
+            "preprocess",
+            config="mvhpc.data_stages:PreprocessConfig",
+            run="mvhpc.data_stages:run_preprocess",
+            inputs={"source": "phantom"},
+            out="derivative",
+            help="make a BIDS derivative of raw scans, in the space of a template",
+            uses_nodes=True,
+        ),
+        Stage(
             "pack",
             config="mvhpc.data_stages:PackConfig",
             run="mvhpc.data_stages:run_pack",

@@ -119,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     preprocess.add_argument("--suffix", metavar="SUFFIX", help="of the scans in a BIDS folder; default T1w")
     preprocess.add_argument("--weights", metavar="FILE", help="zip file of HD-BET's weights")
     preprocess.add_argument("--weights-sha256", metavar="HASH", help="its SHA-256, as published")
-    preprocess.add_argument("--device", choices=["auto", "cpu", "cuda"], help="for the network that extracts brains")
+    preprocess.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="for the network that extracts brains"
+    )
     preprocess.add_argument("--workers", type=int, metavar="N", help="processes; 0 for one per core")
 
     pack = command("pack", "pack a BIDS folder or a CSV into shards", PACK)
@@ -197,7 +199,7 @@ def _preprocess(args: argparse.Namespace) -> None:
         recipe,
         template=options["template"] or None,
         weights=options["weights"] or None,
-        device=options["device"],
+        device=args.device,
         workers=options["workers"],
         suffix=options["suffix"],
     )

@@ -8,7 +8,7 @@ import yaml
 from shards.errors import DataError, nearest
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
-STAGE_KEYS = {"source", "out", "tracking"}  # of a stage of mvhpc: paths are arguments here, nothing is tracked
+STAGE_KEYS = {"source", "out", "tracking", "compute"}  # of a stage of mvhpc: here paths are arguments
 
 
 def preset_file(folder: str, name: str | Path) -> Path:

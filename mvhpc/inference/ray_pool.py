@@ -5,7 +5,6 @@ single process, and so are all rows.
 """
 
 import json
-import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,7 +18,7 @@ from mvhpc.inference.open_predictor import open_predictor
 from mvhpc.inference.prediction_tables import Row
 from mvhpc.inference.predictor import PredictConfig
 from mvhpc.runtime.devices import resolve_device
-from mvhpc.runtime.ray_cluster import ray_session
+from mvhpc.runtime.ray_cluster import quiet_ray_data, ray_session
 from shards.cpus import available_cores
 
 
@@ -60,7 +59,7 @@ def map_batches(config: PredictConfig, batches: list[list[str]], logs: Path) -> 
     with ray_session(1, logs):
         import ray.data
 
-        _quiet()
+        quiet_ray_data()
         available = int(ray.cluster_resources().get(unit, 0))
         if workers > available:
             raise ConfigError(
@@ -76,13 +75,3 @@ def map_batches(config: PredictConfig, batches: list[list[str]], logs: Path) -> 
         )
         for row in predictions.iter_rows():
             yield json.loads(row["rows"])
-
-
-def _quiet() -> None:
-    """Keep Ray Data's messages to its own log file, ``ray-data.log`` in the session's folder."""
-    import ray.data
-
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setLevel(logging.ERROR)

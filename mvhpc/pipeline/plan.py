@@ -1,7 +1,7 @@
 """The stages of a project, their configurations and the paths of their results."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,9 @@ class PipelineConfig:
     source: str
     folds: int
     queries: list[Query]
+    preprocess_source: bool
     phantom: dict[str, Any]
+    preprocess: dict[str, Any]
     pack: dict[str, Any]
     vae: dict[str, Any]
     encode: dict[str, Any]
@@ -54,7 +56,7 @@ class Pipeline:
 
     Attributes:
         root: the project's folder.
-        source: BIDS tree or CSV that is packed.
+        source: BIDS tree or CSV that is preprocessed, or packed as it is.
         splits: name of each split -> folder of the models trained on it.
     """
 
@@ -67,6 +69,12 @@ class Pipeline:
             if config.folds
             else {"default": self.root}
         )
+
+    def inputs(self, stage: str) -> Mapping[str, str]:
+        """Configuration key -> the stage that makes this input, in this project."""
+        if stage == "pack" and self.config.preprocess_source:
+            return {"source": "preprocess"}
+        return STAGES[stage].inputs
 
     def place(self, stage: str, split: str, query: str = "") -> Path:
         """Path of a stage's result, for one split and, if it depends on one, a query."""
@@ -89,7 +97,7 @@ class Pipeline:
         values: dict[str, Any] = {"tracking.uri": f"sqlite:///{self.root / 'mlflow.db'}"}
         values |= flatten(getattr(self.config, stage, {}))
         values["out"] = str(self.place(stage, split, query))
-        values |= {key: str(self.place(made_by, split)) for key, made_by in entry.inputs.items() if made_by}
+        values |= {key: str(self.place(made_by, split)) for key, made_by in self.inputs(stage).items() if made_by}
         if stage == "pack":
             values["folds"] = self.config.folds
         elif "split_name" in fields:
@@ -115,6 +123,8 @@ class Pipeline:
         splits = list(self.splits)
         if not self.config.source:
             yield "phantom", self.configure("phantom", splits[0])
+        if self.config.preprocess_source:
+            yield "preprocess", self.configure("preprocess", splits[0])
         yield "pack", self.configure("pack", splits[0])
         for split in splits:
             for stage in ("vae", "encode", "joint"):

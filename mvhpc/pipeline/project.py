@@ -151,7 +151,7 @@ class Configured:
         if self.project is None:
             return
         seen: set[str] = set()
-        for key, maker in self.stage.inputs.items():
+        for key, maker in self.project.inputs(self.stage.name).items():
             if maker and getattr(self.config, key) == str(self.project.place(maker, self.split)):
                 yield from _made_by(self.project, self.split, maker, seen)
 
@@ -173,7 +173,8 @@ class Configured:
         """
         planned = plan(self.stage.name, self.config)
         for key, path in planned.missing.items():
-            maker = STAGES.get(self.stage.inputs[key])
+            makers = self.project.inputs(self.stage.name) if self.project else self.stage.inputs
+            maker = STAGES.get(makers[key])
             if maker is None or planned.state() == "finished":
                 continue
             root = f" --root {self.project.root}" if self.project else ""
@@ -191,7 +192,7 @@ def _made_by(project: Pipeline, split: str, stage: str, seen: set[str]) -> Itera
     place = project.place(stage, split)
     if place.exists() and not read_record(STAGES[stage].run_folder(place)):
         return  # the user's own, as what `shards pack` made: used as it is
-    for maker in STAGES[stage].inputs.values():
+    for maker in project.inputs(stage).values():
         if maker:
             yield from _made_by(project, split, maker, seen)
     yield stage, project.configure(stage, split)

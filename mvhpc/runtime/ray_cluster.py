@@ -247,6 +247,16 @@ def ray_session(workers: int, logs: Path) -> Iterator[None]:
             quiet.setLevel(level)
 
 
+def quiet_ray_data() -> None:
+    """Keep Ray Data's messages to its own log file, ``ray-data.log`` in the session's folder."""
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.ERROR)
+
+
 @functools.cache
 def _token() -> Path:
     """A file with the token that this process's Ray sessions require, for the lifetime of this process.

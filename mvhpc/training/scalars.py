@@ -119,7 +119,9 @@ def check_scalars(config: ScalarsConfig) -> tuple[Dataset, Schema]:
     return dataset, schema
 
 
-def pool_people(dataset: Dataset, keys: Sequence[str], variables: Variables, schema: Schema, spacing: float) -> PooledRecords:
+def pool_people(
+    dataset: Dataset, keys: Sequence[str], variables: Variables, schema: Schema, spacing: float
+) -> PooledRecords:
     """The records ``keys``, pooled to about ``spacing`` mm.
 
     Raises:
