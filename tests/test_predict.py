@@ -256,7 +256,7 @@ def test_draws_go_with_the_table_they_belong_to(tiny_model, tiny_dataset, tmp_pa
 def test_models_and_data_of_another_kind_are_refused(tiny_model, tiny_dataset, tiny_latents, tmp_path) -> None:
     for model, data, words in [
         (tiny_model, tiny_latents, "holds latents; give the packed volumes"),
-        (tiny_model.parent / "vae", tiny_dataset, "is an autoencoder; give the run folder of a joint model or a"),
+        (tiny_model.parent / "vae", tiny_dataset, "is an autoencoder; give the run folder of stage scalars, joint or"),
         (tiny_dataset, tiny_dataset, "no trained model there"),
     ]:
         with pytest.raises(ConfigError, match=words):

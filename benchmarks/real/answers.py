@@ -30,8 +30,8 @@ from benchmarks.real.sites import SPACING, packed
 from mvhpc.config import load_config
 from mvhpc.diffusion.density import quantile
 from mvhpc.diffusion.laws import take
-from mvhpc.evaluation.tables import read_predictions
 from mvhpc.execute import execute, plan
+from mvhpc.inference.open_predictor import open_predictor
 from mvhpc.inference.predictor import PredictConfig
 from mvhpc.inference.scalar_inputs import read_inputs
 from mvhpc.models.bundle import load
@@ -47,6 +47,7 @@ from shards.dataset import Dataset
 QUERIES = {"age": ["image"], "age2": ["image", "sex"], "sex": ["image"], "sex2": ["image", "age"]}
 STRENGTHS = np.logspace(-1, 6, 15)
 DRAWS = 10_000  # of a bootstrap
+BATCH = 32  # records predicted at a time
 Floats = NDArray[np.float64]
 
 
@@ -57,22 +58,20 @@ def train(data: Dataset, split: str, out: Path, options: argparse.Namespace) -> 
     return out
 
 
-def predict(model: Path, data: Dataset, part: str, split: str, out: Path, queries: Sequence[str]) -> pd.DataFrame:
-    """Predictions for one part; the columns of each query with its name in front."""
+def predict(model: Path, data: Dataset, keys: Sequence[str], queries: Sequence[str]) -> pd.DataFrame:
+    """Predictions for some records; the columns of each query with its name in front."""
     frames = []
     for query in queries:
         values = {
             "model": str(model),
             "data": str(data.folder),
-            "split": part,
-            "split_name": split,
             "given": QUERIES[query],
             "want": [query[:3]],
-            "out": str(out / f"{query}.tsv"),
+            "out": "unused.tsv",
         }
-        execute(plan("predict", load_config(PredictConfig, "predict", "default", (), values)))
-        frame, _ = read_predictions(out / f"{query}.tsv")
-        frames.append(frame.set_index("key").add_prefix(f"{query}/"))
+        answer = open_predictor(load_config(PredictConfig, "predict", "default", (), values))
+        rows = [row for first in range(0, len(keys), BATCH) for row in answer(keys[first : first + BATCH])]
+        frames.append(pd.DataFrame(rows).set_index("key").add_prefix(f"{query}/"))
     return pd.concat(frames, axis=1)
 
 
@@ -92,7 +91,7 @@ def ridge(old: Dataset, seen: Sequence[str], new: Dataset, keys: Sequence[str]) 
     return pd.DataFrame({"ridge/age": age.predict(target), "ridge/sex": sex.predict(target)}, index=list(keys))
 
 
-def densenet(data: Dataset, split: str, part: str, out: Path) -> pd.DataFrame:
+def densenet(data: Dataset, split: str, out: Path) -> pd.DataFrame:
     """Ages and sexes by two DenseNet121 on the voxels."""
     columns = []
     for want in ("age", "sex"):
@@ -101,11 +100,10 @@ def densenet(data: Dataset, split: str, part: str, out: Path) -> pd.DataFrame:
             BaselineConfig, "baseline", "default", ["training.epochs=40"], {**values, "given": ["image"]}
         )
         execute(plan("baseline", config))
-        query = {"model": config.out, "data": str(data.folder), "split": part, "split_name": split, "want": [want]}
-        table = {**query, "given": ["image"], "out": str(out / f"densenet-{want}.tsv")}
-        execute(plan("predict", load_config(PredictConfig, "predict", "default", (), table)))
-        frame, _ = read_predictions(out / f"densenet-{want}.tsv")
-        columns.append(frame.set_index("key")[[want]].add_prefix("densenet/"))
+        query = {"model": config.out, "data": str(data.folder), "want": [want], "given": ["image"], "out": "unused.tsv"}
+        answer = open_predictor(load_config(PredictConfig, "predict", "default", (), query))
+        frame = pd.DataFrame(answer(data.keys("test", split))).set_index("key")
+        columns.append(frame[[want]].add_prefix("densenet/"))
     return pd.concat(columns, axis=1)
 
 
@@ -115,11 +113,11 @@ def cross_validate(data: Dataset, folds: int, out: Path, options: argparse.Names
     for k in range(1, folds + 1):
         split, folder = f"fold-{k}-of-{folds}", out / f"fold-{k}"
         model = train(data, split, folder / "scalars", options)
-        frame = predict(model, data, "test", split, folder, list(QUERIES))
+        frame = predict(model, data, data.keys("test", split), list(QUERIES))
         seen = [key for part in ("train", "validation") for key in data.keys(part, split)]
         frame = frame.join(ridge(data, seen, data, data.keys("test", split)))
         if options.densenet:
-            frame = frame.join(densenet(data, split, "test", folder))
+            frame = frame.join(densenet(data, split, folder))
         parts.append(frame)
         print(f"{out.name}: {k} of {folds} folds", file=sys.stderr)
     return pd.concat(parts)
@@ -254,7 +252,7 @@ def main() -> None:
         name = "+".join(known)
         old = packed({n: sites[n] for n in known}, same, 0, options.out / name) if len(known) > 1 else data
         model = train(old, "default", options.out / f"{name}-all", options)
-        frame = predict(model, new, "all", "default", options.out / f"{name}-to-{last}", list(QUERIES))
+        frame = predict(model, new, new.keys(), list(QUERIES))
         frames[f"{name} to {last}"] = frame.join(ridge(old, old.keys(), new, new.keys()))
         calibrated[name] = calibrate_halves(model, new)
     if not options.skip_together:

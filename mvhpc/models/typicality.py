@@ -7,7 +7,7 @@ import torch
 from scipy.stats import t
 from torch import Tensor
 
-COMPONENTS = 20  # of the Mahalanobis distance; the later ones of a hundred people are noise
+COMPONENTS = 10  # of the Mahalanobis distance; the later ones of a hundred people are noise
 UNUSUAL = 0.005  # p-value of each of the two distances below which a scan is flagged
 
 
