@@ -31,7 +31,8 @@ class Record:
         checksums: volume variable -> SHA-256 of the array's bytes (C order, little endian), without missing volumes.
         shard: the tar file, relative to the folder; empty in a Zarr store.
         offsets: volume variable -> byte offset of the array in the tar file, or row in the Zarr array.
-        figures: ``VARIABLE.FIGURE`` -> value, of quality control; see :mod:`shards.qc.limits`.
+        figures: ``VARIABLE.FIGURE`` -> value, of quality control; see :mod:`shards.qc.limits`;
+            ``VARIABLE.preprocess.FIGURE`` where the scan was preprocessed.
         flags: ``VARIABLE.FIGURE`` of each limit of quality control that the scans violate.
     """
 

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
@@ -20,6 +21,7 @@ from shards.errors import DataError, TooManyRejects
 from shards.files import write_bytes
 from shards.index import Index, Split
 from shards.participants import Reject, Row, Table, read_table
+from shards.preprocess.derivative import read_quality
 from shards.preprocess.recipe import read_derivative
 from shards.progress import Progress
 from shards.qc.limits import LIMITS, verdict, violated
@@ -229,7 +231,7 @@ def _judge(volumes: Mapping[str, Canonical], schema: Schema) -> tuple[str, list[
         figures, suffix = volume.figures, schema[name].suffix
         reasons += [f"{name}: {'; '.join(words)}" for words in [verdict(figures, suffix)] if words]
         limits = violated(figures, suffix) + violated(figures, suffix, rejects=False)
-        flags += [f"{name}.{limit.figure}" for limit in limits]
+        flags += [f"{name}.{flag}" for flag in (*(limit.figure for limit in limits), *volume.flags)]
     return "; ".join(reasons), flags
 
 
@@ -326,7 +328,8 @@ def _convert(row: Row, spacing: float, shape: tuple[int, int, int], space: Space
     volumes = {}
     for name, path in row.files.items():
         try:
-            volumes[name] = canonical(path, spacing, shape, space)
+            volume = canonical(path, spacing, shape, space)
+            volumes[name] = volume if space is None else _with_quality(volume, path)
         except ValueError as error:
             return f"{name}: {error}"
         except OSError as error:
@@ -334,6 +337,13 @@ def _convert(row: Row, spacing: float, shape: tuple[int, int, int], space: Space
         except MemoryError:
             return f"{name}: too large for this machine's memory"
     return volumes
+
+
+def _with_quality(volume: Canonical, path: Path) -> Canonical:
+    """A preprocessed volume with the figures and flags of its preprocessing, named ``preprocess.FIGURE``."""
+    figures, flags = read_quality(path)
+    before = {f"preprocess.{figure}": value for figure, value in figures.items()}
+    return replace(volume, figures=volume.figures | before, flags=[f"preprocess.{flag}" for flag in flags])
 
 
 def _convert_all(

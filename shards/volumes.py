@@ -76,6 +76,7 @@ class Canonical:
         cropped: share of the brain's signal that lies outside the box.
         figures: of quality control, see :func:`shards.qc.figures.measure`.
         maps: label -> uint8 (H, W, D), 255 times the probability.
+        flags: figures that violated a limit before packing.
     """
 
     voxels: NDArray[np.float16]
@@ -84,6 +85,7 @@ class Canonical:
     cropped: float
     figures: dict[str, float]
     maps: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+    flags: list[str] = field(default_factory=list)
 
 
 def grid(spacing: float, shape: tuple[int, int, int], space: Space | None = None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from shards.preprocess.images import Volume, ants_library, resample, to_ants
 from shards.preprocess.recipe import Recipe
 from shards.preprocess.registration import load_template, register
 from shards.preprocess.tissue import tissue_maps
+from shards.qc.registered import compare
 from shards.volumes import read
 
 T = TypeVar("T")
@@ -63,9 +64,12 @@ def speed(heads: Path, count: int = 2) -> None:
         brain = timed(seconds, "bias", lambda brain=brain, mask=mask: correct_bias(brain, mask))
         for kind in ("rigid", "affine"):
             found = timed(seconds, kind, lambda b=brain, m=mask, k=kind: register(b, m, template, k))
-            print(f"{path.name} {kind}: overlap {found.overlap:.3f}, correlation {found.correlation:.3f}")
+            at = template.brain.affine, template.brain.voxels.shape, found
+            theirs = resample(brain, *at).voxels, resample(mask, *at).voxels > 0.5
+            fit = compare(*theirs, template.brain.voxels, template.mask.voxels > 0, kind)
+            print(f"{path.name} {kind}: {fit}")
         maps = timed(seconds, "tissue", lambda brain=brain, mask=mask: tissue_maps(brain, mask))
-        grid = template.brain.affine, template.brain.voxels.shape, found.matrix
+        grid = template.brain.affine, template.brain.voxels.shape, found
         volumes = [brain, mask, *maps.values()]
         timed(seconds, "resampling", lambda volumes=volumes, grid=grid: [resample(v, *grid) for v in volumes])
         print(f"{path.name} {size}: " + ", ".join(f"{step} {s:.1f} s" for step, s in seconds.items()), flush=True)

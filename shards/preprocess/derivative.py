@@ -88,8 +88,23 @@ def write_result(
         "Software": versions(),
         "Figures": {name: float(f"{value:.6g}") for name, value in result.figures.items()},
         "Flags": result.flags,
+        "Suspect": result.suspect,
     }
     write_text(files["sidecar"], json.dumps(sidecar, indent=1) + "\n")
+
+
+def read_quality(image: Path) -> tuple[dict[str, float], list[str]]:
+    """Figures and flags of quality control in the sidecar of a preprocessed volume.
+
+    Raises:
+        ValueError: no sidecar, or a damaged one.
+    """
+    path = image.with_name(f"{image.name.partition('.')[0]}.json")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {name: float(x) for name, x in content["Figures"].items()}, [str(x) for x in content["Flags"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"no usable sidecar {path.name} beside it; run shards preprocess again") from None
 
 
 def read_sidecar(folder: Path, row: Row, suffix: str, recipe: Recipe) -> dict[str, Any] | None:

@@ -12,16 +12,11 @@ from scipy import ndimage
 
 from shards.errors import DataError
 from shards.preprocess.images import Volume
+from shards.qc.figures import background
 
 CLEAR_FACES = 0.95  # share of the voxels on a volume's faces that are background where the brain is extracted
 LARGEST_BRAIN_ML = 2400.0  # with all fluid inside the skull; heads without a neck are larger
 WHOLE = 0.95  # share of the foreground in its largest connected part
-
-
-def background(voxels: NDArray[np.float32]) -> float:
-    """The most frequent value on the faces of a volume."""
-    values, counts = np.unique(_faces(voxels), return_counts=True)
-    return float(values[counts.argmax()])
 
 
 def extracted_mask(scan: Volume) -> Volume | None:

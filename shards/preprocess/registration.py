@@ -39,22 +39,7 @@ class Template:
         return float(x), float(y), float(z)
 
 
-@dataclass(frozen=True)
-class Registration:
-    """A linear map found by registration.
-
-    Attributes:
-        matrix: (4, 4), mm in the template's space (RAS) to mm in the scan's space.
-        correlation: of the resampled scan and the template inside the template's brain.
-        overlap: Dice coefficient of the two brain masks in the template's space.
-    """
-
-    matrix: NDArray[np.float64]
-    correlation: float
-    overlap: float
-
-
-def register(brain: Volume, mask: Volume, template: Template, kind: str) -> Registration:
+def register(brain: Volume, mask: Volume, template: Template, kind: str) -> NDArray[np.float64]:
     """Register a brain to the template: mutual information, from matching centres of mass.
 
     Args:
@@ -62,6 +47,9 @@ def register(brain: Volume, mask: Volume, template: Template, kind: str) -> Regi
         mask: 0 or 1, on the same grid.
         template: to register to.
         kind: ``rigid`` or ``affine``.
+
+    Returns:
+        (4, 4), mm in the template's space (RAS) to mm in the scan's space.
 
     Raises:
         ValueError: the registration failed.
@@ -74,13 +62,7 @@ def register(brain: Volume, mask: Volume, template: Template, kind: str) -> Regi
             found = ants.registration(to_ants(fixed), to_ants(moving), KINDS[kind], outprefix=f"{folder}/")
         except (RuntimeError, ValueError) as error:
             raise ValueError("the registration failed") from error
-        matrix = _matrix(ants.read_transform(found["fwdtransforms"][0]))
-    warped = resample(moving, fixed.affine, fixed.voxels.shape, matrix).voxels
-    theirs = resample(mask, fixed.affine, fixed.voxels.shape, matrix).voxels > 0.5
-    ours = resample(template.mask, fixed.affine, fixed.voxels.shape).voxels > 0.5
-    overlap = 2 * float((theirs & ours).sum()) / max(1, int(theirs.sum() + ours.sum()))
-    correlation = float(np.corrcoef(warped[ours], fixed.voxels[ours])[0, 1]) if warped[ours].std() > 0 else 0.0
-    return Registration(matrix, correlation, overlap)
+        return _matrix(ants.read_transform(found["fwdtransforms"][0]))
 
 
 def _matrix(transform: Any) -> NDArray[np.float64]:

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.preprocess import bias, images, registration, tissue
-from shards.preprocess.extraction import background, extracted_mask
+from shards.preprocess.extraction import extracted_mask
 from shards.preprocess.images import Volume, resample
 from shards.preprocess.recipe import Recipe
 from shards.preprocess.registration import Template
-from shards.qc.figures import measure
-from shards.qc.limits import T1W, verdict
+from shards.qc.figures import background, measure
+from shards.qc.limits import T1W, verdict, violated
 from shards.qc.registered import compare
 from shards.volumes import read
 
@@ -32,7 +32,8 @@ class Result:
         extraction: how the brain was found: ``deepbet``, ``hd-bet``, ``mask``, ``none``.
         figures: of quality control, by :mod:`shards.qc`: of the scan as it is, of the brain (``brain.``) and of the
             registration; of the registration also the volume of the template relative to the scan's.
-        flags: why the scan should be rejected; empty for one that is fit to use.
+        flags: the figures that violate a limit.
+        suspect: whether the scan would be rejected if suspect scans were not kept.
     """
 
     image: Volume
@@ -42,6 +43,7 @@ class Result:
     extraction: str
     figures: dict[str, float]
     flags: list[str]
+    suspect: bool
 
 
 def preprocess_scan(
@@ -76,21 +78,20 @@ def preprocess_scan(
     brain = head.like(np.where(mask.voxels > 0, head.voxels - low, 0))
     if "bias" in recipe.steps:
         brain = bias.correct_bias(brain, mask)
-    judge.add(measure(brain.voxels, brain.affine), prefix="brain.")
+    unextracted = "brain" not in recipe.steps or recipe.brain == "none"
+    judge.add(measure(brain.voxels, brain.affine), head=unextracted, prefix="brain.")
     maps = tissue.tissue_maps(brain, mask) if "tissue" in recipe.steps else {}
     if "registration" not in recipe.steps or template is None:
-        return Result(brain, mask, maps, None, extraction, judge.figures, judge.flags)
-    found = registration.register(brain, mask, template, recipe.registration)
+        return Result(brain, mask, maps, None, extraction, judge.figures, judge.flags, judge.suspect)
+    matrix = registration.register(brain, mask, template, recipe.registration)
     shape = template.brain.voxels.shape
-    image, inside, *warped = (
-        resample(v, template.brain.affine, shape, found.matrix) for v in (brain, mask, *maps.values())
-    )
+    image, inside, *warped = (resample(v, template.brain.affine, shape, matrix) for v in (brain, mask, *maps.values()))
     mask = inside.like(inside.voxels > 0.5)
     image = image.like(np.where(mask.voxels > 0, image.voxels, 0))
     maps = {name: m.like(np.clip(m.voxels, 0, 1)) for name, m in zip(maps, warped)}
     fit = compare(image.voxels, mask.voxels > 0, template.brain.voxels, template.mask.voxels > 0, recipe.registration)
-    judge.add(fit | {"volume_ratio": 1 / abs(float(np.linalg.det(found.matrix[:3, :3])))})
-    return Result(image, mask, maps, found.matrix, extraction, judge.figures, judge.flags)
+    judge.add(fit | {"volume_ratio": 1 / abs(float(np.linalg.det(matrix[:3, :3])))})
+    return Result(image, mask, maps, matrix, extraction, judge.figures, judge.flags, judge.suspect)
 
 
 class _Judge:
@@ -98,13 +99,15 @@ class _Judge:
 
     Attributes:
         figures: all figures so far.
-        flags: reasons for which the scan should be rejected, where it is kept nevertheless.
+        flags: names of figures that violate a limit.
+        suspect: whether one of these limits rejects.
     """
 
     def __init__(self, suffix: str, keep_suspect: bool) -> None:
         self.suffix, self.keep_suspect = suffix, keep_suspect
         self.figures: dict[str, float] = {}
         self.flags: list[str] = []
+        self.suspect = False
 
     def add(self, figures: dict[str, float], *, head: bool = False, prefix: str = "") -> None:
         """Add figures.
@@ -116,7 +119,9 @@ class _Judge:
         reasons = verdict(figures, self.suffix, head)
         if reasons and not self.keep_suspect:
             raise ValueError("; ".join(reasons))
-        self.flags += [reason for reason in reasons if reason not in self.flags]
+        self.suspect |= bool(reasons)
+        limits = violated(figures, self.suffix, head) + violated(figures, self.suffix, head, rejects=False)
+        self.flags += [prefix + limit.figure for limit in limits]
 
 
 def _brain(head: Volume, recipe: Recipe, extract: Extractor | None, mask_file: Path | None) -> tuple[Volume, str]:

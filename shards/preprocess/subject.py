@@ -118,7 +118,7 @@ class Worker:
         sidecar = read_sidecar(job.out, row, job.suffix, job.recipe)
         return (
             sidecar is not None
-            and (job.keep_suspect or not sidecar.get("Flags"))
+            and (job.keep_suspect or not sidecar.get("Suspect"))
             and sidecar.get("SourceSHA256") == sources
             and sidecar.get("Recipe") == json.loads(json.dumps(job.recipe.to_dict()))
             and all(path.is_file() for path in result_files(job.out, row, job.suffix, job.recipe).values())

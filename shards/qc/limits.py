@@ -150,10 +150,10 @@ def explain(flag: str, figures: Mapping[str, float]) -> str:
     """What a flag of a record means, in words.
 
     Args:
-        flag: ``VARIABLE.FIGURE``, see :class:`shards.index.Record`.
+        flag: ``VARIABLE.FIGURE`` or ``VARIABLE.preprocess.FIGURE``, see :class:`shards.index.Record`.
         figures: of the record.
     """
-    variable, _, figure = flag.partition(".")
+    variable, figure = flag.split(".")[0], flag.split(".")[-1]
     value = figures[flag]
     limits = [limit for limit in LIMITS if limit.figure == figure]
     limit = next((limit for limit in limits if not limit.low <= value <= limit.high), limits[0])
