@@ -1,7 +1,7 @@
 """Writing a packed data set: atomic, and resumable after an interruption."""
 
-import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -14,14 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError, nearest
-from shards.files import lock_file, sha256, sync, write_bytes
+from shards.files import sha256, sync, write_bytes
 from shards.index import NAME, Index, Record, Split, array_checksum
 from shards.schema import Schema, Value
 from shards.tar_shards import TarWriter
 
 STORAGES = ("webdataset", "zarr")
 PARTIAL = ".partial"
-LOCK = ".lock"
 SHARD_BYTES = 64 * 2**20  # large enough for sequential reads, small enough for many shards
 SHARD_RECORDS = 1024  # bounds the chunk table that a Zarr reader fetches with each access
 
@@ -84,13 +83,14 @@ class DatasetWriter:
         self._store = self._open_store()
 
     def _lock(self) -> None:
-        held = contextlib.ExitStack()
+        """Lock the folder itself: a lock file would stay in the data set of a process that was killed."""
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        self._unlock = weakref.finalize(self, os.close, descriptor)
         try:
-            held.enter_context(lock_file(self.folder / LOCK, patience=0, required=False))
-        except BlockingIOError:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._unlock()
             raise DataError(f"{self.folder} is being written by another process") from None
-        held.callback((self.folder / LOCK).unlink, missing_ok=True)
-        self._unlock = weakref.finalize(self, held.close)
 
     def close(self) -> None:
         """Release the folder; complete shards stay for a writer with the same token."""
