@@ -55,6 +55,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folds=0,
         seed=0,
         workers=1,
+        keep_suspect=True,
     )
     return folder / "packed"
 
