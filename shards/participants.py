@@ -3,17 +3,25 @@
 import csv
 import hashlib
 import io
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shards.errors import DataError, nearest
 from shards.schema import MISSING, Schema, Value, Variable
 from shards.split import parse_part
 
 ID, SESSION, PATH = "participant_id", "session_id", "path"  # the first two are names of the BIDS specification
+TIME_UNITS = {
+    "years": {"year", "years", "yr", "yrs", "y", "a"},
+    "months": {"month", "months", "mo", "mos"},
+    "weeks": {"week", "weeks", "wk", "wks"},
+    "days": {"day", "days", "d"},
+}
 LABEL = re.compile(r"[A-Za-z0-9_+-]{1,40}")  # safe in file names, tar members and webdataset keys (which end at a dot)
 
 
@@ -106,18 +114,26 @@ def read_sheet(path: Path) -> _Sheet:
         raise DataError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="," if path.suffix == ".csv" else "\t")
+    # BIDS tables have no quoting: a quotation mark is a character of its cell. A CSV has, and it must be balanced.
+    commas = path.suffix == ".csv"
+    quoting: Any = {"delimiter": ",", "strict": True} if commas else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    reader = csv.reader(io.StringIO(text, newline=""), **quoting)
     rows = []
     try:
         columns = [c.strip() for c in next(reader, [])]
         for cells in reader:
+            if any("\n" in cell or "\r" in cell for cell in cells):
+                raise DataError(
+                    f"{path}: line {reader.line_num}: a cell holds a line break; remove the quotation mark that is "
+                    "not closed"
+                )
             if any(cells[len(columns) :]):
                 raise DataError(f"{path}: line {reader.line_num} has more cells than there are columns")
             if any(cells):
                 padded = [*cells, *[""] * len(columns)]
                 rows.append((reader.line_num, {c: cell.strip() for c, cell in zip(columns, padded)}))
     except csv.Error as error:
-        raise DataError(f"{path}: line {reader.line_num}: {error}") from error
+        raise DataError(f"{path}: line {reader.line_num}: {error}; is a quotation mark not closed?") from error
     for column, count in Counter(filter(None, columns)).items():
         if count > 1:
             raise DataError(f"{path}: two columns named {column!r}")
@@ -231,6 +247,7 @@ def _read_bids(folder: Path, schema: Schema, group: str, split_column: str) -> T
     _require_column(sheet.columns, ID, path)
     if group:
         _require_column(sheet.columns, group, path)
+    _check_units(folder / "participants.json", schema)
     sessions_known: set[str] = set()
     reader = _Reader(path, schema, group, split_column)
     digest = hashlib.sha256(sheet.text.encode())
@@ -280,6 +297,38 @@ def _read_bids(folder: Path, schema: Schema, group: str, split_column: str) -> T
     if empty_sessions:
         notes.append(f"{empty_sessions} sessions hold none of the volumes and were skipped")
     return Table("bids", reader.rows, notes, digest.hexdigest())
+
+
+def _check_units(path: Path, schema: Schema) -> None:
+    """Refuse a table whose description gives a variable another unit of time than the schema.
+
+    Args:
+        path: ``participants.json``, the description of the columns (BIDS); need not exist.
+        schema: the variables.
+
+    Raises:
+        DataError: naming the column and both units, or a description that cannot be read.
+    """
+    if not path.is_file():
+        return
+    try:
+        columns = json.loads(path.read_text(encoding="utf-8-sig"))
+        units = {name: str(entry["Units"]) for name, entry in columns.items() if "Units" in entry}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not a description of columns as BIDS has it ({error})") from error
+    for v in schema.scalars:
+        theirs, ours = (_time_unit(unit) for unit in (units.get(v.column, ""), v.unit or ""))
+        if theirs and ours and theirs != ours:
+            raise DataError(
+                f"{path}: column {v.column!r} is in {theirs}, the schema has {v.name} in {ours}; convert the column, "
+                "or give the schema that unit and a range in it"
+            )
+
+
+def _time_unit(unit: str) -> str:
+    """``years`` for ``Year``, ``yrs``, ...; '' for what is no unit of time."""
+    word = unit.strip().casefold().rstrip(".")
+    return next((name for name, words in TIME_UNITS.items() if word in words), "")
 
 
 def _list_subjects(folder: Path) -> _Sheet:

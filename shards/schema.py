@@ -136,7 +136,7 @@ class Variable:
         if self.kind == "categorical":
             raise ValueError(f"{self.name}: unknown category {text.strip()[:40]!r} (known: {', '.join(self.classes)})")
         try:
-            number = float(word)
+            number = float(word.replace("_", "?"))  # Python reads 4_5 as 45
         except ValueError:
             raise ValueError(f"{self.name}: {text.strip()[:40]!r} is not a number") from None
         low, high = self.range

@@ -284,6 +284,7 @@ def test_cells() -> None:
         (weight, "-1", "outside the range"),
         (weight, "inf", "outside the range"),
         (weight, "70,5", "not a number"),
+        (weight, "7_0", "not a number"),
         (hand, "both", "unknown category 'both'"),
     ]:
         with pytest.raises(ValueError, match=reason):

@@ -1,7 +1,5 @@
 """The tables of participants and sessions of a derivative."""
 
-import csv
-import io
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -51,8 +49,5 @@ def carry_tables(source: Path, out: Path, kind: str, keys: Collection[str]) -> N
 
 
 def _tsv(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    stream = io.StringIO()
-    writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([cell or MISSING for cell in row] for row in rows)
-    return stream.getvalue()
+    """A table as BIDS has it: no quoting; tabs and line breaks in cells become spaces."""
+    return "".join("\t".join(" ".join(cell.split()) or MISSING for cell in row) + "\n" for row in [header, *rows])
