@@ -164,3 +164,13 @@ def test_an_input_that_is_away_is_no_changed_one(home: Path) -> None:
     with pytest.raises(ConfigError, match="is its file system mounted"):
         do(plan("pack", packed))
     assert not Path("runs/small/packed.old-1").exists()
+
+
+def test_a_project_predicts_by_the_stage_that_it_names(home: Path) -> None:
+    pipeline = Pipeline(load_config(PipelineConfig, "pipeline", "demo", ["predict_by=scalars", "root=runs/by"]))
+    steps = list(pipeline.steps())
+    assert [stage for stage, _ in steps][:6] == ["phantom", "pack", "vae", "encode", "joint", "scalars"]
+    assert {config.model for stage, config in steps if stage == "predict"} == {"runs/by/scalars"}
+    assert {config.model for stage, config in steps if stage == "generate"} == {"runs/by/joint"}
+    with pytest.raises(ConfigError, match="Did you mean 'scalars'"):
+        load_config(PipelineConfig, "pipeline", "demo", ["predict_by=scalar"])

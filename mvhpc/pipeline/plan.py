@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvhpc.config import CONFIGS, flatten, load_config
+from mvhpc.config import CONFIGS, choose, flatten, load_config
 from mvhpc.stages import STAGES
 
 
@@ -38,14 +38,19 @@ class PipelineConfig:
     folds: int
     queries: list[Query]
     preprocess_source: bool
+    predict_by: str  # stage whose model answers the queries: joint | scalars
     phantom: dict[str, Any]
     preprocess: dict[str, Any]
     pack: dict[str, Any]
     vae: dict[str, Any]
     encode: dict[str, Any]
     joint: dict[str, Any]
+    scalars: dict[str, Any]
     predict: dict[str, Any]
     generate: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        choose(self.predict_by, ["joint", "scalars"], "predict_by")
 
 
 class Pipeline:
@@ -74,6 +79,8 @@ class Pipeline:
         """Configuration key -> the stage that makes this input, in this project."""
         if stage == "pack" and self.config.preprocess_source:
             return {"source": "preprocess"}
+        if stage == "predict":
+            return {**STAGES[stage].inputs, "model": self.config.predict_by}
         return STAGES[stage].inputs
 
     def place(self, stage: str, split: str, query: str = "") -> Path:
@@ -127,7 +134,7 @@ class Pipeline:
             yield "preprocess", self.configure("preprocess", splits[0])
         yield "pack", self.configure("pack", splits[0])
         for split in splits:
-            for stage in ("vae", "encode", "joint"):
+            for stage in dict.fromkeys(("vae", "encode", "joint", self.config.predict_by)):
                 yield stage, self.configure(stage, split)
             for query in self.config.queries:
                 yield "predict", self.configure("predict", split, query)
