@@ -94,7 +94,7 @@ def test_with_folds_one_is_named(home: Path) -> None:
     with pytest.raises(ConfigError, match=r"3 folds; name one: split=fold-1-of-3"):
         configure("vae")
     second = configure("joint", "split=fold-2-of-3").config
-    assert (second.latents, second.out) == ("runs/ixi/fold-2/latents", "runs/ixi/fold-2/scalars")
+    assert (second.latents, second.out) == ("runs/ixi/fold-2/latents", "runs/ixi/fold-2/joint")
     config = configure("predict", "split_name=fold-2-of-3", want="age", given="image").config
     assert (config.model, config.split) == ("runs/ixi/fold-2/scalars", "test")
     assert config.out == "runs/ixi/fold-2/predictions/age-given-image.tsv"
