@@ -145,7 +145,7 @@ def _require_column(columns: list[str], wanted: str, path: Path, remedy: str = "
         raise DataError(f"{path}: {nearest(wanted, columns, 'column')}{remedy}")
 
 
-def _missing(cell: str) -> bool:
+def missing(cell: str) -> bool:
     return cell.casefold() in MISSING
 
 
@@ -181,12 +181,12 @@ class _Reader:
             DataError: an unknown word in the split column.
         """
         subject, session = cells[ID], cells.get(SESSION, "")
-        if _missing(subject):
+        if missing(subject):
             self.rows.append(Reject(line, "", f"no {ID}"))
             return
         subject = prefixed("sub-", subject)
         part = self._part(line, subject, cells.get(self.split_column, ""))
-        labels = [subject] if _missing(session) else [subject, prefixed("ses-", session)]
+        labels = [subject] if missing(session) else [subject, prefixed("ses-", session)]
         key = "_".join(labels)
         try:
             if not all(map(LABEL.fullmatch, labels)):
@@ -203,12 +203,12 @@ class _Reader:
             self.rows.append(Reject(line, key, str(error)))
             return
         group = cells.get(self.group, "")
-        self.rows.append(Row(line, key, subject, "" if _missing(group) else group, part, values, files))
+        self.rows.append(Row(line, key, subject, "" if missing(group) else group, part, values, files))
 
     def _part(self, line: int, subject: str, cell: str) -> str:
         """The part of a split that a cell names, '' where it is missing."""
         try:
-            return "" if _missing(cell) else parse_part(cell)
+            return "" if missing(cell) else parse_part(cell)
         except ValueError as error:  # not a row to reject: without it the split would be another one
             raise DataError(f"{self.path}: line {line}, {subject}, column {self.split_column!r}: {error}") from error
 
@@ -229,7 +229,7 @@ def _read_csv(path: Path, schema: Schema, group: str, split_column: str) -> Tabl
 
         def find(variable: Variable, cells: Mapping[str, str] = cells) -> Path | None:
             cell = cells[columns[variable.name]]
-            if _missing(cell):
+            if missing(cell):
                 return None
             file = path.parent / cell
             _check_fetched(variable.name, file)
@@ -254,7 +254,7 @@ def _read_bids(folder: Path, schema: Schema, group: str, split_column: str) -> T
     empty_sessions = 0
     for line, cells in sheet.rows:
         subject = prefixed("sub-", cells[ID])
-        if _missing(cells[ID]) or not LABEL.fullmatch(subject):  # not a safe path
+        if missing(cells[ID]) or not LABEL.fullmatch(subject):  # not a safe path
             reader.add(line, cells, lambda variable: None)
             continue
         table = folder / subject / f"{subject}_sessions.tsv"
@@ -282,7 +282,7 @@ def _read_bids(folder: Path, schema: Schema, group: str, split_column: str) -> T
                 _check_fetched(variable.name, matches[0])
                 return matches[0]
 
-            own = {k: v for k, v in by_session.get(session, {}).items() if k != SESSION and not _missing(v)}
+            own = {k: v for k, v in by_session.get(session, {}).items() if k != SESSION and not missing(v)}
             reader.add(line, {**cells, **own, SESSION: session}, find)
     for variable in schema.scalars:
         if variable.column not in sessions_known:
@@ -342,7 +342,7 @@ def _list_subjects(folder: Path) -> _Sheet:
 def _visits(folder: Path, cells: Mapping[str, str], schema: Schema) -> Iterator[tuple[str, dict[str, list[Path]]]]:
     """The sessions of a subject ('' where there are none) and, by variable, the files that match."""
     named = cells.get(SESSION, "")
-    if not _missing(named):
+    if not missing(named):
         sessions = [prefixed("ses-", named)]
     else:
         found = sorted(p.name for p in folder.glob("ses-*") if p.is_dir())

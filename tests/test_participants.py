@@ -72,3 +72,10 @@ def test_a_table_is_needed_for_scalars_alone(tmp_path: Path) -> None:
     assert [row.key for row in read_table(source, Schema.load("image-only")).rows] == ["sub-0"]
     with pytest.raises(DataError, match=r"participants\.tsv"):
         read_table(source, SCHEMA)
+
+
+@pytest.mark.parametrize("session", ["", "n/a"])
+def test_a_csv_without_sessions_becomes_a_table_of_participants(tmp_path: Path, session: str) -> None:
+    (tmp_path / "scans.csv").write_text(f"participant_id,session_id,path,age\nx,{session},x.nii,31\n")
+    carry_tables(tmp_path / "scans.csv", tmp_path, "csv", {"sub-x"})
+    assert read_sheet(tmp_path / "participants.tsv").rows == [(2, {"participant_id": "sub-x", "age": "31"})]

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from shards.files import atomic_file, write_text
-from shards.participants import ID, PATH, SESSION, prefixed, read_sheet
+from shards.participants import ID, PATH, SESSION, missing, prefixed, read_sheet
 
 MISSING = "n/a"
 
@@ -35,14 +35,15 @@ def carry_tables(source: Path, out: Path, kind: str, keys: Collection[str]) -> N
     columns = [c for c in sheet.columns if c and c not in {ID, SESSION, PATH, "mask"}]
     subjects_rows: dict[str, list[Mapping[str, str]]] = {}
     for _, cells in sheet.rows:
-        labels = [prefixed("sub-", cells[ID]), *([prefixed("ses-", cells[SESSION])] if cells.get(SESSION) else [])]
+        session = cells.get(SESSION, "")
+        labels = [prefixed("sub-", cells[ID]), *([] if missing(session) else [prefixed("ses-", session)])]
         if "_".join(labels) in keys:
             subjects_rows.setdefault(labels[0], []).append(cells)
     table = []
     for subject, rows in subjects_rows.items():
         shared = [rows[0][c] if len({row[c] for row in rows}) == 1 else MISSING for c in columns]
         table.append([subject, *shared])
-        if all(row.get(SESSION) for row in rows) and (out / subject).is_dir():
+        if not any(missing(row.get(SESSION, "")) for row in rows) and (out / subject).is_dir():
             sessions = [[prefixed("ses-", row[SESSION]), *(row[c] for c in columns)] for row in rows]
             write_text(out / subject / f"{subject}_sessions.tsv", _tsv([SESSION, *columns], sessions))
     write_text(out / "participants.tsv", _tsv([ID, *columns], table))
