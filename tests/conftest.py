@@ -77,6 +77,23 @@ def write_bids(folder: Path, subjects: int, size: int = 20, seed: int = 0) -> Pa
     return folder
 
 
+def pack_people(bids: Path, fractions: tuple[float, float, float]) -> Path:
+    """The people of :func:`write_bids` packed beside it, at 16 x 16 x 16 voxels of 8 mm."""
+    out = bids.parent / "packed"
+    schema = Schema.from_dict(SCHEMA)
+    pack(
+        bids,
+        out,
+        schema=schema,
+        spacing=8.0,
+        shape=(16, 16, 16),
+        max_rejects="0",
+        fractions=fractions,
+        keep_suspect=True,  # ellipsoids are no brains
+    )
+    return out
+
+
 @pytest.fixture(scope="session")
 def tiny_bids(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BIDS tree of 12 people."""
@@ -86,23 +103,7 @@ def tiny_bids(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_dataset(tiny_bids: Path) -> Path:
     """Those 12 people packed at 16 x 16 x 16; half of them test."""
-    out = tiny_bids.parent / "packed"
-    pack(
-        tiny_bids,
-        out,
-        storage="zarr",
-        schema=Schema.from_dict(SCHEMA),
-        spacing=8.0,
-        shape=(16, 16, 16),
-        max_rejects="0",
-        fractions=(0.4, 0.1, 0.5),
-        group="",
-        folds=0,
-        seed=0,
-        workers=1,
-        keep_suspect=True,
-    )
-    return out
+    return pack_people(tiny_bids, (0.4, 0.1, 0.5))
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,7 @@ from mvhpc.models.scalar_bundle import ScalarsModel
 from mvhpc.training.engines.base import Engine
 from mvhpc.training.engines.local import LocalEngine
 from mvhpc.training.scalars import ScalarsConfig, ScalarsTask
-from shards.pack import pack
-from shards.schema import Schema
-from tests.conftest import SCHEMA, write_bids
+from tests.conftest import pack_people, write_bids
 
 SMALL: dict[str, Any] = {
     "encoder.spacing": 16.0,
@@ -41,23 +39,7 @@ SMALL: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 people at 16 x 16 x 16 voxels of 8 mm; a quarter of them test."""
-    folder = tmp_path_factory.mktemp("scalars")
-    pack(
-        write_bids(folder / "bids", 40),
-        folder / "packed",
-        storage="zarr",
-        schema=Schema.from_dict(SCHEMA),
-        spacing=8.0,
-        shape=(16, 16, 16),
-        max_rejects="0",
-        fractions=(0.65, 0.1, 0.25),
-        group="",
-        folds=0,
-        seed=0,
-        workers=1,
-        keep_suspect=True,
-    )
-    return folder / "packed"
+    return pack_people(write_bids(tmp_path_factory.mktemp("scalars") / "bids", 40), (0.65, 0.1, 0.25))
 
 
 def configure(packed: Path, out: Path, **changes: Any) -> ScalarsConfig:
