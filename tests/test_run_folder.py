@@ -91,11 +91,13 @@ def test_a_stage_that_fails_or_is_interrupted_leaves_the_record_of_what_is_there
     def interrupt() -> None:
         while read_record(finished.folder)["status"] != "running":
             time.sleep(0.01)
-        time.sleep(0.5)  # until it draws, which takes tens of seconds
+        time.sleep(0.5)  # until it draws, which takes several seconds
         os.kill(os.getpid(), signal.SIGINT)
 
     other = load_config(
-        PredictConfig, "predict", values={**values, "seed": 1, "sampling.conditioning": "clean", "samples": 5000}
+        PredictConfig,
+        "predict",
+        values={**values, "seed": 1, "sampling.conditioning": "clean", "samples": 1000, "batch": 1},
     )
     thread = threading.Thread(target=interrupt)
     thread.start()
