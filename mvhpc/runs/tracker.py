@@ -158,8 +158,8 @@ def _note(metrics: dict[str, float]) -> str | None:
 
 
 def _run_name(stage: str, out: Path, root: Path) -> str:
-    """``vae`` for a result of that name, else the stage and its result: ``predict: predictions/age-given-image``."""
-    name = _below(out.resolve().with_suffix(""), root)
+    """``vae`` for a result of that name, else the stage and its result: ``predict: age-given-image``."""
+    name = _below(out.resolve().with_suffix(""), root).replace("predictions/", "")  # lists cut long names
     return stage if name == stage else f"{stage}: {name}"
 
 
