@@ -153,7 +153,7 @@ class Head:
         if nodes.with_ray:
             environment["RAY_ADDRESS"] = nodes.ray_address
         self.checkpoint_before = self._last_checkpoint()
-        command = [sys.executable, "-u", "-m", "launchers.driver", str(path)]
+        command = [sys.executable, "-P", "-u", "-m", "launchers.driver", str(path)]
         driver = ManagedProcess(command, environment, None, nodes.node.scratch)
         deadline = math.inf
         try:

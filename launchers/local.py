@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -15,20 +16,21 @@ from launchers.driver import run_stage
 from launchers.jobs import Job, new_job, release
 from mvhpc.config import ConfigError
 
+PYTHON = f"{shlex.quote(sys.executable)} -P"  # no module of the folder where the user is shadows Python's own
 MINUTES = 7 * 24 * 60  # time limit; submitit's default is a few minutes
 
 
 def executor(folder: Path) -> submitit.LocalExecutor:
     """Submits to this machine, with all GPUs that this process may use; its files are in ``folder``."""
     gpus = _gpus()
-    submitter = submitit.LocalExecutor(folder)
+    submitter = submitit.LocalExecutor(folder, python=PYTHON)
     submitter.update_parameters(timeout_min=MINUTES, gpus_per_node=len(gpus), visible_gpus=gpus, stderr_to_stdout=True)
     return submitter
 
 
 def script(folder: Path) -> str:
     """The command of a job."""
-    return f"{sys.executable} -u -m submitit.core._submit {folder}"
+    return f"{PYTHON} -u -m submitit.core._submit {folder}"
 
 
 def run_job(assignment: Assignment) -> None:

@@ -142,7 +142,8 @@ class Node:
             for k in range(here):
                 rank, world = allocation.node * here + k, allocation.nodes * here
                 out = self.scratch / f"allreduce-{k}.json"
-                command = [sys.executable, "-m", "launchers.allreduce_check", address, str(rank), str(world), str(out)]
+                command = [sys.executable, "-P", "-m", "launchers.allreduce_check"]
+                command += [address, str(rank), str(world), str(out)]
                 visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
                 chosen = {"CUDA_VISIBLE_DEVICES": visible[k]} if k < len(visible) and visible[k] else {}
                 log = self.logs / "allreduce.log"
@@ -175,7 +176,7 @@ class Node:
         cpus = -(-workers // allocation.nodes) if self.assignment.trains else allocation.cpus
         if allocation.gpus:
             cpus = max(allocation.cpus, allocation.gpus)
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+        command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
         head_only = ["--head", "--port=0", "--include-dashboard=false", "--no-monitor"]  # no autoscaler
         command += head_only if head is None else [f"--address={head}"]
         if head is None and importlib.util.find_spec("grpc"):

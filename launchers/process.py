@@ -42,7 +42,7 @@ class ManagedProcess:
                 log.parent.mkdir(parents=True, exist_ok=True)
                 output = stack.enter_context(log.open("ab"))
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "launchers.process", str(scratch), *command],
+                [sys.executable, "-P", "-m", "launchers.process", str(scratch), *command],
                 env=environment,
                 stdin=subprocess.PIPE,
                 stdout=output,

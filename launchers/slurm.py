@@ -1,9 +1,12 @@
 """SLURM: submission, and the state of a job. Only its controller is queried, never its accounting."""
 
+import contextlib
+import os
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ COMMAND_TIMEOUT_S = 30
 REQUEUE_WHEN_KILLED = (
     'trap \'[ $? -eq 137 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ] && scontrol requeue "$SLURM_JOB_ID"\' EXIT'
 )
+KEPT = {"SLURM_CONF", "SLURM_CLUSTERS"}  # where SLURM is, not what this process may use of it
 TERMINAL_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY", "BOOT_FAIL", "REVOKED"}
 
 
@@ -51,7 +55,7 @@ def executor(
     """
     if shutil.which("srun") is None:
         raise ConfigError("--cluster slurm: no srun and sbatch here; submit on a login node, or take --cluster local")
-    submitter = submitit.SlurmExecutor(folder, python=shlex.quote(sys.executable))
+    submitter = submitit.SlurmExecutor(folder, python=f"{shlex.quote(sys.executable)} -P")
     further: dict[str, Any] = {"requeue": True} | site.sbatch
     if min_nodes < nodes:
         further["nodes"] = f"{min_nodes}-{nodes}"
@@ -80,6 +84,23 @@ def executor(
         **{key: value for key, value in options.items() if value},
     )
     return submitter
+
+
+@contextlib.contextmanager
+def outside_of_jobs() -> Iterator[None]:
+    """Without the variables of the SLURM job that this process runs in, if any, while the block lasts.
+
+    ``sbatch`` takes them for options, and hands them on to the new job, whose ``srun`` does the same.
+    """
+    inherited = {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if name.startswith(("SLURM_", "SRUN_")) and name not in KEPT
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(inherited)
 
 
 def script(submitter: submitit.SlurmExecutor) -> str:

@@ -170,7 +170,8 @@ def _submit_step(step: Step, after: str | None, start: Callable[[Step, str | Non
 
 def _to_slurm(step: Step, site: Site, min_nodes: int | None, after: str | None) -> Job:
     submitter = _slurm_executor(step, site, min_nodes, after)
-    found = submitter.submit(supervise, step.assignment(site))
+    with slurm.outside_of_jobs():
+        found = submitter.submit(supervise, step.assignment(site))
     return jobs.new_job(step.run, found.job_id, "slurm", step.stage, step.nodes)
 
 

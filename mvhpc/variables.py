@@ -6,7 +6,7 @@ a ``dict`` from variable name to tensor, with a second ``dict`` of (B,) bool for
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mvhpc.runtime.devices import send
-from shards.errors import nearest
+from shards.errors import DataError, nearest
 from shards.schema import Schema, Value
 
 SD_FLOOR = 1e-9  # of numbers that are no constant, in units of the largest
@@ -57,8 +57,8 @@ class Volume:
 class Continuous:
     """A number, scaled linearly so that [low, high] becomes [-1, 1] (paper, section 3.1).
 
-    Values outside the interval are neither refused nor clipped, samples included. An ordinal variable has ``whole``
-    numbers within ``levels``: a scale keeps their order, classes would not.
+    Values outside the interval are neither refused nor clipped when they are encoded and decoded; what is reported goes
+    through :meth:`snap`. An ordinal variable has ``whole`` numbers: a scale keeps their order, classes would not.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Continuous:
     high: float
     unit: str = ""
     whole: bool = False
-    levels: tuple[float, float] = (-math.inf, math.inf)  # the first and the last
+    range: tuple[float, float] = (-math.inf, math.inf)  # the smallest and the largest value that the schema allows
 
     def encode(self, values: Sequence[Value]) -> Tensor:
         """B values in units -> z_0 (B, 1) float32; a missing value becomes 0."""
@@ -80,8 +80,12 @@ class Continuous:
         return ((self.high - self.low) * z.double().flatten() + self.low + self.high) / 2
 
     def snap(self, values: Tensor) -> Tensor:
-        """Values in units, of an ordinal variable rounded to the nearest level."""
-        return values.round().clamp(*self.levels) if self.whole else values
+        """Values in units, clipped to the schema's range, and rounded to whole numbers for an ordinal variable."""
+        return self.clip(values.round() if self.whole else values)
+
+    def clip(self, values: Tensor) -> Tensor:
+        """Values in units, clipped to the schema's range: a law on all numbers may say an age below 0."""
+        return values.clamp(*self.range)
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,24 @@ def standard_intervals(schema: Schema, rows: Sequence[Mapping[str, Value]]) -> d
     return intervals
 
 
+def check_known(schema: Schema, rows: Sequence[Mapping[str, Value]]) -> None:
+    """Refuse to train a model of a number or category that none of its people has: it would invent all answers.
+
+    Args:
+        schema: of the variables.
+        rows: values of the training's people by name; None, or no entry, where missing.
+
+    Raises:
+        DataError: naming the variables.
+    """
+    never = [v.name for v in schema.scalars if all(row.get(v.name) is None for row in rows)]
+    if rows and never:
+        raise DataError(
+            f"none of the {len(rows)} training subjects has {' or '.join(never)}: fill the column, or pack with a "
+            "schema without it (--schema)"
+        )
+
+
 class Variables:
     """The variables of a model, in the order of its schema.
 
@@ -181,8 +203,8 @@ class Variables:
                 low, high = (intervals or {}).get(v.name, v.range)
                 if not math.isfinite(high - low):
                     raise ValueError(f"schema: {v.name} needs a finite range to be scaled by")
-                number = Continuous(v.name, float(low), float(high), v.unit or "")
-                items.append(replace(number, whole=True, levels=v.range) if v.kind == "ordinal" else number)
+                whole = v.kind == "ordinal"
+                items.append(Continuous(v.name, float(low), float(high), v.unit or "", whole, v.range))
             else:
                 items.append(Categorical(v.name, tuple(v.classes)))
         return cls(items)

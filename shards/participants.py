@@ -1,6 +1,7 @@
 """Reading tables of participants: a BIDS tree, or a CSV with a column of paths -> rows ready to pack."""
 
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -169,13 +170,20 @@ class _Reader:
         self.rows: list[Row | Reject] = []
         self.seen: dict[str, int] = {}
 
-    def add(self, line: int, cells: Mapping[str, str], find: Callable[[Variable], Path | None]) -> None:
+    def add(
+        self,
+        line: int,
+        cells: Mapping[str, str],
+        find: Callable[[Variable], Path | None],
+        why: Callable[[], str] = lambda: "",
+    ) -> None:
         """Append the row of one visit.
 
         Args:
             line: of the table.
             cells: column -> cell.
             find: gives a volume's file, None where there is none, or raises ValueError.
+            why: says why there is no file of any volume.
 
         Raises:
             DataError: an unknown word in the split column.
@@ -198,7 +206,7 @@ class _Reader:
             found = {v.name: find(v) for v in self.schema.volumes}
             files = {name: path for name, path in found.items() if path is not None}
             if not files:
-                raise ValueError(f"no file: {', '.join(found)}")
+                raise ValueError(f"no file: {', '.join(found)}" + why())
         except ValueError as error:
             self.rows.append(Reject(line, key, str(error)))
             return
@@ -283,7 +291,9 @@ def _read_bids(folder: Path, schema: Schema, group: str, split_column: str) -> T
                 return matches[0]
 
             own = {k: v for k, v in by_session.get(session, {}).items() if k != SESSION and not missing(v)}
-            reader.add(line, {**cells, **own, SESSION: session}, find)
+            reader.add(
+                line, {**cells, **own, SESSION: session}, find, functools.partial(_why_none, folder, subject, schema)
+            )
     for variable in schema.scalars:
         if variable.column not in sessions_known:
             _require_column(sheet.columns, variable.column, path, " The schema's `column` can name another.")
@@ -297,6 +307,22 @@ def _read_bids(folder: Path, schema: Schema, group: str, split_column: str) -> T
     if empty_sessions:
         notes.append(f"{empty_sessions} sessions hold none of the volumes and were skipped")
     return Table("bids", reader.rows, notes, digest.hexdigest())
+
+
+def _why_none(folder: Path, subject: str, schema: Schema) -> str:
+    """The most likely reason why a BIDS folder has no volume of a subject, and what to do."""
+    if not (folder / subject).is_dir():
+        label = subject.removeprefix("sub-")
+        same = [p.name for p in folder.glob("sub-*") if p.name[4:].lstrip("0") == label.lstrip("0")]
+        if same:
+            return f"; there is no folder {subject}, but {same[0]}: write the id with its zeros in participants.tsv"
+        return f"; there is no folder {subject}"
+    wanted = " or ".join(f"anat/*_{v.suffix}.nii.gz" for v in schema.volumes)
+    suffixes = {f"_{v.suffix}".casefold() for v in schema.volumes}
+    near = [p for p in (folder / subject).rglob("*.*") if p.name.partition(".")[0].casefold().endswith(tuple(suffixes))]
+    if near:
+        return f"; looked for {wanted}, found {min(near).relative_to(folder)}: move or rename it"
+    return f"; looked for {wanted} in {subject}"
 
 
 def _check_units(path: Path, schema: Schema) -> None:

@@ -288,6 +288,9 @@ def test_what_cannot_be_done_is_refused() -> None:
         sample(network(), diffusion("shared"), {"age": given["age"]}, generators(2), conditioning="clean")
     with pytest.raises(ValueError, match="conditioning 'clean' and guidance need"):
         sample(network(), diffusion("shared"), {"age": given["age"]}, generators(2), guidance=2.0)
+    for guidance in (0.0, -1.0):
+        with pytest.raises(ValueError, match="above 0"):
+            sample(network(), diffusion(), {"age": given["age"]}, generators(2), guidance=guidance)
     with pytest.raises(ValueError, match="Did you mean 'dpm'"):
         sample(network(), diffusion(), {}, generators(2), solver="dmp")
     with pytest.raises(ValueError, match="Did you mean 'clean'"):

@@ -315,6 +315,18 @@ def test_a_store_that_was_deleted_is_filled_again(tmp_path: Path) -> None:
     assert [step for step, _ in history(tmp_path)] == [0, 1, 2]
 
 
+@pytest.mark.slow
+def test_a_script_of_the_user_is_not_taken_for_a_module_of_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("random", "queue"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a script')")
+    with track(tmp_path):
+        losses(tmp_path, range(3))
+    assert [step for step, _ in history(tmp_path)] == [0, 1, 2]
+
+
 def test_the_end_of_an_earlier_start_is_not_recorded(tmp_path: Path) -> None:
     """The process beside a stage that was killed may outlive it, and the stage be started again meanwhile."""
     folder, first, second = tmp_path / "packed.run", track(tmp_path), track(tmp_path)

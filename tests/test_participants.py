@@ -1,12 +1,13 @@
 """Tables of participants: no cell moves to another row, and numbers have the unit that the schema says."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from shards.errors import DataError
-from shards.participants import Row, read_sheet, read_table
+from shards.participants import Reject, Row, read_sheet, read_table
 from shards.preprocess.tables import carry_tables
 from shards.schema import Schema
 
@@ -79,3 +80,22 @@ def test_a_csv_without_sessions_becomes_a_table_of_participants(tmp_path: Path, 
     (tmp_path / "scans.csv").write_text(f"participant_id,session_id,path,age\nx,{session},x.nii,31\n")
     carry_tables(tmp_path / "scans.csv", tmp_path, "csv", {"sub-x"})
     assert read_sheet(tmp_path / "participants.tsv").rows == [(2, {"participant_id": "sub-x", "age": "31"})]
+
+
+@pytest.mark.parametrize(
+    ("there", "listed", "reason"),
+    [
+        ("sub-01/anat/sub-01_T1w.nii.gz", "1", "no folder sub-1, but sub-01: write the id with its zeros"),
+        ("sub-01/anat/sub-01_T1w.nii.gz", "07", "no folder sub-07"),
+        ("sub-01/sub-01_T1w.nii.gz", "01", r"looked for anat/\*_T1w.nii.gz, found sub-01/sub-01_T1w.nii.gz"),
+        ("sub-01/anat/sub-01_t1w.nii.gz", "01", r"looked for .*, found sub-01/anat/sub-01_t1w.nii.gz"),
+        ("sub-01/anat/sub-01_T2w.nii.gz", "01", r"looked for anat/\*_T1w.nii.gz in sub-01"),
+    ],
+)
+def test_a_missing_file_is_explained(tmp_path: Path, there: str, listed: str, reason: str) -> None:
+    (tmp_path / there).parent.mkdir(parents=True)
+    (tmp_path / there).write_bytes(b"x")
+    (tmp_path / "participants.tsv").write_text(f"participant_id\tage\tsex\n{listed}\t30\tF\n")
+    (row,) = read_table(tmp_path, SCHEMA).rows
+    assert isinstance(row, Reject)
+    assert re.match(f"no file: image; .*{reason}", row.reason), row.reason

@@ -196,7 +196,7 @@ def test_bad_scans_are_listed_and_stop_nothing(derivative: Path) -> None:
     lines = (derivative / "rejected.tsv").read_text().splitlines()
     assert lines[0] == "line\tkey\treason"
     assert lines[1].startswith("4\tsub-c\tnot a NIfTI file")
-    assert lines[2] == "5\tsub-d\tno file: image"
+    assert lines[2].startswith("5\tsub-d\tno file: image; there is no folder sub-d")
 
 
 def test_all_results_are_on_the_grid_of_the_template(derivative: Path) -> None:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mvhpc.variables import Categorical, Continuous, Variables, Volume, standard_intervals
+from mvhpc.variables import Categorical, Continuous, Variables, Volume, check_known, standard_intervals
+from shards.errors import DataError
 from shards.schema import Schema, Value
 
 SCHEMA = Schema.from_dict(
@@ -39,7 +40,7 @@ def test_schema_keeps_order_and_kinds() -> None:
     assert VARIABLES.names == ["image", "age", "site"]
     assert [(v.name, v.shape) for v in VARIABLES.volumes] == [("image", (2, 3, 4, 5))]
     assert VARIABLES.scalars == [
-        Continuous("age", 0, 120, "years"),
+        Continuous("age", 0, 120, "years", range=(0, 120)),
         Categorical("site", ("oslo", "lima", "pune")),
     ]
 
@@ -56,6 +57,23 @@ def test_encodings_invert() -> None:
     assert site.decode(site.encode(["pune", "oslo"])) == ["pune", "oslo"]
     latents = torch.randn(2, 2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(VARIABLES.volumes[0].decode(VARIABLES.volumes[0].encode(latents)), latents)
+
+
+def test_what_is_reported_is_within_the_schemas_range() -> None:
+    variables = Variables.from_schema(
+        Schema.from_dict({"age": {"kind": "continuous", "range": [0, 120]}}), {}, {"age": [40.0, 60.0]}
+    )
+    age = variables["age"]
+    assert isinstance(age, Continuous)
+    far = age.decode(torch.tensor([[-170.0], [0.5], [90.0]]))
+    assert far.tolist() == [-1650.0, 55.0, 950.0]
+    assert age.clip(far).tolist() == age.snap(far).tolist() == [0.0, 55.0, 120.0]
+
+
+def test_a_variable_that_nobody_has_is_refused() -> None:
+    check_known(SCHEMA, [{"age": None, "site": "lima"}, {"age": 40.0}])
+    with pytest.raises(DataError, match="none of the 2 training subjects has age: "):
+        check_known(SCHEMA, [{"age": None, "site": "lima"}, {"site": "oslo"}])
 
 
 def test_moments_standardise_each_element() -> None:

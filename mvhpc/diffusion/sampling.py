@@ -27,11 +27,15 @@ class Denoiser(Protocol):
 
 
 def check_conditioning(diffusion: JointDiffusion, conditioning: str, guidance: float) -> None:
-    """Refuse what needs a level of its own for each variable, of a model that was trained with a shared one.
+    """Refuse a guidance of 0 or less, and what needs a level of its own for each variable where all share one.
 
     Raises:
-        ConfigError: ``clean`` or guidance with such a model.
+        ConfigError: such a guidance, or ``clean`` or guidance with a model that was trained with a shared level.
     """
+    if guidance <= 0:
+        raise ConfigError(
+            f"sampling.guidance={guidance:g}: above 0; 1 is the conditional law, and more strengthens what is given"
+        )
     if not diffusion.independent and (conditioning == "clean" or guidance != 1):
         raise ConfigError(
             "conditioning 'clean' and guidance need a model trained with independent times (diffusion.time: "

@@ -82,16 +82,12 @@ def draw_people(
 
 @torch.inference_mode()
 def decode(sampler: Sampler, name: str, drawn: torch.Tensor) -> Any:
-    """One person's value of a variable from its clean encoded form (1, ...).
-
-    A number outside its range, which a sampler may draw, is clipped to the range.
-    """
+    """One person's value of a variable from its clean encoded form (1, ...)."""
     variable = sampler.model.variables[name]
     if isinstance(variable, Volume):
         return sampler.model.decode(name, drawn)[0, 0].float().cpu().numpy()  # (H, W, D)
     if isinstance(variable, Continuous):
-        low, high = sampler.model.schema[name].range
-        return min(max(variable.snap(variable.decode(drawn)).item(), low), high)
+        return variable.snap(variable.decode(drawn)).item()
     return variable.decode(drawn)[0]
 
 

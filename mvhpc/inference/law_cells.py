@@ -17,6 +17,8 @@ QUANTILES = (5, 25, 50, 75, 95)  # %, of a predicted number
 def law_cells(variable: Scalar, law: Law, truth: Sequence[Value]) -> list[Row]:
     """For each of B people, of a category its probabilities; of a number mean, SD, quantiles and CRPS.
 
+    Mean and quantiles are clipped to the schema's range; SD and CRPS are those of the law as it is.
+
     Args:
         variable: what was predicted.
         law: of B people.
@@ -30,7 +32,7 @@ def law_cells(variable: Scalar, law: Law, truth: Sequence[Value]) -> list[Row]:
     device, scale = law.mean.device, (variable.high - variable.low) / 2
     shares = torch.tensor(QUANTILES, dtype=torch.float64) / 100
     points = quantile(law, shares.to(device))  # (B, 5)
-    columns = {name: variable.decode(law.mean), f"{name}_sd": law.stddev * scale}
+    columns = {name: variable.clip(variable.decode(law.mean)), f"{name}_sd": law.stddev * scale}
     columns |= {f"{name}_q{q:02d}": variable.snap(variable.decode(points[:, i])) for i, q in enumerate(QUANTILES)}
     encoded = variable.encode(truth).to(device)[:, 0].double()  # 0 where missing
     columns[f"{name}_crps"] = crps(law, encoded) * scale

@@ -105,7 +105,7 @@ class Tracker:
         write_state(self.folder, self.state)
         self._bar.start()
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "mvhpc.runs.mlflow_process", str(self.folder), self.attempt],
+            [sys.executable, "-P", "-W", "ignore", "-m", "mvhpc.runs.mlflow_process", str(self.folder), self.attempt],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

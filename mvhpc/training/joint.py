@@ -32,7 +32,7 @@ from mvhpc.training.calibration import calibrate
 from mvhpc.training.cross_fitting import assign_folds
 from mvhpc.training.engines.base import Engine
 from mvhpc.training.task import Task
-from mvhpc.variables import Value, Variables, standard_intervals
+from mvhpc.variables import Value, Variables, check_known, standard_intervals
 from shards.dataset import Dataset, open_dataset
 from shards.errors import nearest
 from shards.index import Index
@@ -183,6 +183,7 @@ class JointTask(Task):
 
     Raises:
         ConfigError: as :func:`open_latents`, or the data lack a variable.
+        DataError: no training subject has a value of a variable.
     """
 
     def __init__(self, config: JointConfig) -> None:
@@ -193,6 +194,7 @@ class JointTask(Task):
         self.grid = index.grid
         train, validation = (dataset.keys(part, config.split) for part in ("train", "validation"))
         records = read_records(dataset, train + validation, self.schema)
+        check_known(self.schema, records.rows[: len(train)])
         self.latent = {v.name: self._moments(records, len(train), v.name, index) for v in self.schema.volumes}
         self.intervals = standard_intervals(self.schema, records.rows[: len(train)]) if config.scaling == "sd" else {}
         variables = Variables.from_schema(self.schema, self.latent, self.intervals)

@@ -32,7 +32,7 @@ from mvhpc.training.cross_fitting import assign_folds
 from mvhpc.training.engines.base import Engine
 from mvhpc.training.stacking import stack_members
 from mvhpc.training.task import Task
-from mvhpc.variables import Categorical, Value, Variables, standard_intervals
+from mvhpc.variables import Categorical, Value, Variables, check_known, standard_intervals
 from shards.dataset import Dataset, open_dataset
 from shards.errors import nearest
 from shards.schema import Schema
@@ -162,6 +162,7 @@ class ScalarsTask(Task):
 
     Raises:
         ConfigError: as :func:`check_scalars`.
+        DataError: no training subject has a value of a variable.
     """
 
     def __init__(self, config: ScalarsConfig) -> None:
@@ -169,6 +170,7 @@ class ScalarsTask(Task):
         self.dataset, self.schema = check_scalars(config)
         train, validation = (self.dataset.keys(part, config.split) for part in ("train", "validation"))
         rows = [scalar_values(self.dataset, key, self.schema, [v.name for v in self.schema]) for key in train]
+        check_known(self.schema, rows)
         self.intervals = standard_intervals(self.schema, rows)
         spacing = config.encoder.spacing
         variables = pooled_variables(self.dataset, self.schema, spacing, self.intervals)
