@@ -30,8 +30,10 @@ test: install
 test-slurm: install  # the longest file first
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal tests/test_slurm_faults.py tests/test_slurm*.py
 
-test-others: install
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --ignore-glob='*/test_slurm*.py'
+LONGEST := $(addprefix tests/test_,$(addsuffix .py,training_workers launchers gpu_benchmark mlflow export any_variables pipeline))
+
+test-others: install  # the longest files first
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore-glob='*/test_slurm*.py' $(LONGEST) tests
 
 lint: install
 	$(VENV)/bin/ruff check .
