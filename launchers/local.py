@@ -2,10 +2,8 @@
 
 import contextlib
 import os
-import shlex
 import signal
 import socket
-import sys
 from pathlib import Path
 
 import psutil
@@ -14,9 +12,9 @@ import submitit
 from launchers.allocation import Assignment
 from launchers.driver import run_stage
 from launchers.jobs import Job, new_job, release
+from launchers.process import PYTHON
 from mvhpc.config import ConfigError
 
-PYTHON = f"{shlex.quote(sys.executable)} -P"  # no module of the folder where the user is shadows Python's own
 MINUTES = 7 * 24 * 60  # time limit; submitit's default is a few minutes
 
 

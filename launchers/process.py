@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ import psutil
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
 GRACE_S = 1.0  # between SIGTERM and SIGKILL; files are written atomically, so there is nothing to wait for
+PYTHON = f"{shlex.quote(sys.executable)} -P"  # of a shell's line; -P: no module of the working folder shadows Python's
 STOP = b"stop\n"
 
 

@@ -5,13 +5,13 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import submitit
 
+from launchers.process import PYTHON
 from launchers.site import Site, minutes
 from mvhpc.config import ConfigError
 
@@ -55,7 +55,7 @@ def executor(
     """
     if shutil.which("srun") is None:
         raise ConfigError("--cluster slurm: no srun and sbatch here; submit on a login node, or take --cluster local")
-    submitter = submitit.SlurmExecutor(folder, python=f"{shlex.quote(sys.executable)} -P")
+    submitter = submitit.SlurmExecutor(folder, python=PYTHON)
     further: dict[str, Any] = {"requeue": True} | site.sbatch
     if min_nodes < nodes:
         further["nodes"] = f"{min_nodes}-{nodes}"

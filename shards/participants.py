@@ -258,6 +258,7 @@ def _read_bids(folder: Path, schema: Schema, group: str, split_column: str) -> T
     _check_units(folder / "participants.json", schema)
     sessions_known: set[str] = set()
     reader = _Reader(path, schema, group, split_column)
+    folders = {p.name[4:].lstrip("0"): p.name for p in folder.glob("sub-*")}  # label without leading zeros -> name
     digest = hashlib.sha256(sheet.text.encode())
     empty_sessions = 0
     for line, cells in sheet.rows:
@@ -291,9 +292,8 @@ def _read_bids(folder: Path, schema: Schema, group: str, split_column: str) -> T
                 return matches[0]
 
             own = {k: v for k, v in by_session.get(session, {}).items() if k != SESSION and not missing(v)}
-            reader.add(
-                line, {**cells, **own, SESSION: session}, find, functools.partial(_why_none, folder, subject, schema)
-            )
+            why = functools.partial(_why_none, folder, subject, schema, folders)
+            reader.add(line, {**cells, **own, SESSION: session}, find, why)
     for variable in schema.scalars:
         if variable.column not in sessions_known:
             _require_column(sheet.columns, variable.column, path, " The schema's `column` can name another.")
@@ -309,17 +309,16 @@ def _read_bids(folder: Path, schema: Schema, group: str, split_column: str) -> T
     return Table("bids", reader.rows, notes, digest.hexdigest())
 
 
-def _why_none(folder: Path, subject: str, schema: Schema) -> str:
+def _why_none(folder: Path, subject: str, schema: Schema, folders: Mapping[str, str]) -> str:
     """The most likely reason why a BIDS folder has no volume of a subject, and what to do."""
     if not (folder / subject).is_dir():
-        label = subject.removeprefix("sub-")
-        same = [p.name for p in folder.glob("sub-*") if p.name[4:].lstrip("0") == label.lstrip("0")]
-        if same:
-            return f"; there is no folder {subject}, but {same[0]}: write the id with its zeros in participants.tsv"
-        return f"; there is no folder {subject}"
+        same = folders.get(subject.removeprefix("sub-").lstrip("0"))
+        zeros = f", but {same}: write the id with its zeros in participants.tsv" if same else ""
+        return f"; there is no folder {subject}{zeros}"
     wanted = " or ".join(f"anat/*_{v.suffix}.nii.gz" for v in schema.volumes)
-    suffixes = {f"_{v.suffix}".casefold() for v in schema.volumes}
-    near = [p for p in (folder / subject).rglob("*.*") if p.name.partition(".")[0].casefold().endswith(tuple(suffixes))]
+    suffixes = tuple(f"_{v.suffix}".casefold() for v in schema.volumes)
+    files = (p for p in (folder / subject).rglob("*.*") if p.suffix != ".json")
+    near = [p for p in files if p.name.partition(".")[0].casefold().endswith(suffixes)]
     if near:
         return f"; looked for {wanted}, found {min(near).relative_to(folder)}: move or rename it"
     return f"; looked for {wanted} in {subject}"

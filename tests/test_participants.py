@@ -89,6 +89,7 @@ def test_a_csv_without_sessions_becomes_a_table_of_participants(tmp_path: Path, 
         ("sub-01/anat/sub-01_T1w.nii.gz", "07", "no folder sub-07"),
         ("sub-01/sub-01_T1w.nii.gz", "01", r"looked for anat/\*_T1w.nii.gz, found sub-01/sub-01_T1w.nii.gz"),
         ("sub-01/anat/sub-01_t1w.nii.gz", "01", r"looked for .*, found sub-01/anat/sub-01_t1w.nii.gz"),
+        ("sub-01/anat/sub-01_T1w.json", "01", r"looked for anat/\*_T1w.nii.gz in sub-01"),
         ("sub-01/anat/sub-01_T2w.nii.gz", "01", r"looked for anat/\*_T1w.nii.gz in sub-01"),
     ],
 )
