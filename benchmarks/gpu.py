@@ -5,8 +5,8 @@
 
 Sections, of preset `h200`: `training` and `autoencoder` (step time and share of the GPU's bfloat16 peak, eager and
 with the repeated blocks compiled), `inference` (predictions from latents and from a volume, chains with an unknown
-category, encoding of a scan), `repeatability` (two training runs of `vae`, `baseline` and `joint` end with equal bits)
-and `loop` (the training loop beside a bare one). Brain extraction is not measured: there is no stage of it yet.
+category, encoding of a scan), `extraction` (the brain of a scan by deepbet), `repeatability` (two training runs of
+`vae`, `baseline` and `joint` end with equal bits) and `loop` (the training loop beside a bare one).
 
 Each section is a process with a time limit, so that neither a failure nor a hang nor its memory reaches the others.
 Results, and the errors of what failed, are written to one JSON file after each section. The exit status is 1 where
@@ -36,11 +36,12 @@ sys.path.insert(0, str(ROOT))  # for `benchmarks`, wherever this file is run fro
 from shards.files import write_text  # noqa: E402
 
 SECTIONS = {  # name -> function, seconds at most
-    "training": ("benchmarks.gpu_sections.training:joint", 150),
-    "autoencoder": ("benchmarks.gpu_sections.training:autoencoder", 130),
-    "inference": ("benchmarks.gpu_sections.inference:inference", 90),
+    "training": ("benchmarks.gpu_sections.training:joint", 140),
+    "autoencoder": ("benchmarks.gpu_sections.training:autoencoder", 125),
+    "inference": ("benchmarks.gpu_sections.inference:inference", 80),
+    "extraction": ("benchmarks.gpu_sections.extraction:extraction", 35),
     "repeatability": ("benchmarks.gpu_sections.repeatability:repeatability", 60),
-    "loop": ("benchmarks.gpu_sections.loop:loop", 50),
+    "loop": ("benchmarks.gpu_sections.loop:loop", 40),
 }
 PRELOADED = ["mvhpc.training.loop", "mvhpc.training.joint", "mvhpc.training.vae", "mvhpc.inference.predictor"]
 

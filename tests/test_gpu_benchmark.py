@@ -45,7 +45,7 @@ def numbers(tree: Any) -> Iterator[float]:
 
 @pytest.mark.slow
 def test_every_section_has_finite_results_and_no_error(report: dict[str, Any]) -> None:
-    expected = {"training": 3, "autoencoder": 2, "inference": 6, "repeatability": 3, "loop": 1}
+    expected = {"training": 3, "autoencoder": 2, "inference": 6, "extraction": 1, "repeatability": 3, "loop": 1}
     assert {name: len(part["results"]) for name, part in report["sections"].items()} == expected
     assert not any(part["errors"] for part in report["sections"].values())
     assert all(math.isfinite(x) and x >= 0 for x in numbers(report))
@@ -60,8 +60,9 @@ def test_rates_agree_with_times(report: dict[str, Any]) -> None:
                 assert result["samples_per_second"] == pytest.approx(1000 * result["batch"] / result["step_ms"])
                 assert result["slowest_block_ms"] >= result["step_ms"]
                 assert result["peak_percent"] is None  # that of a CPU is not known
-    for result in report["sections"]["inference"]["results"].values():
-        assert result["people_per_second"] == pytest.approx(1000 / result["ms_per_person"])
+    for name in ("inference", "extraction"):
+        for result in report["sections"][name]["results"].values():
+            assert result["people_per_second"] == pytest.approx(1000 / result["ms_per_person"])
 
 
 @pytest.mark.slow
@@ -72,6 +73,12 @@ def test_blocks_are_compiled_whole_and_for_any_number_of_rows(report: dict[str, 
         assert 0 < result["graphs"] <= 2 * result["regions"]  # of any number of rows, and of one row
         eager = report["sections"][name]["results"][f"{label}, eager"]
         assert eager["tflops"] * eager["step_ms"] == pytest.approx(result["tflops"] * result["step_ms"])  # operations
+
+
+@pytest.mark.slow
+def test_the_extracted_brain_is_the_templates_own(report: dict[str, Any]) -> None:
+    (result,) = report["sections"]["extraction"]["results"].values()
+    assert result["dice"] > 0.9
 
 
 @pytest.mark.slow

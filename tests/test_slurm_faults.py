@@ -26,6 +26,7 @@ from tests.conftest import SMALL_JOINT, listening
 from tests.slurm_cluster import NODES, SlurmCluster, wait_for
 from tests.test_slurm import check_cleaned_up, separate_state, submit  # noqa: F401 (a fixture)
 from tests.toy_task import curves, digest, join
+from tests.workers import start_workers
 
 pytest_plugins = ["tests.slurm_fixtures"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -158,7 +159,7 @@ def undisturbed(tiny_latents: Path, tiny_model: Path, tmp_path_factory: pytest.T
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()
-            torch.multiprocessing.spawn(_train_undisturbed, (tiny_latents, tiny_model.parent / "vae", folder), 2)
+            start_workers(_train_undisturbed, (tiny_latents, tiny_model.parent / "vae", folder), 2)
     for zero in STEPS:
         assert starts(folder / f"zero{zero}") == 1
     return folder

@@ -28,6 +28,7 @@ from mvhpc.runtime.watchdog import Interrupted as StoppedOnRequest
 from mvhpc.training.engines.make import make_engine
 from tests.conftest import listening
 from tests.toy_task import Interrupted, curves, digest, exported, join, run_toy, toy_config
+from tests.workers import start_workers
 
 pytestmark = pytest.mark.slow
 
@@ -154,7 +155,7 @@ class _Malicious:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deepspeed")
-    torch.multiprocessing.spawn(_worker, (folder,), 2)
+    start_workers(_worker, (folder,), 2)
     return folder
 
 
@@ -162,7 +163,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def four_two_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("elastic")
     for world, stop in ((4, 6), (2, 11), (4, -1)):
-        torch.multiprocessing.spawn(_one_of_four_or_two, (world, stop, folder), world)
+        start_workers(_one_of_four_or_two, (world, stop, folder), world)
     return folder
 
 

@@ -41,6 +41,7 @@ class Settings:
         product: rows and columns of the matrices whose product gives the rate that the device keeps up.
         product_seconds: that their products are repeated for.
         chains: drawn together.
+        extractions: of a brain, that are timed; the median is reported.
         people: of the small data sets that are trained on twice.
         rounds, turns: of the comparison with a bare training loop.
     """
@@ -57,6 +58,7 @@ class Settings:
     product: int = 8192
     product_seconds: float = 3.0
     chains: int = 64
+    extractions: int = 5
     people: int = 64
     rounds: int = 2
     turns: int = 5
@@ -85,6 +87,7 @@ TINY = Settings(
     product=256,
     product_seconds=0.1,
     chains=2,
+    extractions=1,
     people=16,
     rounds=1,
     turns=2,

@@ -17,6 +17,7 @@ COLUMNS = {  # section -> key of a result -> heading
         "first_step_s": "first step, compiled, s",
     },
     "inference": {"people": "at a time", "ms_per_person": "ms a person", "people_per_second": "people/s"},
+    "extraction": {"ms_per_person": "ms a scan", "dice": "Dice with the template's own mask"},
     "repeatability": {"tensors": "tensors", "different": "different in the second run"},
     "loop": {"bare_step_ms": "bare loop, ms a step", "ours_step_ms": "ours, ms a step", "ratio": "ratio"},
 }

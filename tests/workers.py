@@ -1,0 +1,15 @@
+"""Worker processes of one machine, as `torch.multiprocessing.spawn` starts them, but without an import for each."""
+
+import multiprocessing
+from collections.abc import Callable
+from typing import Any
+
+import torch.multiprocessing
+
+IMPORTED = ["deepspeed", "mvhpc.training.joint", "mvhpc.training.loop"]  # ten seconds of computing
+
+
+def start_workers(function: Callable[..., None], arguments: tuple[Any, ...], workers: int) -> None:
+    """Run ``function(rank, *arguments)`` in ``workers`` processes, which fork from one that has imported the packages."""
+    multiprocessing.set_forkserver_preload(IMPORTED)
+    torch.multiprocessing.start_processes(function, arguments, workers, start_method="forkserver")
