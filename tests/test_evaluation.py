@@ -112,11 +112,25 @@ def test_an_inpainting_is_cut_where_something_is_unknown() -> None:
     assert [figures.most_unknown(known, axis) for axis in range(3)] == [4, 6, 5]
 
 
+def test_a_difference_is_black_where_nothing_changed_and_red_where_it_is_brighter() -> None:
+    before = np.full((2, 3), 0.5)
+    after = before + np.array([[0, 0.3, 0.9], [0, -0.3, -0.9]])
+    colours = figures.difference(before, after)
+    assert (colours[:, 0] == 0).all()
+    assert (colours[0, 1:, 0] > colours[0, 1:, 2]).all() and (colours[1, 1:, 2] > colours[1, 1:, 0]).all()
+    assert np.allclose(colours[:, 1], colours[:, 2])  # beyond the full colour
+
+
 def test_figures_are_written_whole(tmp_path) -> None:  # type: ignore[no-untyped-def]
     volumes = list(np.random.default_rng(0).random((5, 8, 12, 10)))
     figures.people(volumes, [f"person {i}" for i in range(5)], tmp_path / "people.png")
     figures.predicted_against_true(
-        np.arange(5.0), np.arange(5.0) + 1, np.full(5, np.nan), tmp_path / "scatter.png", "height", "m", "MAE 1"
+        np.arange(5.0),
+        np.arange(5.0) + 1,
+        (np.arange(5.0), np.full(5, np.nan)),
+        tmp_path / "scatter.png",
+        "height",
+        "m",
     )
     for name in ("people.png", "scatter.png"):
         assert imread(tmp_path / name)[..., :3].std() > 0.01

@@ -10,6 +10,6 @@ IMPORTED = ["deepspeed", "mvhpc.training.joint", "mvhpc.training.loop"]  # ten s
 
 
 def start_workers(function: Callable[..., None], arguments: tuple[Any, ...], workers: int) -> None:
-    """Run ``function(rank, *arguments)`` in ``workers`` processes, which fork from one that has imported the packages."""
+    """Run ``function(rank, *arguments)`` in processes that fork from one which has imported the packages."""
     multiprocessing.set_forkserver_preload(IMPORTED)
     torch.multiprocessing.start_processes(function, arguments, workers, start_method="forkserver")

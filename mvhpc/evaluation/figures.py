@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -17,6 +18,8 @@ from shards.files import atomic_file
 
 PAPER, INK, FAINT = "#000000", "#e8e6e3", "#8a8f98"
 PANEL_INCHES = 1.35  # height of one brain
+LARGEST_DIFFERENCE = 0.3  # of intensities in [0, 1], at full colour
+DIFFERENCE = f"difference (red: brighter, blue: darker; full at {LARGEST_DIFFERENCE:g})"
 
 
 def middle(volume: NDArray) -> tuple[int, int, int]:
@@ -56,6 +59,19 @@ def slices(volume: NDArray) -> NDArray:
     return np.concatenate(padded, axis=1)
 
 
+def difference(before: NDArray, after: NDArray) -> NDArray:
+    """How much brighter (red) or darker (blue) the second image is than the first; black where they are equal.
+
+    Args:
+        before, after: (h, w) in [0, 1].
+
+    Returns:
+        (h, w, 3) in [0, 1]; full colour at a difference of :data:`LARGEST_DIFFERENCE`.
+    """
+    change = np.clip((after - before) / LARGEST_DIFFERENCE, -1, 1)[..., None]
+    return np.maximum(change, 0) * [1.0, 0.35, 0.25] + np.maximum(-change, 0) * [0.3, 0.6, 1.0]
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically."""
     with atomic_file(path) as part:
@@ -75,6 +91,7 @@ def gallery(
     captions: Sequence[Sequence[str]] | None = None,
     columns: Sequence[str] = (),
     title: str = "",
+    spacing: float | None = None,
 ) -> None:
     """A grid of grey images on black.
 
@@ -84,6 +101,7 @@ def gallery(
         captions: a line under each image.
         columns: a heading over each column.
         title: a line at the top.
+        spacing: mm of a pixel; the first image then gets a bar of 5 cm, and an L at the person's left.
     """
     across = max(len(row) for row in rows)
     shapes = [image.shape for row in rows for image in row]
@@ -112,12 +130,29 @@ def gallery(
                 )
             if columns and r == 0:
                 ax.set_title(columns[c], color=FAINT, size=8, pad=3)
+    if spacing:
+        _marks(figure.axes[0], spacing, rows[0][0].shape[0])
     if title:
         figure.suptitle(title, color=INK, size=10)
     save(figure, path)
 
 
-def people(volumes: Sequence[NDArray], captions: Sequence[str], path: Path, across: int = 6) -> None:
+def _marks(ax: Axes, spacing: float, height: int) -> None:
+    """A bar of 5 cm at the bottom and an L at the left of an image of ``height`` rows."""
+    ax.autoscale(False)
+    ax.plot([0, 50 / spacing], [height - 1, height - 1], color=INK, lw=1.2, solid_capstyle="butt")
+    ax.text(0, height - 1.8, "5 cm", color=INK, size=6, va="bottom")
+    ax.text(0, height * 0.45, "L", color=INK, size=7, va="center")
+
+
+def people(
+    volumes: Sequence[NDArray],
+    captions: Sequence[str],
+    path: Path,
+    across: int = 6,
+    title: str = "",
+    spacing: float | None = None,
+) -> None:
     """A grid of people: an axial, a coronal and a sagittal slice of each, with a caption.
 
     Args:
@@ -125,11 +160,12 @@ def people(volumes: Sequence[NDArray], captions: Sequence[str], path: Path, acro
         captions: one per person.
         path: PNG file.
         across: people per row, at most.
+        title, spacing: see :func:`gallery`.
     """
     across = max(1, min(across, round(len(volumes) ** 0.5)))
     images = [slices(volume) for volume in volumes]
     cut = range(0, len(images), across)
-    gallery([images[i : i + across] for i in cut], path, [captions[i : i + across] for i in cut])
+    gallery([images[i : i + across] for i in cut], path, [captions[i : i + across] for i in cut], (), title, spacing)
 
 
 def shade(image: NDArray, known: NDArray) -> NDArray:
@@ -151,6 +187,8 @@ def inpainting(
     completions: Sequence[NDArray],
     path: Path,
     captions: Sequence[str] = (),
+    title: str = "",
+    spacing: float | None = None,
 ) -> None:
     """Original, known part and completions, one column each, in the slices with the most unknown voxels.
 
@@ -160,22 +198,30 @@ def inpainting(
         completions: each (H, W, D).
         path: PNG file.
         captions: one for each completion.
+        title, spacing: see :func:`gallery`.
     """
     at = [most_unknown(known, axis) for axis in range(3)]
     shown = [shade(image, seen) for image, seen in zip(views(original, at), views(known, at))]
     columns = [views(original, at), shown, *(views(volume, at) for volume in completions)]
     rows = [list(row) for row in zip(*columns)]
     names = list(captions) or [f"completion {i + 1}" for i in range(len(completions))]
-    gallery(rows, path, columns=["original", "known", *names])
+    gallery(rows, path, None, ["original", "known", *names], title, spacing)
 
 
 def predicted_against_true(
-    true: NDArray, predicted: NDArray, sd: NDArray, path: Path, name: str, unit: str = "", note: str = ""
+    true: NDArray,
+    predicted: NDArray,
+    interval: tuple[NDArray, NDArray],
+    path: Path,
+    name: str,
+    unit: str = "",
+    note: str = "",
 ) -> None:
-    """Scatter of predicted against true values with a bar of one SD each way, and the diagonal.
+    """Scatter of predicted against true values with their 90 % intervals, the diagonal and the line of least squares.
 
     Args:
-        true, predicted, sd: (N,), in the variable's unit; NaN in ``sd`` draws no bar.
+        true, predicted: (N,), in the variable's unit; people without both are left out.
+        interval: 5 % and 95 % quantile, each (N,); NaN draws no bar.
         path: PNG file.
         name, unit: of the variable.
         note: text in the corner.
@@ -183,14 +229,16 @@ def predicted_against_true(
     figure = Figure(figsize=(4.2, 4.2), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     ax = figure.add_subplot()
-    low, high = float(np.nanmin([true, predicted])), float(np.nanmax([true, predicted]))
+    known = np.isfinite(true) & np.isfinite(predicted)
+    true, predicted, start, end = (values[known] for values in (true, predicted, *interval))
+    low, high = float(min(true.min(), predicted.min())), float(max(true.max(), predicted.max()))
     margin = 0.06 * ((high - low) or 1.0)
     limits = (low - margin, high + margin)
     ax.plot(limits, limits, color=FAINT, lw=1, zorder=0)
     ax.errorbar(
         true,
         predicted,
-        yerr=np.nan_to_num(sd),
+        yerr=[np.nan_to_num(predicted - start).clip(0), np.nan_to_num(end - predicted).clip(0)],
         fmt="o",
         ms=4,
         color="#14708a",
@@ -199,6 +247,11 @@ def predicted_against_true(
         markeredgecolor="white",
         markeredgewidth=0.4,
     )
+    if len(true) > 2 and np.ptp(true) > 0:
+        slope, shift = np.polyfit(true, predicted, 1)
+        ends = np.array([true.min(), true.max()])
+        ax.plot(ends, slope * ends + shift, color="#c4572e", lw=1.2, label=f"least squares, slope {slope:.2f}")
+        ax.legend(loc="lower right", frameon=False, fontsize=8)
     label = f"{name} ({unit})" if unit else name
     ax.set(xlim=limits, ylim=limits, xlabel=f"true {label}", ylabel=f"predicted {label}", aspect="equal")
     ax.text(0.03, 0.97, note, transform=ax.transAxes, va="top", size=9)

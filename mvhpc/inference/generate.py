@@ -203,7 +203,9 @@ def run(config: GenerateConfig, run: Run) -> dict[str, Any]:
     shown = write_bids(Path(config.out), drawn(), config.count, schema, grid["affine"], source)
     with run.figure("people.png") as path:
         volumes = [person[schema.volumes[0].name] for person in shown]
-        people(volumes, [caption(schema, person) for person in shown], path)
+        title = f"{len(shown)} of {config.count} synthetic people"
+        captions = [caption(schema, person) for person in shown]
+        people(volumes, captions, path, title=title, spacing=grid["spacing"])
     return {"people": config.count, **_summary(schema, table)}
 
 

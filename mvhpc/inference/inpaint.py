@@ -131,7 +131,9 @@ def show_completions(
 ) -> None:
     """Write the figure: original, known part, completions with their scalars."""
     captions = [caption(sampler.model.schema, person) for person in people]
-    inpainting(voxels, known, [person[name] for person in people], path, captions)
+    title = f"one person, {len(people)} completion{'s' * (len(people) > 1)}"
+    drawn = [person[name] for person in people]
+    inpainting(voxels, known, drawn, path, captions, title, sampler.model.grid["spacing"])
 
 
 def inpaint_half(sampler: Sampler, dataset: Dataset, key: str, path: Path, samples: int = 3, seed: int = 0) -> None:

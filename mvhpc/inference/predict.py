@@ -108,8 +108,11 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
             summary |= {f"{part}/{name}_in_90": held.value, f"{part}/{name}_crps": float(frame[f"{name}_crps"].mean())}
         if variable.kind != "categorical":
             with run.figure(f"{name}.png") as path:
-                true, mean, sd = (frame[f"{name}{s}"].to_numpy(float) for s in ("_true", "", "_sd"))
-                bars = "; bars: one SD" if np.isfinite(sd).any() else ""
-                note = f"given {label(config.given)}\nMAE {result.format(2)}{bars}"
-                predicted_against_true(true, mean, sd, path, name, variable.unit or "", note)
+                columns = (frame.get(f"{name}{s}") for s in ("_true", "", "_q05", "_q95"))
+                true, mean, low, high = (
+                    np.full(len(frame), np.nan) if c is None else c.to_numpy(float) for c in columns
+                )
+                bars = "\nbars: 90 % intervals" if np.isfinite(low).any() else ""
+                note = f"given {label(config.given)}, n = {result.n}\nMAE {result.format(2)}{bars}"
+                predicted_against_true(true, mean, (low, high), path, name, variable.unit or "", note)
     return summary

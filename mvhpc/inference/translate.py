@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mvhpc.config import Device, Sampling, Tracking, at_least, choose, to_dict
-from mvhpc.evaluation.figures import gallery, slices
+from mvhpc.evaluation.figures import DIFFERENCE, difference, gallery, slices
 from mvhpc.evaluation.similarity import psnr, ssim
 from mvhpc.evaluation.tables import label, subject_of
 from mvhpc.inference.generate import nifti
@@ -120,6 +120,11 @@ def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
     if measured := [row[2:] for row in complete if row[2] is not None]:
         summary |= dict(zip(("psnr_db", "ssim"), np.mean(measured, 0).tolist()))
         with run.figure("translation.png") as path:
-            pairs = [[slices(true), slices(made)] for _, true, made in shown]
-            gallery(pairs, path, [[key, key] for key, *_ in shown], columns=["measured", "drawn"])
+            rows = [[slices(true), slices(made)] for _, true, made in shown]
+            for row in rows:
+                row.append(difference(*row))
+            captions = [[key, key, ""] for key, *_ in shown]
+            title = f"{len(shown)} of {len(keys)} people"
+            spacing = sampler.model.grid["spacing"]
+            gallery(rows, path, captions, ["measured", "drawn", DIFFERENCE], title, spacing)
     return summary

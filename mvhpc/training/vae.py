@@ -13,7 +13,7 @@ from monai.networks.nets import PatchDiscriminator
 from torch import Tensor, nn
 
 from mvhpc.config import AutoencoderConfig, Compute, ConfigError, Optimizer, Tracking, Training, choose
-from mvhpc.evaluation.figures import gallery, slices
+from mvhpc.evaluation.figures import DIFFERENCE, difference, gallery, slices
 from mvhpc.evaluation.similarity import psnr, ssim
 from mvhpc.models.autoencoder import Autoencoder, kl_divergence
 from mvhpc.models.bundle import save_autoencoder
@@ -218,7 +218,12 @@ class VAETask(Task):
         x = self._read(samples).to(next(network.parameters()).device).float()
         y = network(x, torch.zeros(len(x), *self.latent_shape, device=x.device))[0].float().clamp(0, 1)
         rows = [[slices(v[0].cpu().numpy()) for v in pair] for pair in zip(x, y, strict=True)]
-        return {"reconstruction.png": partial(gallery, rows, columns=["original", "reconstruction"])}
+        for row in rows:
+            row.append(difference(*row))
+        columns = ["original", "reconstruction", DIFFERENCE]
+        title = f"step {step}, {len(rows)} of {len(self.others)} validation volumes"
+        spacing = self.dataset.index.grid["spacing"]
+        return {"reconstruction.png": partial(gallery, rows, columns=columns, title=title, spacing=spacing)}
 
     def export(self, folder: Path, states: dict[str, dict[str, Tensor]], metrics: dict[str, float]) -> None:
         """Write the autoencoder with its validation metrics."""
