@@ -10,6 +10,7 @@ from mvhpc.config import load_config
 from mvhpc.evaluation.tables import Table, constant_predictions, label, read_predictions, scoreboard
 from mvhpc.inference.inpaint import InpaintConfig, inpaint_half
 from mvhpc.inference.sampler import Sampler
+from mvhpc.pipeline.pictures import draw_over_number, fluid_of_dataset, fluid_of_tree, fluid_over_number
 from mvhpc.pipeline.plan import Pipeline
 from mvhpc.stages import STAGES
 from shards.dataset import open_dataset
@@ -62,9 +63,10 @@ def table_of_results(pipeline: Pipeline) -> Table:
 
 
 def collect_figures(pipeline: Pipeline) -> Path:
-    """Collect reconstructions, synthetic people and an inpainted half of a test volume in ``figures``.
+    """Collect reconstructions, synthetic people, an inpainted half and the effect of the first number in ``figures``.
 
-    Without a validation part there are no reconstructions, without a volume in the test part no inpainting.
+    Without a validation part there are no reconstructions, without a volume in the test part no inpainting, without a
+    number no picture of its effect.
     """
     folder = pipeline.root / "figures"
     folder.mkdir(exist_ok=True)
@@ -77,13 +79,23 @@ def collect_figures(pipeline: Pipeline) -> Path:
         if picture.is_file():
             shutil.copy(picture, folder)
     dataset = open_dataset(pipeline.place("pack", split))
-    volume = dataset.index.schema.volumes[0].name
-    key = next((key for key in dataset.keys("test", split) if dataset.has(key, volume)), None)
+    volume = dataset.index.schema.volumes[0]
+    places = dict.fromkeys(("out", "model", "image", "mask"), "")
+    places["model"] = str(pipeline.place("joint", split))
+    sampler = Sampler.of(load_config(InpaintConfig, "inpaint", values=places))
+    key = next((key for key in dataset.keys("test", split) if dataset.has(key, volume.name)), None)
     if key is not None:
-        places = dict.fromkeys(("out", "model", "image", "mask"), "")
-        places["model"] = str(pipeline.place("joint", split))
-        sampler = Sampler.of(load_config(InpaintConfig, "inpaint", values=places))
         inpaint_half(sampler, dataset, key, folder / "inpainted-half.png")
+    number = next((v for v in dataset.index.schema.scalars if v.kind != "categorical"), None)
+    if number is None:
+        return folder
+    draw_over_number(sampler, dataset, split, folder / f"drawn-over-{number.name}.png")
+    tree = Path(pipeline.place("generate", split))
+    if volume.suffix == "T1w" and tree.is_dir():
+        real = fluid_of_dataset(dataset, dataset.keys("test", split), volume.name, number.name)
+        drawn = fluid_of_tree(tree, number, volume, dataset.index.grid["spacing"])
+        label = f"{number.name} ({number.unit})" if number.unit else number.name
+        fluid_over_number(real, drawn, folder / f"ventricles-over-{number.name}.png", label)
     return folder
 
 
