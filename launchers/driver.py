@@ -25,14 +25,14 @@ def run_stage(stage: str, values: dict[str, Any], chained: bool) -> dict[str, An
     Args:
         stage: its name.
         values: its complete configuration.
-        chained: the stage is one of a pipeline: it is skipped where it is complete, and an outdated result is set
-            aside.
+        chained: the stage is one of a pipeline.
 
     Returns:
-        The stage's summary; None where it was complete before.
+        The stage's summary; None where it was complete before. It is skipped then, and an outdated result is set aside;
+        a training that is not of a pipeline continues in its folder.
     """
     planned = plan(stage, load_config(STAGES[stage].config_class(), stage, values=values))
-    return do(planned, f"{stage}: ") if chained else execute(planned)
+    return do(planned, f"{stage}: ") if chained or not planned.stage.trains else execute(planned)
 
 
 def main(path: Path) -> int:

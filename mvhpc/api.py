@@ -74,7 +74,7 @@ class Model:
                 writer.writerows([[ID, PATH, *columns], [SUBJECT, path, *columns.values()]])
             source, out = Path(folder) / "scans.csv", Path(folder) / "out"
             request = Request(source, out, self.path, given=[volume, *given], want=want, workers=1)
-            (row,) = predict_scans(request, self.scalars)
+            ((row,), _) = predict_scans(request, self.scalars)
         return {name: value for name, value in row.items() if name not in {"key", "subject"}}
 
 

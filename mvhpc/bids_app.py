@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 import csv
 import shutil
 import sys
@@ -19,13 +20,13 @@ from numpy.typing import NDArray
 from mvhpc.config import ConfigError, load_config
 from mvhpc.diffusion.laws import Law, take
 from mvhpc.evaluation.report import Answer, Subject, write_pages
-from mvhpc.evaluation.tables import MISSING, subject_of
-from mvhpc.inference.law_cells import QUANTILES
-from mvhpc.inference.prediction_tables import Row, write_predictions
+from mvhpc.evaluation.tables import MISSING, read_predictions, sidecar, subject_of
+from mvhpc.inference.prediction_tables import Row, without_answer, write_predictions
 from mvhpc.inference.predictor import PredictConfig, check_query
 from mvhpc.inference.sampler import versions
 from mvhpc.inference.scalar_inputs import read_inputs
 from mvhpc.inference.scalars_predictor import ScalarsPredictor
+from mvhpc.inference.selection import Selection
 from mvhpc.models.bundle import load
 from mvhpc.models.scalar_bundle import ScalarsModel
 from mvhpc.models.scalar_stack import StackPosterior
@@ -33,7 +34,7 @@ from mvhpc.runs.folder import identity
 from mvhpc.runtime.devices import one_thread, resolve_device
 from mvhpc.variables import Categorical, Continuous
 from shards.errors import DataError, TooManyRejects
-from shards.files import atomic_file
+from shards.files import atomic_file, rename_aside
 from shards.pack import pack
 from shards.participants import ID, PATH, SESSION, Reject, read_sheet, read_table
 from shards.participants import Row as Visit
@@ -49,7 +50,6 @@ POINTS, REACH = 240, 4.0  # of a density's curve; SDs on either side of the mean
 EDGE = 0.1  # of a packed volume; below lies what resampling leaves around the brain
 OK = "ok"
 Array = NDArray[np.float32]
-NO_ANSWER = {"key", "subject", "typicality", "not_given", "flag"}
 SCANS, DERIVATIVE, PACKED, TABLE = "scans.csv", "preprocessed", "packed", "predictions.tsv"
 
 
@@ -78,7 +78,7 @@ class Request:
     device: str = "auto"
 
 
-def predict_scans(request: Request, model: ScalarsModel | None = None) -> list[Row]:
+def predict_scans(request: Request, model: ScalarsModel | None = None) -> tuple[list[Row], list[str]]:
     """Preprocess, judge and answer; write ``predictions.tsv``, its description and a page per scan.
 
     Scans are preprocessed as those that the model was trained on. A scan that cannot be preprocessed or fails quality
@@ -89,7 +89,7 @@ def predict_scans(request: Request, model: ScalarsModel | None = None) -> list[R
         model: that of ``request.model``, if it is loaded already.
 
     Returns:
-        The rows of the table, in the order of the source.
+        The rows of the table, in the order of the source, and the predicted variables.
 
     Raises:
         ConfigError: a query that the model does not take, or an unknown participant.
@@ -115,15 +115,50 @@ def predict_scans(request: Request, model: ScalarsModel | None = None) -> list[R
         reasons |= _read_rejects(source)
     rows: dict[str, Row] = {}
     subjects: dict[str, Subject] = {}
+    warnings: list[str] = []
     if not all(key in reasons for key in keys):
-        rows, subjects = _answer(request, model, schema, source, given, want, reasons)
+        rows, subjects, warnings = _answer(request, model, schema, source, given, want, reasons)
     answered = _complete(rows, keys, want, reasons)
-    about = f"{', '.join(want)} given {', '.join(given)}, by {request.model}"
-    write_predictions(out / TABLE, answered, _describe(model, given, want))
+    unanswered = without_answer(answered, want)
+    counted = f"{len(answered) - len(unanswered)} of {len(answered)} scans answered"
+    about = f"{', '.join(want)} given {', '.join(given)}, by {request.model}; {counted}"
+    facts = {
+        "given": list(given),
+        "want": list(want),
+        "part": "all",
+        "labels": sorted(request.labels) or None,
+        "answered": {
+            "people": len(answered) - len(unanswered),
+            "of": len(answered),
+            "left_out": [{"reason": reason, "people": [key]} for key, reason in unanswered.items()],
+        },
+        "warnings": warnings,
+        "model": identity(model.folder),
+        "recipe": model.meta["recipe"],
+        "versions": versions(),
+    }
+    _set_aside(request, facts)
+    write_predictions(out / TABLE, answered, model.schema, facts)
     nobody = [Answer(name, model.schema[name].unit or "") for name in want]
     pages = [subjects.get(key) or Subject(key, nobody, [reasons[key]]) for key in keys]
     write_pages(out, pages, about)
-    return answered
+    return answered, want
+
+
+def _set_aside(request: Request, facts: Mapping[str, Any]) -> None:
+    """Rename table and pages of another query in the folder: of other variables, participants or another model."""
+    table = request.out / TABLE
+    if not table.is_file():
+        return
+    keys = ("given", "want", "model", "labels")
+    keys_before: list[str] = []
+    before: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError):  # a table of another program
+        frame, before = read_predictions(table)
+        keys_before = frame["key"].tolist()
+    if any(before.get(key) != facts.get(key) for key in keys):
+        pages = [request.out / f"{name}.html" for name in ("index", *keys_before)]
+        rename_aside([path for path in (table, sidecar(table), *pages) if path.is_file()])
 
 
 def _known_part(schema: Schema, source: Path) -> Schema:
@@ -172,15 +207,15 @@ def _answer(
     given: Sequence[str],
     want: Sequence[str],
     reasons: dict[str, str],
-) -> tuple[dict[str, Row], dict[str, Subject]]:
-    """Rows and pages by key; the reasons of scans that fail quality control are added."""
+) -> tuple[dict[str, Row], dict[str, Subject], list[str]]:
+    """Rows and pages by key, and warnings; the reasons of scans that fail quality control are added."""
     packed = request.out / PACKED
     shutil.rmtree(packed, ignore_errors=True)
     options: dict[str, Any] = {"schema": schema, "spacing": model.grid["spacing"], "shape": model.grid["shape"]}
     try:
         pack(source, packed, **options, max_rejects="100%", fractions=(0, 0, 1), workers=request.workers)
     except TooManyRejects:
-        return {}, {}
+        return {}, {}, []
     finally:
         for key, reason in _read_rejects(packed).items():
             reasons.setdefault(key, reason)  # a scan without a result of the preprocessing has that reason
@@ -188,7 +223,9 @@ def _answer(
     overrides |= {"given": ",".join(given), "want": ",".join(want)}
     config = load_config(PredictConfig, "predict", "default", (), overrides)
     predictor = ScalarsPredictor(config, model)
-    keys, rows, pages = predictor.dataset.keys(), {}, {}
+    selection = Selection.of(predictor.dataset, "all", "default", predictor.training)
+    selection.warn(", ".join(want))
+    keys, rows, pages = selection.keys, {}, {}
     pictures = _Pictures(source, Recipe.from_dict(model.meta["recipe"]) if model.meta["recipe"] else None)
     with Progress(", ".join(want), len(keys), "scan") as bar:
         for first in range(0, len(keys), config.batch):
@@ -200,7 +237,7 @@ def _answer(
                 answers = [_variable_answer(model, row, name, laws[name], place) for name in want]
                 rows[key], pages[key] = row, _page(predictor, row, answers, pictures)
             bar.update(len(part))
-    return rows, pages
+    return rows, pages, selection.warnings
 
 
 def _page(predictor: ScalarsPredictor, row: Row, answers: Sequence[Answer], pictures: "_Pictures") -> Subject:
@@ -267,38 +304,12 @@ def _complete(
     return [rows.get(key) or {**empty, "key": key, "subject": subject_of(key), "flag": reasons[key]} for key in keys]
 
 
-def _describe(model: ScalarsModel, given: Sequence[str], want: Sequence[str]) -> dict[str, Any]:
-    """The description of the table: the query, the model, and its columns."""
-    columns: dict[str, dict[str, Any]] = {"key": {"Description": "participant and session"}}
-    for name in want:
-        v = model.schema[name]
-        if v.kind == "categorical":
-            columns[name] = {"Description": f"most probable {name}", "Levels": {c: c for c in v.classes}}
-            columns |= {f"{name}_p_{c}": {"Description": f"probability that {name} is {c}"} for c in v.classes}
-            continue
-        columns[name] = {"Description": f"mean of the predicted distribution of {name}", "Units": v.unit or "n/a"}
-        columns[f"{name}_sd"] = {"Description": "its standard deviation", "Units": v.unit or "n/a"}
-        for q in QUANTILES:
-            columns[f"{name}_q{q:02d}"] = {"Description": f"its {q} % quantile", "Units": v.unit or "n/a"}
-    columns["typicality"] = {"Description": "p-value of the scan's distance from held-out people of the training"}
-    columns["not_given"] = {"Description": "given variables that the participant lacks"}
-    columns["flag"] = {"Description": "ok, or what is doubtful about the scan or its answers"}
-    return {
-        "given": list(given),
-        "want": list(want),
-        "part": "all",
-        "model": identity(model.folder),
-        "schema": model.schema.to_dict(),
-        "versions": versions(),
-        "columns": columns,
-    }
-
-
-def summary(rows: Sequence[Row]) -> str:
-    """One line on how many scans were answered, and how many are flagged."""
-    answered = sum(any(row.get(name) is not None for name in row if name not in NO_ANSWER) for row in rows)
+def summary(rows: Sequence[Row], want: Sequence[str]) -> str:
+    """How many scans were answered and how many are flagged; and which were not answered, with the reasons."""
+    unanswered = without_answer(rows, want)
     flagged = sum(row["flag"] != OK for row in rows)
-    return f"{answered} of {len(rows)} scans answered, {flagged} flagged"
+    head = f"{len(rows) - len(unanswered)} of {len(rows)} scans answered, {flagged} flagged"
+    return "\n".join([head, *(f"not answered: {key}: {reason}" for key, reason in unanswered.items())])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -335,9 +346,9 @@ def _run(options: argparse.Namespace, bids: Path, out: Path, labels: Sequence[st
     given, want = ([name for name in text.split(",") if name] for text in (options.given, options.want))
     request = Request(bids, out, options.model, labels, given, want, options.workers, options.device)
     try:
-        rows = predict_scans(request)
+        rows, want = predict_scans(request)
     except (ConfigError, DataError) as error:
         print(f"mvhpc: {error}", file=sys.stderr)
         return 2
-    print(f"{summary(rows)}; see {out / TABLE} and {out / 'index.html'}")
+    print(f"{summary(rows, want)}\nsee {out / TABLE} and {out / 'index.html'}")
     return 0

@@ -73,7 +73,8 @@ def _stage(stage: Stage, arguments: Sequence[str]) -> int:
     planned = configured.plan()
     if configured.project:
         record_project(configured.project.config)
-    if configured.project and config.out == configured.own_place():
+    own = configured.project and config.out == configured.own_place()
+    if own or not stage.trains:  # a training continues in its folder, and refuses another one's
         summary = do(planned, f"{stage.name}: ") or planned.summary()
     else:
         summary = execute(planned)

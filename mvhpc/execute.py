@@ -19,7 +19,7 @@ from mvhpc.runs.journal import read
 from mvhpc.runs.tracker import Tracker
 from mvhpc.runtime.importing import resolve
 from mvhpc.stages import STAGES, Stage
-from shards.files import is_complete, write_bytes, write_text
+from shards.files import free_suffix, is_complete, rename_aside, write_bytes, write_text
 from shards.schema import Schema
 
 KEPT = ("jobs", ".lock")  # not moved when an outdated result is set aside: the launcher's files, and the lock
@@ -65,17 +65,22 @@ class PlannedStage:
             return "unknown" if self._has_content() else "new"
         if record["fingerprint"] != self.fingerprint:
             return "changed"
-        if not self.out.exists():
+        if not self.files[0].exists():
             return "new"
         if record["status"] == "running" and self.has_result():
             return "finished"
         status: str = record["status"]
         return status
 
+    @property
+    def files(self) -> list[Path]:
+        """Paths of its result, the first of which every result has."""
+        return list(resolve(self.stage.files)(self.config)) if self.stage.files else [self.out]
+
     def _has_content(self) -> bool:
-        """Whether the path of the result has content, apart from files of the job that makes it."""
+        """Whether a path of the result has content, apart from files of the job that makes it."""
         if self.out != self.folder:
-            return self.out.exists()
+            return any(path.exists() for path in self.files)
         return self.out.is_dir() and any(child.name not in KEPT for child in self.out.iterdir())
 
     def has_result(self) -> bool:
@@ -217,7 +222,7 @@ def reconcile(planned: PlannedStage) -> bool:
 
 
 def set_aside(planned: PlannedStage) -> None:
-    """Rename an outdated result and its run folder to ``NAME.old-N``.
+    """Rename the files of an outdated result, and its run folder, to ``NAME.old-N``.
 
     Raises:
         ConfigError: another process works there.
@@ -225,21 +230,14 @@ def set_aside(planned: PlannedStage) -> None:
     folder = planned.folder
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with exclusive(folder):
-        if planned.out != folder and planned.out.exists():
-            planned.out.rename(_free_name(planned.out))
+        if planned.out != folder:
+            rename_aside([path for path in planned.files if path.exists()])
         outdated = [child for child in folder.iterdir() if child.name not in KEPT]
         if outdated:
-            old = _free_name(folder)
+            old = folder.with_name(folder.name + free_suffix([folder]))
             old.mkdir(mode=0o700)
             for child in outdated:
                 child.rename(old / child.name)
-
-
-def _free_name(path: Path) -> Path:
-    number = 1
-    while (old := path.with_name(f"{path.name}.old-{number}")).exists():
-        number += 1
-    return old
 
 
 @contextlib.contextmanager

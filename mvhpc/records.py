@@ -188,13 +188,22 @@ def _difference(ours: Variable, theirs: Variable) -> str:
     return ""
 
 
+def choose_part(part: str, auto: bool = False) -> None:
+    """Refuse an unknown part of a split; ``auto`` says whether that word is one.
+
+    Raises:
+        ConfigError: naming the nearest part.
+    """
+    choose(part, ["train", "validation", "test", "all", *["auto"] * auto], "part")
+
+
 def subjects(dataset: Dataset, part: str, split: str) -> list[str]:
     """Keys of one part of a recorded split: train | validation | test | all.
 
     Raises:
         ConfigError: an unknown part or split (naming the nearest), or an empty part.
     """
-    choose(part, ["train", "validation", "test", "all"], "part")
+    choose_part(part)
     choose(split, list(dataset.index.splits), "split")
     keys = dataset.keys(None if part == "all" else part, split)
     if not keys:

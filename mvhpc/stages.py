@@ -22,6 +22,7 @@ class Stage:
         command: words after ``mvhpc``; empty for stages of the ``shards`` command.
         examples: complete commands.
         flags: flag -> help; a flag sets the configuration key of its name.
+        files: ``module:function`` of ``files(config) -> paths`` of the files of its result, where there are several.
         task: ``module:class`` of a :class:`mvhpc.training.task.Task`, for a stage that trains; else empty. The output
             folder of such a stage is its run folder, and it resumes from checkpoints.
         uses_nodes: whether it can run on several nodes.
@@ -36,6 +37,7 @@ class Stage:
     command: str = ""
     examples: tuple[str, ...] = ()
     flags: Mapping[str, str] = field(default_factory=dict)
+    files: str = ""
     task: str = ""
     uses_nodes: bool = False
 
@@ -58,6 +60,7 @@ class Stage:
 DATA = "packed data set"
 JOINT_MODEL = "run folder of the joint model"
 SPLIT = "train, validation, test or all"
+PART = f"{SPLIT}; default: test of the data that the model was trained on, all of other data"
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
@@ -157,20 +160,20 @@ STAGES: dict[str, Stage] = {
             "predict",
             config="mvhpc.inference.predictor:PredictConfig",
             run="mvhpc.inference.predict:run",
+            files="mvhpc.inference.prediction_tables:files",
             inputs={"model": "joint", "data": "pack"},
             out="{split}predictions/{query}.tsv",
             help="predict variables of every subject of a packed data set, given others",
             command="predict",
             examples=(
-                "mvhpc predict --model runs/joint --data runs/packed --split test --given image,sex --want age "
-                "--out age.tsv",
+                "mvhpc predict --model runs/joint --data runs/packed --given image,sex --want age --out age.tsv",
                 "mvhpc predict --model runs/joint --data runs/packed --given image --want age,sex --draws 100 "
                 "--out both.tsv",
             ),
             flags={
                 "model": "run folder of a model of scalars, a joint model or a baseline",
                 "data": DATA,
-                "split": SPLIT,
+                "split": PART,
                 "given": "known variables, separated by commas; may be empty",
                 "want": "variables to predict, separated by commas",
                 "samples": "chains per subject, for models without posterior",
@@ -230,7 +233,7 @@ STAGES: dict[str, Stage] = {
             flags={
                 "model": JOINT_MODEL,
                 "data": DATA,
-                "split": SPLIT,
+                "split": PART,
                 "given": "known variables, separated by commas",
                 "want": "volume to sample",
                 "out": "BIDS derivative to write",
@@ -240,6 +243,7 @@ STAGES: dict[str, Stage] = {
             "inpaint",
             config="mvhpc.inference.inpaint:InpaintConfig",
             run="mvhpc.inference.inpaint:run",
+            files="mvhpc.inference.inpaint:files",
             inputs={"model": "joint", "image": "", "mask": ""},
             out="inpainted.nii.gz",
             help="fill in the part of a volume that a mask excludes",

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 MARKERS = ("index.json", "dataset_description.json", "model.json")  # see is_complete
@@ -78,6 +78,24 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically, as UTF-8."""
     write_bytes(path, text.encode())
+
+
+def free_suffix(paths: Sequence[Path]) -> str:
+    """``.old-N`` with the least N for which no path with that suffix exists."""
+    number = 1
+    while any(path.with_name(f"{path.name}.old-{number}").exists() for path in paths):
+        number += 1
+    return f".old-{number}"
+
+
+def rename_aside(paths: Sequence[Path]) -> list[Path]:
+    """Rename files or folders to ``NAME.old-N``, with the least N that is free for all of them.
+
+    Returns:
+        Their new paths.
+    """
+    suffix = free_suffix(paths)
+    return [path.rename(path.with_name(path.name + suffix)) for path in paths]
 
 
 def sha256(path: Path) -> str:

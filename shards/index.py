@@ -34,6 +34,8 @@ class Record:
         figures: ``VARIABLE.FIGURE`` -> value, of quality control; see :mod:`shards.qc.limits`;
             ``VARIABLE.preprocess.FIGURE`` where the scan was preprocessed.
         flags: ``VARIABLE.FIGURE`` of each limit of quality control that the scans violate.
+        affines: volume variable -> (4, 4), from the voxels of the common grid to mm in the space of the source, where
+            the volume lies; empty in data sets of earlier versions.
     """
 
     key: str
@@ -45,6 +47,7 @@ class Record:
     offsets: dict[str, int]
     figures: dict[str, float] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
+    affines: dict[str, list[list[float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,9 @@ class Index:
     def digest(self) -> str:
         """SHA-256 that identifies the data: equal for equal content in either format, independent of the splits."""
         content = self.to_dict()
-        content["records"] = [[r.key, r.subject, r.values, r.checksums] for r in self.records]
+        content["records"] = [
+            [r.key, r.subject, r.values, r.checksums, *([r.affines] if r.affines else [])] for r in self.records
+        ]
         parts = {k: content[k] for k in ("kind", "schema", "arrays", "grid", "records", "extra")}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -27,7 +27,7 @@ from shards.progress import Progress
 from shards.qc.limits import LIMITS, verdict, violated
 from shards.schema import Schema
 from shards.split import check_groups, draw_folds, draw_fractions, merge_groups
-from shards.volumes import Canonical, Space, canonical, grid
+from shards.volumes import Canonical, Space, canonical, grid, place
 from shards.writer import DatasetWriter
 
 FRACTIONS = (0.89, 0.01, 0.10)  # the MetaVoxel paper: 9,078 / 108 / 968 subjects
@@ -220,7 +220,8 @@ def _convert_and_write(
                 for name, volume in outcome.items():
                     voxels |= {f"{name}_{label}": values for label, values in volume.maps.items()}
                 figures = {f"{name}.{f}": x for name, volume in outcome.items() for f, x in volume.figures.items()}
-                writer.add(row.key, row.subject, row.values, voxels, groups[row.subject], figures, flags)
+                affines = {name: place(writer.grid, volume.origin) for name, volume in outcome.items()}
+                writer.add(row.key, row.subject, row.values, voxels, groups[row.subject], figures, flags, affines)
             bar.update()
 
 

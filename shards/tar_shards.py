@@ -1,7 +1,8 @@
 """Tar shards for the `webdataset` library, with known offsets for random access.
 
-A record is ``KEY.json`` (its scalar values) followed by ``KEY.VARIABLE.npy`` for each volume. Time, owner and mode of
-the members are fixed, so equal content gives equal bytes. Data begin at multiples of 512 bytes.
+A record is ``KEY.json`` (its scalar values, and where its volumes lie) followed by ``KEY.VARIABLE.npy`` for each
+volume. Time, owner and mode of the members are fixed, so equal content gives equal bytes. Data begin at
+multiples of 512 bytes.
 """
 
 import hashlib
@@ -49,8 +50,9 @@ def _npy_header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _json(key: str, subject: str, values: Mapping[str, Value]) -> bytes:
-    return json.dumps({"key": key, "subject": subject, "values": dict(values)}).encode()
+def _json(key: str, subject: str, values: Mapping[str, Value], affines: Mapping[str, Any]) -> bytes:
+    places = {"affines": dict(affines)} if affines else {}  # data sets of earlier versions have none
+    return json.dumps({"key": key, "subject": subject, "values": dict(values), **places}).encode()
 
 
 class TarWriter:
@@ -74,7 +76,12 @@ class TarWriter:
         return f"{FOLDER}/shard-{self.shard:05d}.tar"
 
     def add(
-        self, key: str, subject: str, values: Mapping[str, Value], arrays: Mapping[str, NDArray[Any]]
+        self,
+        key: str,
+        subject: str,
+        values: Mapping[str, Value],
+        arrays: Mapping[str, NDArray[Any]],
+        affines: Mapping[str, Any],
     ) -> dict[str, int]:
         """Write one record.
 
@@ -91,7 +98,7 @@ class TarWriter:
                 )
         if self._writer is None:
             self._open()
-        self._writer.write({"__key__": key, "json": _json(key, subject, values)})
+        self._writer.write({"__key__": key, "json": _json(key, subject, values, affines)})
         offsets = {}
         for variable, array in arrays.items():  # one call each: webdataset sorts the members of a call by name
             head = _npy_header(array.shape, array.dtype)
@@ -144,7 +151,7 @@ class TarReader:
         raw = memoryview((self.folder / file).read_bytes())
         at = 0
         for record in (r for r in self.index.records if r.shard == file):
-            values = _json(record.key, record.subject, record.values)
+            values = _json(record.key, record.subject, record.values, record.affines)
             members = [(f"{record.key}.json", values, hashlib.sha256(b"").hexdigest(), 0)]
             for variable, checksum in record.checksums.items():
                 spec = self.index.arrays[variable]

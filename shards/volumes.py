@@ -107,6 +107,13 @@ def grid_centre(grid: Mapping[str, Any]) -> NDArray[np.float64]:
     return centre[:3]
 
 
+def place(grid: Mapping[str, Any], origin: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(4, 4), from the voxels of a grid to mm in the space of a volume of that :attr:`Canonical.origin`."""
+    affine = np.array(grid["affine"], float)
+    affine[:3, 3] += origin - grid_centre(grid)
+    return affine
+
+
 def canonical(path: Path, spacing: float, shape: tuple[int, int, int], space: Space | None = None) -> Canonical:
     """Read a NIfTI file and resample it to the common grid.
 
@@ -329,6 +336,23 @@ def _voxels(image: Any) -> NDArray[np.float32]:
     if bad:
         raise ValueError(f"{bad} voxels are NaN or infinite")
     return voxels
+
+
+def intensity_scale(voxels: NDArray[np.float32]) -> tuple[float, float]:
+    """The values of a scan that become 0 and 1 in its canonical volume.
+
+    Raises:
+        ValueError: a constant volume.
+    """
+    scaled = _rescale(voxels)
+    inner = (scaled > 0) & (scaled < 1)
+    if not inner.any() or scaled[inner].min() == scaled[inner].max():
+        raise ValueError("constant volume: the foreground has no contrast")
+    shares, values = scaled[inner].astype(np.float64), voxels[inner].astype(np.float64)
+    a, b = int(shares.argmin()), int(shares.argmax())
+    span = (values[b] - values[a]) / (shares[b] - shares[a])
+    low = values[a] - shares[a] * span
+    return float(low), float(low + span)
 
 
 def _rescale(voxels: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -154,6 +154,7 @@ class DatasetWriter:
         group: str = "",
         figures: Mapping[str, float] | None = None,
         flags: Sequence[str] = (),
+        affines: Mapping[str, Any] | None = None,
     ) -> None:
         """Append one record.
 
@@ -163,7 +164,7 @@ class DatasetWriter:
             values: scalar variable -> value; variables left out are missing.
             arrays: volume variable -> array of the declared shape and dtype; variables left out are missing.
             group: see :class:`shards.index.Record`; the subject where empty.
-            figures, flags: see :class:`shards.index.Record`.
+            figures, flags, affines: see :class:`shards.index.Record`.
 
         Raises:
             DataError: a duplicate key, or an array whose name, shape or dtype was not declared.
@@ -182,9 +183,10 @@ class DatasetWriter:
         known = {v.name: values.get(v.name) for v in self.schema.scalars}
         ordered = {name: np.ascontiguousarray(arrays[name]) for name in self.arrays if name in arrays}
         shard = self._store.name
-        offsets = self._store.add(key, subject, known, ordered)
+        places = {name: np.asarray(affine, float).tolist() for name, affine in (affines or {}).items()}
+        offsets = self._store.add(key, subject, known, ordered, places)
         checksums = {name: array_checksum(array) for name, array in ordered.items()}
-        found = (dict(figures or {}), list(flags))
+        found = (dict(figures or {}), list(flags), places)
         self.records.append(Record(key, subject, group or subject, known, checksums, shard, offsets, *found))
         if len(self.records) - self._saved_records >= self._per_shard:
             self._flush()

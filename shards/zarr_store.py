@@ -52,9 +52,14 @@ class ZarrWriter:
             self.arrays[variable] = array
 
     def add(
-        self, key: str, subject: str, values: Mapping[str, Value], arrays: Mapping[str, NDArray[Any]]
+        self,
+        key: str,
+        subject: str,
+        values: Mapping[str, Value],
+        arrays: Mapping[str, NDArray[Any]],
+        affines: Mapping[str, Any],
     ) -> dict[str, int]:
-        """Buffer one record; returns variable -> its row."""
+        """Buffer one record, of which the index holds all but the arrays; returns variable -> its row."""
         self.pending.append(dict(arrays))
         return dict.fromkeys(arrays, self.row + len(self.pending) - 1)
 

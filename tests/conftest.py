@@ -18,6 +18,7 @@ from mvhpc.inference.encode import run as encode
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import save_autoencoder, save_joint
 from mvhpc.models.joint_network import build_networks
+from mvhpc.models.training_people import TrainingPeople
 from mvhpc.runs.folder import Run
 from mvhpc.variables import Variables
 from shards.dataset import open_dataset
@@ -133,6 +134,9 @@ def tiny_model(tiny_dataset: Path) -> Path:
             w for network in networks.values() for w in network.parameters()
         ):  # output layers start at zero
             weights.data += 0.05 * torch.randn_like(weights)
+    dataset = open_dataset(tiny_dataset)
+    keys = [key for part in ("train", "validation") for key in dataset.keys(part)]
+    training = TrainingPeople.of(dataset.index, keys, schema, [dataset.values(key) for key in keys])
     save_autoencoder(folder / "vae" / "model", autoencoder, small)
     save_joint(
         folder / "joint" / "model",
@@ -142,7 +146,8 @@ def tiny_model(tiny_dataset: Path) -> Path:
         diffusion=DIFFUSION,
         schema=schema,
         latent=latent,
-        grid=open_dataset(tiny_dataset).index.grid,
+        grid=dataset.index.grid,
+        training=training,
     )
     return folder / "joint"
 

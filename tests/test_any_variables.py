@@ -52,9 +52,9 @@ def test_a_translated_tree_is_one_whatever_subjects_are_called(
     pack(tree, tmp_path / "packed", spacing=8.0, shape=(16, 16, 16), **options)
     places = {"model": str(tiny_model), "data": str(tmp_path / "packed"), "out": str(tmp_path / "t1w")}
     made = do("translate", given=["age"], want="image", **places, **FEW)
-    keys = open_dataset(tmp_path / "packed").keys("test")
+    keys = open_dataset(tmp_path / "packed").keys()  # the names are new to the model
     written = sorted(str(p.relative_to(tmp_path / "t1w")) for p in (tmp_path / "t1w").rglob("*.nii.gz"))
-    assert written == sorted(f"{key}/anat/{key}_desc-synthetic_T1w.nii.gz" for key in keys)
+    assert written == sorted(f"{key}/anat/{key}_space-T1w_desc-synthetic_T1w.nii.gz" for key in keys)
     assert made["subjects"] == len(keys) > 0
 
 
@@ -74,7 +74,10 @@ def test_schemas_need_no_line_of_code(tmp_path: Path) -> None:
     )
     assert (frame["memory_q50"] == frame["memory_q50"].round()).all() and not (frame["memory"] % 1 == 0).all()
     draws = pd.read_csv(root / "predictions" / "memory-site-age-given-image-sex.draws.tsv", sep="\t")
-    assert list(draws) == ["key", "draw", "memory", "site", "age"] and (draws["memory"] % 1 == 0).all()
+    assert (
+        list(draws) == ["participant_id", "session_id", "draw", "memory", "site", "age"]
+        and (draws["memory"] % 1 == 0).all()
+    )
     tree = root / "synthetic"
     assert len(list(tree.rglob("*_T2w.nii.gz"))) == len(list(tree.rglob("*_T1w.nii.gz"))) == 2
 

@@ -52,7 +52,7 @@ def results(home: Path) -> Path:
 
 
 def table(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path, sep="\t", index_col="key")
+    return pd.read_csv(path, sep="\t", index_col="participant_id")
 
 
 def test_the_app_answers_as_the_stages_do(home: Path, results: Path) -> None:

@@ -41,7 +41,8 @@ def test_rows_are_one_a_subject_in_order_and_say_what_was_missing(tiny_model, ti
     summary, lines = answer(config, tmp_path / "run")
     dataset = open_dataset(tiny_dataset)
     assert [line[0] for line in lines[1:]] == dataset.keys()
-    assert lines[0] == ["key", "subject", "sex", "sex_p_F", "sex_p_M", "sex_true", "not_given"]
+    columns = ["sex", "sex_p_F", "sex_p_M", "sex_true", "not_given", "flag"]
+    assert lines[0] == ["participant_id", "session_id", *columns]
     frame, description = read_predictions(tmp_path / "a.tsv")
     assert (frame["sex_p_F"] + frame["sex_p_M"]).to_numpy() == pytest.approx(1)
     assert set(frame["sex_p_F"]) <= {0, 0.25, 0.5, 0.75, 1}
@@ -112,10 +113,10 @@ def test_a_posterior_answers_with_whole_laws_in_one_call(tiny_model, tiny_datase
     assert frame.loc[frame["age_crps"].isna(), "key"].tolist() == ["sub-03"]
 
     draws = pd.read_csv(tmp_path / "a.draws.tsv", sep="\t")
-    assert draws.groupby("key", sort=False).size().tolist() == [400] * len(frame)
-    drawn = draws.groupby("key", sort=False)["age"]
+    assert draws.groupby("participant_id", sort=False).size().tolist() == [400] * len(frame)
+    drawn = draws.groupby("participant_id", sort=False)["age"]
     assert (np.abs(drawn.mean().to_numpy() - frame["age"]) < 4.5 * frame["age_sd"] / 20).all()
-    women = draws.assign(F=draws["sex"] == "F").groupby("key", sort=False)["F"].mean().to_numpy()
+    women = draws.assign(F=draws["sex"] == "F").groupby("participant_id", sort=False)["F"].mean().to_numpy()
     assert np.abs(women - frame["sex_p_F"]).max() < 0.12
 
 
@@ -140,7 +141,9 @@ def test_a_posterior_does_not_depend_on_the_batch(tiny_model, tiny_dataset, tmp_
             tiny_model, tiny_dataset, tmp_path / f"{batch}.tsv", given=["image"], want=["age"], batch=batch, **EXACT
         )
         answer(config, tmp_path / "run")
-        tables.append(read_predictions(config.out)[0].drop(columns=["key", "subject", "not_given"]).to_numpy(float))
+        tables.append(
+            read_predictions(config.out)[0].drop(columns=["key", "subject", "not_given", "flag"]).to_numpy(float)
+        )
     assert tables[1] == pytest.approx(tables[0], rel=1e-4, nan_ok=True)
 
 

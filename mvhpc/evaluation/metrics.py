@@ -17,6 +17,11 @@ class Estimate:
     high: float
     n: int
 
+    @property
+    def interval(self) -> tuple[float, float, float]:
+        """Value, lower and upper end."""
+        return self.value, self.low, self.high
+
     def format(self, digits: int) -> str:
         """``4.50 [4.10, 4.93]``, or ``4.50`` without an interval."""
         if not np.isfinite(self.value):

@@ -16,6 +16,7 @@ from shards.schema import Schema, Variable
 
 NOTHING = "nothing"
 MISSING = "n/a"
+GENERATED_BY = "GeneratedBy"  # key of a table's sidecar, beside those of its columns
 
 
 def sidecar(path: Path) -> Path:
@@ -24,7 +25,10 @@ def sidecar(path: Path) -> Path:
 
 
 def read_predictions(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """A table of predictions and its description, as ``mvhpc predict`` wrote them.
+    """A table of predictions and its description, as ``mvhpc predict`` wrote them, also in an earlier version.
+
+    Returns:
+        The table, with ``key`` and ``subject`` in place of ``participant_id`` and ``session_id``; how it was made.
 
     Raises:
         FileNotFoundError: where one of the two files is missing.
@@ -35,7 +39,12 @@ def read_predictions(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
             raise FileNotFoundError(f"{file}: no such file; `mvhpc predict ... --out {path}` writes it")
     # Only "n/a" is missing: a category may well be called "NA" or "None".
     frame = pd.read_csv(path, sep="\t", na_values=[MISSING], keep_default_na=False)
-    description = json.loads(sidecar(path).read_text())
+    content = json.loads(sidecar(path).read_text())
+    description = content.get(GENERATED_BY, content)
+    if "participant_id" in frame:
+        person, session = frame.pop("participant_id").astype(str), frame.pop("session_id")
+        frame.insert(0, "key", person.where(session.isna(), person + "_" + session.astype(str)))
+        frame.insert(1, "subject", person)
     for variable in Schema.from_dict(description["schema"]).scalars:
         for column in (variable.name, f"{variable.name}_true"):
             if variable.kind == "categorical" and column in frame:  # a class called "1" is not a number

@@ -9,9 +9,11 @@ from torch.utils._pytree import tree_map_only
 from mvhpc.config import ConfigError
 from mvhpc.diffusion.joint import Batch
 from mvhpc.evaluation.tables import label, subject_of
+from mvhpc.inference.flags import row_flag
 from mvhpc.inference.prediction_tables import Row, class_cells
 from mvhpc.inference.predictor import PredictConfig
 from mvhpc.models.bundle import BaselineModel
+from mvhpc.models.training_people import TrainingPeople
 from mvhpc.records import check_data, read_people, scalar_values
 from mvhpc.runtime.devices import resolve_precision
 from mvhpc.variables import Categorical, Continuous
@@ -27,6 +29,7 @@ class BaselinePredictor:
 
     Attributes:
         dataset, schema: of the data; of the model.
+        training: from whom the model learnt.
         method: how predictions are made.
         calls: network calls per subject.
         facts: how predictions were made, for the description of their table.
@@ -55,6 +58,8 @@ class BaselinePredictor:
         check_data(model.grid, self.schema, self.dataset, self.given, [self.want])
         self.volumes = [name for name in self.given if self.schema[name].kind == "volume"]
         self.facts = {"samples": None, "sampling": None}
+        self.training = TrainingPeople.read(model.meta)
+        self.learnt = self.training.learnt(self.dataset.index)
 
     def inputs(self, keys: Sequence[str]) -> tuple[Tensor, Batch, Batch]:
         """Inputs of the network for subjects that have every given volume.
@@ -98,4 +103,8 @@ class BaselinePredictor:
         true = scalar_values(self.dataset, key, self.schema, [*self.given, name])
         lacking = [n for n in self.given if not self.dataset.has(key, n) and true.get(n) is None]
         row = {"key": key, "subject": subject_of(key)} | cells | {f"{name}_true": true[name]}
-        return row | {"not_given": ",".join(lacking) or None}
+        values, learnt = {n: true[n] for n in self.given if n in true}, self.learnt.get(key, "")
+        flags = row_flag(self.schema, self.training, {}, values, row, [name], learnt)
+        if predicted is None:
+            flags = [f"no {' and no '.join(n for n in lacking if n in self.volumes)}"]
+        return row | {"not_given": ",".join(lacking) or None, "flag": "; ".join(flags) or "ok"}

@@ -19,6 +19,7 @@ from mvhpc.models.bundle import load
 from mvhpc.models.scalar_bundle import ScalarsModel, save_calibrated
 from mvhpc.models.scalar_stack import StackPosterior
 from mvhpc.models.site_calibration import FEWEST, SiteCalibration, calibrate_site
+from mvhpc.models.training_people import TrainingPeople
 from mvhpc.records import check_data, scalar_values, subjects
 from mvhpc.runs.folder import Run
 from mvhpc.runtime.devices import one_thread, resolve_device
@@ -98,5 +99,8 @@ def run(config: CalibrateConfig, run: Run) -> dict[str, Any]:
         "scalars": {name: dataclasses.asdict(calibration) for name, calibration in found.items()},
     }
     with atomic_folder(Path(config.out)) as part:
-        save_calibrated(config.model, part, site)
+        training = TrainingPeople.read(model.meta)
+        if training.recorded:
+            training = training.and_of(dataset.index, keys)
+        save_calibrated(config.model, part, site, training)
     return summary

@@ -17,6 +17,7 @@ from mvhpc.config import ConfigError, Device, Tracking, at_least, fingerprint
 from mvhpc.inference.sampler import set_threads
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import AutoencoderModel, load
+from mvhpc.models.training_people import scans_of
 from mvhpc.records import check_grid, volume_shape
 from mvhpc.runtime.devices import resolve_device, resolve_precision
 from shards.dataset import Dataset, open_dataset
@@ -189,7 +190,8 @@ def run(config: EncodeConfig, run: "Run") -> dict[str, float]:
             arrays[item.name] = array
             if record.key in training and not item.mirror:
                 moments[item.variable].add(array)
-        writer.add(record.key, record.subject, record.values, arrays, record.group)
+        places = {name: record.affines[name] for name in record.affines if name in arrays}
+        writer.add(record.key, record.subject, record.values, arrays, record.group, affines=places)
     scale = {}
     for name, moment in moments.items():
         if not moment.std > 0:  # NaN too
@@ -202,6 +204,7 @@ def run(config: EncodeConfig, run: "Run") -> dict[str, float]:
         "software": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "arguments": {"flip": config.flip, "split": config.split, "precision": config.compute.precision},
         "source_sha256": index.digest,
+        "scans": {record.key: scans_of(index, record) for record in index.records},
     }
     writer.finish(
         index.splits,

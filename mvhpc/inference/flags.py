@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from mvhpc.inference.prediction_tables import Row
+from mvhpc.models.training_people import TrainingPeople
 from mvhpc.models.typicality import UNUSUAL
 from mvhpc.variables import Value
 from shards.schema import Schema
@@ -30,23 +31,25 @@ def recipe_flag(ours: Any, theirs: Any) -> list[str]:
 
 def row_flag(
     schema: Schema,
-    ranges: Mapping[str, Sequence[float]],
+    training: TrainingPeople,
     p_values: Mapping[str, Tensor],
     given: Mapping[str, Value],
     answers: Row,
     want: Sequence[str],
+    learnt: str = "",
 ) -> list[str]:
     """What is wrong with one subject.
 
     Args:
         schema: of the model.
-        ranges: number -> least and greatest value in training.
+        training: from whom the model learnt.
         p_values: by given volume, of the scan's two distances, (2,).
         given: scalars of the subject, None where missing.
         answers: the subject's row.
         want: names of the wanted scalars.
+        learnt: that the model learnt from this person, in words; else empty.
     """
-    words = []
+    words = [learnt] if learnt else []
     for name, p in p_values.items():
         shape, detail = (p < UNUSUAL).tolist()
         if shape or detail:
@@ -54,13 +57,10 @@ def row_flag(
                 ["in its overall anatomy or contrast"] * shape + ["in its details (artefacts, noise)"] * detail
             )
             words.append(f"{name} is unlike the scans of the training {what}")
-    for name, (low, high) in ranges.items():
-        unit = f" {schema[name].unit}" if schema[name].unit else ""
-        span = f"{low:g} to {high:g}{unit}"
-        value = given.get(name)
-        if value is not None and not low <= float(value) <= high:
-            words.append(f"{name} {float(value):g} lies outside of the training's {span}")
+    words += [text for name, value in given.items() if (text := training.beyond(name, value, schema[name].unit or ""))]
+    for name, (low, high) in training.ranges.items():
         predicted = answers.get(name)
         if name in want and predicted is not None and not low <= predicted <= high:
+            span = f"{low:g} to {high:g} {schema[name].unit or ''}".rstrip()
             words.append(f"the predicted {name} lies outside of the training's {span}")
     return words

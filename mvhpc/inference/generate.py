@@ -4,6 +4,7 @@ The noise of a person is a function of (seed, number), so person 7 is the same i
 """
 
 import json
+import sys
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 
 from mvhpc.config import Device, Sampling, Tracking, at_least, to_dict
 from mvhpc.evaluation.figures import people
+from mvhpc.inference.geometry import Place, nifti, place_of_training
+from mvhpc.inference.prediction_tables import derivative
 from mvhpc.inference.sampler import Sampler, parse_given, versions
+from mvhpc.models.training_people import TrainingPeople
 from mvhpc.runs.folder import Run, identity
 from mvhpc.runtime.randomness import generator
 from mvhpc.variables import Continuous, Volume
@@ -91,16 +94,6 @@ def decode(sampler: Sampler, name: str, drawn: torch.Tensor) -> Any:
     return variable.decode(drawn)[0]
 
 
-def nifti(voxels: NDArray, affine: ArrayLike) -> nib.Nifti1Image:
-    """A volume (H, W, D) in [0, 1] as NIfTI: 16-bit integers scaled by 1/32767, affine as qform and sform."""
-    image = nib.Nifti1Image(np.round(np.clip(voxels, 0, 1) * 32767).astype(np.int16), np.asarray(affine, float))
-    image.header.set_slope_inter(1 / 32767, 0)
-    image.header.set_xyzt_units("mm")
-    image.set_qform(image.affine, code="aligned")
-    image.set_sform(image.affine, code="aligned")
-    return image
-
-
 def caption(schema: Schema, person: Person) -> str:
     """A person's scalars in one line: ``age 70 years, sex F``."""
     words = []
@@ -112,16 +105,21 @@ def caption(schema: Schema, person: Person) -> str:
 
 
 def write_bids(
-    folder: Path, drawn: Iterator[Person], count: int, schema: Schema, affine: ArrayLike, source: dict[str, Any]
+    folder: Path,
+    drawn: Iterator[Person],
+    count: int,
+    schema: Schema,
+    places: Mapping[str, Place],
+    source: dict[str, Any],
 ) -> list[Person]:
-    """Write people as a BIDS tree, which ``shards pack`` takes as it is.
+    """Write people as a BIDS derivative, which ``shards pack`` takes as it is.
 
     Args:
         folder: to write, atomically; must not exist.
         drawn: the people.
         count: number of people, for the width of their numbers.
         schema: names, columns and suffixes of the variables.
-        affine: of the volumes.
+        places: volume -> where it lies; said in a sidecar at the root, which holds for all files of that name.
         source: model and query, for ``dataset_description.json``.
 
     Returns:
@@ -138,20 +136,20 @@ def write_bids(
             name = f"sub-{number:0{width}d}"
             (tree / name / "anat").mkdir(parents=True)
             for variable in schema.volumes:
-                file = tree / name / "anat" / f"{name}_{variable.suffix}.nii.gz"
-                nib.save(nifti(person[variable.name], affine), file)
+                place = places[variable.name]
+                file = tree / name / "anat" / f"{place.name(name, variable.suffix)}.nii.gz"
+                nib.save(nifti(person[variable.name], place.affine), file)
             values = [person[variable.name] for variable in schema.scalars]
             lines.append([name, *(v if isinstance(v, str) else f"{v:.6g}" for v in values)])
             if len(shown) < SHOWN:
                 shown.append(person)
         write_text(tree / "participants.tsv", "".join("\t".join(line) + "\n" for line in lines))
         write_text(tree / "participants.json", json.dumps(_columns(schema, source.get("Given", ())), indent=1))
-        description = {
-            "Name": "Synthetic people drawn from a generative model",
-            "BIDSVersion": "1.10.0",
-            "DatasetType": "raw",
-            "GeneratedBy": [{"Name": "mvhpc", "Version": versions()["mvhpc"], **source}],
-        }
+        for variable in schema.volumes:
+            place = places[variable.name]
+            about = {"Description": "Drawn, not measured.", "SpatialReference": place.reference}
+            write_text(tree / f"{place.name('', variable.suffix)}.json", json.dumps(about, indent=1))
+        description = derivative("Synthetic people drawn from a generative model", **source)
         write_text(tree / "dataset_description.json", json.dumps(description, indent=1))
         write_text(tree / "README", README)
     return shown
@@ -182,9 +180,16 @@ def run(config: GenerateConfig, run: Run) -> dict[str, Any]:
     """
     sampler = Sampler.of(config)
     schema, grid = sampler.model.schema, sampler.model.grid
-    given = parse_given(schema, config.given)
+    given, training = parse_given(schema, config.given), TrainingPeople.read(sampler.model.meta)
+    warnings = [text for n, value in given.items() if (text := training.beyond(n, value, schema[n].unit or ""))]
+    places = {v.name: place_of_training(grid, training, v.name) for v in schema.volumes}
+    if not training.recorded:
+        warnings.append("the model does not say from whom it learnt, nor where their scans lie (an earlier version)")
+    for warning in warnings:
+        print(f"people: warning: {warning}", file=sys.stderr)
     source = {
         "Description": "Nobody in this data set exists.",
+        "Warnings": warnings,
         "Model": identity(config.model),
         "Given": given,
         "Sampling": to_dict(sampler.sampling),
@@ -200,7 +205,7 @@ def run(config: GenerateConfig, run: Run) -> dict[str, Any]:
                 values.append(person[name])
             yield person
 
-    shown = write_bids(Path(config.out), drawn(), config.count, schema, grid["affine"], source)
+    shown = write_bids(Path(config.out), drawn(), config.count, schema, places, source)
     with run.figure("people.png") as path:
         volumes = [person[schema.volumes[0].name] for person in shown]
         title = f"{len(shown)} of {config.count} synthetic people"

@@ -7,13 +7,13 @@ The autoencoder encodes the whole volume, and its normalisation lets the unknown
 one. So there are two passes: the first encodes zeros there, the second the completion of the first.
 """
 
-import gzip
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,15 +22,18 @@ from torch import Tensor
 
 from mvhpc.config import ConfigError, Device, Sampling, Tracking, at_least, choose
 from mvhpc.evaluation.figures import inpainting
-from mvhpc.inference.generate import Person, caption, decode, nifti
-from mvhpc.inference.sampler import Sampler, parse_given
+from mvhpc.inference.generate import Person, caption, decode
+from mvhpc.inference.own_grid import encode_nifti, open_own_grid
+from mvhpc.inference.sampler import Sampler, parse_given, versions
+from mvhpc.models.training_people import SCAN, TrainingPeople
 from mvhpc.records import check_data
-from mvhpc.runs.folder import Run
+from mvhpc.runs.folder import Run, identity
 from mvhpc.runtime.randomness import generator
 from mvhpc.variables import Volume
 from shards import volumes
 from shards.dataset import Dataset
-from shards.files import atomic_file
+from shards.files import atomic_file, write_text
+from shards.index import array_checksum
 from shards.progress import progress
 
 PASSES = 2  # per completion; a third changes little
@@ -175,14 +178,13 @@ def place(image: Path, mask: Path, grid: Mapping[str, Any]) -> tuple[NDArray, ND
         ConfigError: a file that cannot be used, with the reason.
     """
     height, width, depth = grid["shape"]
-    affine = np.array(grid["affine"])
     centre = volumes.grid_centre(grid)
     space = volumes.Space(grid["space"], tuple(centre)) if "space" in grid else None
     try:
         brain = volumes.canonical(image, grid["spacing"], (height, width, depth), space)
     except (OSError, ValueError) as error:
         raise ConfigError(f"image={image}: {error}") from error
-    affine[:3, 3] += brain.origin - centre
+    affine = volumes.place(grid, brain.origin)
     try:
         marked = volumes.read(mask)
     except (OSError, ValueError) as error:
@@ -194,47 +196,86 @@ def place(image: Path, mask: Path, grid: Mapping[str, Any]) -> tuple[NDArray, ND
 
 
 def run(config: InpaintConfig, run: Run) -> dict[str, Any]:
-    """Stage ``inpaint``: write the completed volume to ``config.out``, in the image's space on the model's grid.
+    """Stage ``inpaint``: write the completed volume to ``config.out``, on the image's own grid.
 
-    Several samples are written as ``NAME_1.nii.gz``, ``NAME_2.nii.gz`` and so on.
+    Known voxels are those of the image, bit for bit; the others have its type and intensities. Several samples are
+    written as ``NAME_1.nii.gz``, ``NAME_2.nii.gz`` and so on, each with a JSON beside it.
 
     Returns:
-        The shares of known voxels and latent cells, within [0, 1], and the scalars of each completion.
+        The shares of known voxels and latent cells of the model's grid, within [0, 1], and the scalars of each
+        completion.
 
     Raises:
         ConfigError: files or given values that cannot be used, or an unknown variable.
     """
     out = Path(config.out)
-    stem = next((out.name.removesuffix(end) for end in (".nii.gz", ".nii") if out.name.endswith(end)), None)
-    if stem is None:
-        raise ConfigError(f"out={config.out}: the result is a volume, name it with .nii.gz or .nii")
+    names = [file.name for file in files(config)[: config.samples]]
+    ending = names[0].removeprefix(_stem(names[0]))
     sampler = Sampler.of(config)
     schema, grid = sampler.model.schema, sampler.model.grid
     name = choose(config.variable or schema.volumes[0].name, [v.name for v in schema.volumes], "volume")
     given = parse_given(schema, config.given)
-    ending = out.name.removeprefix(stem)
-    names = [out.name] if config.samples == 1 else [f"{stem}_{i}{ending}" for i in range(1, config.samples + 1)]
     for source in (Path(config.image), Path(config.mask)):
         if source.resolve() in [out.with_name(file).resolve() for file in names]:
             raise ConfigError(f"out={config.out} would take the place of {source}, which is read; name another file")
     voxels, known, affine = place(Path(config.image), Path(config.mask), grid)
+    try:
+        own = open_own_grid(Path(config.image), Path(config.mask), affine, voxels.shape)
+    except ValueError as error:
+        raise ConfigError(f"image={config.image}: {error}") from error
+    training = TrainingPeople.read(sampler.model.meta)
+    warnings = [text for n, value in given.items() if (text := training.beyond(n, value, schema[n].unit or ""))]
+    warnings += [SCAN] if training.knows_scan(array_checksum(voxels.astype("<f2"))) else []
+    for warning in warnings:
+        print(f"{name}: warning: {warning}", file=sys.stderr)
     people = complete(sampler, name, voxels, known, given, config.samples, config.seed)
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    for file, person in zip(names, people):
-        with atomic_file(out.with_name(file)) as part:
-            part.write_bytes(_compressed(nifti(person[name], affine), ending))
+    beyond = ~own.known & ~own.inside
+    for file, person in zip(files(config), people):
+        with atomic_file(file) as part:
+            part.write_bytes(encode_nifti(own.fill(person[name]), ending))
+        about = {
+            "Description": "Known voxels are those of the scan; the others were drawn from a generative model.",
+            "SpatialReference": "the scan itself: its grid, type and intensities",
+            "Drawn": {v.name: person[v.name] for v in schema.scalars if v.name not in given},
+            "Given": given,
+            "UnknownVoxels": int((~own.known).sum()),
+            "UnknownVoxelsOutsideOfTheModelsBox": int(beyond.sum()),
+            "Warnings": warnings,
+            "GeneratedBy": {"Name": "mvhpc", "Model": identity(config.model), "Seed": config.seed, **versions()},
+        }
+        write_text(_sidecar(file), json.dumps(about, indent=1))
     with run.figure("inpainting.png") as path:
         show_completions(sampler, voxels, known, people, name, path)
     volume = sampler.model.variables[name]
     assert isinstance(volume, Volume)
     cells = latent_mask(torch.from_numpy(known), volume.shape[1:])
     summary: dict[str, Any] = {"known_voxels": float(known.mean()), "known_cells": float(cells.float().mean())}
-    for file, person in zip(names, people):
-        summary[file] = caption(schema, person)
+    for title, person in zip(names, people):
+        summary[title] = caption(schema, person)
     return summary
 
 
-def _compressed(image: nib.Nifti1Image, ending: str) -> bytes:
-    raw: bytes = image.to_bytes()
-    return gzip.compress(raw, mtime=0) if ending.endswith(".gz") else raw
+def files(config: Any) -> list[Path]:
+    """The files of the result of a configuration: a volume for each sample, then their sidecars.
+
+    Raises:
+        ConfigError: ``out`` names no NIfTI file.
+    """
+    out = Path(config.out)
+    stem = _stem(out.name)
+    ending, count = out.name.removeprefix(stem), config.samples
+    found = [out] if count == 1 else [out.with_name(f"{stem}_{i}{ending}") for i in range(1, count + 1)]
+    return [*found, *map(_sidecar, found)]
+
+
+def _stem(name: str) -> str:
+    stem = next((name.removesuffix(end) for end in (".nii.gz", ".nii") if name.endswith(end)), None)
+    if stem is None:
+        raise ConfigError(f"out={name}: the result is a volume, name it with .nii.gz or .nii")
+    return stem
+
+
+def _sidecar(file: Path) -> Path:
+    return file.with_name(f"{_stem(file.name)}.json")

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from mvhpc.diffusion.density import crps, quantile
 from mvhpc.diffusion.laws import Law
+from mvhpc.inference.prediction_columns import QUANTILES
 from mvhpc.inference.prediction_tables import Row, class_cells
 from mvhpc.variables import Categorical, Continuous, Scalar, Value, Variable
-
-QUANTILES = (5, 25, 50, 75, 95)  # %, of a predicted number
 
 
 def law_cells(variable: Scalar, law: Law, truth: Sequence[Value]) -> list[Row]:

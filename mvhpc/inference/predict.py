@@ -15,18 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from mvhpc.config import ConfigError
+from mvhpc.evaluation.against_mean import compare
 from mvhpc.evaluation.figures import predicted_against_true
 from mvhpc.evaluation.tables import coverage, label, read_predictions, score
 from mvhpc.inference.open_predictor import open_predictor
-from mvhpc.inference.prediction_tables import Row, write_predictions
+from mvhpc.inference.prediction_tables import Row, without_answer, write_predictions
 from mvhpc.inference.predictor import PredictConfig
 from mvhpc.inference.ray_pool import map_batches
 from mvhpc.inference.sampler import set_threads, versions
-from mvhpc.records import subjects
+from mvhpc.inference.selection import Selection
+from mvhpc.models.training_people import TrainingPeople
 from mvhpc.runs.folder import Run, identity
 from shards.progress import Progress
+from shards.schema import Variable
 
 RELIABLE = 20  # held-out people, the fewest for calibration
 
@@ -38,7 +42,9 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
 
     Returns:
         For each wanted variable the mean absolute error or accuracy with its 95 % interval; for a number with a
-        predicted distribution also the coverage of its 90 % interval and the mean CRPS; and subjects per second.
+        predicted distribution also the coverage of its 90 % interval and the mean CRPS; the same score of predicting
+        the mean or the most frequent class, and the gain over it; how many were answered and left out; and subjects per
+        second.
 
     Raises:
         ConfigError: a query that the model does not take, data on another grid, or an empty part.
@@ -51,7 +57,8 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
     set_threads(config.compute)
     predictor = open_predictor(config)
     dataset, schema = predictor.dataset, predictor.schema
-    part, keys = config.split, subjects(dataset, config.split, config.split_name)
+    selection = Selection.of(dataset, config.split, config.split_name, predictor.training)
+    part, keys = selection.part, selection.keys
     query, calls = f"{', '.join(config.want)} given {label(config.given)}", predictor.calls
     print(f"{query}: by {predictor.method}, {calls} network call{'s' * (calls > 1)} per subject", file=sys.stderr)
     calibrated = predictor.facts.get("calibrated_on")
@@ -61,6 +68,7 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
             "intervals and probabilities",
             file=sys.stderr,
         )
+    selection.warn(query)
     batches = [keys[i : i + config.batch] for i in range(0, len(keys), config.batch)]
     start = time.monotonic()
     predictions: Iterable[list[Row]]
@@ -74,25 +82,30 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
             rows |= {str(row["key"]): row for row in predicted}
             bar.update(len(predicted))
     seconds = time.monotonic() - start
+    unanswered = without_answer(rows.values(), config.want)
+    print(f"{query}: {selection.words(unanswered)}", file=sys.stderr)
 
     description = {
         "given": config.given,
         "want": config.want,
         "part": part,
+        "answered": selection.describe(unanswered),
+        "warnings": selection.warnings,
         "split": config.split_name,
         "model": identity(config.model),
         "data": dataset.index.digest,
-        "schema": schema.to_dict(),
         **predictor.facts,
         "network_calls": calls,
         "seed": config.seed,
         "versions": versions(),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_predictions(out, [rows[key] for key in keys], description)
+    write_predictions(out, [rows[key] for key in keys], schema, description)
 
     summary: dict[str, Any] = {
         "subjects": len(keys),
+        "answered": len(keys) - len(unanswered),
+        "left_out": sum(map(len, selection.left_out.values())) + len(unanswered),
         "network_calls": calls,
         "system/samples_per_second": len(keys) / seconds,
     }
@@ -104,6 +117,7 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
             continue
         metric = f"{part}/{name}_{'accuracy' if variable.kind == 'categorical' else 'mae'}"
         summary |= {metric: result.value, f"{metric}_low": result.low, f"{metric}_high": result.high}
+        summary |= _beside_constant(frame, variable, predictor.training, metric)
         if held := coverage(frame, name):
             summary |= {f"{part}/{name}_in_90": held.value, f"{part}/{name}_crps": float(frame[f"{name}_crps"].mean())}
         if variable.kind != "categorical":
@@ -116,3 +130,16 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
                 note = f"given {label(config.given)}, n = {result.n}\nMAE {result.format(2)}{bars}"
                 predicted_against_true(true, mean, (low, high), path, name, variable.unit or "", note)
     return summary
+
+
+def _beside_constant(
+    frame: pd.DataFrame, variable: Variable, training: TrainingPeople, metric: str
+) -> dict[str, float]:
+    """Print and return how a model compares with the mean, or the most frequent class, of its training people."""
+    constant = training.constant(variable.name)
+    found = None if constant is None else compare(frame, [constant] * len(frame), variable)
+    if found is None:
+        return {}
+    print(found.text(), file=sys.stderr)
+    gain = {f"{metric}_gain{end}": value for end, value in zip(("", "_low", "_high"), found.gain.interval)}
+    return {f"{metric}_of_mean": found.constant.value, **gain}

@@ -11,11 +11,14 @@ from mvhpc.config import ConfigError, Sampling, Tracking, Workers, at_least, to_
 from mvhpc.diffusion.joint import Batch
 from mvhpc.evaluation import ensembles
 from mvhpc.evaluation.tables import subject_of
-from mvhpc.inference.law_cells import QUANTILES, decode_draws, law_cells
+from mvhpc.inference.flags import row_flag
+from mvhpc.inference.law_cells import decode_draws, law_cells
+from mvhpc.inference.prediction_columns import QUANTILES
 from mvhpc.inference.prediction_tables import Row, class_cells
 from mvhpc.inference.sampler import Sampler, read_given
 from mvhpc.models.bundle import JointModel
-from mvhpc.records import check_data, check_names, true_value
+from mvhpc.models.training_people import TrainingPeople
+from mvhpc.records import check_data, check_names, scalar_values, true_value
 from mvhpc.runtime.randomness import generator, rand
 from mvhpc.variables import Categorical, Continuous, Volume
 from shards.dataset import open_dataset
@@ -29,7 +32,7 @@ class PredictConfig:
     out: str  # a TSV file
     model: str
     data: str
-    split: str  # train | validation | test | all
+    split: str  # train | validation | test | all | auto
     split_name: str  # which recorded split
     given: list[str]
     want: list[str]
@@ -75,6 +78,7 @@ class Predictor:
 
     Attributes:
         dataset, schema: of the data; of the model.
+        training: from whom the model learnt.
         method: how predictions are made: posterior, clean or repaint.
         calls: network calls per subject.
         facts: how predictions were made, for the description of their table.
@@ -100,6 +104,8 @@ class Predictor:
         self.facts = {"samples": samples, "sampling": to_dict(self.sampler.sampling)}
         if self.exact:
             self.facts["calibrated_on"] = model.meta["extra"].get("calibrated on")
+        self.training = TrainingPeople.read(model.meta)
+        self.learnt = self.training.learnt(self.dataset.index)
 
     @torch.inference_mode()
     def __call__(self, keys: Sequence[str]) -> list[Row]:
@@ -117,7 +123,9 @@ class Predictor:
             for name in self.want:
                 true = true_value(self.dataset, key, self.schema[name])
                 row |= cells[name][i] | {f"{name}_true": true}
-            rows.append(row | {"not_given": ",".join(lacking) or None})
+            values = scalar_values(self.dataset, key, self.schema, self.given)
+            flags = row_flag(self.schema, self.training, {}, values, row, self.want, self.learnt.get(key, ""))
+            rows.append(row | {"not_given": ",".join(lacking) or None, "flag": "; ".join(flags) or "ok"})
         return rows
 
     def _laws(self, keys: Sequence[str], given: Batch, present: Batch) -> dict[str, list[Row]]:

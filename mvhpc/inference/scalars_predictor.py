@@ -14,6 +14,7 @@ from mvhpc.inference.predictor import PredictConfig, check_query
 from mvhpc.inference.scalar_inputs import check_channels, read_inputs
 from mvhpc.models.scalar_bundle import ScalarsModel
 from mvhpc.models.scalar_stack import StackPosterior
+from mvhpc.models.training_people import TrainingPeople
 from mvhpc.models.typicality import COMPONENTS
 from mvhpc.records import check_data, scalar_values, true_value
 from mvhpc.runtime.devices import one_thread
@@ -35,6 +36,7 @@ class ScalarsPredictor:
 
     Attributes:
         dataset, schema: of the data; of the model.
+        training: from whom the model learnt.
         method: how predictions are made.
         calls: network calls per subject.
         facts: how predictions were made, for the description of their table.
@@ -61,6 +63,8 @@ class ScalarsPredictor:
             "calibrated_on": model.meta["extra"]["calibrated on"],
             "site": site and {key: site[key] for key in ("name", "people")},
         }
+        self.training = TrainingPeople.read(model.meta)
+        self.learnt = self.training.learnt(self.dataset.index)
         self.common_flags = recipe_flag(model.meta["recipe"], self.dataset.index.provenance.get("recipe"))
 
     @torch.inference_mode()
@@ -106,7 +110,7 @@ class ScalarsPredictor:
             flags = [
                 *suspect,
                 *self.common_flags,
-                *row_flag(self.schema, model.meta["ranges"], p, rows[i], row, self.want),
+                *row_flag(self.schema, self.training, p, rows[i], row, self.want, self.learnt.get(key, "")),
             ]
             row["not_given"] = ",".join(lacking) or None
             row["flag"] = "; ".join(flags if answered else ["nothing that is given is known"]) or "ok"

@@ -4,6 +4,7 @@ Where a subject has the wanted volume, the drawn one is compared with it.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from mvhpc.config import Device, Sampling, Tracking, at_least, choose, to_dict
 from mvhpc.evaluation.figures import DIFFERENCE, difference, gallery, slices
 from mvhpc.evaluation.similarity import psnr, ssim
 from mvhpc.evaluation.tables import label, subject_of
-from mvhpc.inference.generate import nifti
-from mvhpc.inference.prediction_tables import write_rows
+from mvhpc.inference.geometry import nifti, place_of_record
+from mvhpc.inference.prediction_tables import derivative, write_rows
 from mvhpc.inference.sampler import Sampler, read_given, versions
-from mvhpc.records import check_data, check_names, subjects
+from mvhpc.inference.selection import Selection
+from mvhpc.models.training_people import TrainingPeople
+from mvhpc.records import check_data, check_names
 from mvhpc.runs.folder import Run, identity
 from mvhpc.runtime.randomness import generator
 from shards.dataset import open_dataset
@@ -36,7 +39,7 @@ class TranslateConfig:
     out: str
     model: str
     data: str
-    split: str  # train | validation | test | all
+    split: str  # train | validation | test | all | auto
     split_name: str
     given: list[str]
     want: str
@@ -53,8 +56,9 @@ class TranslateConfig:
 def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
     """Stage ``translate``: write ``config.want`` of every subject to ``config.out``, a BIDS derivative.
 
-    ``scores.tsv`` lists for each subject the given variables that it lacks, which are unknown then, and, where it has
-    the wanted volume, PSNR (dB) and SSIM of the drawn one.
+    A volume lies where the subject's own scan of that contrast lies, otherwise where the first given volume does; its
+    sidecar says where. ``scores.tsv`` lists for each subject the given variables that it lacks, which are unknown then,
+    and, where it has the wanted volume, PSNR (dB) and SSIM of the drawn one.
 
     Returns:
         The number of subjects, the number of those with all given variables, and over these the mean PSNR (dB) and
@@ -69,13 +73,24 @@ def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
     choose(config.want, [v.name for v in schema.volumes], "volume")
     check_names(schema, config.given, [config.want])
     check_data(sampler.model.grid, schema, dataset, config.given, [config.want])
-    keys = subjects(dataset, config.split, config.split_name)
+    training = TrainingPeople.read(sampler.model.meta)
+    selection = Selection.of(dataset, config.split, config.split_name, training)
+    query, keys = f"{config.want} given {label(config.given)}", selection.keys
+    selection.warn(query)
+    known = [config.want, *(name for name in config.given if schema[name].kind == "volume")]
+    places = {key: place_of_record(dataset.index.grid, schema, dataset.record(key), known) for key in keys}
+    if not all(place.known for place in places.values()):
+        print(
+            f"{query}: warning: {dataset.folder} was packed by an earlier version and does not record where scans lie; "
+            "volumes are written in the coordinates of the grid: pack again to place them on the scans",
+            file=sys.stderr,
+        )
     wanted = schema[config.want]
     scores: list[list[Any]] = []  # key, what was not given, PSNR, SSIM
     shown: list[list[Any]] = []
     with atomic_folder(Path(config.out)) as tree:
         batches = range(0, len(keys), config.batch)
-        for start in progress(batches, f"{config.want} given {label(config.given)}", unit="batch"):
+        for start in progress(batches, query, unit="batch"):
             part = keys[start : start + config.batch]
             given, present = read_given(sampler, dataset, part, config.given)
             noise = [generator(config.seed, "translate", key) for key in part]
@@ -86,37 +101,44 @@ def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
                 subject = subject_of(key)
                 folder = tree.joinpath(subject, key.removeprefix(subject).lstrip("_"), "anat")
                 folder.mkdir(parents=True)
-                file = folder / f"{key}_desc-synthetic_{wanted.suffix}.nii.gz"
-                nib.save(nifti(made[0].numpy(), sampler.model.grid["affine"]), file)
                 lacking = ",".join(name for name in config.given if not present[name][i]) or None
+                place = places[key]
+                name = place.name(key, wanted.suffix)
+                nib.save(nifti(made[0].numpy(), place.affine), folder / f"{name}.nii.gz")
+                values = {n: dataset.values(key).get(n) for n in config.given}
+                beyond = (training.beyond(n, value, schema[n].unit or "") for n, value in values.items())
+                sidecar = {
+                    "Description": f"Drawn given {label(config.given)}, not measured.",
+                    "SpatialReference": place.reference,
+                    "NotGiven": lacking,
+                    "Warnings": [text for text in [*beyond, selection.learnt.get(key, "")] if text],
+                }
+                write_text(folder / f"{name}.json", json.dumps(sidecar, indent=1))
                 scores.append([key, lacking, None, None])
                 if dataset.has(key, config.want):
                     true = torch.from_numpy(dataset.read(key, config.want).astype(np.float32))
                     scores[-1][2:] = (f(made[None], true[None, None]).item() for f in (psnr, ssim))
                     if len(shown) < SHOWN and not lacking:
                         shown.append([key, true.numpy(), made[0].numpy()])
-        about = {
-            "Name": f"{config.want} drawn from a generative model given {label(config.given)}",
-            "BIDSVersion": "1.10.0",
-            "DatasetType": "derivative",
-            "GeneratedBy": [
-                {
-                    "Name": "mvhpc",
-                    "Version": versions()["mvhpc"],
-                    "Description": "These volumes were drawn, not measured.",
-                    "Model": identity(config.model),
-                    "Data": dataset.index.digest,
-                    "Given": config.given,
-                    "Sampling": to_dict(sampler.sampling),
-                    "Seed": config.seed,
-                    "Packages": versions(),
-                }
-            ],
-        }
+        about = derivative(
+            f"{config.want} drawn from a generative model given {label(config.given)}",
+            Description="These volumes were drawn, not measured.",
+            Model=identity(config.model),
+            Data=dataset.index.digest,
+            Given=config.given,
+            Part=selection.part,
+            Answered=selection.describe({}),
+            Warnings=selection.warnings,
+            Sampling=to_dict(sampler.sampling),
+            Seed=config.seed,
+            Packages=versions(),
+        )
         write_text(tree / "dataset_description.json", json.dumps(about, indent=1))
         write_rows(tree / "scores.tsv", ["key", "not_given", "psnr_db", "ssim"], scores)
+    print(f"{query}: {selection.words({})}", file=sys.stderr)
     complete = [row for row in scores if row[1] is None]
-    summary: dict[str, Any] = {"subjects": len(keys), "with_all_given": len(complete)}
+    left_out = sum(map(len, selection.left_out.values()))
+    summary: dict[str, Any] = {"subjects": len(keys), "left_out": left_out, "with_all_given": len(complete)}
     if measured := [row[2:] for row in complete if row[2] is not None]:
         summary |= dict(zip(("psnr_db", "ssim"), np.mean(measured, 0).tolist()))
         with run.figure("translation.png") as path:

@@ -33,6 +33,7 @@ from mvhpc.models.model_folder import (
 )
 from mvhpc.models.scalar_bundle import ScalarsModel, load_scalars
 from mvhpc.models.scalar_predictor import ScalarPredictor
+from mvhpc.models.training_people import TrainingPeople
 from mvhpc.variables import Variables, Volume
 from shards.schema import Schema
 
@@ -185,6 +186,7 @@ def save_joint(
     intervals: Mapping[str, Sequence[float]] | None = None,
     temperature: Mapping[str, float] | None = None,
     grid: Mapping[str, Any],
+    training: TrainingPeople | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a joint model with a copy of its autoencoder, or other weights of some of its networks.
@@ -201,6 +203,7 @@ def save_joint(
         temperature: of the posterior, by scalar; 1 where not named. None: as in the folder, where the network of
             scalars stays.
         grid: ``spacing``, ``shape`` and ``affine`` of the volumes.
+        training: from whom it learnt; None where that is not known.
         extra: JSON-able facts to keep beside it.
 
     Raises:
@@ -218,6 +221,7 @@ def save_joint(
         "intervals": {name: list(interval) for name, interval in (intervals or {}).items()},
         "temperature": dict(temperature),
         "grid": dict(grid),
+        "training": training and training.to_dict(),
         "autoencoder": autoencoder["autoencoder"],
         "model": dataclasses.asdict(model),
         "diffusion": dataclasses.asdict(diffusion),
@@ -276,6 +280,7 @@ def save_baseline(
     schema: Schema,
     intervals: Mapping[str, Sequence[float]],
     grid: Mapping[str, Any],
+    training: TrainingPeople | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a baseline whole, in place of any older one.
@@ -287,6 +292,7 @@ def save_baseline(
         schema: of the variables.
         intervals: number -> what becomes [-1, 1]; the schema's range where not named.
         grid: ``spacing``, ``shape`` and ``affine`` of the volumes.
+        training: from whom it learnt; None where that is not known.
         extra: JSON-able facts to keep beside it.
     """
     meta = {
@@ -296,6 +302,7 @@ def save_baseline(
         "schema": schema.to_dict(),
         "intervals": {name: list(interval) for name, interval in intervals.items()},
         "grid": dict(grid),
+        "training": training and training.to_dict(),
         "extra": dict(extra or {}),
     }
     save_networks(folder, meta, {"baseline": to_bytes(network)})

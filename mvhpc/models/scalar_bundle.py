@@ -16,6 +16,7 @@ from mvhpc.models.loading import load_weights
 from mvhpc.models.model_folder import model_folder, read_manifest, read_weights, save_networks, to_bytes
 from mvhpc.models.scalar_stack import Mixing, ScalarStack, build_encoders
 from mvhpc.models.site_calibration import SiteCalibration
+from mvhpc.models.training_people import TrainingPeople
 from mvhpc.models.typicality import Typicality
 from mvhpc.variables import Variables
 from shards.schema import Schema
@@ -32,8 +33,8 @@ class ScalarsModel:
         spacing: edge of the cubes that volumes are averaged over, mm.
         typical: volume -> distances of held-out people.
         grid: ``spacing`` (mm), ``shape`` (voxels) and ``affine`` (4 x 4) of the volumes.
-        meta: the content of ``model.json``; ``ranges`` of the training's numbers, ``recipe`` of the preprocessing and
-            ``site``, where it was calibrated for one, are there.
+        meta: the content of ``model.json``; ``training`` (see :mod:`mvhpc.models.training_people`), ``recipe`` of the
+            preprocessing and ``site``, where it was calibrated for one, are there.
         folder: the ``model`` folder.
     """
 
@@ -65,8 +66,8 @@ def save_scalars(
     latent: Mapping[str, Mapping[str, Any]],
     channels: Mapping[str, Sequence[str]],
     intervals: Mapping[str, Sequence[float]],
-    ranges: Mapping[str, Sequence[float]],
     grid: Mapping[str, Any],
+    training: TrainingPeople,
     recipe: Any,
     extra: Mapping[str, Any],
 ) -> None:
@@ -83,8 +84,8 @@ def save_scalars(
         latent: volume -> ``shape`` of pooled voxels, and ``mean`` and ``sd`` of each channel (C, 1, 1, 1).
         channels: volume -> the packed arrays that are its channels.
         intervals: number -> what becomes [-1, 1].
-        ranges: number -> least and greatest value in training, in its unit.
         grid: ``spacing``, ``shape`` and ``affine`` of the packed volumes.
+        training: from whom it learnt.
         recipe: of the preprocessing; None where it is not known.
         extra: JSON-able facts to keep beside it.
     """
@@ -96,7 +97,6 @@ def save_scalars(
         "shapes": {name: list(facts["shape"]) for name, facts in latent.items()},
         "channels": {name: list(arrays) for name, arrays in channels.items()},
         "intervals": {name: list(interval) for name, interval in intervals.items()},
-        "ranges": {name: list(values) for name, values in ranges.items()},
         "mixing": {
             name: {context: dataclasses.asdict(how) for context, how in of.items()} for name, of in mixing.items()
         },
@@ -105,6 +105,7 @@ def save_scalars(
         },
         "site": None,
         "grid": dict(grid),
+        "training": training.to_dict(),
         "recipe": recipe,
         "extra": dict(extra),
     }
@@ -154,13 +155,14 @@ def load_scalars(folder: Path, meta: dict[str, Any], device: torch.device | str)
     return ScalarsModel(stack, schema, meta["channels"], model.spacing, typical, meta["grid"], meta, folder)
 
 
-def save_calibrated(source: str | Path, folder: Path, site: Mapping[str, Any]) -> None:
+def save_calibrated(source: str | Path, folder: Path, site: Mapping[str, Any], training: TrainingPeople) -> None:
     """Write a copy of a model of scalars that is calibrated for a site.
 
     Args:
         source: a run folder of stage ``scalars``, or its ``model`` folder.
         folder: the ``model`` folder to write.
         site: for ``model.json``: name and people of the site and, under ``scalars``, the calibrations.
+        training: from whom the model and its calibration learnt.
 
     Raises:
         ModelError: no sound model of scalars at ``source``.
@@ -169,4 +171,6 @@ def save_calibrated(source: str | Path, folder: Path, site: Mapping[str, Any]) -
     meta = read_manifest(source, "scalars")
     networks = {name: read_weights(source, meta, name) for name in meta["networks"]}
     kept = {key: value for key, value in meta.items() if key not in ("networks", "format")}
+    if training.recorded:
+        kept["training"] = training.to_dict()
     save_networks(folder, {**kept, "site": dict(site)}, networks)

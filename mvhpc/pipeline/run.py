@@ -31,8 +31,9 @@ def do(planned: PlannedStage, label: str = "") -> dict[str, Any] | None:
         return None
     planned.check_inputs()
     if state == "unknown":
+        found = next((path for path in planned.files if path.exists()), planned.out)
         raise ConfigError(
-            f"{planned.out} exists, and no record says that stage {planned.stage.name} made it; "
+            f"{found} exists, and no record says that stage {planned.stage.name} made it; "
             "move it, or choose another root or out"
         )
     print(f"{label}-> {planned.out}", file=sys.stderr)

@@ -15,6 +15,7 @@ from mvhpc.config import Compute, ConfigError, Optimizer, Tracking, Training, ch
 from mvhpc.diffusion.joint import Batch
 from mvhpc.models.baseline import SMALLEST, Baseline, scalars_of
 from mvhpc.models.bundle import save_baseline
+from mvhpc.models.training_people import TrainingPeople
 from mvhpc.records import read_people, scalar_values, true_value, volume_shape
 from mvhpc.runtime.randomness import generator, rand
 from mvhpc.training.engines.base import Engine
@@ -163,6 +164,9 @@ class BaselineTask(Task):
 
     def export(self, folder: Path, states: dict[str, dict[str, Tensor]], metrics: dict[str, float]) -> None:
         """Write the network with its query and its validation metrics."""
+        people = [*self.train, *self.others]
+        names = [*self.config.given, self.config.want]
+        rows = [scalar_values(self.dataset, key, self.schema, names) for key in people]
         save_baseline(
             folder,
             states["baseline"],
@@ -171,6 +175,7 @@ class BaselineTask(Task):
             schema=self.schema,
             intervals=self.intervals,
             grid=self.dataset.index.grid,
+            training=TrainingPeople.of(self.dataset.index, people, self.schema, rows),
             extra={"validation": metrics},
         )
 

@@ -25,6 +25,7 @@ from mvhpc.models.bundle import autoencoder_identity, save_joint
 from mvhpc.models.joint_network import build_networks
 from mvhpc.models.loading import prepare
 from mvhpc.models.scalar_predictor import ScalarPredictor
+from mvhpc.models.training_people import TrainingPeople
 from mvhpc.records import scalar_values
 from mvhpc.runtime.devices import repeatable, resolve_device
 from mvhpc.runtime.randomness import generator, rand
@@ -195,6 +196,7 @@ class JointTask(Task):
         train, validation = (dataset.keys(part, config.split) for part in ("train", "validation"))
         records = read_records(dataset, train + validation, self.schema)
         check_known(self.schema, records.rows[: len(train)])
+        self.training_people = TrainingPeople.of(index, records.keys, self.schema, records.rows)
         self.latent = {v.name: self._moments(records, len(train), v.name, index) for v in self.schema.volumes}
         self.intervals = standard_intervals(self.schema, records.rows[: len(train)]) if config.scaling == "sd" else {}
         variables = Variables.from_schema(self.schema, self.latent, self.intervals)
@@ -384,5 +386,6 @@ class JointTask(Task):
             intervals=self.intervals,
             temperature=temperature,
             grid=self.grid,
+            training=self.training_people,
             extra={"validation": metrics, "calibrated on": len(indices)},
         )

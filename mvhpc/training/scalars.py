@@ -23,6 +23,7 @@ from mvhpc.models.pooled_features import linear_features
 from mvhpc.models.scalar_bundle import save_scalars
 from mvhpc.models.scalar_predictor import ScalarPredictor
 from mvhpc.models.scalar_stack import MASKED, build_encoders, standardized
+from mvhpc.models.training_people import TrainingPeople
 from mvhpc.models.typicality import COMPONENTS, Typicality
 from mvhpc.records import channels_of, cube, read_pooled, scalar_values
 from mvhpc.runtime.devices import one_thread, resolve_device
@@ -82,6 +83,7 @@ class PooledRecords:
 
     Attributes:
         keys, groups: of the records.
+        rows: scalars by name, None where missing.
         pooled: by volume, (N, C, h, w, d) float16 in [0, 1]; 0 where missing.
         values: encoded scalars, (N, 1) or (N,).
         present: by variable, (N,) bool.
@@ -89,6 +91,7 @@ class PooledRecords:
 
     keys: list[str]
     groups: list[str]
+    rows: Sequence[Mapping[str, Value]]
     pooled: dict[str, Tensor]
     values: dict[str, Tensor]
     present: dict[str, Tensor]
@@ -137,7 +140,8 @@ def pool_people(
         pooled[v.name] = torch.zeros(len(keys), *v.shape, dtype=torch.float16)
         for i in present[v.name].nonzero()[:, 0].tolist():
             pooled[v.name][i] = read_pooled(dataset, keys[i], arrays, spacing)
-    return PooledRecords(list(keys), [dataset.record(key).group for key in keys], pooled, values, present)
+    groups = [dataset.record(key).group for key in keys]
+    return PooledRecords(list(keys), groups, rows, pooled, values, present)
 
 
 def pooled_variables(dataset: Dataset, schema: Schema, spacing: float, intervals: Mapping[str, Any]) -> Variables:
@@ -346,8 +350,8 @@ class ScalarsTask(Task):
             latent=self.latent,
             channels={name: channels_of(index, name) for name in volumes},
             intervals=self.intervals,
-            ranges=_ranges(self.variables, self.people),
             grid=index.grid,
+            training=TrainingPeople.of(index, self.people.keys, self.schema, self.people.rows),
             recipe=index.provenance.get("recipe"),
             extra={"validation": metrics, "calibrated on": len(self.people.keys)},
         )
@@ -388,13 +392,3 @@ def _channel_moments(people: PooledRecords, name: str) -> dict[str, Tensor]:
     squares = torch.stack([c.square().mean((0, 2, 3, 4)) * len(c) for c in centred]).sum(0) / len(x)
     shape = (-1, 1, 1, 1)
     return {"mean": means.float().reshape(shape), "sd": squares.sqrt().clamp(min=1e-3).float().reshape(shape)}
-
-
-def _ranges(variables: Variables, people: PooledRecords) -> dict[str, list[float]]:
-    """The least and the greatest value of each number, in its unit."""
-    ranges = {}
-    for v in variables.scalars:
-        if not isinstance(v, Categorical) and people.present[v.name].any():
-            known = v.decode(people.values[v.name][people.present[v.name]])
-            ranges[v.name] = [float(known.min()), float(known.max())]
-    return ranges

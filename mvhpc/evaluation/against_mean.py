@@ -1,0 +1,79 @@
+"""Whether predictions are better than those that ignore the subject: the mean, or the most frequent class."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from mvhpc.evaluation.metrics import Estimate, absolute_errors, hits, mean_over_subjects
+from shards.schema import Variable
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model beside a constant prediction, over the people whose value is known and who were answered.
+
+    Attributes:
+        variable: what was predicted.
+        own, constant: mean absolute error of a number, accuracy of a category.
+        gain: how much smaller the error, or greater the accuracy, of the model is; its interval is of a bootstrap of
+            the paired differences over subjects.
+    """
+
+    variable: Variable
+    own: Estimate
+    constant: Estimate
+    gain: Estimate
+
+    @property
+    def better(self) -> bool:
+        """Whether the interval of the gain lies above zero."""
+        return self.gain.low > 0
+
+    @property
+    def yardstick(self) -> str:
+        """What the constant prediction is."""
+        return "the most frequent class" if self.variable.kind == "categorical" else "the mean"
+
+    def verdict(self) -> str:
+        """``better than predicting the mean``, or not, with the gain and its interval."""
+        unit = f" {self.variable.unit}" if self.variable.unit and self.variable.kind != "categorical" else ""
+        gain = f"gain {self.gain.format(2)}{unit}"
+        if self.gain.n < 2:
+            return f"too few people with a known {self.variable.name} to compare with predicting {self.yardstick}"
+        return f"{'better' if self.better else 'NOT better'} than predicting {self.yardstick} ({gain})"
+
+    def text(self) -> str:
+        """Both scores and the verdict, in one line."""
+        kind, unit = ("accuracy", "") if self.variable.kind == "categorical" else ("error", self.variable.unit or "")
+        own, constant = (f"{e.format(2)} {unit}".rstrip() for e in (self.own, self.constant))
+        return f"{self.variable.name} {kind} {own}; predicting {self.yardstick} {constant}: {self.verdict()}"
+
+
+def compare(
+    frame: pd.DataFrame, constant: Sequence[float | str | None], variable: Variable, seed: int = 0
+) -> Comparison | None:
+    """Compare predictions with a constant; None where the variable was not predicted or nobody's value is known.
+
+    Args:
+        frame: predictions, with the columns ``NAME``, ``NAME_true`` and ``subject``.
+        constant: of each row.
+        variable: what was predicted.
+        seed: of the bootstrap over subjects.
+    """
+    name = variable.name
+    if name not in frame or f"{name}_true" not in frame:
+        return None
+    category = variable.kind == "categorical"
+    score: Callable[[Any, Any], NDArray[np.float64]] = hits if category else absolute_errors
+    truth = frame[f"{name}_true"].tolist()
+    own, other = (score(values, truth) for values in (frame[name].tolist(), list(constant)))
+    both = own + other  # NaN where either is missing: the same people on both sides
+    gain = own - other if category else other - own
+    people = frame["subject"].astype(str).tolist()
+    found = [mean_over_subjects(x + 0 * both, people, seed=seed) for x in (own, other, gain)]
+    comparison = Comparison(variable, *found)
+    return comparison if comparison.own.n else None

@@ -1,0 +1,49 @@
+"""A model that has learnt nothing is said to be no better than the mean, whatever its errors look like."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mvhpc.evaluation.against_mean import compare
+from shards.schema import Schema
+
+SCHEMA = Schema.from_dict(
+    {
+        "age": {"kind": "continuous", "range": [0, 120], "unit": "years"},
+        "sex": {"kind": "categorical", "classes": ["F", "M"]},
+    }
+)
+
+
+def table(predicted: list, true: list, name: str = "age") -> pd.DataFrame:
+    keys = [f"sub-{i}" for i in range(len(true))]
+    return pd.DataFrame({"key": keys, "subject": keys, name: predicted, f"{name}_true": true})
+
+
+@pytest.mark.parametrize(("skill", "better"), [(0.9, True), (0.0, False)])
+def test_the_verdict_is_that_of_the_paired_differences(skill: float, better: bool) -> None:
+    rng = np.random.default_rng(0)
+    true = rng.uniform(20, 80, 200)
+    predicted = 50 + skill * (true - 50) + rng.normal(0, 1, 200)
+    found = compare(table(list(predicted), list(true)), [50.0] * 200, SCHEMA["age"])
+    assert found is not None and found.better == better
+    assert found.gain.value == pytest.approx(np.mean(np.abs(true - 50) - np.abs(true - predicted)))
+    assert found.gain.value == pytest.approx(found.constant.value - found.own.value)
+    assert ("NOT better than predicting the mean" in found.text()) != better
+
+
+def test_categories_are_compared_with_the_most_frequent_class() -> None:
+    true = ["F"] * 70 + ["M"] * 30
+    everybody = compare(table(["F"] * 100, true, "sex"), ["F"] * 100, SCHEMA["sex"])
+    assert everybody is not None and everybody.own.value == everybody.constant.value == 0.7
+    assert not everybody.better and "NOT better than predicting the most frequent class" in everybody.text()
+    right = compare(table(true, true, "sex"), ["F"] * 100, SCHEMA["sex"])
+    assert right is not None and right.better and right.gain.value == pytest.approx(0.3)
+
+
+def test_only_people_whose_value_is_known_and_who_were_answered_count() -> None:
+    frame = table([30.0, None, 40.0], [31.0, 50.0, None])
+    found = compare(frame, [50.0] * 3, SCHEMA["age"])
+    assert found is not None and found.own.n == 1 and found.gain.value == 18
+    assert "too few people" in found.verdict()
+    assert compare(table([30.0], [None]), [50.0], SCHEMA["age"]) is None
