@@ -135,7 +135,7 @@ def predict_scans(request: Request, model: ScalarsModel | None = None) -> tuple[
         "warnings": warnings,
         "model": identity(model.folder),
         "recipe": model.meta["recipe"],
-        "versions": versions(),
+        "versions": versions(networks=False),
     }
     _set_aside(request, facts)
     write_predictions(out / TABLE, answered, model.schema, facts)

@@ -155,7 +155,7 @@ def test_answers_are_points_whatever_the_batch(
     assert frame["flag"].tolist() == ["ok"] * 7 + ["no scan"]
     assert description["answered"]["people"] == summary["answered"] == 7 and description["part"] == "test"
     _, trained_on, _ = answers(folder, data, tmp_path / "train", split="train")
-    assert set(trained_on["flag"]) == {"the model learnt from this person"}
+    assert set(trained_on["flag"]) == {"the model learnt from this scan"}
     assert frame["key"].tolist() == again["key"].tolist() == open_dataset(data).keys("test")
     for column in ("level", "level_true"):
         assert again[column].to_numpy() == pytest.approx(frame[column].to_numpy(), rel=1e-4, nan_ok=True)

@@ -1,5 +1,6 @@
 """From raw scans to answers: the app answers as the stages do one by one, and says why it does not."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import mvhpc
 from mvhpc.bids_app import main
 from mvhpc.cli import main as mvhpc_main
+from shards.dataset import open_dataset
 from shards.pack import pack
 from shards.phantom.make import make_phantoms
 from shards.preprocess.recipe import Recipe
@@ -63,6 +65,23 @@ def test_the_app_answers_as_the_stages_do(home: Path, results: Path) -> None:
     known = [key for key in found.index if key != "sub-labels"]
     pd.testing.assert_frame_equal(found.loc[known, answers], staged.loc[known, answers])
     assert len(known) == 2
+    packed = open_dataset(home / "packed")
+    learnt = [key for key in known if key not in packed.keys("test")]
+    assert found.loc[learnt, "flag"].str.contains("the model learnt from this scan").all() and learnt
+    about = json.loads((results / "dataset_description.json").read_text())
+    assert about["DatasetType"] == "derivative" and about["GeneratedBy"][0]["Name"] == "mvhpc"
+    made = json.loads((results / "predictions.json").read_text())["GeneratedBy"]
+    assert made["answered"]["people"] == 2 and made["answered"]["left_out"][0]["people"] == ["sub-labels"]
+    assert "2 of 3 scans answered" in (results / "index.html").read_text()
+
+
+def test_answers_to_another_query_are_set_aside(home: Path, results: Path) -> None:
+    folder = shutil.copytree(results, home / "another")
+    before = {path.name: path.read_bytes() for path in folder.glob("*.*") if path.is_file()}
+    command = [str(home / "raw"), str(folder), "participant", "--model", str(home / "scalars"), "--want", "sex"]
+    assert main(command) == 0
+    for name in ("predictions.tsv", "predictions.json", "index.html", "sub-0001.html"):
+        assert (folder / f"{name}.old-1").read_bytes() == before[name] != (folder / name).read_bytes()
 
 
 def test_what_cannot_be_answered_says_why(results: Path) -> None:

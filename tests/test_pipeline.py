@@ -40,6 +40,8 @@ def test_pipeline_from_nothing_and_again(tmp_path: Path, capsys: pytest.CaptureF
     printed = capsys.readouterr()
     for row in ("image, sex", "nothing", "predicting the mean", "best possible, given image, sex"):
         assert row in printed.out
+    (verdict,) = (line for line in printed.out.splitlines() if line.startswith("age given image, sex: "))
+    assert "better than predicting the mean (gain " in verdict and verdict in (root / "results.md").read_text()
     assert {"reconstruction.png", "people.png", "inpainted-half.png"} == {p.name for p in (root / "figures").iterdir()}
     stages = [stage for stage, _ in pipeline.steps()]
     assert stages == ["phantom", "pack", "vae", "encode", "joint", "predict", "predict", "generate"]

@@ -26,6 +26,7 @@ from mvhpc.inference.prediction_tables import Row, without_answer, write_predict
 from mvhpc.inference.predictor import PredictConfig
 from mvhpc.inference.ray_pool import map_batches
 from mvhpc.inference.sampler import set_threads, versions
+from mvhpc.inference.scalars_predictor import ScalarsPredictor
 from mvhpc.inference.selection import Selection
 from mvhpc.models.training_people import TrainingPeople
 from mvhpc.runs.folder import Run, identity
@@ -96,8 +97,8 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
         "data": dataset.index.digest,
         **predictor.facts,
         "network_calls": calls,
-        "seed": config.seed,
-        "versions": versions(),
+        "seed": config.seed if config.draws or predictor.facts["samples"] else None,
+        "versions": versions(networks=not isinstance(predictor, ScalarsPredictor)),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     write_predictions(out, [rows[key] for key in keys], schema, description)

@@ -101,7 +101,8 @@ class Predictor:
         check_data(model.grid, self.schema, self.dataset, self.given, self.want)
         samples = None if self.exact else config.samples
         self.calls = self.sampler.calls(self.given, self.want) * (samples or 1)
-        self.facts = {"samples": samples, "sampling": to_dict(self.sampler.sampling)}
+        used = {"conditioning": self.method} if self.exact else to_dict(self.sampler.sampling)
+        self.facts = {"samples": samples, "sampling": used}
         if self.exact:
             self.facts["calibrated_on"] = model.meta["extra"].get("calibrated on")
         self.training = TrainingPeople.read(model.meta)

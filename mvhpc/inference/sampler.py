@@ -211,6 +211,6 @@ def parse_given(schema: Schema, given: Mapping[str, str]) -> dict[str, float | s
     return values
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that a result depends on."""
-    return {name: version(name) for name in ("mvhpc", "torch", "monai", "numpy")}
+def versions(networks: bool = True) -> dict[str, str]:
+    """Versions of the packages that a result depends on; ``networks``: of MONAI's networks too."""
+    return {name: version(name) for name in ("mvhpc", "torch", *["monai"] * networks, "numpy")}

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from mvhpc.config import load_config
+from mvhpc.evaluation.against_mean import Comparison, compare
 from mvhpc.evaluation.tables import Table, constant_predictions, label, read_predictions, scoreboard
 from mvhpc.inference.inpaint import InpaintConfig, inpaint_half
 from mvhpc.inference.sampler import Sampler
@@ -16,7 +17,7 @@ from mvhpc.stages import STAGES
 from shards.dataset import open_dataset
 from shards.files import write_text
 from shards.phantom.anatomy import best_possible
-from shards.schema import Schema
+from shards.schema import Schema, Variable
 
 
 def ideal_predictions(frame: pd.DataFrame, source: Path, given: Sequence[str], schema: Schema) -> pd.DataFrame:
@@ -42,8 +43,12 @@ def ideal_predictions(frame: pd.DataFrame, source: Path, given: Sequence[str], s
     return answer
 
 
-def table_of_results(pipeline: Pipeline) -> Table:
-    """Errors and accuracies of every query over all splits, of the mean and, for phantoms, the best possible ones."""
+def table_of_results(pipeline: Pipeline) -> tuple[Table, list[str]]:
+    """Errors and accuracies of every query over all splits, of the mean and, for phantoms, the best possible ones.
+
+    Returns:
+        The table; and of each query that gives something, whether it is better than predicting the mean.
+    """
     dataset = open_dataset(pipeline.place("pack", list(pipeline.splits)[-1]))
     schema = dataset.index.schema
     phantom = (pipeline.source / "derivatives" / "phantom" / "anatomy.tsv").is_file()
@@ -51,15 +56,35 @@ def table_of_results(pipeline: Pipeline) -> Table:
     ours: list[tuple[str, pd.DataFrame]] = []
     best: list[tuple[str, pd.DataFrame]] = []
     means: list[tuple[str, pd.DataFrame]] = []
+    beside: dict[str, list[pd.DataFrame]] = {}  # label -> predictions, with those of the mean as NAME_mean
     for split in pipeline.splits:
+        mean = constant_predictions(dataset, schema, wanted, split=split)
+        means.append(("predicting the mean", mean))
         for query in pipeline.config.queries:
             frame, _ = read_predictions(pipeline.predictions(split, query))
             ours.append((label(query.given), frame))
+            if query.given:
+                names = {name: f"{name}_mean" for name in query.want}
+                both = frame.merge(mean[["key", *names]].rename(columns=names), on="key", how="left")
+                beside.setdefault(label(query.given), []).append(both)
             if phantom and {*query.want, *query.given} <= {"image", "age", "sex"}:  # the law of these is known
                 ideal = ideal_predictions(frame, pipeline.source, query.given, schema)
                 best.append((f"best possible, given {label(query.given)}", ideal))
-        means.append(("predicting the mean", constant_predictions(dataset, schema, wanted, split=split)))
-    return scoreboard([*ours, *means, *best], schema, wanted)
+    verdicts = [
+        f"{schema[name].name} given {given}: {found.verdict()}"
+        for given, frames in beside.items()
+        for name in wanted
+        if (found := _compare([f for f in frames if name in f], schema[name]))
+    ]
+    return scoreboard([*ours, *means, *best], schema, wanted), verdicts
+
+
+def _compare(frames: Sequence[pd.DataFrame], variable: Variable) -> Comparison | None:
+    """Predictions of a variable, over all splits, beside those of the mean."""
+    if not frames:
+        return None
+    frame = pd.concat(frames, ignore_index=True)
+    return compare(frame, frame[f"{variable.name}_mean"].tolist(), variable)
 
 
 def collect_figures(pipeline: Pipeline) -> Path:
@@ -105,13 +130,16 @@ def summarize(pipeline: Pipeline) -> str:
     Returns:
         Text to print: the table, the folder of figures and two further commands.
     """
-    table, folder = table_of_results(pipeline), collect_figures(pipeline)
-    write_text(pipeline.root / "results.md", table.markdown() + "\n")
+    (table, verdicts), folder = table_of_results(pipeline), collect_figures(pipeline)
+    lines = "".join(f"- {verdict}\n" for verdict in verdicts)
+    write_text(pipeline.root / "results.md", f"{table.markdown()}\n\n{lines}")
     return "\n".join(
         [
             "",
             table.text(),
             "95 % intervals in brackets, by bootstrap over subjects",
+            "",
+            *verdicts,
             "",
             f"figures    {folder}/ : {', '.join(sorted(path.name for path in folder.glob('*.png')))}",
             f"dashboard  mvhpc dashboard {pipeline.root}",
