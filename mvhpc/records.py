@@ -207,5 +207,5 @@ def subjects(dataset: Dataset, part: str, split: str) -> list[str]:
     choose(split, list(dataset.index.splits), "split")
     keys = dataset.keys(None if part == "all" else part, split)
     if not keys:
-        raise ConfigError(f"{dataset.folder}: the {part} part of split {split!r} is empty")
+        raise ConfigError(f"{dataset.folder}: the {part} part of split {split!r} is empty; name another one")
     return keys

@@ -79,6 +79,7 @@ def test_the_stage_writes_a_model_that_names_its_site(trained: Path, packed: Pat
     answers = [predictor(m, packed, want=["age"], given=["image"]) for m in (trained, tmp_path / "new")]
     assert answers[0].facts["site"] is None and answers[1].facts["site"] == {"name": "clinic", "people": 40}
     keys = answers[0].dataset.keys("test")
+    assert not set(keys) & answers[0].learnt.keys() and set(keys) <= answers[1].learnt.keys()
     before, after = ([row["age"] for row in answer(keys)] for answer in answers)
     found = load(tmp_path / "new", kind=ScalarsModel).stack.site["age"]
     age = answers[0].model.variables["age"]

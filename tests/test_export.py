@@ -1,5 +1,6 @@
 """The law of export: a network that was best at a checkpoint's step is exported to the bits that training exported."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,11 @@ import pytest
 from mvhpc.cli import main
 from mvhpc.config import ConfigError, load_config, to_yaml
 from mvhpc.execute import execute, plan
+from mvhpc.models.training_people import TrainingPeople
 from mvhpc.runs.folder import read_record
 from mvhpc.training.joint import JointConfig
 from mvhpc.training.vae import VAEConfig
+from shards.dataset import open_dataset
 from tests.conftest import SMALL_JOINT
 from tests.ellipsoids import pack_ellipsoids
 from tests.toy_task import curves
@@ -69,6 +72,10 @@ def test_the_model_of_a_checkpoint_is_what_training_exported(
         ours, theirs = content(tmp_path / f"{stage}-model"), content(run / "model")
         if best == networks[stage]:
             assert ours == theirs
+        if stage == "joint":
+            known, data = TrainingPeople.read(json.loads(ours["model.json"])), open_dataset(tiny_latents)
+            assert known == TrainingPeople.read(json.loads(theirs["model.json"]))
+            assert len(known.names) == len([*data.keys("train"), *data.keys("validation")]) == len(known.scans)
         for name in best:
             assert {file for file in ours if file.startswith(name)} == {f for f in theirs if f.startswith(name)}
         assert main(["export", str(run), "--out", str(tmp_path / f"{stage}-last")]) == 0

@@ -96,7 +96,7 @@ def test_with_folds_one_is_named(home: Path) -> None:
     second = configure("joint", "split=fold-2-of-3").config
     assert (second.latents, second.out) == ("runs/ixi/fold-2/latents", "runs/ixi/fold-2/joint")
     config = configure("predict", "split_name=fold-2-of-3", want="age", given="image").config
-    assert (config.model, config.split) == ("runs/ixi/fold-2/scalars", "test")
+    assert (config.model, config.split) == ("runs/ixi/fold-2/scalars", "auto")
     assert config.out == "runs/ixi/fold-2/predictions/age-given-image.tsv"
 
 

@@ -59,8 +59,9 @@ def _of_category(v: Variable) -> dict[str, dict[str, Any]]:
 
 
 def _of_number(v: Variable) -> dict[str, dict[str, Any]]:
-    texts = {v.name: f"mean of the predicted distribution of {v.name}", f"{v.name}_sd": "its standard deviation"}
-    texts |= {f"{v.name}_q{q:02d}": f"its {q} % quantile" for q in QUANTILES}
-    texts[f"{v.name}_crps"] = "continuous ranked probability score of the distribution, for the recorded value"
+    law = f"the predicted distribution of {v.name}"
+    texts = {v.name: f"mean of {law}", f"{v.name}_sd": f"standard deviation of {law}"}
+    texts |= {f"{v.name}_q{q:02d}": f"{q} % quantile of {law}" for q in QUANTILES}
+    texts[f"{v.name}_crps"] = f"continuous ranked probability score of {law}, for the recorded value"
     texts[f"{v.name}_true"] = f"recorded {v.name}"
     return {column: {"Description": text, "Units": v.unit or NONE} for column, text in texts.items()}
