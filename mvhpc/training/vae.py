@@ -24,6 +24,7 @@ from mvhpc.training.engines.base import Engine
 from mvhpc.training.task import Task
 from shards.dataset import open_dataset
 
+FITTED = 32  # training volumes whose blocks start the autoencoder's shortcut
 SHOWN = 4  # validation subjects in the figure of reconstructions
 least_squares = PatchAdversarialLoss(criterion="least_squares")  # Mao et al. 2017, with MONAI's leaky output
 
@@ -131,6 +132,8 @@ class VAETask(Task):
         torch.manual_seed(config.training.seed)  # the layers' initial weights
         autoencoder = Autoencoder(config.model)
         self.latent_shape = autoencoder.latent_shape(shape)
+        if config.model.shortcut:
+            autoencoder.fit_shortcut(self._read([sample])[0, 0] for sample in self.train[:FITTED])
         self.networks: dict[str, nn.Module] = {"autoencoder": autoencoder}
         self.learning_rates = {"autoencoder": config.optimizer.lr}
         if config.loss.adversarial:
