@@ -14,6 +14,7 @@ from launchers.driver import run_stage
 from launchers.jobs import Job, new_job, release
 from launchers.process import PYTHON
 from mvhpc.config import ConfigError
+from mvhpc.runtime.watchdog import Interrupted
 
 MINUTES = 7 * 24 * 60  # time limit; submitit's default is a few minutes
 
@@ -31,13 +32,26 @@ def script(folder: Path) -> str:
     return f"{PYTHON} -u -m submitit.core._submit {folder}"
 
 
+def submit(folder: Path, assignment: Assignment) -> submitit.Job[None]:
+    """Start a job. An interrupt of this terminal does not reach the process of submitit, which would kill the stage."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
+    try:
+        return executor(folder).submit(run_job, assignment)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def run_job(assignment: Assignment) -> None:
     """The function that a job calls."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # see :func:`submit`
     folder, number = Path(assignment.run), os.environ["SUBMITIT_LOCAL_JOB_ID"]
     job = new_job(folder, number, "local", assignment.stage, 1)
     try:
         run_stage(assignment.stage, assignment.values, assignment.chained)
         job.record("finished")
+    except Interrupted as error:
+        job.record("stopped", reason=str(error))
+        raise
     except Exception as error:
         job.record("failed", reason=f"{type(error).__name__}: {error}")
         raise
@@ -66,10 +80,18 @@ def state(job: Job) -> str:
 
 
 def cancel(job: Job) -> None:
-    """Interrupt a job; its process ends those that it started."""
+    """Interrupt a job's stage, which ends the processes that it started; training writes a checkpoint before."""
     if state(job):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(job.id), signal.SIGINT)
+        with contextlib.suppress(psutil.Error, OSError):
+            submitits = psutil.Process(int(job.id))
+            for process in submitits.children() or [submitits]:
+                process.send_signal(signal.SIGKILL if _ignores_interrupts(process.pid) else signal.SIGINT)
+
+
+def _ignores_interrupts(process: int) -> bool:
+    """Whether a process ignores SIGINT, as one does in which the stage has not begun; see :func:`submit`."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+    return bool(int(status["SigIgn"], 16) >> (signal.SIGINT - 1) & 1)
 
 
 def _gpus() -> list[int]:

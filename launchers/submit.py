@@ -183,7 +183,7 @@ def _slurm_executor(step: Step, site: Site, min_nodes: int | None, after: str | 
 
 def _to_local(site: Site) -> Callable[[Step, str | None], Job]:
     def start(step: Step, after: str | None) -> Job:
-        found = local.executor(step.run / "jobs").submit(local.run_job, step.assignment(site))
+        found = local.submit(step.run / "jobs", step.assignment(site))
         _STARTED.append(found)
         return jobs.new_job(step.run, found.job_id, "local", step.stage, 1, local.process_start(found.job_id))
 
@@ -217,6 +217,9 @@ def _watch(job: Job, out: str) -> int:
         if job.cluster == "slurm":
             print(f"job {job.id} continues; end it with `submit.py cancel {job.id}`", file=sys.stderr)
             return 130
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends the second one to the job too
+        first = "; it writes a checkpoint first, and Ctrl-C again ends it at once" if STAGES[job.stage].trains else ""
+        print(f"ending job {job.id}{first}", file=sys.stderr, flush=True)
         jobs_cli.cancel(job)
         print(f"job {job.id} cancelled; submit it again to resume from its last checkpoint", file=sys.stderr)
         return 130

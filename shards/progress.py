@@ -1,69 +1,135 @@
 """Progress of work that takes more than two seconds: a bar on a terminal, a plain line every 15 s in a log."""
 
+import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 T = TypeVar("T")
 LINE_EVERY_S = 15.0
+BAR, LEAST_BAR = 30, 8  # columns of the bar itself
+
+
+def compose(state: dict[str, Any], notes: Sequence[str], width: int | None) -> str:
+    """One line of at most ``width`` columns: what matters most first, and what does not fit is left out.
+
+    Args:
+        state: tqdm's ``format_dict``: ``prefix``, ``n``, ``total``, ``elapsed``, ``rate`` (None: measured), ``unit``.
+        notes: shown after the rate, the first ones first.
+        width: columns; None: any number.
+    """
+    n, total, elapsed = state["n"], state["total"], state["elapsed"]
+    rate = state["rate"] or ((n - state["initial"]) / elapsed if elapsed and n > state["initial"] else None)
+    count = f"{n}/{total}" if total else f"{n}"
+    label = f"{state['prefix']}: "
+    if width is not None and len(label) + len(count) > width:
+        label = ""
+    text = f"{label}{count}"[:width]
+    parts = [f" {state['unit']}"]
+    if rate and total:
+        parts.append(f", {tqdm.format_interval((total - n) / rate)} left")
+    if total:
+        parts.append(f", {100 * n // total} %")
+    if rate:
+        slow = rate < 1
+        parts.append(f", {1 / rate if slow else rate:.3g} {'s/' + state['unit'] if slow else state['unit'] + '/s'}")
+    parts.append(f", {tqdm.format_interval(elapsed)} so far")
+    for part in [*parts, *(f", {note}" for note in notes)]:
+        if width is None or len(text) + len(part) <= width:
+            text += part
+    if width is None or not total:
+        return text
+    bar = min(BAR, width - len(text) - 3)
+    filled = round(bar * n / total)
+    return f"{text} [{'#' * filled}{'.' * (bar - filled)}]" if bar >= LEAST_BAR else text
+
+
+class _Bar(tqdm):
+    """A tqdm bar whose line :func:`compose` writes."""
+
+    notes: Sequence[str] = ()
+    known_rate: float | None = None
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        state = super().format_dict
+        return {**state, "rate": self.known_rate or state["rate"]}
+
+    def __str__(self) -> str:
+        columns = shutil.get_terminal_size().columns - 1  # the last one would begin a new line on some terminals
+        return compose(self.format_dict, self.notes, max(1, columns))
 
 
 class Progress:
     """A counter with rate and time left.
 
-    A tqdm bar on a terminal; elsewhere a plain line every 15 seconds and one at the end, so that a log file stays
-    readable. Used as a context manager.
+    A bar on a terminal; elsewhere a plain line every 15 seconds and one at the end, so that a log file stays readable.
+    Used as a context manager.
 
     Args:
         label: shown before the count.
         total: number of items; None where unknown.
         unit: name of one item.
         initial: items done before, in a resumed run.
+        at_once: show it before the first item is done; otherwise only work that takes a while is shown.
     """
 
-    def __init__(self, label: str, total: int | None, unit: str = "it", initial: int = 0) -> None:
+    def __init__(
+        self, label: str, total: int | None, unit: str = "it", initial: int = 0, at_once: bool = False
+    ) -> None:
         self.label, self.total, self.unit, self.initial = label, total, unit, initial
         self.done = initial
-        self.note = ""
+        self.notes: Sequence[str] = ()
+        self.rate: float | None = None
         self._start = self._last_line = time.monotonic()
         self._printed = -1
-        self._bar: tqdm | None = None
+        self._bar: _Bar | None = None
         if sys.stderr.isatty():
-            self._bar = tqdm(
-                desc=label, total=total, unit=unit, initial=initial, dynamic_ncols=True, leave=True, delay=0.5
-            )
+            delay = 0.0 if at_once else 0.5
+            self._bar = _Bar(desc=label, total=total, unit=unit, initial=initial, leave=True, delay=delay)
+        elif at_once:
+            self._line()
 
-    def update(self, n: int = 1, note: str | None = None) -> None:
-        """Count ``n`` more items; ``note`` (such as a loss) is shown after the rate."""
+    def update(self, n: int = 1, note: str | Sequence[str] | None = None, rate: float | None = None) -> None:
+        """Count ``n`` more items.
+
+        Args:
+            n: how many.
+            note: such as a loss, shown after the rate; None: as before.
+            rate: items per second, from which the time left follows; None: as measured here.
+        """
         self.done += n
-        self.note = self.note if note is None else note
+        if note is not None:
+            self.notes = [note] if isinstance(note, str) else note
+        self.rate = rate or self.rate
         if self._bar is not None:
-            if note is not None:
-                self._bar.set_postfix_str(note, refresh=False)
+            self._bar.notes, self._bar.known_rate = self.notes, self.rate
             self._bar.update(n)
         elif time.monotonic() - self._last_line > LINE_EVERY_S:
             self._line()
+
+    def refresh(self) -> None:
+        """Draw the bar again, with the time that has gone by."""
+        if self._bar is not None:
+            self._bar.refresh()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def _line(self) -> None:
         if self._printed == self.done:
             return
         self._last_line, self._printed = time.monotonic(), self.done
-        text = tqdm.format_meter(
-            self.done,
-            self.total or 0,
-            self._last_line - self._start,
-            prefix=self.label,
-            unit=self.unit,
-            initial=self.initial,
-            postfix=self.note,
-            bar_format="{desc}: {n_fmt}/{total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}"
-            if self.total
-            else None,
-        )
-        print(text, file=sys.stderr, flush=True)
+        state = {"prefix": self.label, "n": self.done, "total": self.total, "unit": self.unit, "rate": self.rate}
+        state |= {"initial": self.initial, "elapsed": self._last_line - self._start}
+        print(compose(state, self.notes, None), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """End the bar, or write the last line where the work took more than two seconds."""

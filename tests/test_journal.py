@@ -2,7 +2,7 @@ import threading
 import time
 from pathlib import Path
 
-from mvhpc.runs.journal import FILE, Journal, follow, read, unseen
+from mvhpc.runs.journal import FILE, Journal, Reader, read, unseen
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -25,17 +25,22 @@ def test_a_torn_line_costs_itself_alone(tmp_path: Path) -> None:
     assert [e.get("step") for e in read(tmp_path)] == [0, 2]
 
 
-def test_a_follower_sees_every_event_once_and_ends(tmp_path: Path) -> None:
-    stop, seen = threading.Event(), []
-    reader = threading.Thread(target=lambda: seen.extend(follow(tmp_path, stop)))  # before there is a file
-    reader.start()
+def test_a_reader_sees_every_event_once_however_it_is_cut(tmp_path: Path) -> None:
+    stop, seen, reader = threading.Event(), [], Reader(tmp_path)  # before there is a file
+
+    def read_on() -> None:
+        while not stop.is_set():
+            seen.extend(reader.new())
+
+    thread = threading.Thread(target=read_on)
+    thread.start()
     journal = Journal(tmp_path)
     for step in range(50):
         journal.write("metrics", step=step, metrics={"a": step})
         time.sleep(0.01 if step % 10 == 0 else 0)
     stop.set()
-    reader.join(timeout=5)
-    assert not reader.is_alive()
+    thread.join(timeout=5)
+    seen.extend(reader.new())
     assert [e["step"] for e in seen] == list(range(50))
 
 

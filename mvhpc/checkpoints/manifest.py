@@ -47,3 +47,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         return Checkpoint(folder, manifest["step"], manifest["state"], manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not a manifest ({error})") from error
+
+
+def resumption(run: Path) -> str:
+    """What is left of a run that ends now, for the user: where the same command continues."""
+    found = complete(run / "checkpoints")
+    if not found:
+        return "no checkpoint was written, so the same command begins anew"
+    return f"the same command continues after step {int(found[-1].name.removeprefix('step-'))}"

@@ -1,15 +1,14 @@
-"""The journal of a run: one JSON object per line, appended by rank 0 and followed by progress bars and MLflow.
+"""The journal of a run: one JSON object per line, appended by rank 0 and followed by the screen and MLflow.
 
 Readers may end, lag or start again without touching the run. Events: ``start`` (step, total), ``metrics`` (step,
 metrics), ``artifact`` (step, path relative to the run folder), ``warning`` (step, text: a failure that the run went on
-after), ``summary`` (metrics of the whole stage), ``end`` (step).
+after), ``note`` (text for the screen: what is being done), ``summary`` (metrics of the whole stage), ``end`` (step).
 """
 
 import contextlib
 import errno
 import json
 import os
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -66,33 +65,31 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return event if isinstance(event, dict) and "event" in event else None
 
 
-def follow(folder: Path, stop: threading.Event) -> Iterator[dict[str, Any]]:
-    """Yield the events of ``folder/journal.jsonl`` from its beginning, then new ones as they come.
+class Reader:
+    """Reads a journal piece by piece, from its beginning on.
 
-    Ends once ``stop`` is set and everything that was written before has been yielded. Skips torn lines.
+    Args:
+        folder: the run folder.
     """
-    path, position, rest = folder / FILE, 0, b""
-    while True:
-        last = stop.is_set()  # before reading: what was written before it was set is still yielded
-        if path.is_file():
-            with path.open("rb") as file:
-                file.seek(position)
-                chunk = file.read()
-            position += len(chunk)
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                if (event := _parse(line)) is not None:
-                    yield event
-        if last:
-            return
-        stop.wait(POLL_S)
+
+    def __init__(self, folder: Path) -> None:
+        self._path, self._position, self._rest = folder / FILE, 0, b""
+
+    def new(self) -> list[dict[str, Any]]:
+        """The events since the last call. Skips torn lines."""
+        if not self._path.is_file():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._position)
+            chunk = file.read()
+        self._position += len(chunk)
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        return [event for line in lines if (event := _parse(line)) is not None]
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """All events of ``folder/journal.jsonl`` so far."""
-    stop = threading.Event()
-    stop.set()
-    return list(follow(folder, stop))
+    return Reader(folder).new()
 
 
 def unseen(events: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

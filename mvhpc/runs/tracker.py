@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections import Counter
@@ -19,28 +18,17 @@ from types import TracebackType
 from typing import Any
 
 from mvhpc.config import to_dict
+from mvhpc.runs.console import Console
 from mvhpc.runs.folder import identity
-from mvhpc.runs.journal import follow, read
+from mvhpc.runs.journal import read
 from mvhpc.runs.mlflow_process import warn
 from mvhpc.runs.mlflow_store import SQLITE
 from mvhpc.runs.mlflow_sync import absolute_store, read_state, record_end, relative_store, write_state
 from mvhpc.runtime.watchdog import Interrupted
 from shards.index import Index
-from shards.progress import Progress
 
 GRACE_S = 60.0  # how long a stage that has ended waits for the last replay
 PACKAGES = ("mvhpc", "torch", "monai", "deepspeed", "ray", "zarr", "mlflow", "numpy")
-NOTE = {
-    "train/loss": "loss {:.4g}",
-    "train/grad_norm": "gradient {:.3g}",
-    "train/lr": "rate {:.2g}",
-    "system/samples_per_second": "{:.3g} samples/s",
-    "system/model_tflops": "{:.3g} TFLOP/s",
-    "system/utilisation_percent": "{:.0f} % used",
-    "system/data_wait_percent": "{:.0f} % waiting",
-    "system/memory_gib": "{:.1f} GiB",
-    "system/gpu_memory_gib": "{:.1f} GiB on the GPU",
-}
 
 
 class Tracker:
@@ -74,8 +62,7 @@ class Tracker:
     ) -> None:
         self.stage, self.folder, self.out = stage, folder, Path(config.out)
         self.attempt = uuid.uuid4().hex
-        self._stop = threading.Event()
-        self._bar = threading.Thread(target=self._draw, daemon=True)
+        self._console = Console(stage, folder)
         state = read_state(folder)
         if state.get("fingerprint") != fingerprint:
             state = {
@@ -101,9 +88,8 @@ class Tracker:
         }
 
     def __enter__(self) -> "Tracker":
-        self._first_shown = len(read(self.folder))
         write_state(self.folder, self.state)
-        self._bar.start()
+        self._console.start()
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-W", "ignore", "-m", "mvhpc.runs.mlflow_process", str(self.folder), self.attempt],
             stdin=subprocess.PIPE,
@@ -116,8 +102,7 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
-        self._bar.join()
+        self._console.close()
         if kind is None:
             # inpainting with several samples writes NAME_1, NAME_2, ... and nothing called NAME
             outcome = {"output": identity(self.out)} if self.out.exists() else {}
@@ -133,28 +118,6 @@ class Tracker:
             warn(self.folder, f"no answer within {GRACE_S:.0f} s")
         if read_state(self.folder)["status"] == "RUNNING":  # the process did not live to record it
             record_end(self.folder, self.attempt, ending)
-
-    def _draw(self) -> None:
-        """Follow the journal with a progress bar, from the first event of this start on."""
-        bar: Progress | None = None
-        for number, event in enumerate(follow(self.folder, self._stop)):
-            if number < self._first_shown:
-                continue
-            if event["event"] == "start":
-                bar = Progress(self.stage, event["total"], "step", initial=event["step"])
-            elif event["event"] == "warning":
-                print(f"step {event['step']}: {event['text']}", file=sys.stderr)
-            elif bar is not None and event["event"] in {"metrics", "end"}:
-                bar.update(max(0, event["step"] - bar.done), _note(event.get("metrics", {})))
-        if bar is not None:
-            bar.close()
-
-
-def _note(metrics: dict[str, float]) -> str | None:
-    """What the progress bar says of an interval of training; None for other metrics."""
-    if "train/loss" not in metrics and "system/samples_per_second" not in metrics:
-        return None
-    return ", ".join(text.format(metrics[name]) for name, text in NOTE.items() if name in metrics)
 
 
 def _run_name(stage: str, out: Path, root: Path) -> str:

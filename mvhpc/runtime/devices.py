@@ -61,6 +61,14 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def describe_device(device: torch.device) -> str:
+    """``CPU (4 threads)``, or the name of the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU ({threads} thread{'s' * (threads > 1)})"
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """On CPUs the order of floating-point sums depends on the number of threads; inside, it is always the same."""

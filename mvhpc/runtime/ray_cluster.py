@@ -12,12 +12,11 @@ import logging
 import os
 import secrets
 import shutil
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +136,8 @@ def _launch_ray(target: str, settings: Any, folder: Path, compute: Compute) -> d
             ),
         )
         try:
-            with _keep_sigint():
-                trainer.fit()
+            with ThreadPoolExecutor(1) as thread:  # in the main thread, Ray Train would take SIGINT for itself
+                thread.submit(trainer.fit).result()
         except TrainingFailedError as error:
             raise _explain(error, logs) from None
         if (logs / "error.json").is_file():
@@ -146,20 +145,6 @@ def _launch_ray(target: str, settings: Any, folder: Path, compute: Compute) -> d
         if (logs / "stopped.json").is_file():
             raise Interrupted(_take(logs / "stopped.json"))
         return _take(logs / "result.json")
-
-
-@contextlib.contextmanager
-def _keep_sigint() -> Iterator[None]:
-    """Put this process's handler of SIGINT back on exit.
-
-    Ray Train leaves its own behind, which would start a new Ray where a later stage is interrupted.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
 
 
 def _take(path: Path) -> Any:

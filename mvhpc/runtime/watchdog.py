@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,38 @@ class Interrupted(RuntimeError):
     """A stage stopped on request after it wrote a checkpoint; the same command resumes it."""
 
 
+_requested = threading.Event()
+
+
 def stop_requested() -> bool:
-    """Whether the file that ``MVHPC_STOP_FILE`` names exists."""
+    """Whether the file that ``MVHPC_STOP_FILE`` names exists, or :func:`request_stop` was called in this process."""
     name = os.environ.get(STOP_FILE)
-    return bool(name) and Path(str(name)).exists()
+    return _requested.is_set() or (bool(name) and Path(str(name)).exists())
+
+
+def request_stop() -> None:
+    """Ask this process, and those that share its stop file, to stop with a checkpoint."""
+    _requested.set()
+    if name := os.environ.get(STOP_FILE):
+        with contextlib.suppress(OSError):
+            Path(name).touch()
+
+
+@contextlib.contextmanager
+def stop_file(path: Path) -> Iterator[None]:
+    """Inside, the stop file is that of the environment, else ``path``, which is removed before and after."""
+    _requested.clear()
+    if STOP_FILE in os.environ:
+        yield
+        return
+    path.unlink(missing_ok=True)
+    os.environ[STOP_FILE] = str(path.absolute())
+    try:
+        yield
+    finally:
+        del os.environ[STOP_FILE]
+        _requested.clear()
+        path.unlink(missing_ok=True)
 
 
 class PollInterval:
@@ -30,11 +59,15 @@ class PollInterval:
 
     def __init__(self, start: int) -> None:
         self.next = start + 1
-        self._done, self._mark = start, time.monotonic()
+        self._start = self._done = start
+        self._mark = time.monotonic()
 
     def suggest(self, done: int) -> int:
-        """Steps until the next poll, from the rate of this worker up to step ``done``."""
+        """Steps until the next poll, from the rate of this worker up to step ``done``; after the first step, 1."""
         now = time.monotonic()
+        if self._done == self._start:  # the first step says little: it is slower than the others
+            self._done, self._mark = done, now
+            return 1
         rate = (done - self._done) / max(now - self._mark, 1e-3)
         self._done, self._mark = done, now
         return max(1, round(rate * PERIOD_S))

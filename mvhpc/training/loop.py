@@ -25,14 +25,16 @@ from mvhpc.checkpoints.manifest import Checkpoint, CheckpointError
 from mvhpc.checkpoints.writer import Checkpoints
 from mvhpc.config import Compute, flatten
 from mvhpc.runs.journal import Journal
+from mvhpc.runs.position import Position, remove_position, write_position
 from mvhpc.runtime.collectives import Collectives
-from mvhpc.runtime.devices import resolve_device, send
+from mvhpc.runtime.devices import describe_device, resolve_device, resolve_precision, send
 from mvhpc.runtime.randomness import generator
 from mvhpc.runtime.watchdog import Interrupted, PollInterval, Watchdog, stop_requested
 from mvhpc.training.best import BestModel
 from mvhpc.training.engines.base import Engine, learning_rate
 from mvhpc.training.engines.make import make_engine
 from mvhpc.training.metrics import Diverged, MetricMeans, SkippedUpdates, Stopwatch, peak_tflops
+from mvhpc.training.pace import Pace, advice, duration
 from mvhpc.training.task import Config, Task, micro_batch
 from mvhpc.training.validation import validate
 from shards.order import Order, prefetch
@@ -100,12 +102,36 @@ class _Run:
                 check(checkpoint, self.config, self.total)
                 if checkpoint.step == self.total:
                     return dict(checkpoint.state["summary"])
+            self._write("note", text=self._describe())
             self._build()
             start = self._resume(checkpoint)
-            with self.watchdog.armed():
-                self._attempts(start)
+            try:
+                with self.watchdog.armed():
+                    self._attempts(start)
+            finally:
+                if self.journal is not None:
+                    remove_position(self.folder)
             self._write("end", step=self.total)
             return self._summary()
+
+    def _describe(self) -> str:
+        """Steps, parameters, device and precision, as one line."""
+        training = self.training
+        sizes = (
+            f"{name} {sum(p.numel() for p in network.parameters()) / 1e6:.3g} million parameters"
+            for name, network in self.task.networks.items()
+        )
+        precision = str(resolve_precision(self.config.compute.precision, self.device)).removeprefix("torch.")
+        workers = self.collectives.world
+        device = (
+            f"{workers} workers on {describe_device(self.device)} each"
+            if workers > 1
+            else (describe_device(self.device))
+        )
+        return (
+            f"{self.total:,} steps ({training.epochs} epochs of {self.order.steps_per_epoch:,}, batch "
+            f"{training.batch}); {', '.join(sizes)}; {device}, {precision}"
+        )
 
     def _build(self) -> None:
         for name, module in self.task.networks.items():
@@ -148,7 +174,7 @@ class _Run:
     def _steps(self, start: int) -> None:
         training, epoch = self.training, self.order.steps_per_epoch
         self.stopwatch = Stopwatch(self.stopwatch.seconds)  # building the networks does not count
-        self.poll_interval = PollInterval(start)
+        self.poll_interval, self.pace = PollInterval(start), Pace(self.total)
         with contextlib.closing(self._batches(start)) as batches:
             for step in range(start, self.total):
                 self._step(step, batches)
@@ -199,9 +225,24 @@ class _Run:
             (stop_requested(), self.checkpoints.report(), self.poll_interval.suggest(done))
         )
         self._warn(done, self.checkpoints.settle([report for _, report, _ in states]))
+        self._tell(done)
         self.poll_interval.next = done + states[0][2]
         self.skipped.collect()
         return any(stop for stop, _, _ in states)
+
+    def _tell(self, done: int) -> None:
+        """Where training is; after the second step of this start, how long it will take."""
+        if self.journal is None:
+            return
+        first, seconds = not self.pace.known, self.pace.left(done)
+        write_position(self.folder, Position(done, self.total, seconds))
+        if seconds is None or not first or done == self.total:
+            return
+        each = seconds / (self.total - done)
+        text = f"about {duration(seconds)} left ({each:.3g} s a step; validation is not counted yet)"
+        fresh = done == 2 and self.device.type == "cpu"  # a resumed run keeps its configuration
+        shorter = advice(seconds, self.training.epochs, self.task.shorter) if fresh else ""
+        self._write("note", text=f"{text}; {shorter}" if shorter else text)
 
     def _batches(self, start: int) -> Generator[tuple[list[int], dict[str, Any]]]:
         accumulate = self.training.accumulate

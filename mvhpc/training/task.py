@@ -30,6 +30,7 @@ class Task(ABC):
         averaged: names of the networks whose weights are averaged (with the configuration's ``ema``).
         samples: how many training samples there are.
         validation: how many validation samples; 0 exports the last weights.
+        shorter: what would make a step cheaper, as advice: keys with their effect.
     """
 
     networks: dict[str, nn.Module]
@@ -38,6 +39,7 @@ class Task(ABC):
     averaged: Collection[str] = ()
     samples: int
     validation: int
+    shorter: Sequence[str] = ()
 
     @classmethod  # noqa: B027 a hook
     def check(cls, config: Any) -> None:

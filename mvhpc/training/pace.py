@@ -1,0 +1,60 @@
+"""How long training takes: the time left, and what makes it shorter."""
+
+import time
+from collections.abc import Sequence
+
+LONG_S = 3 * 3600.0  # training on a CPU that takes longer gets advice
+
+
+class Pace:
+    """The time left by the steps after the first of this start, which is slower than the others.
+
+    Args:
+        total: steps of the whole run.
+
+    Attributes:
+        known: whether the last :meth:`left` was a number.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.known = False
+        self._mark: tuple[int, float] | None = None
+
+    def left(self, done: int) -> float | None:
+        """Seconds until ``total``, after ``done`` steps; None at the first call."""
+        now = time.monotonic()
+        if self._mark is None:
+            self._mark = done, now
+            return None
+        self.known = True
+        steps, start = self._mark
+        return (self.total - done) * (now - start) / max(1, done - steps)
+
+
+def duration(seconds: float) -> str:
+    """``40 s``, ``12 min``, ``7.5 h`` or ``3 days``."""
+    for least, unit, word in ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "h"), (120, 60, "min")):
+        if seconds >= least:
+            value = seconds / unit
+            return f"{value:.1f} {word}" if value < 10 and word != "min" else f"{value:.0f} {word}"
+    return f"{seconds:.0f} s"
+
+
+def advice(seconds: float, epochs: int, shorter: Sequence[str]) -> str:
+    """What to do where training on a CPU takes ``seconds``: keys and their effect; empty where it is short enough.
+
+    Args:
+        seconds: of ``epochs`` epochs.
+        epochs: ``training.epochs``.
+        shorter: what makes a step cheaper, by the task.
+    """
+    if seconds <= LONG_S:
+        return ""
+    fewer = int(epochs * LONG_S / seconds)
+    ways = [*([f"training.epochs={fewer} (about {duration(LONG_S)})"] if 0 < fewer < epochs else []), *shorter]
+    ways.append("a computer with a GPU")
+    return (
+        "that is long for a CPU. Ctrl-C stops with a checkpoint, and the same command continues. These make it "
+        "shorter, with another out=... : " + "; ".join(ways)
+    )
