@@ -6,7 +6,18 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mvhpc.config import ConfigError, load_config, refuse_password
+from mvhpc import __version__
+from mvhpc.config import ConfigError, MissingKeys, load_config, refuse_password, to_yaml
+from mvhpc.parsers import (
+    COMMANDS,
+    GROUP,
+    commands_elsewhere,
+    completion,
+    group_help,
+    in_words,
+    parser_of,
+    required_keys,
+)
 from mvhpc.runtime.watchdog import Interrupted
 from mvhpc.stages import STAGES, Stage
 from shards.errors import DataError, nearest
@@ -19,7 +30,7 @@ commands:
 {commands}
 
 `mvhpc COMMAND --help` shows a command's options and examples. --config takes a preset (configs/COMMAND/NAME.yaml)
-or a YAML file; key=value overrides a single key, as in training.epochs=20.
+or a YAML file; key=value overrides a single key, as in training.epochs=20; --show-config prints what results.
 
 examples:
   mvhpc run --config demo
@@ -27,57 +38,53 @@ examples:
   mvhpc predict --given image,sex --want age
   mvhpc generate --count 100 --given age=70,sex=F --out synthetic
 """
-PIPELINE = "run all stages of a preset in order; complete and unchanged ones are reused"
-OTHERS = {
-    "export": "write the model of a checkpoint, of any number of workers",
-    "mlflow-sync": "send metrics of run folders to an MLflow store",
-    "dashboard": "open the MLflow store, on this machine only",
-}
+KEPT = "complete stages are kept, and the same command continues"
 
 
 def _usage() -> str:
-    """Help of the command: one line for each stage and each other command."""
-    lines = {"run": PIPELINE, **{stage.command: stage.help for stage in STAGES.values() if stage.command}, **OTHERS}
+    """Help of the command: one line for each command."""
+    lines = {name: command.help for name, command in COMMANDS.items()}
+    lines |= {name: f"see mvhpc {name} --help" for name in commands_elsewhere()}
     return USAGE.format(commands="\n".join(f"  {name:15s} {text}" for name, text in lines.items()))
 
 
-def _parser(command: str, examples: Sequence[str], about: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"mvhpc {command}",
-        description=about,
-        epilog="\n  ".join(["examples:", *examples]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _loading() -> None:
+    """Say why nothing happens for some seconds."""
+    if "torch" not in sys.modules:
+        print("mvhpc: loading PyTorch and MONAI", file=sys.stderr, flush=True)
 
 
-def _stage(stage: Stage, arguments: Sequence[str]) -> int:
-    from mvhpc.execute import execute, plan
+def _stage(stage: Stage, options: argparse.Namespace) -> int:
     from mvhpc.pipeline.project import Request, record_project
+
+    flags = {name: text for name in stage.flags if (text := getattr(options, name)) is not None}
+    _loading()
+    try:
+        configured = Request(stage, options.config, options.overrides, flags, options.root).configure()
+    except MissingKeys as error:
+        keys = [key for key in error.keys if key in required_keys(stage)] or error.keys
+        raise ConfigError(f"{stage.command}: give {in_words(stage, keys)}") from error
+    if options.show_config:
+        print(to_yaml(configured.config), end="")
+        return 0
+    from mvhpc.execute import execute, plan
     from mvhpc.pipeline.run import do
 
-    parser = _parser(stage.command, stage.examples, stage.help[0].upper() + stage.help[1:] + ".")
-    parser.add_argument("--config", metavar="NAME_OR_FILE", help="preset or YAML file (default: the project's)")
-    parser.add_argument("--root", metavar="FOLDER", help="project (default: the one below runs/ that was used last)")
-    parser.add_argument("--with-inputs", action="store_true", help="first run the stages that make missing inputs")
-    for name, text in stage.flags.items():
-        parser.add_argument(f"--{name}", help=text)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the configuration")
-    options = vars(parser.parse_intermixed_args(arguments))
-    preset, overrides, root, with_inputs = (options.pop(k) for k in ("config", "overrides", "root", "with_inputs"))
-    flags = {name: text for name, text in options.items() if text is not None}
-    configured = Request(stage, preset, overrides, flags, root).configure()
     config = configured.config
-    if with_inputs:
-        for name, before in configured.before():
-            do(plan(name, before), f"{name}: ")
-    planned = configured.plan()
-    if configured.project:
-        record_project(configured.project.config)
-    own = configured.project and config.out == configured.own_place()
-    if own or not stage.trains:  # a training continues in its folder, and refuses another one's
-        summary = do(planned, f"{stage.name}: ") or planned.summary()
-    else:
-        summary = execute(planned)
+    try:
+        if options.with_inputs:
+            for name, before in configured.before():
+                do(plan(name, before), f"{name}: ")
+        planned = configured.plan()
+        if configured.project:
+            record_project(configured.project.config)
+        own = configured.project and config.out == configured.own_place()
+        if own or not stage.trains:  # a training continues in its folder, and refuses another one's
+            summary = do(planned, f"{stage.name}: ") or planned.summary()
+        else:
+            summary = execute(planned)
+    except KeyboardInterrupt:
+        return _interrupted(stage.command, _left(stage, Path(config.out)))
     for name, value in summary.items():
         print(f"{name:32s} {value:.4g}" if isinstance(value, float) else f"{name:32s} {value}")
     out = Path(config.out)
@@ -85,53 +92,47 @@ def _stage(stage: Stage, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _run(arguments: Sequence[str]) -> int:
+def _left(stage: Stage, out: Path) -> str:
+    """What is left of an interrupted stage."""
+    if not stage.trains:
+        return "the same command begins anew"
+    from mvhpc.checkpoints.manifest import resumption
+
+    return resumption(out)
+
+
+def _interrupted(command: str, consequence: str) -> int:
+    print(f"mvhpc {command}: interrupted; {consequence}", file=sys.stderr)
+    return 130
+
+
+def _run(options: argparse.Namespace) -> int:
     from mvhpc.pipeline.plan import PipelineConfig
     from mvhpc.pipeline.run import run_pipeline
 
-    parser = _parser(
-        "run",
-        ("mvhpc run --config demo", "mvhpc run --config demo root=/tmp/demo vae.training.epochs=5"),
-        "Run the whole pipeline of a preset: data, autoencoder, latents, joint model, predictions, synthetic people. "
-        "Complete and unchanged stages are reused. STAGE.key=value overrides a key of one stage.",
-    )
-    parser.add_argument("--config", default="demo", metavar="NAME_OR_FILE", help="pipeline preset or YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_intermixed_args(arguments)
     config = load_config(PipelineConfig, "pipeline", options.config, options.overrides)
-    run_pipeline(config)
+    if options.show_config:
+        print(to_yaml(config), end="")
+        return 0
+    _loading()
+    try:
+        run_pipeline(config)
+    except KeyboardInterrupt:
+        return _interrupted("run", KEPT)
     return 0
 
 
-def _export(arguments: Sequence[str]) -> int:
+def _export(options: argparse.Namespace) -> int:
     from mvhpc.export import export
 
-    parser = _parser(
-        "export",
-        ("mvhpc export runs/joint/checkpoints/step-00001000 --out model", "mvhpc export runs/joint --out model"),
-        "Write the model of a checkpoint to a folder, on this machine, whatever the number of workers that wrote it. "
-        "Of a run folder the newest checkpoint is used.",
-    )
-    parser.add_argument("source", metavar="CHECKPOINT_OR_RUN")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="model folder to write")
-    options = parser.parse_args(arguments)
     print(f"step {export(Path(options.source), Path(options.out))} written to {options.out}")
     return 0
 
 
-def _mlflow_sync(arguments: Sequence[str]) -> int:
+def _mlflow_sync(options: argparse.Namespace) -> int:
     from mvhpc.runs.mlflow_store import PATIENCE
     from mvhpc.runs.mlflow_sync import sync
 
-    parser = _parser(
-        "mlflow-sync",
-        ("mvhpc mlflow-sync runs/vae runs/joint", "mvhpc mlflow-sync runs/joint --uri http://127.0.0.1:5000"),
-        "Send the journals of run folders to an MLflow store, for runs on machines that cannot reach it. "
-        "Points that the store already has are not sent again.",
-    )
-    parser.add_argument("folders", nargs="+", metavar="RUN_FOLDER")
-    parser.add_argument("--uri", default="", help="tracking URI (default: that of each run's configuration)")
-    options = parser.parse_args(arguments)
     refuse_password(options.uri)
     os.environ |= PATIENCE
     for folder in map(Path, options.folders):
@@ -140,19 +141,45 @@ def _mlflow_sync(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _dashboard(arguments: Sequence[str]) -> int:
+def _dashboard(options: argparse.Namespace) -> int:
     from mvhpc.runs.dashboard import dashboard
 
-    parser = _parser(
-        "dashboard",
-        ("mvhpc dashboard", "mvhpc dashboard runs/demo --port 5001"),
-        "Open the MLflow store of a folder of runs, on this machine only, protected by a password.",
-    )
-    parser.add_argument("store", nargs="?", default="runs/demo", help="folder with mlflow.db, or a tracking URI")
-    parser.add_argument("--port", type=int, default=5000)
-    options = parser.parse_args(arguments)
     dashboard(options.store, port=options.port)
     return 0
+
+
+def _completion(options: argparse.Namespace) -> int:
+    print(completion(options.shell), end="")
+    return 0
+
+
+HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "run": _run,
+    "export": _export,
+    "mlflow-sync": _mlflow_sync,
+    "dashboard": _dashboard,
+    "completion": _completion,
+}
+
+
+def _do(command: str, rest: Sequence[str]) -> int:
+    """Carry out one command."""
+    if command == "predict" and any(word.partition("=")[0] == "--bids" for word in rest):
+        from mvhpc.bids_app import predict_command
+
+        return predict_command(rest)
+    if command in COMMANDS:
+        options = parser_of(command).parse_intermixed_args(rest)
+        if command in HANDLERS:
+            return HANDLERS[command](options)
+        return _stage(next(stage for stage in STAGES.values() if stage.command == command), options)
+    if command == GROUP:
+        print(group_help(), end="", file=sys.stderr)
+        return 2
+    elsewhere = commands_elsewhere()
+    if command in elsewhere:
+        return int(elsewhere[command].load()(rest))
+    raise ConfigError(nearest(command, [*COMMANDS, *elsewhere], "command"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -161,31 +188,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in {"-h", "--help", "help"}:
         print(_usage(), end="")
         return 0
-    handlers: dict[str, Callable[[Sequence[str]], int]] = {
-        "run": _run,
-        "export": _export,
-        "mlflow-sync": _mlflow_sync,
-        "dashboard": _dashboard,
-    }
-    stages = {stage.command: stage for stage in STAGES.values() if stage.command}
-    command = " ".join(arguments[:2]) if arguments[0] == "train" else arguments[0]
+    if arguments[0] == "--version":
+        print(f"mvhpc {__version__}")
+        return 0
+    if arguments[0] == GROUP and arguments[1:2] in (["-h"], ["--help"]):
+        print(group_help(), end="")
+        return 0
+    command = " ".join(arguments[:2]) if arguments[0] == GROUP else arguments[0]
     rest = arguments[len(command.split()) :]
     try:
-        if command == "predict" and any(word.partition("=")[0] == "--bids" for word in rest):
-            from mvhpc.bids_app import predict_command
-
-            return predict_command(rest)
-        if command in handlers:
-            return handlers[command](rest)
-        if command in stages:
-            return _stage(stages[command], rest)
-        raise ConfigError(nearest(command, [*stages, *handlers], "command"))
+        return _do(command, rest)
     except KeyboardInterrupt:
-        print(
-            "mvhpc: interrupted; run the same command again to continue from the last checkpoint",
-            file=sys.stderr,
-        )
-        return 130
+        return _interrupted(command, "nothing was changed")
     except Interrupted as error:
         print(f"mvhpc: {error}", file=sys.stderr)
         return 75  # EX_TEMPFAIL

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,7 +73,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The options of all commands."""
     style = argparse.RawDescriptionHelpFormatter
     parser = _Parser(
         prog="shards",
@@ -81,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=style,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"shards {version('mvhpc')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, summary: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -286,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 1 for damaged data or too many rejected rows; 2 for input or arguments that cannot be used.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = _parser()
+    parser = make_parser()
     if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         close = difflib.get_close_matches(arguments[0], COMMANDS, n=1, cutoff=0.4)
         hint = f" Did you mean {close[0]!r}?" if close else ""

@@ -21,6 +21,7 @@ LAYERS = [
     ["stages"],
     ["execute"],
     ["pipeline", "export", "bids_app"],
+    ["parsers"],
     ["api", "cli"],
     ["__main__"],
 ]

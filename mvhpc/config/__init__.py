@@ -1,13 +1,14 @@
 """Typed configuration: dataclasses, loader (YAML and dotted overrides), errors."""
 
 from mvhpc.config.effects import Effect, decisive, effect
-from mvhpc.config.errors import ConfigError, at_least, choose
+from mvhpc.config.errors import ConfigError, MissingKeys, at_least, choose
 from mvhpc.config.loader import (
     CONFIGS,
     config_file,
     fingerprint,
     flatten,
     flatten_override,
+    keys_without_default,
     load_config,
     to_dict,
     to_yaml,
@@ -37,6 +38,7 @@ __all__ = [
     "DiffusionConfig",
     "Effect",
     "EncoderConfig",
+    "MissingKeys",
     "Optimizer",
     "Sampling",
     "Tracking",
@@ -50,6 +52,7 @@ __all__ = [
     "fingerprint",
     "flatten",
     "flatten_override",
+    "keys_without_default",
     "load_config",
     "refuse_password",
     "to_dict",

@@ -9,6 +9,19 @@ class ConfigError(ValueError):
     """An invalid configuration; the message names the key, file or preset and what to do."""
 
 
+class MissingKeys(ConfigError):
+    """Keys without a value.
+
+    Args:
+        stage: whose configuration it is.
+        keys: their dotted names.
+    """
+
+    def __init__(self, stage: str, keys: Sequence[str]) -> None:
+        self.keys = list(keys)
+        super().__init__(f"{stage}: give a value for {', '.join(keys)}, as {' '.join(f'{key}=VALUE' for key in keys)}")
+
+
 def choose(word: str, known: Sequence[str], what: str) -> str:
     """``word``, if it is one of ``known``.
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from mvhpc.config.errors import ConfigError
+from mvhpc.config.errors import ConfigError, MissingKeys
 from shards.errors import nearest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -107,8 +107,9 @@ def load_config(
         defaults: dotted key -> value, overridden by everything that the user sets.
 
     Raises:
-        ConfigError: an unknown preset, a misspelt key (naming the nearest valid one), a value of the wrong type, or a
-            key without value; the message names the file or override.
+        ConfigError: an unknown preset, a misspelt key (naming the nearest valid one), or a value of the wrong type; the
+            message names the file or override.
+        MissingKeys: keys without value, all of them.
     """
     path = config_file(folder, name)
     user_file = path.parent != CONFIGS / folder
@@ -121,12 +122,16 @@ def load_config(
     node = OmegaConf.structured(kind)
     for source, layer in layers:
         node = _merge(kind, node, source, layer)
-    try:
-        OmegaConf.to_container(node, throw_on_missing=True)
-        return OmegaConf.to_object(node)  # type: ignore[return-value]
-    except MissingMandatoryValue as error:
-        key = getattr(error, "full_key", None) or str(error)
-        raise ConfigError(f"{folder}: give a value for {key}, as {key}=VALUE") from error
+    if missing := OmegaConf.missing_keys(node):
+        raise MissingKeys(folder, [key for key in _keys(kind) if key in missing])
+    return OmegaConf.to_object(node)  # type: ignore[return-value]
+
+
+def keys_without_default(folder: str) -> list[str]:
+    """The keys that have no value in ``configs/FOLDER/default.yaml``."""
+    node = _read_yaml(config_file(folder, "default"))[1]
+    missing = OmegaConf.missing_keys(node)
+    return [str(key) for key in node if key in missing]
 
 
 def _read_yaml(path: Path) -> tuple[str, Any]:

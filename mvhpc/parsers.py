@@ -1,0 +1,219 @@
+"""The options of every `mvhpc` command, for its help, for reading it and for completion in shells."""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import NoReturn
+
+from mvhpc.config import CONFIGS, keys_without_default
+from mvhpc.stages import STAGES, Stage
+from shards.__main__ import make_parser
+
+GROUP = "train"  # commands of two words
+ELSEWHERE = "mvhpc.commands"  # entry points of commands that are no part of this package
+
+
+class Parser(argparse.ArgumentParser):
+    """Prints errors in one line, and shows options as required that may also be given as key=value."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def format_help(self) -> str:
+        for action in self._actions:
+            action.required = action.required or getattr(action, "needed", False)
+        return super().format_help()
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        help: one line.
+        about: what it does.
+        examples: complete commands.
+        fill: adds its options to a parser.
+    """
+
+    help: str
+    about: str
+    examples: Sequence[str]
+    fill: Callable[[argparse.ArgumentParser], None]
+
+    def complete(self, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        """``parser`` with the description, the examples and the options of this command."""
+        parser.description, parser.epilog = self.about, "\n  ".join(["examples:", *self.examples])
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        self.fill(parser)
+        return parser
+
+
+def required_keys(stage: Stage) -> list[str]:
+    """The keys that a user has to set: those without default, less the paths that the project knows."""
+    known = {"out", *(key for key, maker in stage.inputs.items() if maker)}
+    return [key for key in keys_without_default(stage.name) if key not in known]
+
+
+def in_words(stage: Stage, keys: Sequence[str]) -> str:
+    """Keys as they are set on the command line: ``--want VALUE`` where there is a flag, else ``want=VALUE``."""
+    return " ".join(f"--{key} VALUE" if key in stage.flags else f"{key}=VALUE" for key in keys)
+
+
+def _stage_command(stage: Stage) -> Command:
+    required = required_keys(stage)
+
+    def fill(parser: argparse.ArgumentParser) -> None:
+        _add_preset(parser, stage.name, "preset or YAML file (default: the project's)")
+        parser.add_argument(
+            "--root", metavar="FOLDER", help="project (default: the one below runs/ that was used last)"
+        )
+        parser.add_argument("--with-inputs", action="store_true", help="first run the stages that make missing inputs")
+        parser.add_argument("--show-config", action="store_true", help="print the configuration as YAML, run nothing")
+        for name, text in stage.flags.items():
+            place = name == "out" or stage.inputs.get(name)
+            note = " (required)" if name in required else " (default: the project's)" if place else ""
+            option = parser.add_argument(f"--{name}", help=f"{text}{note}")
+            option.needed = name in required  # type: ignore[attr-defined]
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the configuration")
+
+    about = stage.help[0].upper() + stage.help[1:] + "."
+    keys = [key for key in required if key not in stage.flags]
+    if keys:
+        about += f" Required: {in_words(stage, keys)}."
+    return Command(stage.help, about, stage.examples, fill)
+
+
+def _add_preset(parser: argparse.ArgumentParser, folder: str, text: str, default: str | None = None) -> None:
+    option = parser.add_argument("--config", metavar="NAME_OR_FILE", help=text, default=default)
+    option.presets = folder  # type: ignore[attr-defined]  # for completion
+
+
+def _run(parser: argparse.ArgumentParser) -> None:
+    _add_preset(parser, "pipeline", "pipeline preset or YAML file", "demo")
+    parser.add_argument("--show-config", action="store_true", help="print the configuration as YAML, run nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key; of one stage as STAGE.key=value")
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="CHECKPOINT_OR_RUN")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="model folder to write (required)")
+
+
+def _mlflow_sync(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", metavar="RUN_FOLDER")
+    parser.add_argument("--uri", default="", help="tracking URI (default: that of each run's configuration)")
+
+
+def _dashboard(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("store", nargs="?", default="runs/demo", help="folder with mlflow.db, or a tracking URI")
+    parser.add_argument("--port", type=int, default=5000)
+
+
+def _completion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=["bash", "zsh"])
+
+
+COMMANDS: dict[str, Command] = {
+    "run": Command(
+        "run all stages of a preset in order; complete and unchanged ones are reused",
+        "Run the whole pipeline of a preset: data, autoencoder, latents, joint model, predictions, synthetic people. "
+        "Complete and unchanged stages are reused. STAGE.key=value overrides a key of one stage.",
+        ("mvhpc run --config demo", "mvhpc run --config demo root=/tmp/demo vae.training.epochs=5"),
+        _run,
+    ),
+    **{stage.command: _stage_command(stage) for stage in STAGES.values() if stage.command},
+    "export": Command(
+        "write the model of a checkpoint, of any number of workers",
+        "Write the model of a checkpoint to a folder, on this machine, whatever the number of workers that wrote it. "
+        "Of a run folder the newest checkpoint is used.",
+        ("mvhpc export runs/joint/checkpoints/step-00001000 --out model", "mvhpc export runs/joint --out model"),
+        _export,
+    ),
+    "mlflow-sync": Command(
+        "send metrics of run folders to an MLflow store",
+        "Send the journals of run folders to an MLflow store, for runs on machines that cannot reach it. "
+        "Points that the store already has are not sent again.",
+        ("mvhpc mlflow-sync runs/vae runs/joint", "mvhpc mlflow-sync runs/joint --uri http://127.0.0.1:5000"),
+        _mlflow_sync,
+    ),
+    "dashboard": Command(
+        "open the MLflow store, on this machine only",
+        "Open the MLflow store of a folder of runs, on this machine only, protected by a password.",
+        ("mvhpc dashboard", "mvhpc dashboard runs/demo --port 5001"),
+        _dashboard,
+    ),
+    "completion": Command(
+        "print the completion of commands and options for a shell",
+        "Print a script that completes commands, options, presets and files of `mvhpc` and `shards` in a shell.",
+        (
+            'eval "$(mvhpc completion bash)"          in ~/.bashrc',
+            'eval "$(mvhpc completion zsh)"           in ~/.zshrc, after compinit',
+        ),
+        _completion,
+    ),
+}
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """The parser of one command."""
+    return COMMANDS[command].complete(Parser(prog=f"mvhpc {command}"))
+
+
+def commands_elsewhere() -> dict[str, EntryPoint]:
+    """Commands of other packages, by their entry points: ``submit`` of ``launchers``."""
+    return {point.name: point for point in entry_points(group=ELSEWHERE)}
+
+
+def group_help() -> str:
+    """What `mvhpc train` shows."""
+    of_group = ((name, command) for name, command in COMMANDS.items() if name.startswith(f"{GROUP} "))
+    lines = "\n".join(f"  {name:16s} {command.help}" for name, command in of_group)
+    return f"usage: mvhpc {GROUP} COMMAND [options] [key=value ...]\n\ncommands:\n{lines}\n\n" + (
+        f"`mvhpc {GROUP} COMMAND --help` shows a command's options and examples.\n"
+    )
+
+
+def completion(shell: str) -> str:
+    """A script for ``bash`` or ``zsh`` that completes `mvhpc` and `shards`."""
+    import shtab
+
+    root = argparse.ArgumentParser(prog="mvhpc")
+    root.add_argument("--version", action="store_true", help="print the version")
+    commands = root.add_subparsers()
+    group = commands.add_parser(GROUP, help="train a model").add_subparsers()
+    for name, command in COMMANDS.items():
+        first, _, second = name.partition(" ")
+        parser = (group if second else commands).add_parser(second or first, help=command.help)
+        command.fill(parser)
+        for action in parser._actions:
+            _complete(action, shtab.FILE)
+    for name in commands_elsewhere():
+        commands.add_parser(name, help="see its --help")
+    of_shards = make_parser()
+    for parser in (of_shards, *subparsers(of_shards)):
+        for action in parser._actions:
+            _complete(action, shtab.FILE)
+    return "\n".join(shtab.complete(parser, shell) for parser in (root, of_shards))
+
+
+def subparsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """The parsers of a parser's commands."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from action.choices.values()
+
+
+def _complete(action: argparse.Action, file: dict[str, str]) -> None:
+    """Let presets be completed by their names, and all other values as files."""
+    presets = getattr(action, "presets", None)
+    if presets:
+        action.choices = list(preset_names(presets))
+    elif action.nargs != 0 and action.choices is None and action.metavar != "N":
+        action.complete = file  # type: ignore[attr-defined]
+
+
+def preset_names(folder: str) -> Iterator[str]:
+    """The names of the presets in ``configs/FOLDER``."""
+    return (path.stem for path in sorted((CONFIGS / folder).glob("*.yaml")))
