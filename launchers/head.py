@@ -101,8 +101,12 @@ class Head:
         Returns:
             (``finished``, ``stopped`` or ``failed``, reason).
         """
+        self._say(f"waiting for {self.allocation.nodes} node(s) to register")
         nodes.gather()
-        self.job.record("preflight", **nodes.preflight())
+        self._say("preflight: every node checks itself")
+        preflight = nodes.preflight()
+        self.job.record("preflight", **preflight)
+        self._say(f"preflight done in {preflight['seconds']:.0f} s")
         retries = int(self.assignment.values.get("compute", {}).get("retries", 0))
         failures, checkpoint = 0, self._last_checkpoint()
         for attempt in itertools.count():
@@ -134,8 +138,14 @@ class Head:
         """Start Ray and the driver, and return the driver's exit status."""
         start = time.monotonic()
         try:
+            if nodes.with_ray:
+                self._say(f"starting Ray on {self.allocation.nodes} node(s)")
             nodes.start_ray(attempt)
-            self.job.record("boot", attempt=attempt, seconds=round(time.monotonic() - start, 1))
+            seconds = round(time.monotonic() - start, 1)
+            self.job.record("boot", attempt=attempt, seconds=seconds)
+            if nodes.with_ray:
+                self._say(f"Ray is ready after {seconds:.0f} s")
+            self._say(f"starting {self.assignment.stage}: loading PyTorch and MONAI")
             return self._run_driver(nodes, attempt)
         finally:
             nodes.stop_ray()
@@ -170,6 +180,10 @@ class Head:
             return status
         finally:
             driver.stop()
+
+    def _say(self, text: str) -> None:
+        """Tell in the job's log what takes the time before the stage's own first line."""
+        print(f"job {self.job.id}: {text}", flush=True)
 
     # --- preemption and time limit ---
 

@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,9 +23,12 @@ from typing import Any
 from mvhpc.config import ConfigError
 from mvhpc.runs.folder import read_record
 from mvhpc.runs.journal import Journal, read
+from mvhpc.runs.position import duration, read_position
 from shards.files import lock_file, write_text
 
+PROG = "submit.py" if Path(sys.argv[0]).name == "submit.py" else "mvhpc submit"  # the command, as the user typed it
 NO_RESULT = "ended without reporting a result"
+PHASES = {"start": "preflight", "preflight": "starting Ray", "boot": "loading the stage"}  # last event -> now at work
 END_EVENTS = {"finished", "failed", "cancelled", "stopped"}  # the last event of a job
 
 
@@ -194,27 +198,40 @@ def find_job(word: str) -> Job:
     if Path(word).is_dir() or "/" in word:
         found = jobs_of(Path(word))
         if not found:
-            raise ConfigError(f"{word}: not a run folder with jobs; give a job's number, or see `submit.py status`")
+            raise ConfigError(f"{word}: not a run folder with jobs; give a job's number, or see `{PROG} status`")
         return found[-1]
     found = [job for run in registered_runs() for job in jobs_of(run) if job.id == word]
     if not found:
-        raise ConfigError(f"no job {word} among this user's runs; `submit.py status` lists them")
+        raise ConfigError(f"no job {word} among this user's runs; `{PROG} status` lists them")
     return max(found, key=lambda job: job.submitted)
 
 
 # --- the state of a job ---
 
 
+def phase(job: Job) -> str:
+    """What a running job does before its stage, as ``preflight``; empty once the stage is at work."""
+    last = (job.events() or [{"event": ""}])[-1]
+    if last["event"] not in PHASES:
+        return ""
+    begun = any(event["event"] == "start" and event["time"] >= last["time"] for event in read(Path(job.run)))
+    return "" if begun or read_record(Path(job.run)).get("status") == "finished" else PHASES[last["event"]]
+
+
 def progress(job: Job) -> str:
-    """The progress of its run, as ``step 20 of 100``; empty where it is unknown."""
-    record = read_record(Path(job.run))
-    if record.get("status") == "finished":
+    """The progress of its run, as ``step 20 of 100, about 3.2 h left``; empty where it is unknown."""
+    run = Path(job.run)
+    if read_record(run).get("status") == "finished":
         return "stage finished"
     total, step = 0, 0
-    for event in read(Path(job.run)):
+    for event in read(run):
         if event["event"] in {"start", "metrics"}:
             step = event.get("step", step)
             total = event.get("total", total)
+    position = read_position(run)
+    if position is not None:
+        left = f", about {duration(position.seconds_left)} left" if position.seconds_left else ""
+        return f"step {position.step} of {position.total}{left}"
     return f"step {step} of {total}" if total else ""
 
 

@@ -1,4 +1,4 @@
-"""`submit.py status`, `logs` and `cancel`, for SLURM and local jobs alike."""
+"""`mvhpc submit status`, `logs` and `cancel`, for SLURM and local jobs alike."""
 
 import argparse
 import sys
@@ -54,7 +54,8 @@ def describe(job: Job) -> str:
         now = state(job) or jobs.outcome(job)
     except ConfigError as error:
         now = str(error)
-    progress = jobs.progress(job)
+    now = "; ".join(line.strip() for line in now.splitlines() if line.strip()).replace(":; ", ": ")
+    progress = (jobs.phase(job) if now == "running" else "") or jobs.progress(job)
     return f"{now}, {progress}" if progress and progress not in now else now
 
 
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: there is no such job.
     """
-    parser = argparse.ArgumentParser(prog="submit.py")
+    parser = argparse.ArgumentParser(prog=jobs.PROG)
     commands = parser.add_subparsers(dest="command", required=True)
     status = commands.add_parser("status", help="show the last job of every run, or all jobs of one")
     status.add_argument("run", nargs="?", help="run folder")

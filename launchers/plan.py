@@ -116,6 +116,17 @@ def _append(steps: list[Step], step: Step) -> None:
     steps.append(step)
 
 
+def check_first(steps: Sequence[Step]) -> None:
+    """Check that the inputs of the first step that is to run exist; those of the others are made before they run.
+
+    Raises:
+        ConfigError: naming the first missing key and path.
+    """
+    first = next((step for step in steps if not step.finished), None)
+    if first is not None:
+        plan(first.stage, first.config).check_inputs()
+
+
 def project_sets_workers(project: Pipeline, stage: str) -> bool:
     """Whether the project's own section of a stage sets the number of workers."""
     return WORKERS in flatten(getattr(project.config, stage, {}))

@@ -1,11 +1,12 @@
 """SLURM: submission, and the state of a job. Only its controller is queried, never its accounting."""
 
 import contextlib
+import io
 import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,23 @@ def outside_of_jobs() -> Iterator[None]:
         yield
     finally:
         os.environ.update(inherited)
+
+
+def submit(submitter: submitit.SlurmExecutor, function: Callable[..., None], *arguments: Any) -> str:
+    """Hand a call to sbatch, and return the number of the job.
+
+    Raises:
+        ConfigError: SLURM refuses it; the message is sbatch's own, in one line.
+    """
+    try:
+        with outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+            return str(submitter.submit(function, *arguments).job_id)
+    except submitit.core.utils.FailedJobError as error:
+        lines = [line.removeprefix("sbatch:").removeprefix(" error:").strip() for line in str(error).splitlines()]
+        known = ""
+        if "partition" in str(error).lower():
+            known = f" (partitions here: {', '.join(sorted(set(_run('sinfo', '--noheader', '--format=%R').split())))})"
+        raise ConfigError(f"sbatch refused the job: {'; '.join(filter(None, lines))}{known}") from error
 
 
 def script(submitter: submitit.SlurmExecutor) -> str:

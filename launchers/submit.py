@@ -1,16 +1,21 @@
-"""Submit stages as jobs, to SLURM or to this machine: `python launchers/submit.py --stage joint --nodes 4`."""
+"""Submit stages as jobs, to SLURM or to this machine: `mvhpc submit --stage joint --nodes 4`.
+
+The same as `python launchers/submit.py`.
+"""
 
 import argparse
+import contextlib
+import dataclasses
 import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from launchers import jobs, jobs_cli, local, plan, slurm
-from launchers.jobs import Job
+from launchers.jobs import PROG, Job
 from launchers.plan import Step
 from launchers.site import Site, load_site
 from launchers.supervisor import supervise
@@ -23,18 +28,19 @@ from mvhpc.stages import STAGES
 TAIL = 8  # lines of the log to show after a failure
 
 EXAMPLES = """examples:
-  python launchers/submit.py --stage pack --config demo source=scans out=runs/packed
-  python launchers/submit.py --stage vae --config demo data=runs/packed out=runs/vae compute.workers=2
-  python launchers/submit.py --stage joint --nodes 4 --gpus-per-node 8 --dry-run latents=runs/latents vae=runs/vae \\
+  mvhpc submit --stage pack --config demo source=scans out=runs/packed
+  mvhpc submit --stage vae --config demo data=runs/packed out=runs/vae compute.workers=2
+  mvhpc submit --stage joint --nodes 4 --gpus-per-node 8 --dry-run latents=runs/latents vae=runs/vae \\
       out=runs/joint
-  python launchers/submit.py --stage all --config demo --nodes 2 root=runs/demo
-  python launchers/submit.py status
-  python launchers/submit.py logs 1234 --follow
-  python launchers/submit.py cancel 1234
+  mvhpc submit --stage all --config demo --nodes 2 root=runs/demo
+  mvhpc submit status
+  mvhpc submit logs 1234 --follow
+  mvhpc submit cancel 1234
 
-key=value sets any key of the stage's configuration (of the pipeline's, with --stage all); --dry-run shows them all.
-The job's files and logs are in `jobs` in the run folder. An interrupted stage resumes from its last checkpoint when it
-is submitted again; while its job is pending or running, it cannot be submitted a second time.
+`python launchers/submit.py` is the same command. key=value sets any key of the stage's configuration (of the
+pipeline's, with --stage all); --dry-run shows them all. The job's files and logs are in `jobs` in the run folder. An
+interrupted stage resumes from its last checkpoint when it is submitted again; while its job is pending or running, it
+cannot be submitted a second time.
 """
 
 
@@ -45,14 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words and words[0] in {"status", "logs", "cancel"}:
             return jobs_cli.main(words)
         return _submit(_parser().parse_intermixed_args(words))
-    except ConfigError as error:
-        print(f"submit.py: {error}", file=sys.stderr)
+    except (ConfigError, OSError) as error:
+        print(f"{PROG}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted; `{PROG} status` shows what was submitted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="submit.py",
+        prog=PROG,
         description="Submit one stage of the pipeline, or all of them, as jobs.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -76,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
         "--config", metavar="NAME_OR_FILE", help="preset of the stage, or a YAML file (default: the project's)"
     )
     parser.add_argument("--root", metavar="FOLDER", help="project (default: the one below runs/ that was used last)")
+    parser.add_argument("--given", metavar="A,B", help="known variables, of a stage that has them, as predict")
+    parser.add_argument("--want", metavar="A,B", help="variables to predict or to sample")
     parser.add_argument("--with-inputs", action="store_true", help="first do the stages that make missing inputs")
     parser.add_argument("--cluster", default="auto", help="auto (default: slurm if it is available), slurm or local")
     parser.add_argument(
@@ -106,10 +117,15 @@ def _submit(options: argparse.Namespace) -> int:
         raise ConfigError(f"--min-nodes {options.min_nodes} --nodes {options.nodes}: give 1 <= M <= N")
     layout = (options.nodes, site.gpus_per_node, on_slurm)
     project: Pipeline | None
+    query = {key: text for key in ("given", "want") if (text := getattr(options, key)) is not None}
     if stage == plan.ALL:
+        if query:
+            raise ConfigError(f"--{next(iter(query))} is of a single stage; a pipeline has `queries` in its YAML")
         project, steps = plan.chain(options.config or "default", options.overrides, *layout)
     else:
-        configured = Request(STAGES[stage], options.config, options.overrides, {}, options.root).configure()
+        for key in query.keys() - {field.name for field in dataclasses.fields(STAGES[stage].config_class())}:
+            raise ConfigError(f"--{key}: stage {stage} has no key {key}")
+        configured = Request(STAGES[stage], options.config, options.overrides, query, options.root).configure()
         project, steps = configured.project, plan.single(configured, options.with_inputs, *layout)
     start: Callable[[Step, str | None], Job] = (
         (lambda step, after: _to_slurm(step, site, options.min_nodes, after)) if on_slurm else _to_local(site)
@@ -121,8 +137,10 @@ def _submit(options: argparse.Namespace) -> int:
         for step in steps:
             _show(step, site, options.min_nodes, on_slurm)
         return 0
+    plan.check_first(steps)
     if project:
-        record_project(project.config)
+        with _writable():
+            record_project(project.config)
     after: str | None = None
     status = 0
     for step in steps:
@@ -139,8 +157,19 @@ def _submit(options: argparse.Namespace) -> int:
             print(f"job {job.id}: {step.stage}, log in {job.log}", file=sys.stderr)
             print(job.id)
     if on_slurm and not options.wait and after:
-        print(f"follow it with `submit.py logs {after} --follow`, or see `submit.py status`", file=sys.stderr)
+        print(f"follow it with `{PROG} logs {after} --follow`, or see `{PROG} status`", file=sys.stderr)
     return status
+
+
+@contextlib.contextmanager
+def _writable() -> Iterator[None]:
+    """Raises ConfigError where a folder cannot be made or written inside."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename}: cannot be made or written ({error.strerror}); choose another root or out"
+        ) from error
 
 
 def _submit_step(step: Step, after: str | None, start: Callable[[Step, str | None], Job], chained: bool) -> Job:
@@ -149,9 +178,11 @@ def _submit_step(step: Step, after: str | None, start: Callable[[Step, str | Non
     An earlier job of a chained step that is pending or running is returned as it is.
 
     Raises:
-        ConfigError: an earlier job holds the run folder, and the step is not chained.
+        ConfigError: an earlier job holds the run folder, and the step is not chained; the folder cannot be made, or
+            SLURM refuses the job.
     """
-    step.run.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _writable():
+        step.run.mkdir(parents=True, exist_ok=True, mode=0o700)
     with jobs.locked(step.run) as lock:
         holder = lock.holder
         if holder is not None and (now := jobs_cli.state(holder)):
@@ -159,8 +190,8 @@ def _submit_step(step: Step, after: str | None, start: Callable[[Step, str | Non
                 print(f"{step.stage}: job {holder.id} is already {now}", file=sys.stderr)
                 return holder
             raise ConfigError(
-                f"{step.run} is held by job {holder.id} ({now}), submitted on {holder.host}; see `submit.py logs "
-                f"{holder.id}`, or end it with `submit.py cancel {holder.id}`"
+                f"{step.run} is held by job {holder.id} ({now}), submitted on {holder.host}; see `{PROG} logs "
+                f"{holder.id}`, or end it with `{PROG} cancel {holder.id}`"
             )
         job = start(step, after)
         lock.set_holder(job)
@@ -170,9 +201,8 @@ def _submit_step(step: Step, after: str | None, start: Callable[[Step, str | Non
 
 def _to_slurm(step: Step, site: Site, min_nodes: int | None, after: str | None) -> Job:
     submitter = _slurm_executor(step, site, min_nodes, after)
-    with slurm.outside_of_jobs():
-        found = submitter.submit(supervise, step.assignment(site))
-    return jobs.new_job(step.run, found.job_id, "slurm", step.stage, step.nodes)
+    number = slurm.submit(submitter, supervise, step.assignment(site))
+    return jobs.new_job(step.run, number, "slurm", step.stage, step.nodes)
 
 
 def _slurm_executor(step: Step, site: Site, min_nodes: int | None, after: str | None) -> Any:
@@ -215,7 +245,7 @@ def _watch(job: Job, out: str) -> int:
             time.sleep(jobs_cli.POLL_S)
     except KeyboardInterrupt:
         if job.cluster == "slurm":
-            print(f"job {job.id} continues; end it with `submit.py cancel {job.id}`", file=sys.stderr)
+            print(f"job {job.id} continues; end it with `{PROG} cancel {job.id}`", file=sys.stderr)
             return 130
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends the second one to the job too
         first = "; it writes a checkpoint first, and Ctrl-C again ends it at once" if STAGES[job.stage].trains else ""

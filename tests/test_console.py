@@ -9,9 +9,9 @@ from mvhpc.config import load_config
 from mvhpc.execute import execute, plan
 from mvhpc.runs.console import Console
 from mvhpc.runs.journal import Journal, read
-from mvhpc.runs.position import Position, read_position, write_position
+from mvhpc.runs.position import Position, duration, read_position, write_position
 from mvhpc.training import loop
-from mvhpc.training.pace import LONG_S, Pace, advice, duration
+from mvhpc.training.pace import LONG_S, Pace, advice
 from mvhpc.training.vae import VAEConfig, cheaper
 from tests.toy_task import run_toy, toy_config
 

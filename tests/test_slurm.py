@@ -108,6 +108,15 @@ def test_a_job_from_its_submission_to_its_end(slurm: SlurmCluster, tiny_bids: Pa
 
 
 @pytest.mark.slow
+def test_a_job_that_slurm_refuses_costs_one_line(slurm: SlurmCluster, tmp_path: Path) -> None:
+    stage = ["--stage", "phantom", f"out={tmp_path}/scans"]
+    (line,) = submit(*stage, "--partition", "gpu", status=2).stderr.splitlines()
+    assert line.startswith("submit.py: sbatch refused the job: ") and "partition" in line
+    assert line.endswith("(partitions here: batch, urgent)")
+    assert "partition" not in submit("status").stdout  # no job of it is known
+
+
+@pytest.mark.slow
 def test_cancel_cleans_up_and_the_lock_of_a_dead_job_is_taken_over(slurm: SlurmCluster, tmp_path: Path) -> None:
     run = tmp_path / "scans.run"
     stage = ["--stage", "phantom", "--time", "10", f"out={tmp_path}/scans", "subjects=9999"]

@@ -41,3 +41,12 @@ def remove_position(folder: Path) -> None:
     for name in (FILE, f".{FILE}"):
         with contextlib.suppress(OSError):
             (folder / name).unlink(missing_ok=True)
+
+
+def duration(seconds: float) -> str:
+    """``40 s``, ``12 min``, ``7.5 h`` or ``3 days``."""
+    for least, unit, word in ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "h"), (120, 60, "min")):
+        if seconds >= least:
+            value = seconds / unit
+            return f"{value:.1f} {word}" if value < 10 and word != "min" else f"{value:.0f} {word}"
+    return f"{seconds:.0f} s"

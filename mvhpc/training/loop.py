@@ -25,7 +25,7 @@ from mvhpc.checkpoints.manifest import Checkpoint, CheckpointError
 from mvhpc.checkpoints.writer import Checkpoints
 from mvhpc.config import Compute, flatten
 from mvhpc.runs.journal import Journal
-from mvhpc.runs.position import Position, remove_position, write_position
+from mvhpc.runs.position import Position, duration, remove_position, write_position
 from mvhpc.runtime.collectives import Collectives
 from mvhpc.runtime.devices import describe_device, resolve_device, resolve_precision, send
 from mvhpc.runtime.randomness import generator
@@ -34,7 +34,7 @@ from mvhpc.training.best import BestModel
 from mvhpc.training.engines.base import Engine, learning_rate
 from mvhpc.training.engines.make import make_engine
 from mvhpc.training.metrics import Diverged, MetricMeans, SkippedUpdates, Stopwatch, peak_tflops
-from mvhpc.training.pace import Pace, advice, duration
+from mvhpc.training.pace import Pace, advice
 from mvhpc.training.task import Config, Task, micro_batch
 from mvhpc.training.validation import validate
 from shards.order import Order, prefetch

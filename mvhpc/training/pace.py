@@ -3,6 +3,8 @@
 import time
 from collections.abc import Sequence
 
+from mvhpc.runs.position import duration
+
 LONG_S = 3 * 3600.0  # training on a CPU that takes longer gets advice
 
 
@@ -30,15 +32,6 @@ class Pace:
         self.known = True
         steps, start = self._mark
         return (self.total - done) * (now - start) / max(1, done - steps)
-
-
-def duration(seconds: float) -> str:
-    """``40 s``, ``12 min``, ``7.5 h`` or ``3 days``."""
-    for least, unit, word in ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "h"), (120, 60, "min")):
-        if seconds >= least:
-            value = seconds / unit
-            return f"{value:.1f} {word}" if value < 10 and word != "min" else f"{value:.0f} {word}"
-    return f"{seconds:.0f} s"
 
 
 def advice(seconds: float, epochs: int, shorter: Sequence[str]) -> str:

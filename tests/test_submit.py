@@ -1,0 +1,129 @@
+"""Submission: what cannot work is refused in one line before it; status and logs say what a job is at."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launchers import jobs, jobs_cli
+from launchers.jobs import Job, new_job
+from launchers.submit import main
+from mvhpc.runs.journal import Journal
+from mvhpc.runs.position import Position, write_position
+from tests.conftest import SMALL_JOINT
+
+
+@pytest.fixture(autouse=True)
+def separate_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An empty folder is where the user is, and these runs are not in the user's list."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+
+
+LOCAL = ["--cluster", "local"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ("--stage joint latents=nowhere vae=here out=joint", "latents=nowhere: no such file or folder"),
+        ("--stage joint latents=nowhere vae=here out=joint --nodes 2", "stage encode makes it"),
+        ("--stage joint --root runs/a latents=nowhere", "latents=nowhere: no such file or folder"),
+        ("--stage all source=nowhere root=runs/all", "source=nowhere: no such file or folder"),
+        ("--stage pack source=here out=a-file/packed", "a-file/packed.run: cannot be made or written"),
+        ("--stage pack --root a-file source=here", "a-file: cannot be made or written (File exists)"),
+        ("--stage vae --given image data=d out=o", "--given: stage vae has no key given"),
+        ("--stage all --want age", "--want is of a single stage"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line_before_submission(
+    arguments: str, hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "a-file").touch()
+    assert main([*arguments.split(), *LOCAL]) == 2
+    notes = ("joint: ", "pack: ")  # of which project, how many workers
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(notes)]
+    assert len(lines) == 1 and lines[0].startswith("mvhpc submit: ") and hint in lines[0], lines
+    assert not list(tmp_path.rglob("jobs"))
+
+
+def test_given_and_want_are_options_as_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--stage", "predict", "model=m", "data=d", "out=o.tsv", "--given", "image,sex", "--want", "age"]
+    assert main([*words, *LOCAL, "--dry-run"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["given"] == ["image", "sex"] and shown["want"] == ["age"]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """A job of this process, as far as `status` can tell."""
+    run = tmp_path / "joint"
+    made = new_job(run, str(os.getpid()), "local", "joint", 1, jobs_cli.local.process_start(str(os.getpid())))
+    made.save()
+    return made
+
+
+def test_status_is_one_line_a_job_whatever_the_reason(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    over = new_job(Path(job.run), "1", "local", "joint", 1, 1.0)
+    over.save()
+    over.record("failed", reason="preflight:\nn1: only 0.1 GiB are free\n  n2: cannot write\n")
+    assert main(["status", job.run]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert "failed: preflight: n1: only 0.1 GiB are free; n2: cannot write" in "".join(lines)
+
+
+def test_status_says_what_a_job_does_before_its_first_step_and_how_long_it_takes_then(job: Job) -> None:
+    seen = []
+    for event in ("start", "preflight", "boot"):
+        job.record(event)
+        seen.append(jobs_cli.describe(job))
+    assert seen == ["running, preflight", "running, starting Ray", "running, loading the stage"]
+    run = Path(job.run)
+    Journal(run).write("start", step=20, total=100)
+    assert jobs_cli.describe(job) == "running, step 20 of 100"
+    write_position(run, Position(25, 100, 9000.0))
+    assert jobs_cli.describe(job) == "running, step 25 of 100, about 2.5 h left"
+    time.sleep(0.01)
+    job.record("boot", attempt=1)  # Ray was restarted
+    assert jobs_cli.describe(job) == "running, loading the stage"
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_ends_a_local_job_with_a_checkpoint(
+    tiny_latents: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The terminal sends it to all processes of its group, and submit.py sends it to the job once more."""
+    keys = {"latents": tiny_latents, "vae": tiny_model.parent / "vae", "out": tmp_path / "joint", "compute.threads": 1}
+    keys |= {"training.epochs": 9999, "training.batch": 2, "training.validate_every": 9999, **SMALL_JOINT}
+    keys |= {"training.checkpoint_every": 10**6}
+    words = ["--stage", "joint", *LOCAL, *(f"{key}={value}" for key, value in keys.items())]
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from launchers.submit import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *words]
+    root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as submitted:
+        end = time.monotonic() + 120
+        while not (tmp_path / "joint" / "position.json").exists():
+            assert submitted.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        os.killpg(submitted.pid, signal.SIGINT)
+        _, shown = submitted.communicate(timeout=100)
+        assert submitted.returncode == 130, shown
+    assert "writes a checkpoint first" in shown and "submit it again to resume" in shown
+    (checkpoint,) = (tmp_path / "joint" / "checkpoints").iterdir()
+    assert checkpoint.name > "step-00000000" and json.loads((checkpoint / "manifest.json").read_text())["step"] > 0
+    (job,) = jobs.jobs_of(tmp_path / "joint")
+    assert jobs.outcome(job).startswith("stopped: stopped on request after step")
