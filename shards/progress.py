@@ -17,12 +17,12 @@ def compose(state: dict[str, Any], notes: Sequence[str], width: int | None) -> s
     """One line of at most ``width`` columns: what matters most first, and what does not fit is left out.
 
     Args:
-        state: tqdm's ``format_dict``: ``prefix``, ``n``, ``total``, ``elapsed``, ``rate`` (None: measured), ``unit``.
+        state: tqdm's ``format_dict``: ``prefix``, ``n``, ``total``, ``elapsed``, ``rate`` (None: unknown), ``unit``.
         notes: shown after the rate, the first ones first.
         width: columns; None: any number.
     """
     n, total, elapsed = state["n"], state["total"], state["elapsed"]
-    rate = state["rate"] or ((n - state["initial"]) / elapsed if elapsed and n > state["initial"] else None)
+    rate = state["rate"]
     count = f"{n}/{total}" if total else f"{n}"
     label = f"{state['prefix']}: "
     if width is not None and len(label) + len(count) > width:
@@ -53,14 +53,9 @@ class _Bar(tqdm):
     notes: Sequence[str] = ()
     known_rate: float | None = None
 
-    @property
-    def format_dict(self) -> dict[str, Any]:
-        state = super().format_dict
-        return {**state, "rate": self.known_rate or state["rate"]}
-
     def __str__(self) -> str:
         columns = shutil.get_terminal_size().columns - 1  # the last one would begin a new line on some terminals
-        return compose(self.format_dict, self.notes, max(1, columns))
+        return compose({**self.format_dict, "rate": self.known_rate}, self.notes, max(1, columns))
 
 
 class Progress:
@@ -74,7 +69,8 @@ class Progress:
         total: number of items; None where unknown.
         unit: name of one item.
         initial: items done before, in a resumed run.
-        at_once: show it before the first item is done; otherwise only work that takes a while is shown.
+        at_once: show it before the first item is done, and no rate but the one that is given; otherwise only work that
+            takes a while is shown, with the rate measured here.
     """
 
     def __init__(
@@ -84,6 +80,7 @@ class Progress:
         self.done = initial
         self.notes: Sequence[str] = ()
         self.rate: float | None = None
+        self._measure = not at_once
         self._start = self._last_line = time.monotonic()
         self._printed = -1
         self._bar: _Bar | None = None
@@ -99,12 +96,13 @@ class Progress:
         Args:
             n: how many.
             note: such as a loss, shown after the rate; None: as before.
-            rate: items per second, from which the time left follows; None: as measured here.
+            rate: items per second, from which the time left follows; None: as before, or as measured here.
         """
         self.done += n
         if note is not None:
             self.notes = [note] if isinstance(note, str) else note
-        self.rate = rate or self.rate
+        elapsed = time.monotonic() - self._start
+        self.rate = rate or ((self.done - self.initial) / elapsed if self._measure and elapsed > 0 else self.rate)
         if self._bar is not None:
             self._bar.notes, self._bar.known_rate = self.notes, self.rate
             self._bar.update(n)
@@ -128,7 +126,7 @@ class Progress:
             return
         self._last_line, self._printed = time.monotonic(), self.done
         state = {"prefix": self.label, "n": self.done, "total": self.total, "unit": self.unit, "rate": self.rate}
-        state |= {"initial": self.initial, "elapsed": self._last_line - self._start}
+        state |= {"elapsed": self._last_line - self._start}
         print(compose(state, self.notes, None), file=sys.stderr, flush=True)
 
     def close(self) -> None:

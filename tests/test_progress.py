@@ -15,7 +15,7 @@ import pytest
 from shards.progress import Progress, compose
 
 NOTES = ["loss 0.1234", "gradient 0.56", "rate 0.0001", "3.2 samples/s", "0.1 TFLOP/s", "0 % waiting", "5.1 GiB"]
-STATE = {"prefix": "vae", "n": 36, "total": 600, "unit": "step", "elapsed": 432.0, "rate": 1 / 12, "initial": 0}
+STATE = {"prefix": "vae", "n": 36, "total": 600, "unit": "step", "elapsed": 432.0, "rate": 1 / 12}
 
 
 @pytest.mark.parametrize("width", [1, 5, 10, 20, 30, 40, 60, 80, 120, 200, None])

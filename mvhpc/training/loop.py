@@ -242,7 +242,7 @@ class _Run:
         text = f"about {duration(seconds)} left ({each:.3g} s a step; validation is not counted yet)"
         fresh = done == 2 and self.device.type == "cpu"  # a resumed run keeps its configuration
         shorter = advice(seconds, self.training.epochs, self.task.shorter) if fresh else ""
-        self._write("note", text=f"{text}; {shorter}" if shorter else text)
+        self._write("note", text=f"{text}\n  {shorter}" if shorter else text)
 
     def _batches(self, start: int) -> Generator[tuple[list[int], dict[str, Any]]]:
         accumulate = self.training.accumulate

@@ -46,8 +46,9 @@ def advice(seconds: float, epochs: int, shorter: Sequence[str]) -> str:
         return ""
     fewer = int(epochs * LONG_S / seconds)
     ways = [*([f"training.epochs={fewer} (about {duration(LONG_S)})"] if 0 < fewer < epochs else []), *shorter]
-    ways.append("a computer with a GPU")
-    return (
-        "that is long for a CPU. Ctrl-C stops with a checkpoint, and the same command continues. These make it "
-        "shorter, with another out=... : " + "; ".join(ways)
+    return "\n  ".join(
+        [
+            "that is long for a CPU; Ctrl-C stops it with a checkpoint, and the same command continues. Shorter with:",
+            *(f"  {way}" for way in [*ways, "a GPU"]),
+        ]
     )
