@@ -63,14 +63,14 @@ def test_required_options_are_shown_as_required() -> None:
         ("train baseline", "mvhpc: train baseline: give want=VALUE given=VALUE\n"),
     ],
 )
-def test_all_that_is_missing_is_told_at_once_in_words_of_the_command_line(
+def test_all_that_is_missing_is_named_at_once_in_words_of_the_command_line(
     command: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command.split()) == 2
     assert capsys.readouterr().err.endswith(message)
 
 
-def test_missing_keys_are_told_all_at_once() -> None:
+def test_missing_keys_are_named_all_at_once() -> None:
     with pytest.raises(MissingKeys) as error:
         load_config(STAGES["inpaint"].config_class(), "inpaint", overrides=["mask=m"])
     assert error.value.keys == ["out", "model", "image"]

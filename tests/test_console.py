@@ -34,7 +34,7 @@ def test_training_tells_people_steps_parameters_device_and_time_before_any_metri
     assert read_position(tmp_path / "vae") is None  # at the end it is gone
 
 
-def test_the_position_is_told_whatever_log_every_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_position_is_written_whatever_log_every_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Position] = []
     monkeypatch.setattr("mvhpc.runtime.watchdog.PERIOD_S", 0.0)
     monkeypatch.setattr(loop, "write_position", lambda _, position: seen.append(position))
@@ -89,5 +89,5 @@ def test_a_long_training_on_a_cpu_gets_keys_that_make_it_short_enough() -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"), [(40, "40 s"), (600, "10 min"), (9000, "2.5 h"), (70 * 3600, "2.9 days"), (36000, "10 h")]
 )
-def test_durations_are_told_in_their_own_unit(seconds: float, text: str) -> None:
+def test_durations_are_in_their_own_unit(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -2,7 +2,7 @@ import threading
 import time
 from pathlib import Path
 
-from mvhpc.runs.journal import FILE, Journal, Reader, read, unseen
+from mvhpc.runs.journal import FILE, Journal, JournalTail, read, unseen
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_a_torn_line_costs_itself_alone(tmp_path: Path) -> None:
 
 
 def test_a_reader_sees_every_event_once_however_it_is_cut(tmp_path: Path) -> None:
-    stop, seen, reader = threading.Event(), [], Reader(tmp_path)  # before there is a file
+    stop, seen, reader = threading.Event(), [], JournalTail(tmp_path)  # before there is a file
 
     def read_on() -> None:
         while not stop.is_set():

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mvhpc.runs.journal import POLL_S, Reader
+from mvhpc.runs.journal import POLL_S, JournalTail
 from mvhpc.runs.position import read_position
 from shards.progress import Progress
 
@@ -36,7 +36,7 @@ class Console:
         self.stage, self.folder = stage, folder
         self._bar: Progress | None = None
         self._drawn = 0.0
-        self._reader = Reader(folder)
+        self._reader = JournalTail(folder)
         self._reader.new()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)

@@ -65,7 +65,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return event if isinstance(event, dict) and "event" in event else None
 
 
-class Reader:
+class JournalTail:
     """Reads a journal piece by piece, from its beginning on.
 
     Args:
@@ -89,7 +89,7 @@ class Reader:
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """All events of ``folder/journal.jsonl`` so far."""
-    return Reader(folder).new()
+    return JournalTail(folder).new()
 
 
 def unseen(events: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
