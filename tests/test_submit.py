@@ -115,12 +115,12 @@ def test_ctrl_c_in_a_terminal_ends_a_local_job_with_a_checkpoint(
     with subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as submitted:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 180
         while not (tmp_path / "joint" / "position.json").exists():
             assert submitted.poll() is None and time.monotonic() < end
             time.sleep(0.1)
         os.killpg(submitted.pid, signal.SIGINT)
-        _, shown = submitted.communicate(timeout=100)
+        _, shown = submitted.communicate(timeout=150)
         assert submitted.returncode == 130, shown
     assert "writes a checkpoint first" in shown and "submit it again to resume" in shown
     (checkpoint,) = (tmp_path / "joint" / "checkpoints").iterdir()
