@@ -59,7 +59,7 @@ class Assignment:
         trains: the stage writes checkpoints on request and resumes from them.
         nodes: number of nodes that was requested.
         cwd: folder that relative paths start from.
-        scratch: folder for temporary files, local to each node.
+        scratch: folder for temporary files, local to each node; empty: see :func:`mvhpc.runtime.scratch.short_parent`.
         interface: network interface between nodes; empty: that of the default route.
         signal_delay: seconds between the warning signal and the end of the job.
     """

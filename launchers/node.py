@@ -19,12 +19,12 @@ from launchers.allocation import Allocation, Assignment
 from launchers.preflight import examine
 from launchers.process import ManagedProcess
 from launchers.rendezvous import Message
-from mvhpc.runtime.scratch import make_scratch
+from mvhpc.config import ConfigError
+from mvhpc.runtime.scratch import MAX_PATH, PREFIX, RANDOM, make_scratch, short_parent
 from shards.files import write_text
 
 BOOT_TIMEOUT_S = 300  # for the registration of all nodes, the preflight and the start of Ray, each
 POLL_S = 0.2
-MAX_SCRATCH_PATH = 40  # characters; the path of a Unix socket has at most 107 bytes
 OBJECT_STORE_BYTES = 200 * 2**20  # of Ray, which stores little here
 RAY_STARTED = "Ray runtime started"  # printed by `ray start` once the node is part of the cluster
 
@@ -74,7 +74,7 @@ class Node:
         self._folder = folder
         self.logs = folder / f"node-{allocation.node}"
         self.logs.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.scratch = _make_scratch(Path(assignment.scratch), allocation)
+        self.scratch = _make_scratch(assignment.scratch, allocation)
         self.environment = {
             **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
             "RAY_AUTH_MODE": "token",
@@ -211,16 +211,21 @@ class Node:
         (self.scratch / "ray_current_cluster").unlink(missing_ok=True)
 
 
-def _make_scratch(parent: Path, allocation: Allocation) -> Path:
+def _make_scratch(scratch: str, allocation: Allocation) -> Path:
     """The scratch folder of this job and node; those of killed processes are removed first."""
+    name = f"{allocation.job}-{allocation.node}-"
+    below = len(f"/{PREFIX}{name}") + RANDOM
     try:
-        folder = make_scratch(parent, f"{allocation.job}-{allocation.node}-")
+        parent = Path(scratch) if scratch else short_parent(below)
+        folder = make_scratch(parent, name)
+    except ConfigError as error:
+        raise RuntimeError(f"{allocation.name}: {error}") from error
     except OSError as error:
         raise RuntimeError(f"{allocation.name}: cannot make a folder in scratch={parent}: {error.strerror}") from error
-    if len(str(folder)) > MAX_SCRATCH_PATH:
+    if len(os.fsencode(folder)) > MAX_PATH:
         shutil.rmtree(folder)
         raise RuntimeError(
             f"scratch={parent}: too long for the paths of Ray's sockets; name a folder of at most "
-            f"{MAX_SCRATCH_PATH - len(folder.name) - 1} characters"
+            f"{MAX_PATH - below} bytes"
         )
     return folder

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mvhpc import __version__
-from mvhpc.config import ConfigError, MissingKeys, load_config, refuse_password, to_yaml
+from mvhpc.config import ConfigError, MissingKeys, load_config, check_store, to_yaml
 from mvhpc.parsers import (
     COMMANDS,
     GROUP,
@@ -133,7 +133,7 @@ def _mlflow_sync(options: argparse.Namespace) -> int:
     from mvhpc.runs.mlflow_store import PATIENCE
     from mvhpc.runs.mlflow_sync import sync
 
-    refuse_password(options.uri)
+    check_store(options.uri)
     os.environ |= PATIENCE
     for folder in map(Path, options.folders):
         sync(folder, options.uri)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from mvhpc.cli import main
-from mvhpc.config import ConfigError, fingerprint, load_config
+from mvhpc.config import ConfigError, check_store, fingerprint, load_config
 from mvhpc.data_stages import PackConfig
 from mvhpc.runs import mlflow_process, tracker
 from mvhpc.runs.dashboard import HOST, dashboard, wait_for_server
@@ -140,7 +140,8 @@ def test_dead_server_costs_seconds_and_one_warning(tmp_path: Path, capfd: pytest
         losses(tmp_path, range(3))
         time.sleep(4)
     assert time.monotonic() - start < 25
-    assert capfd.readouterr().err.count("MLflow: ") == 1
+    warning = capfd.readouterr().err
+    assert warning.count("MLflow: ") == 1 and "(Connection refused)" in warning
 
     with track(tmp_path):  # the same result into a store that works: from the first point on
         pass
@@ -231,6 +232,38 @@ def test_locked_store_is_filled_later(
     assert [step for step, _ in history(tmp_path)] == [0, 1, 2, 3]
     run = synced(tmp_path / "packed.run")["run_id"]
     assert store_client(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(run).info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_refused_run_leaves_its_neighbours_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "healthy" / "packed.run").mkdir(parents=True)
+    for name, store in (("a", "file:./mlruns"), ("b", "sqlite:///../text.db"), ("c", "sqlite:///../mlflow.db")):
+        folder = tmp_path / "healthy" / f"{name}.run"
+        folder.mkdir()
+        state = {"identity": name, "first_event": 0, "start_time": 1, "end_time": 2, "attempt": "1", "inputs": {}}
+        state |= {"status": "FINISHED", "store": store, "experiment": "laws", "run_name": name, "config": {"seed": 0}}
+        write_state(folder, state | {"tags": {"stage": "x"}, "datasets": [], "outcome": {"output": "0"}})
+    (tmp_path / "healthy" / "d.run").mkdir()
+    (tmp_path / "healthy" / "d.run" / "tracking.json").write_text("{")
+    (tmp_path / "healthy" / "text.db").write_text("no database " * 100)
+    with track(tmp_path / "healthy"):
+        losses(tmp_path / "healthy", range(3))
+        wait_for(lambda: synced(tmp_path / "healthy" / "c.run").get("status") == "FINISHED")
+    assert "MLflow" not in capfd.readouterr().err  # all of this run is stored
+    reasons = {folder.name: reason for folder, reason in catch_up(tmp_path / "healthy").items()}
+    assert reasons.keys() == {"a.run", "b.run", "d.run"}
+    assert "filesystem tracking backend" in reasons["a.run"] and "not a database" in reasons["b.run"]
+
+
+@pytest.mark.parametrize("uri", ["file:./mlruns", "./mlruns", "/data/mlruns", "ftp://server/x"])
+def test_a_uri_that_is_no_store_is_refused(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"use sqlite:///FOLDER/mlflow\.db or the http address of a server"):
+        track(tmp_path, uri=uri)
+
+
+def test_databases_and_servers_are_stores() -> None:
+    for uri in ("", "databricks", "sqlite:///x.db", "https://server:5000", "postgresql+psycopg2://user@host/runs"):
+        check_store(uri)
 
 
 @pytest.mark.slow

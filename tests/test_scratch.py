@@ -2,9 +2,14 @@
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-from mvhpc.runtime.scratch import scratch_folder, sweep, temporary_folder
+import pytest
+
+from mvhpc.config import ConfigError
+from mvhpc.runtime import scratch
+from mvhpc.runtime.scratch import MAX_PATH, scratch_folder, short_parent, sweep, temporary_folder
 
 CODE = (
     "import sys, mvhpc.runtime.scratch as t; print(t.scratch_folder(t.Path(sys.argv[1])), flush=True); sys.stdin.read()"
@@ -42,3 +47,22 @@ def test_a_temporary_folder_is_removed_with_its_content() -> None:
         assert folder != other and folder.parent == other.parent == scratch_folder()
         (folder / "file").touch()
     assert not folder.exists() and not other.exists()
+
+
+def test_folders_of_ray_follow_tmpdir_where_its_path_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(prefix="s", dir="/tmp") as short:
+        for chosen, expected in ((short, short), (str(tmp_path / ("long" * 10)), "/tmp"), ("/absent", "/tmp")):
+            if chosen != "/absent":
+                Path(chosen).mkdir(exist_ok=True)
+            monkeypatch.setattr(tempfile, "tempdir", chosen)
+            assert short_parent(24) == Path(expected)
+        monkeypatch.setattr(scratch, "SHORT", ("/absent",))  # as where /tmp is read-only
+        with pytest.raises(ConfigError, match="set TMPDIR to a folder on a local disk whose path has at most 16 bytes"):
+            short_parent(24)
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        assert short_parent(24) == Path(short)
+
+
+def test_sockets_of_ray_fit_below_the_longest_folder() -> None:
+    longest = "/session_2026-12-31_23-59-59_999999_4194304/sockets/plasma_store.1"
+    assert MAX_PATH + len(longest) <= 107

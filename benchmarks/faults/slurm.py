@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.faults.trials import RECOVERY_S, Fault, apply, audit, keys, record_verdict
+from mvhpc.runtime.scratch import RANDOM, short_parent
 from tests.slurm_cluster import SlurmCluster
 from tests.test_slurm import check_cleaned_up, submit
 from tests.test_slurm_faults import (
@@ -94,7 +95,7 @@ def cluster(root: Path) -> Iterator[SlurmCluster]:
     """A running cluster; this process's environment refers to it."""
     os.environ["PATH"] += os.pathsep + "/usr/sbin"  # where Debian keeps the daemons
     os.environ["XDG_STATE_HOME"] = str(root / "state")  # keeps these runs out of the user's job notes
-    folder = Path(tempfile.mkdtemp(prefix="chaos-", dir="/tmp"))  # short, for the paths of sockets
+    folder = Path(tempfile.mkdtemp(prefix="chaos-", dir=short_parent(len("/chaos-") + RANDOM)))
     slurm = SlurmCluster(folder)
     os.environ["SLURM_CONF"] = slurm.environment["SLURM_CONF"]
     try:

@@ -25,7 +25,7 @@ from mvhpc.config.sections import (
     Tracking,
     Training,
     Workers,
-    refuse_password,
+    check_store,
 )
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "Training",
     "Workers",
     "at_least",
+    "check_store",
     "choose",
     "config_file",
     "decisive",
@@ -54,7 +55,6 @@ __all__ = [
     "flatten_override",
     "keys_without_default",
     "load_config",
-    "refuse_password",
     "to_dict",
     "to_yaml",
 ]

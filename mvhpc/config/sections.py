@@ -66,6 +66,9 @@ class Compute(Workers):
     hang_minutes: float  # without a step until a worker logs all stacks and exits; 0: never
 
 
+STORES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks", "databricks-uc")  # of MLflow 3
+
+
 @dataclass
 class Tracking:
     """The MLflow store; an empty ``uri`` means ``mlflow.db`` (sqlite) beside the run folder."""
@@ -74,20 +77,30 @@ class Tracking:
     experiment: str
 
     def __post_init__(self) -> None:
-        refuse_password(self.uri)
+        check_store(self.uri)
 
 
-def refuse_password(uri: str) -> None:
-    """Refuse a password in a tracking URI, which is written to run folders and logs.
+def check_store(uri: str) -> None:
+    """Refuse a tracking URI that MLflow takes for none of its stores, or that holds a password.
+
+    A password would be written to run folders and logs. Folders of files (``file:``, ``./mlruns``) are stores of
+    MLflow 2; MLflow 3 refuses them.
 
     Raises:
-        ConfigError: the URI has a password, which the message does not repeat.
+        ConfigError: such a URI; the message does not repeat a password.
     """
     parts = urlsplit(uri)
     if parts.password is not None:
         raise ConfigError(
             f"tracking.uri: remove the password for {parts.hostname} from it, and set MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD (for a database its own variable, as PGPASSWORD) in the environment"
+        )
+    kind = parts.scheme.partition("+")[0]  # postgresql+psycopg2: a database with its driver
+    if uri not in ("", "databricks") and kind not in STORES:
+        what = "a folder of files, which MLflow 3 does not take" if kind in {"", "file"} else "no MLflow store"
+        raise ConfigError(
+            f"tracking.uri={uri} is {what}; use sqlite:///FOLDER/mlflow.db or the http address of a server, or leave "
+            "it empty (mlflow.db beside the run folder)"
         )
 
 

@@ -42,10 +42,8 @@ def dashboard(store: str, port: int = 5000) -> None:
     database = Path(store.removeprefix(SQLITE)) if store.startswith(SQLITE) else Path(store) / "mlflow.db"
     if not database.is_file():
         raise ConfigError(f"no MLflow store {database}; name the folder of your runs, or run a stage first")
-    try:
-        catch_up(database.parent)
-    except Exception as error:
-        print(f"Some runs could not be brought up to date: {error}", file=sys.stderr)
+    for folder, reason in catch_up(database.parent).items():
+        print(f"{folder}: its store lacks something still ({reason})", file=sys.stderr)
     for number in (signal.SIGINT, signal.SIGTERM):  # both raise here, so that the server is ended too
         signal.signal(number, signal.default_int_handler)
     new = not (_private(database) / "password").exists()

@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+from mvhpc.runs.mlflow_store import explain
 from mvhpc.runs.mlflow_sync import catch_up, record_end, sync
 
 PERIOD_S = 3.0  # between two replays
@@ -49,11 +50,11 @@ def replay(folder: Path, attempt: str) -> None:
         try:
             sync(folder)
             if not pause:
-                catch_up(folder.parent)
+                catch_up(folder.parent, over.is_set)
         except Exception as error:
             logging.getLogger(__name__).exception("MLflow")
             if not warned:
-                warn(folder, f"the store cannot be used now ({type(error).__name__})")
+                warn(folder, f"the store cannot be used now ({explain(error)})")
             warned = True
         pause = max(PERIOD_S, (time.monotonic() - start) / MAX_LOAD)
 

@@ -7,6 +7,10 @@ Every request may be repeated. ``state`` is the content of a run folder's ``trac
 import functools
 import os
 import re
+import socket
+import sqlite3
+import textwrap
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,3 +162,37 @@ def _log_datasets(client: "MlflowClient", run_id: str, datasets: list[dict[str, 
         context = InputTag("mlflow.data.context", fields.pop("context"))
         inputs.append(DatasetInput(Dataset(**fields), [context]))
     client.log_inputs(run_id, inputs)
+
+
+def explain(error: BaseException) -> str:
+    """Why a store does not take what is sent, in words: the deepest cause that says so."""
+    if isinstance(error, BlockingIOError):
+        return "another process is writing to it"
+    for cause in reversed(_causes(error)):
+        if isinstance(cause, TimeoutError):
+            return "no answer in time"
+        if isinstance(cause, OSError) and cause.strerror:
+            return f"{cause.strerror}{f': {cause.filename}' if cause.filename else ''}"
+        if isinstance(cause, sqlite3.Error):
+            return str(cause)
+    answer = re.search(r"error code (\d{3}) ", str(error))
+    if answer and int(answer[1]) in set(HTTPStatus):
+        status = HTTPStatus(int(answer[1]))
+        remedy = "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if status == 401 else ""
+        return f"the server answers {status.value} {status.phrase}{remedy}"
+    return (
+        textwrap.shorten(str(error), 200, placeholder=" ...") or f"an error without a message, {type(error).__name__}"
+    )
+
+
+def unreachable(error: BaseException) -> bool:
+    """Whether the server of a store did not answer at all."""
+    return any(isinstance(cause, ConnectionError | TimeoutError | socket.gaierror) for cause in _causes(error))
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error, its cause, the cause of that, and so on."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    return causes

@@ -12,8 +12,10 @@ resumed run repeats steps, the first pass counts.
 
 import hashlib
 import json
+import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,12 @@ from mvhpc.runs.mlflow_store import (
     SQLITE,
     as_metrics,
     describe,
+    explain,
     open_run,
     send_events,
     send_status,
     store_client,
+    unreachable,
 )
 from shards.files import lock_file, write_text
 
@@ -61,21 +65,22 @@ def synced(folder: Path, store: str = "") -> dict[str, Any]:
     return found if found.get("identity") == state["identity"] else {}
 
 
-def sync(folder: Path, uri: str = "") -> None:
+def sync(folder: Path, uri: str = "", patience: float = PATIENCE_S) -> None:
     """Bring the MLflow run of a run folder up to date with its journal; what the store has is not sent again.
 
     Args:
         folder: a run folder with a ``tracking.json``.
         uri: of another store than the run's own.
+        patience: seconds to wait for another process that does the same.
 
     Raises:
         ConfigError: there is no ``tracking.json``.
-        BlockingIOError: another process has been doing this for a minute.
+        BlockingIOError: another process has been doing this for longer.
         Exception: whatever MLflow raises where the store does not answer; nothing is lost, call it again later.
     """
     if not (folder / STATE).is_file():
         raise ConfigError(f"{folder}: no run folder (it has no {STATE})")
-    with lock_file(folder / LOCK, PATIENCE_S, required=False):
+    with lock_file(folder / LOCK, patience, required=False):
         state = read_state(folder)
         store = relative_store(uri, folder) if uri else state["store"]
         try:
@@ -87,17 +92,45 @@ def sync(folder: Path, uri: str = "") -> None:
             _send(folder, state, store)
 
 
-def catch_up(root: Path) -> None:
+def catch_up(root: Path, over: Callable[[], bool] = lambda: False) -> dict[Path, str]:
     """Sync the run folders up to two levels below ``root`` that ended while their store did not answer.
 
-    Raises:
-        Exception: as :func:`sync`.
+    A run that its store refuses does not keep the others from theirs; a store that cannot be reached is tried once.
+
+    Args:
+        root: folder of run folders.
+        over: asked before each run; nothing more is sent once it says so.
+
+    Returns:
+        Run folder -> why its store still lacks something, in words.
     """
-    for path in [*root.glob(f"*/{STATE}"), *root.glob(f"*/*/{STATE}")]:
+    reasons: dict[Path, str] = {}
+    silent: dict[str, str] = {}  # tracking URI of a store that could not be reached -> reason
+    for path in sorted([*root.glob(f"*/{STATE}"), *root.glob(f"*/*/{STATE}")]):
+        if over():
+            break
         folder = path.parent
-        state = read_state(folder)
-        if state["status"] != "RUNNING" and not _knows_status(synced(folder), state):
-            sync(folder)
+        try:
+            state = read_state(folder)
+            if state["status"] == "RUNNING" or _knows_status(synced(folder), state):
+                continue
+            uri = absolute_store(state["store"], folder)
+        except (OSError, ValueError, KeyError):
+            reasons[folder] = f"{STATE} or the note beside it is damaged"
+            continue
+        try:
+            if uri not in silent:
+                sync(folder, patience=0)
+        except BlockingIOError:  # another process is at it
+            continue
+        except Exception as error:
+            logging.getLogger(__name__).exception("MLflow: %s", folder)
+            reasons[folder] = explain(error)
+            if unreachable(error):
+                silent[uri] = reasons[folder]
+        if uri in silent:
+            reasons[folder] = silent[uri]
+    return reasons
 
 
 def record_end(folder: Path, attempt: str, ending: dict[str, Any]) -> None:

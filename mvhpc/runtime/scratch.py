@@ -9,15 +9,40 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from mvhpc.config import ConfigError
 from shards.files import lock_file
 
 PREFIX, LOCK = "mvhpc-", "lock"
+SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # where TMPDIR cannot be used
+MAX_PATH = 40  # bytes of a folder for Ray: the path of a Unix socket has at most 107, and Ray adds up to 65
+RANDOM = 8  # letters that tempfile adds to a name
 _locks = contextlib.ExitStack()  # held for the lifetime of the process
 
 
-def scratch_folder(parent: Path = Path("/tmp")) -> Path:
-    """The folder of this process; see :func:`make_scratch`."""
-    return _of_process(parent)
+def short_parent(below: int) -> Path:
+    """The folder for the temporary files of Ray, whose sockets need short paths.
+
+    It is the first that can be written to and is short enough: that of ``tempfile`` (``TMPDIR``), ``/tmp``,
+    ``/var/tmp``, ``/dev/shm``.
+
+    Args:
+        below: bytes that the path of Ray's folder has below this one.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for parent in (tempfile.gettempdir(), *SHORT):
+        if len(os.fsencode(parent)) + below <= MAX_PATH and os.access(parent, os.W_OK | os.X_OK):
+            return Path(parent)
+    raise ConfigError(
+        f"no folder for the temporary files of Ray: {', '.join(SHORT)} cannot be written to; set TMPDIR to a folder on "
+        f"a local disk whose path has at most {MAX_PATH - below} bytes"
+    )
+
+
+def scratch_folder(parent: Path | None = None) -> Path:
+    """The folder of this process in ``parent``, by default :func:`short_parent`; see :func:`make_scratch`."""
+    return _of_process(parent or short_parent(len(f"/{PREFIX}/") + 2 * RANDOM))
 
 
 @functools.cache
@@ -28,8 +53,7 @@ def _of_process(parent: Path) -> Path:
 def make_scratch(parent: Path, name: str = "") -> Path:
     """A new folder, mode 0700, removed when this process ends.
 
-    Its path is short because the path of a socket of Ray may have 107 bytes. The folder of a killed process is removed
-    by the next process, which finds its lock free.
+    The folder of a killed process is removed by the next process, which finds its lock free.
 
     Args:
         parent: an existing folder on a local file system.
@@ -47,7 +71,7 @@ def make_scratch(parent: Path, name: str = "") -> Path:
 
 
 @contextlib.contextmanager
-def temporary_folder(parent: Path = Path("/tmp")) -> Iterator[Path]:
+def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
     """A new folder in :func:`scratch_folder`, removed on exit."""
     folder = Path(tempfile.mkdtemp(prefix="", dir=scratch_folder(parent)))
     try:
