@@ -36,7 +36,7 @@ from mvhpc.variables import Categorical, Continuous
 from shards.errors import DataError, TooManyRejects
 from shards.files import atomic_file, rename_aside
 from shards.pack import pack
-from shards.participants import ID, PATH, SESSION, Reject, read_sheet, read_table
+from shards.participants import ID, PATH, SESSION, Reject, read_table
 from shards.participants import Row as Visit
 from shards.preprocess.derivative import result_files
 from shards.preprocess.recipe import MNI, Recipe
@@ -44,6 +44,7 @@ from shards.preprocess.registration import load_template
 from shards.preprocess.run import preprocess
 from shards.progress import Progress
 from shards.schema import Schema
+from shards.sheets import column_names, read_sheet
 from shards.volumes import read
 
 POINTS, REACH = 240, 4.0  # of a density's curve; SDs on either side of the mean
@@ -165,8 +166,9 @@ def _known_part(schema: Schema, source: Path) -> Schema:
     """The model's volumes, and those of its scalars that the table of participants has."""
     table = source / "participants.tsv" if source.is_dir() else source
     columns = read_sheet(table).columns if table.is_file() else []
+    named = {*columns, *column_names(columns, {v.column: v.synonyms for v in schema.scalars}, {}, table).values()}
     specs = schema.to_dict()
-    return Schema.from_dict({v.name: specs[v.name] for v in schema if v.kind == "volume" or v.column in columns})
+    return Schema.from_dict({v.name: specs[v.name] for v in schema if v.kind == "volume" or v.column in named})
 
 
 def _list_scans(request: Request, schema: Schema, path: Path, reasons: dict[str, str]) -> list[str]:

@@ -49,6 +49,7 @@ class PreprocessConfig:
     template: str  # file; "" for the MNI152 template of nilearn
     spacing: float  # mm, of the results
     suffix: str  # of the scans in a BIDS folder
+    entities: dict[str, str]  # that the names of these scans must have
     weights: str  # file of HD-BET's weights
     weights_sha256: str
     keep_suspect: bool  # keep and flag scans that fail quality control, instead of rejecting them
@@ -75,6 +76,8 @@ class PackConfig:
     seed: int
     workers: int  # processes; 0 for one per core
     keep_suspect: bool  # pack and flag scans that fail quality control, instead of rejecting them
+    entities: dict[str, str]  # that the names of the volumes in a BIDS folder must have
+    rename: dict[str, str]  # column of the table -> the schema's name for it
     tracking: Tracking
 
 
@@ -110,6 +113,7 @@ def run_preprocess(config: PreprocessConfig, run: Run) -> dict[str, Any]:
         suffix=config.suffix,
         keep_suspect=config.keep_suspect,
         map_subjects=map_subjects,
+        entities=config.entities,
     )
     return dict(summary)
 
@@ -132,5 +136,7 @@ def run_pack(config: PackConfig, run: Run) -> dict[str, Any]:
         seed=config.seed,
         workers=config.workers,
         keep_suspect=config.keep_suspect,
+        entities=config.entities,
+        rename=config.rename,
     )
     return dict(summary)

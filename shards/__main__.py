@@ -38,6 +38,7 @@ Options that are not given come from the preset: configs/preprocess/NAME.yaml, o
 
 examples:
   shards preprocess bids/ derivative/ --spacing 2
+  shards preprocess fmriprep/ derivative/ --entities desc=preproc --brain mask    in fMRIPrep's own masks
   shards preprocess scans.csv derivative/ --registration rigid --steps brain bias registration
   shards preprocess bids/ derivative/ --brain hd-bet --weights release_2.0.0.zip --weights-sha256 HASH
 """
@@ -54,6 +55,8 @@ Options that are not given come from the preset: configs/pack/NAME.yaml, over co
 examples:
   shards pack bids/ packed
   shards pack bids/ packed --split 0 0 1          a data set for testing only
+  shards pack bids/ packed --rename gender=sex    the table's column `gender` is the schema's `sex`
+  shards pack bids/ packed --entities space=MNI152NLin2009cAsym,desc=preproc    of several files of a scan, this one
   shards pack bids/ packed --split-column set     column `set` holds train, validation (val, dev) or test
   shards pack scans.csv packed --config h200 --format webdataset --schema my_schema.yaml --workers 8
 """
@@ -66,11 +69,22 @@ examples:
 """
 
 
+ENTITIES = "of the volumes' names in a BIDS folder, as space=MNI152NLin2009cAsym,desc=preproc"
+
+
 class _Parser(argparse.ArgumentParser):
     """Prints errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _pairs(text: str) -> dict[str, str]:
+    """``a=b,c=d`` as a mapping."""
+    pairs = [part.strip().partition("=") for part in text.split(",") if part.strip()]
+    if any(not (name and equals and value) for name, equals, value in pairs) or len({p[0] for p in pairs}) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE,NAME=VALUE, each name once")
+    return {name: value for name, _, value in pairs}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -124,6 +138,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--keep-suspect", action="store_true", default=None, help="keep and flag scans that fail quality control"
     )
     preprocess.add_argument("--suffix", metavar="SUFFIX", help="of the scans in a BIDS folder; default T1w")
+    preprocess.add_argument("--entities", type=_pairs, metavar="KEY=VALUE,...", help=ENTITIES)
     preprocess.add_argument("--weights", metavar="FILE", help="zip file of HD-BET's weights")
     preprocess.add_argument("--weights-sha256", metavar="HASH", help="its SHA-256, as published")
     preprocess.add_argument(
@@ -151,6 +166,11 @@ def make_parser() -> argparse.ArgumentParser:
     pack.add_argument("--workers", type=int, metavar="N", help="processes; 0 for one per core")
     pack.add_argument(
         "--keep-suspect", action="store_true", default=None, help="pack and flag scans that fail quality control"
+    )
+
+    pack.add_argument("--entities", type=_pairs, metavar="KEY=VALUE,...", help=ENTITIES)
+    pack.add_argument(
+        "--rename", type=_pairs, metavar="COLUMN=NAME,...", help="columns of the table under the schema's names"
     )
 
     split = command("split", "record another split, or cross-validation folds, in a packed data set", SPLIT)
@@ -213,6 +233,7 @@ def _preprocess(args: argparse.Namespace) -> None:
         workers=options["workers"],
         suffix=options["suffix"],
         keep_suspect=options["keep_suspect"],
+        entities=options["entities"],
     )
     print(
         f"processed {summary['processed']:,} of {summary['scans']:,} scans into {args.out}, "

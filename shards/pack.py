@@ -77,6 +77,8 @@ def pack(
     seed: int = 0,
     workers: int = 1,
     keep_suspect: bool = False,
+    entities: Mapping[str, str] | None = None,
+    rename: Mapping[str, str] | None = None,
 ) -> Summary:
     """Pack a BIDS folder or a CSV into ``out``.
 
@@ -100,6 +102,7 @@ def pack(
         seed: of the draws of splits.
         workers: processes; 0 for one per core.
         keep_suspect: pack scans that fail quality control (:mod:`shards.qc`) too, and flag their records.
+        entities, rename: see :func:`shards.participants.read_table`.
 
     Returns:
         A summary; ``out/rejected.tsv`` lists the rejected rows with their reasons.
@@ -111,7 +114,7 @@ def pack(
     schema = schema if isinstance(schema, Schema) else Schema.load(schema)
     group = group or ""
     size = _check_arguments(schema, spacing, shape)
-    table = read_table(source, schema, group, split_column)
+    table = read_table(source, schema, group, split_column, entities, rename)
     if not table.rows:
         raise DataError(f"{source}: the table has no rows")
     allowed = _allowed_rejects(max_rejects, len(table.rows))
@@ -144,6 +147,7 @@ def pack(
     }
     if keep_suspect:
         arguments["keep_suspect"] = True
+    arguments |= {name: dict(pairs) for name, pairs in (("entities", entities), ("rename", rename)) if pairs}
     if split_column:
         arguments |= {"fractions": [], "split_column": split_column}
     writer = DatasetWriter(out, storage, "volumes", schema, arrays, target, group=group, token=token)
@@ -311,7 +315,7 @@ def _digest(content: Any) -> str:
 def _token(table: Table, schema: Schema, target: dict[str, Any], storage: str, group: str, keep_suspect: bool) -> str:
     """Hash of everything that decides the shards; an interrupted packing resumes only where it is the same."""
     files = [
-        [row.key, name, path.stat().st_size, path.stat().st_mtime_ns]
+        [row.key, row.values, name, path.name, path.stat().st_size, path.stat().st_mtime_ns]
         for row in table.rows
         if isinstance(row, Row)
         for name, path in row.files.items()

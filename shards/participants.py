@@ -1,28 +1,30 @@
 """Reading tables of participants: a BIDS tree, or a CSV with a column of paths -> rows ready to pack."""
 
-import csv
 import functools
 import hashlib
-import io
-import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from shards.errors import DataError, nearest
-from shards.schema import MISSING, Schema, Value, Variable
+from shards.bids_files import check_entities, find_files, several
+from shards.errors import DataError
+from shards.schema import Schema, Value, Variable
+from shards.sheets import (
+    Description,
+    Sheet,
+    check_units,
+    column_names,
+    missing,
+    parse_cell,
+    read_description,
+    read_sheet,
+    require_column,
+)
 from shards.split import parse_part
 
 ID, SESSION, PATH = "participant_id", "session_id", "path"  # the first two are names of the BIDS specification
-TIME_UNITS = {
-    "years": {"year", "years", "yr", "yrs", "y", "a"},
-    "months": {"month", "months", "mo", "mos"},
-    "weeks": {"week", "weeks", "wk", "wks"},
-    "days": {"day", "days", "d"},
-}
+MASK = "mask"  # suffix of brain masks
 LABEL = re.compile(r"[A-Za-z0-9_+-]{1,40}")  # safe in file names, tar members and webdataset keys (which end at a dot)
 
 
@@ -75,16 +77,14 @@ class Table:
     sha256: str
 
 
-@dataclass(frozen=True)
-class _Sheet:
-    """A CSV or TSV file: its columns, and (line number, {column: cell}) of each row."""
-
-    columns: list[str]
-    rows: list[tuple[int, dict[str, str]]]
-    text: str
-
-
-def read_table(source: str | Path, schema: Schema, group: str = "", split_column: str = "") -> Table:
+def read_table(
+    source: str | Path,
+    schema: Schema,
+    group: str = "",
+    split_column: str = "",
+    entities: Mapping[str, str] | None = None,
+    rename: Mapping[str, str] | None = None,
+) -> Table:
     """Read the rows of a BIDS folder or a CSV (or TSV) file.
 
     Args:
@@ -93,6 +93,9 @@ def read_table(source: str | Path, schema: Schema, group: str = "", split_column
         schema: the variables.
         group: column of groups, whose subjects belong to one part of a split; empty for none.
         split_column: column with the part of each row, see :func:`shards.split.parse_part`; empty for none.
+        entities: key -> value that the names of the volumes in a BIDS folder must have, as ``desc`` -> ``preproc``;
+            masks have a ``desc`` of their own.
+        rename: column of the tables -> the name that is read for it, as ``gender`` -> ``sex``.
 
     Returns:
         Rows in the order of the table, each either ready to pack or rejected with a reason.
@@ -101,53 +104,49 @@ def read_table(source: str | Path, schema: Schema, group: str = "", split_column
         DataError: the source cannot be read, lacks a column, or has an unknown word in the split column.
     """
     source = Path(source)
+    check_entities(entities or {})
     if source.is_dir():
-        return _read_bids(source, schema, group, split_column)
-    if source.is_file():
-        return _read_csv(source, schema, group, split_column)
-    raise DataError(f"{source}: no such folder or file; give a BIDS folder or a CSV")
+        columns = _Columns(schema, group, split_column, rename or {})
+        table = _read_bids(source, schema, group, split_column, entities or {}, columns)
+    elif source.is_file():
+        if entities:
+            raise DataError(f"{source}: entities choose the files of a BIDS folder; a CSV names its files")
+        columns = _Columns(schema, group, split_column, rename or {})
+        table = _read_csv(source, schema, group, split_column, columns)
+    else:
+        raise DataError(f"{source}: no such folder or file; give a BIDS folder or a CSV")
+    columns.check_used(source)
+    return replace(table, notes=[*columns.notes, *table.notes])
 
 
-def read_sheet(path: Path) -> _Sheet:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    # BIDS tables have no quoting: a quotation mark is a character of its cell. A CSV has, and it must be balanced.
-    commas = path.suffix == ".csv"
-    quoting: Any = {"delimiter": ",", "strict": True} if commas else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    reader = csv.reader(io.StringIO(text, newline=""), **quoting)
-    rows = []
-    try:
-        columns = [c.strip() for c in next(reader, [])]
-        for cells in reader:
-            if any("\n" in cell or "\r" in cell for cell in cells):
-                raise DataError(
-                    f"{path}: line {reader.line_num}: a cell holds a line break; remove the quotation mark that is "
-                    "not closed"
-                )
-            if any(cells[len(columns) :]):
-                raise DataError(f"{path}: line {reader.line_num} has more cells than there are columns")
-            if any(cells):
-                padded = [*cells, *[""] * len(columns)]
-                rows.append((reader.line_num, {c: cell.strip() for c, cell in zip(columns, padded)}))
-    except csv.Error as error:
-        raise DataError(f"{path}: line {reader.line_num}: {error}; is a quotation mark not closed?") from error
-    for column, count in Counter(filter(None, columns)).items():
-        if count > 1:
-            raise DataError(f"{path}: two columns named {column!r}")
-    return _Sheet(columns, rows, text)
+class _Columns:
+    """Gives the columns of the tables the names that the schema has for them, and notes each that had another one."""
 
+    def __init__(self, schema: Schema, group: str, split_column: str, rename: Mapping[str, str]) -> None:
+        self.rename = rename
+        scalars = {v.column: v.synonyms for v in schema.scalars}
+        self.wanted: dict[str, tuple[str, ...]] = {ID: (), SESSION: (), **scalars}
+        self.wanted |= {name: () for name in (group, split_column) if name and name not in scalars}
+        self.unused = dict(rename)
+        self._notes: dict[str, None] = {}  # ordered
 
-def _require_column(columns: list[str], wanted: str, path: Path, remedy: str = "") -> None:
-    if wanted not in columns:
-        raise DataError(f"{path}: {nearest(wanted, columns, 'column')}{remedy}")
+    @property
+    def notes(self) -> list[str]:
+        """Messages for the user."""
+        return list(self._notes)
 
+    def name(self, path: Path, sheet: Sheet) -> tuple[Sheet, dict[str, str]]:
+        """A table with the names of the schema, and which of its columns had others."""
+        names = column_names(sheet.columns, self.wanted, self.rename, path)
+        for old, new in names.items():
+            self.unused.pop(old, None)
+            self._notes[f"column {old!r} is read as {new!r}"] = None
+        return sheet.renamed(names), names
 
-def missing(cell: str) -> bool:
-    return cell.casefold() in MISSING
+    def check_used(self, source: Path) -> None:
+        """Refuse a column to rename that no table has."""
+        if self.unused:
+            raise DataError(f"{source}: rename: no table has a column {', '.join(map(repr, self.unused))}")
 
 
 def prefixed(prefix: str, label: str) -> str:
@@ -176,6 +175,7 @@ class _Reader:
         cells: Mapping[str, str],
         find: Callable[[Variable], Path | None],
         why: Callable[[], str] = lambda: "",
+        description: Description | None = None,
     ) -> None:
         """Append the row of one visit.
 
@@ -184,6 +184,7 @@ class _Reader:
             cells: column -> cell.
             find: gives a volume's file, None where there is none, or raises ValueError.
             why: says why there is no file of any volume.
+            description: of the columns.
 
         Raises:
             DataError: an unknown word in the split column.
@@ -202,7 +203,8 @@ class _Reader:
             if key in self.seen:
                 raise ValueError(f"duplicate id: {key} stands in line {self.seen[key]} already")
             self.seen[key] = line
-            values = {v.name: v.parse(cells.get(v.column, "")) for v in self.schema.scalars}
+            described = description or {}
+            values = {v.name: parse_cell(v, cells.get(v.column, ""), described) for v in self.schema.scalars}
             found = {v.name: find(v) for v in self.schema.volumes}
             files = {name: path for name, path in found.items() if path is not None}
             if not files:
@@ -221,16 +223,19 @@ class _Reader:
             raise DataError(f"{self.path}: line {line}, {subject}, column {self.split_column!r}: {error}") from error
 
 
-def _read_csv(path: Path, schema: Schema, group: str, split_column: str) -> Table:
-    sheet = read_sheet(path)
+def _read_csv(path: Path, schema: Schema, group: str, split_column: str, names: _Columns) -> Table:
+    sheet, renamed = names.name(path, read_sheet(path))
+    sidecar = path.with_suffix(".json")  # of a TSV, as BIDS has it
+    description = read_description(sidecar, renamed) if path.suffix == ".tsv" else {}
+    check_units(sidecar, description, schema)
     volumes = schema.volumes
     columns = {v.name: v.column for v in volumes}
     if len(volumes) == 1 and volumes[0].column not in sheet.columns:
         columns = {volumes[0].name: PATH}
     optional = [column for column in (group, split_column) if column]
     for needed in (ID, *columns.values(), *(v.column for v in schema.scalars), *optional):
-        _require_column(
-            sheet.columns, needed, path, " (the schema's `column` can name another)" if needed in schema else ""
+        require_column(
+            sheet.columns, needed, path, f" Name the table's by --rename COLUMN={needed}" if needed in schema else ""
         )
     reader = _Reader(path, schema, group, split_column)
     for line, cells in sheet.rows:
@@ -245,17 +250,29 @@ def _read_csv(path: Path, schema: Schema, group: str, split_column: str) -> Tabl
                 raise ValueError(f"{variable.name}: no file where column {columns[variable.name]} points")
             return file
 
-        reader.add(line, cells, find)
+        reader.add(line, cells, find, description=description)
     return Table("csv", reader.rows, [], hashlib.sha256(sheet.text.encode()).hexdigest())
 
 
-def _read_bids(folder: Path, schema: Schema, group: str, split_column: str) -> Table:
+def _read_bids(
+    folder: Path,
+    schema: Schema,
+    group: str,
+    split_column: str,
+    entities: Mapping[str, str],
+    names: _Columns,
+) -> Table:
     path = folder / "participants.tsv"
-    sheet = read_sheet(path) if path.exists() or schema.scalars else _list_subjects(folder)
-    _require_column(sheet.columns, ID, path)
+    if not path.exists() and schema.scalars and folder.is_dir():
+        raise DataError(
+            f"{path}: No such file; write one, or for a derivative copy that of the data set it was made from"
+        )
+    sheet, renamed = names.name(path, read_sheet(path) if path.exists() else _list_subjects(folder))
+    require_column(sheet.columns, ID, path)
     if group:
-        _require_column(sheet.columns, group, path)
-    _check_units(folder / "participants.json", schema)
+        require_column(sheet.columns, group, path)
+    description = read_description(folder / "participants.json", renamed)
+    check_units(folder / "participants.json", description, schema)
     sessions_known: set[str] = set()
     reader = _Reader(path, schema, group, split_column)
     folders = {p.name[4:].lstrip("0"): p.name for p in folder.glob("sub-*")}  # label without leading zeros -> name
@@ -268,37 +285,47 @@ def _read_bids(folder: Path, schema: Schema, group: str, split_column: str) -> T
             continue
         table = folder / subject / f"{subject}_sessions.tsv"
         by_session: dict[str, dict[str, str]] = {}
+        of_sessions: Description = {}
         if table.is_file():
-            sessions = read_sheet(table)
-            _require_column(sessions.columns, SESSION, table)
+            sessions, renamed = names.name(table, read_sheet(table))
+            for sidecar in (folder / "sessions.json", table.with_suffix(".json")):
+                of_sessions = {**of_sessions, **read_description(sidecar, renamed)}
+                check_units(sidecar, of_sessions, schema)
+            require_column(sessions.columns, SESSION, table)
             sessions_known.update(sessions.columns)
             digest.update(sessions.text.encode())
             by_session = {prefixed("ses-", row[SESSION]): row for _, row in sessions.rows}
-        visits = list(_visits(folder / subject, cells, schema))
+        visits = list(_visits(folder / subject, cells, schema, entities))
         full = [visit for visit in visits if visit[1]]
         empty_sessions += len(visits) - len(full) if full else 0
         for session, files in full or visits[:1]:
 
-            def find(variable: Variable, files: Mapping[str, list[Path]] = files) -> Path | None:
+            def find(
+                variable: Variable,
+                files: Mapping[str, list[Path]] = files,
+                subject: str = subject,
+                session: str = session,
+            ) -> Path | None:
                 matches = files.get(variable.name, [])
                 if len(matches) > 1:
-                    raise ValueError(
-                        f"{variable.name}: {len(matches)} files *_{variable.suffix}.* in one anat folder; "
-                        "keep one there, or name it in a CSV"
-                    )
+                    stem = "_".join(filter(None, (subject, session)))
+                    raise ValueError(f"{variable.name}: {several(matches, stem, variable.suffix)}")
                 if not matches:
                     return None
                 _check_fetched(variable.name, matches[0])
                 return matches[0]
 
             own = {k: v for k, v in by_session.get(session, {}).items() if k != SESSION and not missing(v)}
-            why = functools.partial(_why_none, folder, subject, schema, folders)
-            reader.add(line, {**cells, **own, SESSION: session}, find, why)
+            why = functools.partial(_why_none, folder, subject, schema, folders, entities)
+            described = {**description, **{column: entry for column, entry in of_sessions.items() if column in own}}
+            reader.add(line, {**cells, **own, SESSION: session}, find, why, described)
     for variable in schema.scalars:
         if variable.column not in sessions_known:
-            _require_column(sheet.columns, variable.column, path, " The schema's `column` can name another.")
+            require_column(
+                sheet.columns, variable.column, path, " Name the table's by --rename COLUMN=" + variable.column
+            )
     if split_column and split_column not in sessions_known:
-        _require_column(sheet.columns, split_column, path)
+        require_column(sheet.columns, split_column, path)
     notes = []
     listed = {prefixed("sub-", cells[ID]) for _, cells in sheet.rows}
     unlisted = sum(p.is_dir() and p.name not in listed for p in folder.glob("sub-*"))
@@ -309,62 +336,36 @@ def _read_bids(folder: Path, schema: Schema, group: str, split_column: str) -> T
     return Table("bids", reader.rows, notes, digest.hexdigest())
 
 
-def _why_none(folder: Path, subject: str, schema: Schema, folders: Mapping[str, str]) -> str:
+def _why_none(
+    folder: Path, subject: str, schema: Schema, folders: Mapping[str, str], entities: Mapping[str, str]
+) -> str:
     """The most likely reason why a BIDS folder has no volume of a subject, and what to do."""
     if not (folder / subject).is_dir():
         same = folders.get(subject.removeprefix("sub-").lstrip("0"))
         zeros = f", but {same}: write the id with its zeros in participants.tsv" if same else ""
         return f"; there is no folder {subject}{zeros}"
-    wanted = " or ".join(f"anat/*_{v.suffix}.nii.gz" for v in schema.volumes)
+    chosen = "".join(f"_{key}-{value}*" for key, value in entities.items())
+    wanted = " or ".join(f"anat/*{chosen}_{v.suffix}.nii.gz" for v in schema.volumes)
     suffixes = tuple(f"_{v.suffix}".casefold() for v in schema.volumes)
     files = (p for p in (folder / subject).rglob("*.*") if p.suffix != ".json")
     near = [p for p in files if p.name.partition(".")[0].casefold().endswith(suffixes)]
     if near:
-        return f"; looked for {wanted}, found {min(near).relative_to(folder)}: move or rename it"
+        remedy = "check --entities, or move or rename it" if entities else "move or rename it"
+        return f"; looked for {wanted}, found {min(near).relative_to(folder)}: {remedy}"
     return f"; looked for {wanted} in {subject}"
 
 
-def _check_units(path: Path, schema: Schema) -> None:
-    """Refuse a table whose description gives a variable another unit of time than the schema.
-
-    Args:
-        path: ``participants.json``, the description of the columns (BIDS); need not exist.
-        schema: the variables.
-
-    Raises:
-        DataError: naming the column and both units, or a description that cannot be read.
-    """
-    if not path.is_file():
-        return
-    try:
-        columns = json.loads(path.read_text(encoding="utf-8-sig"))
-        units = {name: str(entry["Units"]) for name, entry in columns.items() if "Units" in entry}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not a description of columns as BIDS has it ({error})") from error
-    for v in schema.scalars:
-        theirs, ours = (_time_unit(unit) for unit in (units.get(v.column, ""), v.unit or ""))
-        if theirs and ours and theirs != ours:
-            raise DataError(
-                f"{path}: column {v.column!r} is in {theirs}, the schema has {v.name} in {ours}; convert the column, "
-                "or give the schema that unit and a range in it"
-            )
-
-
-def _time_unit(unit: str) -> str:
-    """``years`` for ``Year``, ``yrs``, ...; '' for what is no unit of time."""
-    word = unit.strip().casefold().rstrip(".")
-    return next((name for name, words in TIME_UNITS.items() if word in words), "")
-
-
-def _list_subjects(folder: Path) -> _Sheet:
+def _list_subjects(folder: Path) -> Sheet:
     """A table of the subject folders, for a source without ``participants.tsv`` of which no scalar is wanted."""
     names = sorted(path.name for path in folder.glob("sub-*") if path.is_dir())
     if not names:
         raise DataError(f"{folder}: no participants.tsv and no folder sub-*; give a BIDS folder")
-    return _Sheet([ID], [(line, {ID: name}) for line, name in enumerate(names, 2)], "\n".join(names))
+    return Sheet([ID], [(line, {ID: name}) for line, name in enumerate(names, 2)], "\n".join(names))
 
 
-def _visits(folder: Path, cells: Mapping[str, str], schema: Schema) -> Iterator[tuple[str, dict[str, list[Path]]]]:
+def _visits(
+    folder: Path, cells: Mapping[str, str], schema: Schema, entities: Mapping[str, str]
+) -> Iterator[tuple[str, dict[str, list[Path]]]]:
     """The sessions of a subject ('' where there are none) and, by variable, the files that match."""
     named = cells.get(SESSION, "")
     if not missing(named):
@@ -376,10 +377,10 @@ def _visits(folder: Path, cells: Mapping[str, str], schema: Schema) -> Iterator[
         stem = "_".join(filter(None, (folder.name, session)))
         files = {}
         for variable in schema.volumes:
-            name = re.compile(rf"{re.escape(stem)}(_.+)?_{re.escape(variable.suffix)}\.(nii(\.gz)?|hdr|mgz)")
-            anat = folder / session / "anat"
-            matches = sorted(p for p in anat.glob("*") if name.fullmatch(p.name) and (p.is_file() or p.is_symlink()))
-            plain = [p for p in matches if p.name.startswith(f"{stem}_{variable.suffix}.")]
-            if matches:
-                files[variable.name] = plain or matches
+            wanted: Mapping[str, str] = entities
+            free: tuple[str, ...] = ()
+            if variable.suffix == MASK:  # the brain mask of an image has a description of its own
+                wanted, free = {key: value for key, value in entities.items() if key != "desc"}, ("desc",)
+            if matches := find_files(folder / session / "anat", stem, variable.suffix, wanted, free):
+                files[variable.name] = matches
         yield session, files

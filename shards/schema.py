@@ -13,9 +13,9 @@ from shards.presets import preset_file, read_yaml
 MISSING = {"", "n/a", "na", "nan", "none", "null"}  # BIDS writes n/a; the others are common in other tables
 KINDS = {  # kind -> allowed keys
     "volume": {"kind", "column", "suffix"},
-    "continuous": {"kind", "column", "range", "unit", "values"},
-    "ordinal": {"kind", "column", "range", "unit", "values"},
-    "categorical": {"kind", "column", "classes", "aliases"},
+    "continuous": {"kind", "column", "synonyms", "range", "unit", "values"},
+    "ordinal": {"kind", "column", "synonyms", "range", "unit", "values"},
+    "categorical": {"kind", "column", "synonyms", "classes", "aliases"},
 }
 Value = float | str | None
 
@@ -34,6 +34,7 @@ class Variable:
         classes: of a categorical variable, in the order of their numbers.
         aliases: other spellings of the classes.
         values: word -> number: for a category read as a continuous variable, or the words of a scale.
+        synonyms: other names that the column of a scalar may have; capitals do not matter.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Variable:
     classes: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, float] = field(default_factory=dict)
+    synonyms: tuple[str, ...] = field(default=(), compare=False)  # they name tables, not the variable
 
     @classmethod
     def from_dict(cls, name: str, spec: Mapping[str, Any]) -> "Variable":
@@ -74,6 +76,8 @@ class Variable:
                 given["range"] = (low, high)
             if "classes" in given:
                 given["classes"] = tuple(_word(c) for c in given["classes"])
+            if "synonyms" in given:
+                given["synonyms"] = tuple(_word(s) for s in given["synonyms"])
             if "aliases" in given:
                 given["aliases"] = {_word(k): _word(v) for k, v in given["aliases"].items()}
             if "values" in given:
@@ -112,7 +116,13 @@ class Variable:
             spec.update(range=list(self.range), unit=self.unit, values=dict(self.values))
         else:
             spec.update(classes=list(self.classes), aliases=dict(self.aliases))
+        spec["synonyms"] = list(self.synonyms)
         return {key: value for key, value in spec.items() if value or value == 0}
+
+    def words(self) -> dict[str, Any]:
+        """Word in lower case -> the class or number that it stands for."""
+        known: dict[str, Any] = {w.casefold(): v for w, v in (self.aliases or self.values).items()}
+        return known | {c.casefold(): c for c in self.classes}
 
     def parse(self, text: str) -> Value:
         """The value that a table's cell holds.
@@ -126,15 +136,16 @@ class Variable:
         Raises:
             ValueError: not a (whole) number, outside the range, or an unknown category.
         """
-        word = text.strip().casefold()
-        known: dict[str, Any] = {w.casefold(): v for w, v in (self.aliases or self.values).items()}
-        known.update({c.casefold(): c for c in self.classes})
+        word, known = text.strip().casefold(), self.words()
         if word in known:
             return known[word]
         if word in MISSING:
             return None
         if self.kind == "categorical":
-            raise ValueError(f"{self.name}: unknown category {text.strip()[:40]!r} (known: {', '.join(self.classes)})")
+            raise ValueError(
+                f"{self.name}: unknown category {text.strip()[:40]!r} (known: {', '.join(self.classes)}); say what it "
+                "stands for in the Levels of participants.json, or in the schema's aliases"
+            )
         try:
             number = float(word.replace("_", "?"))  # Python reads 4_5 as 45
         except ValueError:

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from shards.errors import DataError
-from shards.participants import Reject, Row, read_sheet, read_table
+from shards.participants import Reject, Row, Table, read_table
 from shards.preprocess.tables import carry_tables
 from shards.schema import Schema
+from shards.sheets import read_sheet
 
 SCHEMA = Schema.load()
 
@@ -52,6 +53,16 @@ def test_a_csv_with_an_open_quotation_mark_is_refused(tmp_path: Path, comments: 
 def test_a_balanced_quotation_keeps_its_commas(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text('participant_id,comment\na,"one, two"\nb,"says ""no"""\n')
     assert [cells["comment"] for _, cells in read_sheet(tmp_path / "x.csv").rows] == ["one, two", 'says "no"']
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.CSV", "participants.tsv"])
+def test_a_row_with_a_cell_too_few_or_too_many_is_refused(tmp_path: Path, name: str) -> None:
+    between = "\t" if name.endswith("tsv") else ","
+    for row in (["a", "31"], ["a", "31", "12", "4"]):
+        lines = ["participant_id,age,score", "b,45,11", "", ",".join(row)]
+        (tmp_path / name).write_text("\n".join(lines).replace(",", between) + "\n")
+        with pytest.raises(DataError, match=rf"{name}: line 4 has .* (cells|columns)"):
+            read_sheet(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -100,3 +111,108 @@ def test_a_missing_file_is_explained(tmp_path: Path, there: str, listed: str, re
     (row,) = read_table(tmp_path, SCHEMA).rows
     assert isinstance(row, Reject)
     assert re.match(f"no file: image; .*{reason}", row.reason), row.reason
+
+
+def table(folder: Path, header: str, *rows: str, name: str = "participants.tsv") -> Path:
+    """A BIDS folder with a table of these lines, and a scan of each person."""
+    for row in rows:
+        name_of = row.partition("\t")[0]
+        (folder / name_of / "anat").mkdir(parents=True, exist_ok=True)
+        (folder / name_of / "anat" / f"{name_of}_T1w.nii.gz").write_bytes(b"")
+    (folder / name).write_text("\n".join([header, *rows]) + "\n")
+    return folder
+
+
+def values(found: Table) -> list[tuple]:
+    return [(row.values["age"], row.values["sex"]) if isinstance(row, Row) else row.reason for row in found.rows]
+
+
+def test_other_names_of_columns_are_read_and_noted(tmp_path: Path) -> None:
+    source = table(tmp_path / "a", "Participant_ID\tAge\tGENDER", "sub-1\t31\tMale", "sub-2\t45\tf")
+    found = read_table(source, SCHEMA)
+    assert values(found) == [(31, "M"), (45, "F")]
+    assert [note.split()[1:] for note in found.notes] == [
+        ["'Participant_ID'", "is", "read", "as", "'participant_id'"],
+        ["'Age'", "is", "read", "as", "'age'"],
+        ["'GENDER'", "is", "read", "as", "'sex'"],
+    ]
+    source = table(tmp_path / "b", "participant_id\tage\tgender\tsex", "sub-1\t31\tM\tF")
+    assert values(read_table(source, SCHEMA)) == [(31, "F")]  # the exact name comes first, and --rename before it
+    assert values(read_table(source, SCHEMA, rename={"gender": "sex"})) == [(31, "M")]
+    source = table(tmp_path / "c", "participant_id\tage_at_scan\tAge\tsex", "sub-1\t31\t30\tF")
+    with pytest.raises(
+        DataError, match="'age_at_scan' and 'Age' could be 'age': choose by --rename age_at_scan=age or"
+    ):
+        read_table(source, SCHEMA)
+    assert values(read_table(source, SCHEMA, rename={"Age": "age"})) == [(30, "F")]
+    with pytest.raises(DataError, match="no table has a column 'genre'"):
+        read_table(source, SCHEMA, rename={"Age": "age", "genre": "sex"})
+    source = table(tmp_path / "d", "participant_id\tage\tsexe", "sub-1\t31\tF")
+    with pytest.raises(DataError, match=r"Did you mean 'sexe'\? .* --rename COLUMN=sex"):
+        read_table(source, SCHEMA)
+
+
+def test_renaming_holds_for_a_csv_and_for_sessions(tmp_path: Path) -> None:
+    (tmp_path / "x.nii").write_bytes(b"")
+    (tmp_path / "s.csv").write_text("participant_id,path,years,Sex\np,x.nii,31,F\n")
+    assert values(read_table(tmp_path / "s.csv", SCHEMA, rename={"years": "age"})) == [(31, "F")]
+    source = tmp_path / "t"
+    (source / "sub-1" / "ses-1" / "anat").mkdir(parents=True)
+    (source / "sub-1" / "ses-1" / "anat" / "sub-1_ses-1_T1w.nii.gz").write_bytes(b"")
+    (source / "participants.tsv").write_text("participant_id\tgender\nsub-1\t2\n")
+    (source / "participants.json").write_text(json.dumps({"gender": {"Levels": {"2": "female"}}}))
+    (source / "sub-1" / "sub-1_sessions.tsv").write_text("session_id\tAge\nses-1\t40\n")
+    assert values(read_table(source, SCHEMA)) == [(40, "F")]
+    (source / "sessions.json").write_text(json.dumps({"Age": {"Units": "months"}}))
+    with pytest.raises(DataError, match=r"column 'age' is in months, the schema has age in years"):
+        read_table(source, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("levels", "cell", "expected"),
+    [
+        ({"1": "male", "2": "female"}, "1", "M"),
+        ({"1": {"Description": "Female participant"}}, "1", "F"),
+        ({"M": "man", "F": "woman"}, "F", "F"),
+        ({"F": "F: female"}, "F", "F"),
+        ({"9": "not reported"}, "9", None),
+        ({"1": "male"}, "n/a", None),
+        ({"F": "male"}, "F", "sex: 'F' is F by the schema and 'male' by the levels"),
+        ({"1": "left"}, "1", "sex: unknown category '1' .* Levels of participants.json"),
+        (None, "1", "sex: unknown category '1' .* Levels of participants.json"),
+    ],
+)
+def test_levels_say_what_a_code_stands_for(
+    tmp_path: Path, levels: dict | None, cell: str, expected: str | None
+) -> None:
+    source = table(tmp_path, "participant_id\tage\tsex", f"sub-1\t31\t{cell}")
+    (source / "participants.json").write_text(json.dumps({"sex": {"Levels": levels}}))
+    (found,) = values(read_table(source, SCHEMA))
+    assert found == (31, expected) if not isinstance(found, str) else re.match(str(expected), found)
+
+
+def test_entities_choose_among_the_files_of_one_suffix(tmp_path: Path) -> None:
+    source = table(tmp_path, "participant_id\tage\tsex", "sub-1\t31\tF")
+    anat = source / "sub-1" / "anat"
+    (anat / "sub-1_T1w.nii.gz").unlink()
+    space = "space-MNI152NLin2009cAsym_"
+    for name in ("desc-preproc_T1w", f"{space}desc-preproc_T1w", "desc-brain_mask", f"{space}desc-brain_mask"):
+        (anat / f"sub-1_{name}.nii.gz").write_bytes(b"")
+
+    def file(**entities: str) -> str:
+        (row,) = read_table(source, SCHEMA, entities=entities).rows
+        return row.files["image"].name if isinstance(row, Row) else row.reason
+
+    assert "choose by --entities, as in --entities space=MNI152NLin2009cAsym,desc=preproc" in file()
+    assert file(space="MNI152NLin2009cAsym", desc="preproc") == f"sub-1_{space}desc-preproc_T1w.nii.gz"
+    assert file(desc="preproc") == "sub-1_desc-preproc_T1w.nii.gz"  # no entity beside those that are asked for
+    assert file(space="MNI152NLin2009cAsym") == f"sub-1_{space}desc-preproc_T1w.nii.gz"
+    assert "check --entities" in file(space="T1w")
+    masked = Schema.from_dict(
+        {"image": {"kind": "volume", "suffix": "T1w"}, "mask": {"kind": "volume", "suffix": "mask"}}
+    )
+    for chosen, prefix in (({"desc": "preproc"}, ""), ({"desc": "preproc", "space": "MNI152NLin2009cAsym"}, space)):
+        (row,) = read_table(source, masked, entities=chosen).rows
+        assert isinstance(row, Row) and row.files["mask"].name == f"sub-1_{prefix}desc-brain_mask.nii.gz"
+    with pytest.raises(DataError, match="no entity"):
+        read_table(source, SCHEMA, entities={"space": "a/b"})

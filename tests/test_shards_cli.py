@@ -196,3 +196,33 @@ def test_real_scans_are_centred_and_whole(tmp_path: Path) -> None:
         positions = np.indices(voxels.shape).reshape(3, -1)
         centre = positions @ voxels.ravel() / voxels.sum()
         np.testing.assert_allclose(centre, [20, 24, 20], atol=0.3)
+
+
+def test_a_derivative_of_fmriprep_is_packed_by_entities_and_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source = bids(tmp_path / "source", PEOPLE)
+    for file in sorted(source.rglob("*_T1w.nii.gz")):
+        stem = file.name.removesuffix("_T1w.nii.gz")
+        shutil.copy(file, file.with_name(f"{stem}_space-MNI152NLin2009cAsym_desc-preproc_T1w.nii.gz"))
+        file.rename(file.with_name(f"{stem}_desc-preproc_T1w.nii.gz"))
+    table = source / "participants.tsv"
+    table.write_text(table.read_text().replace("\tage\t", "\tyears\t", 1).replace("\tsex", "\tGender", 1))
+    out = tmp_path / "packed"
+    command = [
+        "pack",
+        str(source),
+        str(out),
+        *["--spacing", "2", "--shape", "20", "24", "18", "--workers", "1", "--keep-suspect"],
+    ]
+    chosen = ["--entities", "space=MNI152NLin2009cAsym,desc=preproc", "--rename", "years=age"]
+    assert main([*command, *chosen[2:]]) == 1 and "choose by --entities" in capsys.readouterr().err
+    assert main([*command, *chosen[:2]]) == 2 and "--rename COLUMN=age" in capsys.readouterr().err
+    assert main([*command, *chosen]) == 0
+    output = capsys.readouterr().out
+    assert "note: column 'years' is read as 'age'" in output and "note: column 'Gender' is read as 'sex'" in output
+    index = Index.load(out)
+    assert index.provenance["arguments"]["entities"] == {"space": "MNI152NLin2009cAsym", "desc": "preproc"}
+    assert {r.values["sex"] for r in index.records} >= {"F", "M"}
+    with pytest.raises(SystemExit):
+        main([*command, "--entities", "space"])

@@ -1,5 +1,6 @@
 """Tables of predictions, their scores, and the scoreboard: given variables in rows, wanted ones in columns."""
 
+import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ def read_predictions(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; `mvhpc predict ... --out {path}` writes it")
     # Only "n/a" is missing: a category may well be called "NA" or "None".
-    frame = pd.read_csv(path, sep="\t", na_values=[MISSING], keep_default_na=False)
+    frame = pd.read_csv(path, sep="\t", na_values=[MISSING], keep_default_na=False, quoting=csv.QUOTE_NONE)
     content = json.loads(sidecar(path).read_text())
     description = content.get(GENERATED_BY, content)
     if "participant_id" in frame:

@@ -1,7 +1,7 @@
 """Preprocessing of a whole source: subject by subject, in parallel, resumable and incremental."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
@@ -55,6 +55,7 @@ def preprocess(
     suffix: str = "T1w",
     keep_suspect: bool = False,
     map_subjects: Map | None = None,
+    entities: Mapping[str, str] | None = None,
 ) -> Summary:
     """Preprocess the scans of a BIDS folder or a CSV into a BIDS derivative.
 
@@ -75,6 +76,7 @@ def preprocess(
         keep_suspect: keep scans that fail quality control (:mod:`shards.qc`) too, and flag them in their sidecars.
         map_subjects: runs :class:`shards.preprocess.subject.Worker` on all subjects; processes of this machine by
             default.
+        entities: see :func:`shards.participants.read_table`.
 
     Returns:
         A summary; ``out/rejected.tsv`` lists the scans without a result with the reasons.
@@ -98,7 +100,7 @@ def preprocess(
         device=find_device(device) if "brain" in recipe.steps and recipe.brain not in {"mask", "none"} else "cpu",
         keep_suspect=keep_suspect,
     )
-    table = read_table(source, _schema(suffix, recipe))
+    table = read_table(source, _schema(suffix, recipe), entities=entities)
     if not table.rows:
         raise DataError(f"{source}: the table has no rows")
     _check_folder(Path(source), out)

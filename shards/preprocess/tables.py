@@ -5,7 +5,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from shards.files import atomic_file, write_text
-from shards.participants import ID, PATH, SESSION, missing, prefixed, read_sheet
+from shards.participants import ID, PATH, SESSION, prefixed
+from shards.sheets import column_names, missing, read_sheet
 
 MISSING = "n/a"
 
@@ -13,7 +14,7 @@ MISSING = "n/a"
 def carry_tables(source: Path, out: Path, kind: str, keys: Collection[str]) -> None:
     """Carry what a source's tables say of its participants over to the derivative.
 
-    A BIDS folder's ``participants.tsv``, its description ``participants.json`` and the tables of sessions are copied.
+    A BIDS folder's ``participants.tsv``, the tables of sessions and the descriptions of both are copied.
     A CSV becomes such tables, without its columns of paths: what differs between a subject's sessions goes into its
     table of sessions.
 
@@ -25,13 +26,15 @@ def carry_tables(source: Path, out: Path, kind: str, keys: Collection[str]) -> N
     """
     if kind == "bids":
         subjects = sorted({key.partition("_")[0] for key in keys})
-        files = ["participants.tsv", "participants.json", *(f"{s}/{s}_sessions.tsv" for s in subjects)]
+        files = ["participants.tsv", "participants.json", "sessions.json"]
+        files += [f"{s}/{s}_sessions.{kind}" for s in subjects for kind in ("tsv", "json")]
         for name in files:
             if (source / name).is_file() and (out / name).parent.is_dir():
                 with atomic_file(out / name) as part:
                     shutil.copyfile(source / name, part)
         return
     sheet = read_sheet(source)
+    sheet = sheet.renamed(column_names(sheet.columns, {ID: (), SESSION: ()}, {}, source))
     columns = [c for c in sheet.columns if c and c not in {ID, SESSION, PATH, "mask"}]
     subjects_rows: dict[str, list[Mapping[str, str]]] = {}
     for _, cells in sheet.rows:

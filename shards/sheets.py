@@ -1,0 +1,210 @@
+"""Reading CSV and TSV files: cells, names of columns, and what a BIDS sidecar says of the columns."""
+
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shards.errors import DataError, nearest
+from shards.schema import MISSING, Schema, Value, Variable
+
+TIME_UNITS = {
+    "years": {"year", "years", "yr", "yrs", "y", "a"},
+    "months": {"month", "months", "mo", "mos"},
+    "weeks": {"week", "weeks", "wk", "wks"},
+    "days": {"day", "days", "d"},
+}
+UNKNOWN = MISSING | {"missing", "unknown", "not available", "not reported", "not known"}  # meanings of a level
+Description = Mapping[str, Mapping[str, Any]]  # column -> its entry in a sidecar
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A CSV or TSV file.
+
+    Attributes:
+        columns: their names.
+        rows: (line number, {column: cell}) of each row.
+        text: of the file.
+    """
+
+    columns: list[str]
+    rows: list[tuple[int, dict[str, str]]]
+    text: str
+
+    def renamed(self, names: Mapping[str, str]) -> "Sheet":
+        """The same with ``names`` (old -> new); a column that has a new name already is left out."""
+        replaced = {new for old, new in names.items() if old in self.columns and old != new}
+        kept = [column for column in self.columns if column in names or column not in replaced]
+        rows = [(line, {names.get(c, c): cells[c] for c in kept}) for line, cells in self.rows]
+        return Sheet([names.get(c, c) for c in kept], rows, self.text)
+
+
+def read_sheet(path: Path) -> Sheet:
+    """Read a table; every cell stays in its row and column.
+
+    A quotation mark is a character of its cell in a TSV, which has no quoting (BIDS). In a CSV a cell may be quoted; an
+    unbalanced quotation mark is refused, and so are quoted line breaks, which it would cause. A row with fewer or more
+    cells than there are columns is refused: a missing cell would move the ones after it.
+
+    Args:
+        path: of a CSV (by its suffix) or a TSV.
+
+    Raises:
+        DataError: not a table; the message names the file and the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    commas = path.suffix.casefold() == ".csv"
+    quoting: Any = {"delimiter": ",", "strict": True} if commas else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    reader = csv.reader(io.StringIO(text, newline=""), **quoting)
+    rows = []
+    try:
+        columns = [c.strip() for c in next(reader, [])]
+        for cells in reader:
+            if any("\n" in cell or "\r" in cell for cell in cells):
+                raise DataError(
+                    f"{path}: line {reader.line_num}: a cell holds a line break; remove the quotation mark that is "
+                    "not closed"
+                )
+            if any(cells[len(columns) :]):
+                raise DataError(f"{path}: line {reader.line_num} has more cells than there are columns")
+            if any(cells):
+                if len(cells) < len(columns):
+                    raise DataError(
+                        f"{path}: line {reader.line_num} has {len(cells)} cells of {len(columns)} columns; write n/a "
+                        "where a value is missing"
+                    )
+                rows.append((reader.line_num, {c: cell.strip() for c, cell in zip(columns, cells)}))
+    except csv.Error as error:
+        raise DataError(f"{path}: line {reader.line_num}: {error}; is a quotation mark not closed?") from error
+    for column, count in Counter(filter(None, columns)).items():
+        if count > 1:
+            raise DataError(f"{path}: two columns named {column!r}")
+    return Sheet(columns, rows, text)
+
+
+def missing(cell: str) -> bool:
+    """Whether a cell stands for no value."""
+    return cell.casefold() in MISSING
+
+
+def column_names(
+    columns: Iterable[str], wanted: Mapping[str, Iterable[str]], rename: Mapping[str, str], path: Path
+) -> dict[str, str]:
+    """Which columns of a table stand for others: by ``rename``, or by a synonym or other capitals.
+
+    Args:
+        columns: of the table.
+        wanted: column -> its synonyms.
+        rename: column of the table -> wanted column, as the user gives it; comes first.
+        path: of the table.
+
+    Returns:
+        Column of the table -> wanted column, where these differ.
+
+    Raises:
+        DataError: several columns could be the wanted one.
+    """
+    present = list(columns)
+    names = {old: new for old, new in rename.items() if old in present}
+    for column, synonyms in wanted.items():
+        if column in present or column in names.values():
+            continue
+        words = {word.casefold() for word in (column, *synonyms)}
+        found = [c for c in present if c.casefold() in words and c not in names]
+        if len(found) > 1:
+            choices = " or ".join(f"{c}={column}" for c in found)
+            raise DataError(
+                f"{path}: {' and '.join(map(repr, found))} could be {column!r}: choose by --rename {choices}"
+            )
+        names |= dict.fromkeys(found, column)
+    return names
+
+
+def read_description(path: Path, names: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
+    """What a BIDS sidecar says of a table's columns; empty where there is none.
+
+    Args:
+        path: of the JSON file.
+        names: see :func:`column_names`.
+
+    Raises:
+        DataError: not such a description.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        entries = {str(name): entry for name, entry in content.items() if isinstance(entry, Mapping)}
+        return {names.get(name, name): entry for name, entry in entries.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{path}: not a description of columns as BIDS has it ({error})") from error
+
+
+def check_units(path: Path, description: Description, schema: Schema) -> None:
+    """Refuse a table whose description gives a variable another unit of time than the schema.
+
+    Raises:
+        DataError: naming the column and both units.
+    """
+    for v in schema.scalars:
+        unit = str(description.get(v.column, {}).get("Units", ""))
+        theirs, ours = (_time_unit(word) for word in (unit, v.unit or ""))
+        if theirs and ours and theirs != ours:
+            raise DataError(
+                f"{path}: column {v.column!r} is in {theirs}, the schema has {v.name} in {ours}; convert the column, "
+                "or give the schema that unit and a range in it"
+            )
+
+
+def parse_cell(variable: Variable, cell: str, description: Description) -> Value:
+    """The value that a cell holds, by the levels of its column's description (BIDS) where these explain it.
+
+    Raises:
+        ValueError: as :meth:`shards.schema.Variable.parse`, or a word and its level that contradict each other.
+    """
+    levels = description.get(variable.column, {}).get("Levels")
+    level = levels.get(cell.strip()) if isinstance(levels, Mapping) else None
+    text = str(level.get("Description", "")) if isinstance(level, Mapping) else str(level or "")
+    known = variable.words()
+    meanings = {known[w] for w in _words(text) if w in known}
+    if len(meanings) != 1:
+        return None if text.strip().casefold() in UNKNOWN - {""} else variable.parse(cell)
+    (meaning,) = meanings
+    own = known.get(cell.strip().casefold(), meaning)
+    if own != meaning:
+        raise ValueError(f"{variable.name}: {cell!r} is {own} by the schema and {text!r} by the levels of its sidecar")
+    return meaning
+
+
+def _words(text: str) -> list[str]:
+    """The text itself, else its words of three letters and more."""
+    whole = text.strip().casefold()
+    return [whole, *(word for word in re.findall(r"\w+", whole) if len(word) > 2)]
+
+
+def _time_unit(unit: str) -> str:
+    """``years`` for ``Year``, ``yrs``, ...; '' for what is no unit of time."""
+    word = unit.strip().casefold().rstrip(".")
+    return next((name for name, words in TIME_UNITS.items() if word in words), "")
+
+
+def require_column(columns: Iterable[str], wanted: str, path: Path, remedy: str = "") -> None:
+    """Check that a table has a column.
+
+    Raises:
+        DataError: it has not; with the nearest one.
+    """
+    names = list(columns)
+    if wanted not in names:
+        raise DataError(f"{path}: {nearest(wanted, names, 'column')}{remedy}")
