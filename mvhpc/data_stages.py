@@ -69,7 +69,7 @@ class PackConfig:
     spacing: float  # mm
     shape: list[int]  # voxels
     max_rejects: str  # "5%" or a count
-    split: list[float]  # fractions of train, validation, test
+    split: list[float]  # fractions of train, validation, test; empty: see shards.split.default_fractions
     split_column: str  # column of the table with the split; "" for none
     group: str  # column whose groups stay in one part of a split; "" for none
     folds: int  # number of cross-validation folds to record; 0 for none
@@ -129,7 +129,7 @@ def run_pack(config: PackConfig, run: Run) -> dict[str, Any]:
         spacing=config.spacing,
         shape=(height, width, depth),
         max_rejects=config.max_rejects,
-        fractions=tuple(config.split),
+        fractions=config.split or None,
         split_column=config.split_column,
         group=config.group or None,
         folds=config.folds,

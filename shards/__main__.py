@@ -252,13 +252,15 @@ def _pack(args: argparse.Namespace) -> None:
     if args.split:  # over a split column of the preset
         options["split_column"] = ""
     storage, fractions = options.pop("format"), options.pop("split")
-    summary = pack(args.source, args.out, storage=storage, fractions=fractions, **options)
+    summary = pack(args.source, args.out, storage=storage, fractions=fractions or None, **options)
     print(
         f"packed {summary['packed']:,} of {summary['rows']:,} rows ({summary['subjects']:,} subjects) "
         f"into {args.out}, {summary['bytes'] / 2**20:,.1f} MiB"
     )
     if summary["rejected"]:
         print(f"rejected {summary['rejected']:,}: see {args.out / 'rejected.tsv'}")
+    parts = ", ".join(f"{part} {n:,}" for part, n in summary["split"].items())
+    print(f"split of the subjects: {parts}")
     missing = [f"{name} {n:,}" for name, n in summary["missing"].items() if n]
     if missing:
         print(f"missing values, kept: {', '.join(missing)}")

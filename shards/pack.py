@@ -19,18 +19,17 @@ from typing import Any, TypedDict
 from shards.cpus import available_cores
 from shards.errors import DataError, TooManyRejects
 from shards.files import write_bytes
-from shards.index import Index, Split
+from shards.index import PARTS, Index, Split
 from shards.participants import Reject, Row, Table, read_table
 from shards.preprocess.derivative import read_quality
 from shards.preprocess.recipe import read_derivative
 from shards.progress import Progress
 from shards.qc.limits import LIMITS, verdict, violated
 from shards.schema import Schema
-from shards.split import check_groups, draw_folds, draw_fractions, merge_groups
+from shards.split import FRACTIONS, check_groups, default_fractions, draw_folds, draw_fractions, merge_groups
 from shards.volumes import Canonical, Space, canonical, grid, place
 from shards.writer import DatasetWriter
 
-FRACTIONS = (0.89, 0.01, 0.10)  # the MetaVoxel paper: 9,078 / 108 / 968 subjects
 REJECTED = "rejected.tsv"
 CROPPED = 0.02  # share of a brain outside the box from which on a row is reported
 NAMED = 10  # keys in one note
@@ -45,6 +44,7 @@ class Summary(TypedDict):
         packed: rows packed.
         rejected: rows rejected, which ``rejected.tsv`` lists.
         subjects: of the packed rows.
+        split: part of the split ``default`` -> its subjects.
         missing: variable -> packed rows without it.
         cropped: packed rows that lose more than 2 % of the brain to the box.
         bytes: of the data set's files.
@@ -55,6 +55,7 @@ class Summary(TypedDict):
     packed: int
     rejected: int
     subjects: int
+    split: dict[str, int]
     missing: dict[str, int]
     cropped: int
     bytes: int
@@ -70,7 +71,7 @@ def pack(
     spacing: float,
     shape: Sequence[int],
     max_rejects: str | int = "5%",
-    fractions: Sequence[float] = FRACTIONS,
+    fractions: Sequence[float] | None = None,
     split_column: str = "",
     group: str | None = None,
     folds: int = 0,
@@ -94,7 +95,8 @@ def pack(
         spacing: mm.
         shape: voxels.
         max_rejects: largest number of rejected rows, or share of all rows as in ``5%``.
-        fractions: of subjects in the train, validation and test parts of the split ``default``.
+        fractions: of subjects in the train, validation and test parts of the split ``default``; by default those of
+            :func:`shards.split.default_fractions`.
         split_column: column that gives the part of each row instead; see :func:`shards.split.parse_part`. Rows without
             a value are packed and belong to no part.
         group: column of groups, whose subjects belong to one part of a split; None for none.
@@ -123,7 +125,7 @@ def pack(
     if split_column:  # a split that cannot be used is refused before hours of work
         _check_split_column(rows, groups, split_column)
     else:
-        draw_fractions([], fractions, seed)
+        draw_fractions([], fractions or FRACTIONS, seed)
     derivative = read_derivative(Path(source))
     recipe, space = derivative or (None, None)
     arrays = {v.name: {"shape": size, "dtype": "<f2"} for v in schema.volumes}
@@ -140,7 +142,7 @@ def pack(
         "shape": list(size),
         "format": storage,
         "max_rejects": str(max_rejects),
-        "fractions": [float(f) for f in fractions],
+        "fractions": [float(f) for f in fractions or ()],
         "group": group,
         "folds": folds,
         "seed": seed,
@@ -170,7 +172,8 @@ def pack(
             assignment = {r.key: part[r.key] for r in writer.records if r.key in part}
             splits = {"default": Split("column", 0, [], [], group, assignment)}
         else:
-            splits = {"default": draw_fractions(writer.records, fractions, seed, group)}
+            shares = fractions or default_fractions(len({r.subject for r in writer.records}))
+            splits = {"default": draw_fractions(writer.records, shares, seed, group)}
         if folds:
             splits |= draw_folds(writer.records, folds, seed, group)
         provenance = {
@@ -263,6 +266,14 @@ def _summary(index: Index, table: Table, packed: Sequence[dict[str, Any]], rejec
         )
     records, schema = index.records, index.schema
     assignment = index.split().assignment
+    parts = {part: len({r.subject for r in records if assignment.get(r.key) == part}) for part in PARTS}
+    if not index.provenance["arguments"].get("split_column") and not index.provenance["arguments"]["fractions"]:
+        share = parts["validation"] / max(1, sum(parts.values()))
+        if share > 2 * FRACTIONS[1]:
+            notes.append(
+                f"{parts['validation']} of {sum(parts.values())} subjects are for validation, since 1 % would be too "
+                "few to choose a step and to calibrate with; --split draws other fractions"
+            )
     without = [r.key for r in records if r.key not in assignment]
     if without:
         more = f" and {len(without) - NAMED} more" if len(without) > NAMED else ""
@@ -275,6 +286,7 @@ def _summary(index: Index, table: Table, packed: Sequence[dict[str, Any]], rejec
         packed=len(packed),
         rejected=rejected,
         subjects=len({r.subject for r in records}),
+        split=parts,
         missing={
             **{v.name: sum(v.name not in r.checksums for r in records) for v in schema.volumes},
             **{v.name: sum(r.values[v.name] is None for r in records) for v in schema.scalars},

@@ -69,8 +69,10 @@ def load_preset(command: str, name: str | Path = "default") -> dict[str, Any]:
 def _fits(value: Any, default: Any) -> bool:
     """Whether a value has the type of the default; a whole number may stand for a float or a string.
 
-    A list of words may have any length, a list of numbers that of the default.
+    A list of words may have any length, a list of numbers that of the default if this is not empty.
     """
+    if default == []:  # of numbers, or nothing
+        return isinstance(value, list) and all(isinstance(n, int | float) for n in value)
     if isinstance(default, list) and all(isinstance(word, str) for word in default):
         return isinstance(value, list) and all(isinstance(word, str) for word in value)
     if isinstance(default, list):

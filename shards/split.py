@@ -14,6 +14,7 @@ from pathlib import Path
 from shards.errors import DataError, nearest
 from shards.index import PARTS, Index, Record, Split
 
+FRACTIONS = (0.89, 0.01, 0.10)  # train, validation, test of the MetaVoxel paper: 9,078 / 108 / 968 subjects
 FOLD_VALIDATION = 0.05  # share of a fold's other subjects that is used for validation
 MIN_VALIDATION = 20  # subjects: fewer are too few to choose a step or to calibrate with
 MAX_VALIDATION = 0.2  # share that MIN_VALIDATION may take in a small data set
@@ -88,6 +89,19 @@ def draw_fractions(records: Sequence[Record], fractions: Sequence[float], seed: 
         del drawn[rest]
     part = _assign_parts(sizes, drawn, seed, rest)
     return Split("fractions", seed, shares, [], group, {r.key: part[r.group] for r in records})
+
+
+def default_fractions(subjects: int) -> tuple[float, float, float]:
+    """Fractions of train, validation and test where none are asked for: the paper's, with more for validation if few.
+
+    Validation gets 1 %, but 20 subjects where these are at most a fifth of all, else a fifth.
+
+    Args:
+        subjects: how many there are.
+    """
+    train, validation, test = FRACTIONS
+    wanted = max(validation, min(MAX_VALIDATION, MIN_VALIDATION / max(1, subjects)))
+    return train + validation - wanted, wanted, test
 
 
 def draw_folds(

@@ -9,7 +9,7 @@ from shards.__main__ import main
 from shards.dataset import open_dataset
 from shards.errors import DataError
 from shards.index import Index, Record
-from shards.split import draw_folds, draw_fractions, merge_groups
+from shards.split import default_fractions, draw_folds, draw_fractions, merge_groups
 from shards.verify import verify
 from tests.packing import PEOPLE, SIZE, bids, head, packed, save
 
@@ -51,6 +51,31 @@ def test_splits_are_stable() -> None:
     assert not sides(draw_fractions(records, (0.9, 0.0, 0.1), 5).assignment)["validation"]
     for n in (1, 2):
         assert "train" in draw_fractions(people(n), (0.89, 0.01, 0.1), 0).assignment.values()
+
+
+@pytest.mark.parametrize(("n", "validation"), [(12, 2), (60, 12), (145, 20), (500, 20), (5000, 50)])
+def test_the_default_split_leaves_enough_for_validation(n: int, validation: int) -> None:
+    before = draw_fractions(people(n), default_fractions(n), 0).assignment
+    found = {part: len(keys) for part, keys in sides(before).items()}
+    assert found["validation"] == validation and found["test"] == max(1, round(n / 10))
+    after = draw_fractions(people(n + 1), default_fractions(n + 1), 0).assignment
+    assert sum(after[key] != part for key, part in before.items()) <= 3  # one person more moves few
+    assert not [key for key, part in before.items() if part == "train" and after[key] == "test"]
+
+
+def test_the_default_split_is_shown_and_another_is_drawn_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = bids(tmp_path / "source", [(f"sub-{i:02d}", "40", "F") for i in range(20)])
+    summary = packed(source, tmp_path / "a")
+    assert summary["split"] == {"train": 14, "validation": 4, "test": 2}
+    assert any("4 of 20 subjects are for validation" in note for note in summary["notes"])
+    summary = packed(source, tmp_path / "b", fractions=(0.89, 0.01, 0.10))
+    assert summary["split"] == {"train": 17, "validation": 1, "test": 2}
+    assert not any("for validation" in note for note in summary["notes"])
+    command = ["pack", str(source), str(tmp_path / "c"), "--keep-suspect", "--workers", "1", "--spacing", "2"]
+    assert main([*command, "--shape", *map(str, SIZE)]) == 0
+    assert "split of the subjects: train 14, validation 4, test 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("n", "folds", "per_group"), [(141, 5, 1), (6, 3, 1), (3, 3, 1), (60, 4, 5), (900, 3, 1)])
