@@ -67,7 +67,7 @@ class PackConfig:
     format: str  # zarr | webdataset
     schema: str  # name under configs/schema or a YAML file
     spacing: float  # mm
-    shape: list[int]  # voxels
+    shape: list[Any]  # voxels, or [auto]
     max_rejects: str  # "5%" or a count
     split: list[float]  # fractions of train, validation, test; empty: see shards.split.default_fractions
     split_column: str  # column of the table with the split; "" for none
@@ -120,14 +120,13 @@ def run_preprocess(config: PreprocessConfig, run: Run) -> dict[str, Any]:
 
 def run_pack(config: PackConfig, run: Run) -> dict[str, Any]:
     """Stage ``pack``: see :func:`shards.pack.pack`."""
-    height, width, depth = config.shape
     summary = pack(
         Path(config.source),
         Path(config.out),
         storage=config.format,
         schema=Schema.load(config.schema),
         spacing=config.spacing,
-        shape=(height, width, depth),
+        shape=config.shape,
         max_rejects=config.max_rejects,
         fractions=config.split or None,
         split_column=config.split_column,

@@ -152,7 +152,9 @@ def make_parser() -> argparse.ArgumentParser:
     pack.add_argument("--config", default="default", metavar="NAME", help="preset under configs/pack, or a YAML file")
     pack.add_argument("--format", choices=["zarr", "webdataset"], help="format of the shards")
     pack.add_argument("--spacing", type=float, metavar="MM", help="edge of a voxel")
-    pack.add_argument("--shape", type=int, nargs=3, metavar="N", help="voxels: right, anterior, superior")
+    pack.add_argument(
+        "--shape", nargs="+", metavar="N", help="auto, or three numbers of voxels: right, anterior, superior"
+    )
     pack.add_argument("--schema", metavar="NAME", help="variables: name under configs/schema, or a file")
     pack.add_argument("--max-rejects", metavar="N|P%", help="fail with more rejected rows")
     split_source = pack.add_mutually_exclusive_group()
@@ -255,7 +257,7 @@ def _pack(args: argparse.Namespace) -> None:
     summary = pack(args.source, args.out, storage=storage, fractions=fractions or None, **options)
     print(
         f"packed {summary['packed']:,} of {summary['rows']:,} rows ({summary['subjects']:,} subjects) "
-        f"into {args.out}, {summary['bytes'] / 2**20:,.1f} MiB"
+        f"into {args.out}, {' x '.join(map(str, summary['shape']))} voxels, {summary['bytes'] / 2**20:,.1f} MiB"
     )
     if summary["rejected"]:
         print(f"rejected {summary['rejected']:,}: see {args.out / 'rejected.tsv'}")

@@ -3,31 +3,31 @@
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import platform
 import re
-import signal
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.box import smallest_shape
+from shards.convert import brain_extents, convert, map_rows
 from shards.cpus import available_cores
 from shards.errors import DataError, TooManyRejects
 from shards.files import write_bytes
 from shards.index import PARTS, Index, Split
 from shards.participants import Reject, Row, Table, read_table
-from shards.preprocess.derivative import read_quality
 from shards.preprocess.recipe import read_derivative
 from shards.progress import Progress
 from shards.qc.limits import LIMITS, verdict, violated
 from shards.schema import Schema
 from shards.split import FRACTIONS, check_groups, default_fractions, draw_folds, draw_fractions, merge_groups
-from shards.volumes import Canonical, Space, canonical, grid, place
+from shards.volumes import Canonical, Space, grid, place
 from shards.writer import DatasetWriter
 
 REJECTED = "rejected.tsv"
@@ -46,7 +46,9 @@ class Summary(TypedDict):
         subjects: of the packed rows.
         split: part of the split ``default`` -> its subjects.
         missing: variable -> packed rows without it.
+        shape: of the box, voxels.
         cropped: packed rows that lose more than 2 % of the brain to the box.
+        touching: packed rows whose brain reaches an edge of the box.
         bytes: of the data set's files.
         notes: messages for the user.
     """
@@ -57,7 +59,9 @@ class Summary(TypedDict):
     subjects: int
     split: dict[str, int]
     missing: dict[str, int]
+    shape: list[int]
     cropped: int
+    touching: int
     bytes: int
     notes: list[str]
 
@@ -69,7 +73,7 @@ def pack(
     storage: str = "zarr",
     schema: Schema | str | Path = "default",
     spacing: float,
-    shape: Sequence[int],
+    shape: Sequence[int] | str,
     max_rejects: str | int = "5%",
     fractions: Sequence[float] | None = None,
     split_column: str = "",
@@ -93,7 +97,7 @@ def pack(
         storage: ``zarr`` or ``webdataset``.
         schema: a schema, or the name or file of one.
         spacing: mm.
-        shape: voxels.
+        shape: voxels, or ``auto``: the smallest box (:mod:`shards.box`) that holds every brain fit to be packed.
         max_rejects: largest number of rejected rows, or share of all rows as in ``5%``.
         fractions: of subjects in the train, validation and test parts of the split ``default``; by default those of
             :func:`shards.split.default_fractions`.
@@ -116,6 +120,7 @@ def pack(
     schema = schema if isinstance(schema, Schema) else Schema.load(schema)
     group = group or ""
     size = _check_arguments(schema, spacing, shape)
+    cores = workers or available_cores()
     table = read_table(source, schema, group, split_column, entities, rename)
     if not table.rows:
         raise DataError(f"{source}: the table has no rows")
@@ -128,6 +133,7 @@ def pack(
         draw_fractions([], fractions or FRACTIONS, seed)
     derivative = read_derivative(Path(source))
     recipe, space = derivative or (None, None)
+    size = size or _smallest_box(rows, schema, spacing, space, cores, keep_suspect)
     arrays = {v.name: {"shape": size, "dtype": "<f2"} for v in schema.volumes}
     arrays |= {
         f"{v.name}_{label}": {"shape": size, "dtype": "|u1"}
@@ -154,7 +160,6 @@ def pack(
         arguments |= {"fractions": [], "split_column": split_column}
     writer = DatasetWriter(out, storage, "volumes", schema, arrays, target, group=group, token=token)
     with contextlib.closing(writer):
-        cores = workers or available_cores()
         _convert_and_write(writer, table.rows, groups, spacing, size, space, cores, keep_suspect)
         packed = [n for n in writer.notes if "sources" in n]
         rejects = [n for n in writer.notes if "reason" in n]
@@ -214,7 +219,7 @@ def _convert_and_write(
     """Convert and write the rows that the writer has no note of yet; each row leaves one note."""
     done = len(writer.notes)
     with Progress("packing", len(rows), "volume", initial=done) as bar:
-        for row, outcome in _convert_all(rows[done:], spacing, shape, space, workers):
+        for row, outcome in map_rows(partial(convert, spacing=spacing, shape=shape, space=space), rows[done:], workers):
             suspect, flags = ("", []) if isinstance(outcome, str) else _judge(outcome, writer.schema)
             if isinstance(outcome, str) or isinstance(row, Reject):
                 writer.note({"line": row.line, "key": row.key, "reason": outcome})
@@ -222,7 +227,8 @@ def _convert_and_write(
                 writer.note({"line": row.line, "key": row.key, "reason": suspect})
             else:
                 hashes = {name: volume.sha256 for name, volume in outcome.items()}
-                writer.note({"key": row.key, "sources": hashes, "cropped": max(v.cropped for v in outcome.values())})
+                note = {"key": row.key, "sources": hashes, "cropped": max(v.cropped for v in outcome.values())}
+                writer.note(note | {"touches": sorted({side for v in outcome.values() for side in v.touches})})
                 voxels: dict[str, Any] = {name: volume.voxels for name, volume in outcome.items()}
                 for name, volume in outcome.items():
                     voxels |= {f"{name}_{label}": values for label, values in volume.maps.items()}
@@ -238,7 +244,7 @@ def _judge(volumes: Mapping[str, Canonical], schema: Schema) -> tuple[str, list[
     for name, volume in volumes.items():
         figures, suffix = volume.figures, schema[name].suffix
         reasons += [f"{name}: {'; '.join(words)}" for words in [verdict(figures, suffix)] if words]
-        limits = violated(figures, suffix) + violated(figures, suffix, rejects=False)
+        limits = violated(figures, suffix) or violated(figures, suffix, rejects=False)
         flags += [f"{name}.{flag}" for flag in (*(limit.figure for limit in limits), *volume.flags)]
     return "; ".join(reasons), flags
 
@@ -256,7 +262,16 @@ def _summary(index: Index, table: Table, packed: Sequence[dict[str, Any]], rejec
         worst = max(cropped, key=lambda n: n["cropped"])
         notes.append(
             f"{len(cropped)} volumes lose more than {CROPPED:.0%} of their signal to the box "
-            f"({worst['key']} {worst['cropped']:.0%}): choose a larger --shape"
+            f"({worst['key']} {worst['cropped']:.0%}): choose a larger --shape, or --shape auto"
+        )
+    touching = [n for n in packed if n["touches"]]
+    if touching:
+        sides = Counter(side for n in touching for side in n["touches"])
+        more = f" and {len(touching) - NAMED} more" if len(touching) > NAMED else ""
+        notes.append(
+            f"{len(touching)} of {len(packed)} brains reach the edge of the box "
+            f"({', '.join(f'{side} {count}' for side, count in sides.most_common())}): "
+            f"{', '.join(n['key'] for n in touching[:NAMED])}{more}; --shape auto finds a box that holds all"
         )
     flagged = [r for r in index.records if r.flags]
     if flagged:
@@ -291,20 +306,45 @@ def _summary(index: Index, table: Table, packed: Sequence[dict[str, Any]], rejec
             **{v.name: sum(v.name not in r.checksums for r in records) for v in schema.volumes},
             **{v.name: sum(r.values[v.name] is None for r in records) for v in schema.scalars},
         },
+        shape=list(index.grid["shape"]),
         cropped=len(cropped),
+        touching=len(touching),
         bytes=sum(f["bytes"] for f in index.files.values()),
         notes=notes,
     )
 
 
-def _check_arguments(schema: Schema, spacing: float, shape: Sequence[int]) -> tuple[int, int, int]:
+def _smallest_box(
+    rows: Sequence[Row], schema: Schema, spacing: float, space: Space | None, workers: int, keep_suspect: bool
+) -> tuple[int, int, int]:
+    """The smallest box that holds the brains of all rows that will be packed."""
+    extents: list[NDArray[np.int64]] = []
+    with Progress("box", len(rows), "volume") as bar:
+        for _, outcome in map_rows(partial(brain_extents, spacing=spacing, space=space), rows, workers):
+            for name, (bounds, figures) in ({} if isinstance(outcome, str) else outcome).items():
+                if keep_suspect or not verdict(figures, schema[name].suffix):
+                    extents.append(bounds)
+            bar.update()
+    if not extents:
+        raise DataError("--shape auto: no scan can be packed; pack with a given --shape to see why")
+    return smallest_shape(extents)
+
+
+def _check_arguments(schema: Schema, spacing: float, shape: Sequence[int] | str) -> tuple[int, int, int] | None:
+    """The shape; None for ``auto``."""
     if not schema.volumes:
         raise DataError("the schema has no volume variable: nothing to pack")
     if not 0.1 <= spacing <= 50:
         raise DataError(f"spacing {spacing:g}: expected millimetres, 0.1 to 50")
-    if len(shape) != 3 or not all(2 <= n <= 1024 for n in shape):
-        raise DataError(f"shape {list(shape)}: expected three numbers of voxels, 2 to 1024")
-    return int(shape[0]), int(shape[1]), int(shape[2])
+    if shape == "auto" or list(shape) == ["auto"]:
+        return None
+    try:
+        height, width, depth = (int(n) for n in shape)
+        if not all(2 <= n <= 1024 for n in (height, width, depth)):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise DataError(f"shape {shape}: expected auto, or three numbers of voxels, 2 to 1024") from None
+    return height, width, depth
 
 
 def _allowed_rejects(limit: str | int, rows: int) -> int:
@@ -335,65 +375,3 @@ def _token(table: Table, schema: Schema, target: dict[str, Any], storage: str, g
     versions = [version(name) for name in PACKAGES]
     limits = [[limit.figure, str(limit.low), str(limit.high)] for limit in LIMITS]
     return _digest([table.sha256, files, schema.to_dict(), target, storage, group, versions, keep_suspect, limits])
-
-
-Outcome = str | dict[str, Canonical]
-
-
-def _convert(row: Row, spacing: float, shape: tuple[int, int, int], space: Space | None) -> Outcome:
-    """A row's canonical volumes, or the reason for its rejection."""
-    volumes = {}
-    for name, path in row.files.items():
-        try:
-            volume = canonical(path, spacing, shape, space)
-            volumes[name] = volume if space is None else _with_quality(volume, path)
-        except ValueError as error:
-            return f"{name}: {error}"
-        except OSError as error:
-            return f"{name}: {error.strerror or 'file cannot be read'}"
-        except MemoryError:
-            return f"{name}: too large for this machine's memory"
-    return volumes
-
-
-def _with_quality(volume: Canonical, path: Path) -> Canonical:
-    """A preprocessed volume with the figures and flags of its preprocessing, named ``preprocess.FIGURE``."""
-    figures, flags = read_quality(path)
-    before = {f"preprocess.{figure}": value for figure, value in figures.items()}
-    return replace(volume, figures=volume.figures | before, flags=[f"preprocess.{flag}" for flag in flags])
-
-
-def _convert_all(
-    rows: Sequence[Row | Reject], spacing: float, shape: tuple[int, int, int], space: Space | None, workers: int
-) -> Iterator[tuple[Row | Reject, Outcome]]:
-    """Rows with their outcomes, in order, converted in ``workers`` processes (in this one where that is 1)."""
-    if workers == 1:
-        for row in rows:
-            yield row, row.reason if isinstance(row, Reject) else _convert(row, spacing, shape, space)
-        return
-    context = multiprocessing.get_context("spawn")  # fork is unsafe where the caller has threads
-    pool = ProcessPoolExecutor(workers, context, initializer=_ignore_interrupts)
-    pending: deque[tuple[Row | Reject, Future[Outcome] | str]] = deque()
-    try:
-        for row in rows:
-            pending.append(
-                (row, row.reason if isinstance(row, Reject) else pool.submit(_convert, row, spacing, shape, space))
-            )
-            if len(pending) > 4 * workers:  # bounds the results held in memory
-                yield _result(*pending.popleft())
-        while pending:
-            yield _result(*pending.popleft())
-    except BrokenProcessPool:
-        raise DataError(
-            "a worker process was killed, most likely for lack of memory: use fewer workers; complete shards are reused"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _result(row: Row | Reject, outcome: Future[Outcome] | str) -> tuple[Row | Reject, Outcome]:
-    return row, outcome if isinstance(outcome, str) else outcome.result()
-
-
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers

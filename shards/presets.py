@@ -8,6 +8,7 @@ import yaml
 from shards.errors import DataError, nearest
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
+AUTO = "auto"  # a shape that follows from the data
 STAGE_KEYS = {"source", "out", "tracking", "compute"}  # of a stage of mvhpc: here paths are arguments
 
 
@@ -66,11 +67,17 @@ def load_preset(command: str, name: str | Path = "default") -> dict[str, Any]:
     return {key: value for key, value in {**defaults, **values}.items() if key not in STAGE_KEYS}
 
 
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _fits(value: Any, default: Any) -> bool:
     """Whether a value has the type of the default; a whole number may stand for a float or a string.
 
     A list of words may have any length, a list of numbers that of the default if this is not empty.
     """
+    if default == [AUTO]:
+        return value in (AUTO, [AUTO]) or (isinstance(value, list) and len(value) == 3 and all(map(_whole, value)))
     if default == []:  # of numbers, or nothing
         return isinstance(value, list) and all(isinstance(n, int | float) for n in value)
     if isinstance(default, list) and all(isinstance(word, str) for word in default):

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from shards.box import extent, touched
 from shards.files import sha256
 from shards.qc.figures import background, measure
 
@@ -74,6 +75,7 @@ class Canonical:
         origin: (3,), where the grid's origin lies in the scanner's space, mm.
         sha256: of the source file.
         cropped: share of the brain's signal that lies outside the box.
+        touches: sides of the box whose outermost layer the brain reaches.
         figures: of quality control, see :func:`shards.qc.figures.measure`.
         maps: label -> uint8 (H, W, D), 255 times the probability.
         flags: figures that violated a limit before packing.
@@ -83,6 +85,7 @@ class Canonical:
     origin: NDArray[np.float64]
     sha256: str
     cropped: float
+    touches: list[str]
     figures: dict[str, float]
     maps: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
@@ -132,8 +135,7 @@ def canonical(path: Path, spacing: float, shape: tuple[int, int, int], space: Sp
     scan = read(path)
     figures = measure(scan.voxels, scan.affine)
     signal = _rescale(scan.voxels)  # (X, Y, Z) in [0, 1]
-    centre = np.rint(ndimage.center_of_mass(signal) if space is None else _voxel(scan.affine, space.centre))
-    step = np.linalg.inv(scan.affine[:3, :3]) * spacing  # scan voxels per grid voxel
+    step, centre = _place(scan, signal, spacing, space)
     offset = centre - step @ [n // 2 for n in shape]
     box = sample(signal, step, offset, shape)
     inside = float(box.sum(dtype=np.float64)) * abs(np.linalg.det(step)) / float(signal.sum(dtype=np.float64))
@@ -142,9 +144,35 @@ def canonical(path: Path, spacing: float, shape: tuple[int, int, int], space: Sp
         origin=(scan.affine @ [*centre, 1])[:3],
         sha256=scan.sha256,
         cropped=max(0.0, 1 - inside),
-        figures=figures,
+        touches=(touches := touched(extent(signal, step, centre), shape)),
+        figures={**figures, "box": float(len(touches))},
         maps={label: _map(path, label, scan, step, offset, shape) for label in (space.maps if space else ())},
     )
+
+
+def brain_extent(path: Path, spacing: float, space: Space | None = None) -> tuple[NDArray[np.int64], dict[str, float]]:
+    """The layers of the common grid that the brain of a file fills, and its figures of quality control.
+
+    Args:
+        path, spacing, space: see :func:`canonical`.
+
+    Returns:
+        See :func:`shards.box.extent` and :func:`shards.qc.figures.measure`.
+
+    Raises:
+        ValueError: as :func:`canonical`.
+    """
+    scan = read(path)
+    signal = _rescale(scan.voxels)
+    return extent(signal, *_place(scan, signal, spacing, space)), measure(scan.voxels, scan.affine)
+
+
+def _place(
+    scan: Scan, signal: NDArray[np.float32], spacing: float, space: Space | None
+) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
+    """Scan voxels per step of the grid, (3, 3), and the scan's voxel at the grid's centre, (3,)."""
+    centre = ndimage.center_of_mass(signal) if space is None else _voxel(scan.affine, space.centre)
+    return np.linalg.inv(scan.affine[:3, :3]) * spacing, np.rint(np.asarray(centre, np.float64))
 
 
 def _voxel(affine: NDArray[np.float64], millimetres: tuple[float, float, float]) -> NDArray[np.float64]:

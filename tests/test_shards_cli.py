@@ -76,7 +76,7 @@ def test_a_killed_packing_is_complete_or_resumes(
             packed(source, out, storage=storage, max_rejects="5%")
         shutil.rmtree(out / ".partial")
     else:
-        monkeypatch.setattr("shards.pack.canonical", counted := Counted(canonical))
+        monkeypatch.setattr("shards.convert.canonical", counted := Counted(canonical))
         packed(source, out, storage=storage, max_rejects="5%")
         assert counted.calls == (5 if moment == "second shard" else 0)  # complete shards are not made again
         (out / ".index.json.part").unlink(missing_ok=True)
@@ -156,7 +156,7 @@ def test_options_come_from_a_preset_and_flags_go_over_it(tmp_path: Path, capsys:
     for text, reason in [
         ("spacin: 4", "Did you mean 'spacing'"),
         ("spacing: wide", "spacing: 'wide' where a value such as 2.0"),
-        ("shape: [10, 12]", "shape: [10, 12] where a value such as [80, 96, 80]"),
+        ("shape: [10, 12]", "shape: [10, 12] where a value such as ['auto']"),
         ("folds: true", "folds: True"),
         ("- 4", "expected 'key: value' lines"),
         ("a: b: c", "not readable as YAML"),

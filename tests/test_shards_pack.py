@@ -321,7 +321,7 @@ def test_workers_and_interruptions_leave_no_trace(
             raise KeyboardInterrupt
         return canonical(path, *args)
 
-    monkeypatch.setattr("shards.pack.canonical", dies)
+    monkeypatch.setattr("shards.convert.canonical", dies)
     with pytest.raises(KeyboardInterrupt):
         packed(source, tmp_path / "three", storage=storage)
     packed(source, tmp_path / "three", storage=storage)
