@@ -21,6 +21,7 @@ from scipy import ndimage
 
 from shards.box import extent, touched
 from shards.files import sha256
+from shards.headers import affine_mm, compare_forms
 from shards.qc.figures import background, measure
 
 PERCENTILE = 99.5  # of the foreground is scaled to 1
@@ -28,8 +29,6 @@ FAINT = 1e-3  # of bright tissue
 RINGING = 0.1  # share of the foreground; fewer values below the background are errors of interpolation
 LARGEST = 2**33  # bytes of an unpacked file; a larger one is damaged, or not a structural scan
 POINTERS = (b"/annex/objects/", b"version https://git-lfs.github.com/spec/")  # in place of a file's content
-MILLIMETRES = {1: 1e3, 3: 1e-3}  # NIfTI's codes for metres and micrometres; other codes are read as millimetres
-CONTRADICTION = 0.1  # relative difference of the voxel sizes of sform and pixdim; below lie rounding and calibration
 PAIR = (".hdr", ".img")
 MGH = 1  # version in the first four bytes of an MGH file, in the place of the header size of NIfTI
 PLAUSIBLE = (0.05, 50.0)  # mm, of a voxel
@@ -44,11 +43,17 @@ class Scan:
         voxels: float32 (X, Y, Z), axes nearest to right, anterior, superior, contiguous.
         affine: (4, 4), voxel to mm in the scanner's space.
         sha256: of the file.
+        header: figures of quality control, see :func:`shards.headers.compare_forms`.
     """
 
     voxels: NDArray[np.float32]
     affine: NDArray[np.float64]
     sha256: str
+    header: dict[str, float] = field(default_factory=dict)
+
+    def figures(self) -> dict[str, float]:
+        """Figures of quality control of voxels and header."""
+        return measure(self.voxels, self.affine) | self.header
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ def canonical(path: Path, spacing: float, shape: tuple[int, int, int], space: Sp
         ValueError: the file cannot be used; the message gives the reason without the path.
     """
     scan = read(path)
-    figures = measure(scan.voxels, scan.affine)
+    figures = scan.figures()
     signal = _rescale(scan.voxels)  # (X, Y, Z) in [0, 1]
     step, centre = _place(scan, signal, spacing, space)
     offset = centre - step @ [n // 2 for n in shape]
@@ -164,7 +169,7 @@ def brain_extent(path: Path, spacing: float, space: Space | None = None) -> tupl
     """
     scan = read(path)
     signal = _rescale(scan.voxels)
-    return extent(signal, *_place(scan, signal, spacing, space)), measure(scan.voxels, scan.affine)
+    return extent(signal, *_place(scan, signal, spacing, space)), scan.figures()
 
 
 def _place(
@@ -211,8 +216,9 @@ def read(path: Path) -> Scan:
             the message gives the reason without the path.
     """
     raw, voxels = _pair(path) if path.suffix in PAIR else (path.read_bytes(), b"")
-    image = nib.as_closest_canonical(_parse(raw, voxels))
-    return Scan(_voxels(image), _affine(image), hashlib.sha256(raw + voxels).hexdigest())
+    image, header = _parse(raw, voxels)
+    image = nib.as_closest_canonical(image)
+    return Scan(_voxels(image), affine_mm(image), hashlib.sha256(raw + voxels).hexdigest(), header)
 
 
 def file_sha256(path: Path) -> str:
@@ -265,8 +271,13 @@ def _pair(path: Path) -> tuple[bytes, bytes]:
     return header, voxels
 
 
-def _parse(raw: bytes, voxels: bytes = b"") -> Any:
-    """A NIfTI image from the bytes of a NIfTI or MGH file, gzip checksum verified; ``voxels``: of a pair's image."""
+def _parse(raw: bytes, voxels: bytes = b"") -> tuple[Any, dict[str, float]]:
+    """A NIfTI image from the bytes of a NIfTI or MGH file, gzip checksum verified, and figures of its header.
+
+    Args:
+        raw: of the file.
+        voxels: of a pair's image.
+    """
     if raw[:2] == b"\x1f\x8b":
         try:
             with gzip.open(io.BytesIO(raw)) as stream:
@@ -294,6 +305,7 @@ def _parse(raw: bytes, voxels: bytes = b"") -> Any:
             image = kind[size].from_file_map(files)
         else:
             image = kind[size].from_bytes(raw)
+        unoriented = float(size == MGH and int.from_bytes(raw[28:30], "big", signed=True) < 1)  # goodRASFlag
         if size == MGH:
             image = nib.Nifti1Image.from_image(image)
     except Exception:
@@ -311,47 +323,14 @@ def _parse(raw: bytes, voxels: bytes = b"") -> Any:
         raise ValueError(f"truncated: too short for {' x '.join(map(str, dims))} voxels")
     if not np.isfinite(image.affine).all():
         raise ValueError("affine with NaN or infinite entries")
-    directions = _directions(image)
+    directions = affine_mm(image)[:3, :3]
     zooms = np.linalg.norm(directions, axis=0)
     if zooms.min() == 0 or abs(np.linalg.det(directions / zooms)) < 1e-3:
         raise ValueError("singular affine")
-    _check_header(image, zooms)
+    header = {"unoriented": unoriented} if size == MGH else compare_forms(image)
     if zooms.min() < PLAUSIBLE[0] or zooms.max() > PLAUSIBLE[1]:
         raise ValueError(f"voxels of {' x '.join(f'{z:g}' for z in zooms)} mm: wrong units or affine")
-    return nib.squeeze_image(image)
-
-
-def _check_header(image: Any, zooms: NDArray[np.float64]) -> None:
-    """Refuse voxel sizes of the sform (mm) that contradict pixdim, where a qform says that pixdim is meant.
-
-    A sform that was lost or rewritten without the scale of the voxels makes a brain several times too small or large;
-    which of the two is wrong cannot be seen from the header.
-    """
-    if not isinstance(image.header, nib.Nifti1Header) or int(image.header["qform_code"]) < 1:
-        return
-    stated = np.array(image.header.get_zooms()[:3], np.float64) * _millimetres(image)
-    if not np.allclose(zooms, stated, rtol=CONTRADICTION):
-        sform, pixdim = (" x ".join(f"{z:.3g}" for z in sizes) for sizes in (zooms, stated))
-        raise ValueError(
-            f"the header contradicts itself: voxels are {sform} mm by its sform, {pixdim} mm by its pixdim and qform; "
-            "correct the one that is wrong"
-        )
-
-
-def _directions(image: Any) -> NDArray[np.float64]:
-    """(3, 3): the step in mm along each voxel axis, in columns."""
-    return _affine(image)[:3, :3]
-
-
-def _affine(image: Any) -> NDArray[np.float64]:
-    """(4, 4), voxel to mm, for any unit of the header."""
-    unit = _millimetres(image)
-    return np.diag([unit, unit, unit, 1.0]) @ image.affine
-
-
-def _millimetres(image: Any) -> float:
-    """mm in the header's unit of length."""
-    return MILLIMETRES.get(int(image.header["xyzt_units"]) & 7, 1.0)
+    return nib.squeeze_image(image), header
 
 
 def _voxels(image: Any) -> NDArray[np.float32]:

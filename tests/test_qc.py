@@ -6,12 +6,13 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 from shards.__main__ import main
 from shards.index import Index, Record
@@ -277,9 +278,71 @@ def test_voxel_sizes_that_contradict_each_other_are_refused(tmp_path: Path, brai
     image.header.set_zooms((MM, MM, MM))
     nib.save(image, tmp_path / "a.nii")
     np.testing.assert_allclose(read(tmp_path / "a.nii").affine.diagonal()[:3], 1.03 * MM)
-    image.set_qform(None, 0)  # then pixdim alone is no statement
+    image.set_sform(np.eye(4), 2)
+    image.header.set_zooms((MM, MM, MM))
+    image.set_qform(None, 0)  # then pixdim alone disagrees
     nib.save(image, tmp_path / "a.nii")
-    read(tmp_path / "a.nii")
+    assert [limit.figure for limit in violated(read(tmp_path / "a.nii").header, rejects=False)] == ["header_sizes"]
+
+
+def turned(degrees: float, mirrored: bool = False) -> np.ndarray:
+    """AFFINE turned about the vertical axis, or with left and right exchanged."""
+    turn = np.eye(4)
+    turn[:3, :3] = Rotation.from_euler("z", degrees, degrees=True).as_matrix()
+    return turn @ np.diag([-1.0 if mirrored else 1.0, 1, 1, 1]) @ AFFINE
+
+
+@pytest.mark.parametrize(
+    ("sform", "qform", "codes", "expected"),
+    [
+        (turned(0), turned(0), (1, 1), []),
+        (turned(12), turned(0), (1, 1), []),
+        (turned(30), turned(0), (2, 1), ["header_degrees"]),
+        (turned(180), turned(0), (4, 1), ["header_degrees"]),
+        (turned(180), turned(0), (1, 1), "axes point to LPS by the sform and to RAS by the qform"),
+        (turned(0), turned(0, mirrored=True), (4, 1), "left and right are exchanged"),
+        (turned(0), turned(40), (0, 1), []),  # one form alone: it counts
+        (turned(40), turned(0), (1, 0), []),
+        (turned(0), turned(0), (0, 0), ["unoriented"]),
+    ],
+)
+@pytest.mark.parametrize("nifti", [nib.Nifti1Image, nib.Nifti2Image])
+def test_sform_and_qform_are_compared(
+    tmp_path: Path,
+    brain: np.ndarray,
+    nifti: Any,
+    sform: np.ndarray,
+    qform: np.ndarray,
+    codes: tuple[int, int],
+    expected: list[str] | str,
+) -> None:
+    image = nifti(brain, None)
+    image.header.set_zooms((MM, MM, MM))
+    image.header.set_qform(qform, codes[1])
+    image.header.set_sform(sform, codes[0])
+    nib.save(nifti(brain, None, image.header), tmp_path / "a.nii")
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            read(tmp_path / "a.nii")
+        return
+    scan = read(tmp_path / "a.nii")
+    assert [limit.figure for limit in violated(scan.header, rejects=False)] == expected
+    wanted = sform if codes[0] else qform
+    if any(codes):  # the form that counts decides where the voxels lie
+        original = nib.as_closest_canonical(nib.Nifti1Image(brain, wanted))
+        np.testing.assert_allclose(scan.affine, original.affine, atol=1e-3)
+
+
+def test_a_file_of_freesurfer_without_directions_is_flagged(tmp_path: Path, brain: np.ndarray) -> None:
+    image = nib.MGHImage(brain, AFFINE)
+    nib.save(image, tmp_path / "a.mgz")
+    assert violated(read(tmp_path / "a.mgz").header, rejects=False) == []
+    image.to_filename(tmp_path / "b.mgh")
+    raw = bytearray((tmp_path / "b.mgh").read_bytes())
+    raw[28:30] = bytes(2)  # goodRASFlag, which nibabel always writes as 1
+    (tmp_path / "b.mgh").write_bytes(raw)
+    flags = violated(read(tmp_path / "b.mgh").header, rejects=False)
+    assert [limit.figure for limit in flags] == ["unoriented"]
 
 
 def test_files_that_were_not_fetched_are_rejected_rows(tmp_path: Path, brain: np.ndarray) -> None:

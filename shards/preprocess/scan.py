@@ -72,7 +72,7 @@ def preprocess_scan(
     scan = read(path)
     head = Volume(scan.voxels, scan.affine)
     judge = _Judge(suffix, keep_suspect)
-    judge.add(measure(scan.voxels, scan.affine), head=True)
+    judge.add(scan.figures(), head=True)
     mask, extraction = _brain(head, recipe, extract, mask_file)
     low = min(0.0, float(head.voxels[mask.voxels > 0].min()))
     brain = head.like(np.where(mask.voxels > 0, head.voxels - low, 0))

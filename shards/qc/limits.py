@@ -53,6 +53,12 @@ LIMITS = (
           "map 0.66", heads=True),
     Limit("voxel_mm", 0, 12.5, "image", "voxels of {:.3g} mm are too coarse to show a brain",
           "12 mm are the coarsest phantoms; the white matter under a gyrus is 10 mm wide", heads=True),
+    Limit("unoriented", 0, 0.5, "image", "the header does not say how the scan lies (the codes of sform and qform are "
+          "0): left and right may be exchanged", "NIfTI: code 0 means unknown coordinates", heads=True, rejects=False),
+    Limit("header_sizes", 0, 0.1, "image", "pixdim differs from the sform's voxel sizes by {:.0%}; the sform is used",
+          "rounding and calibration stay below", heads=True, rejects=False),
+    Limit("header_degrees", 0, 20, "image", "qform and sform are turned against each other by {:.0f} degrees; the "
+          "sform is used", "heads in a scanner are tilted by 20 degrees at most", heads=True, rejects=False),
     Limit("height_mm", 70, INF, "image", "only {:.0f} mm from bottom to top: a slab, or a part of a brain",
           "brains of 500 ml are about 90 mm high; 120 to 156 mm measured", heads=True),
     Limit("length_mm", 90, INF, "image", "only {:.0f} mm from back to front: a slab, or a part of a brain",
