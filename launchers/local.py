@@ -5,23 +5,30 @@ import os
 import signal
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import submitit
 
 from launchers.allocation import Assignment
 from launchers.driver import run_stage
 from launchers.jobs import Job, new_job, release
 from launchers.process import PYTHON
 from mvhpc.config import ConfigError
+from mvhpc.runtime.importing import require
 from mvhpc.runtime.watchdog import Interrupted
+
+if TYPE_CHECKING:
+    import submitit
 
 MINUTES = 7 * 24 * 60  # time limit; submitit's default is a few minutes
 
 
-def executor(folder: Path) -> submitit.LocalExecutor:
+def executor(folder: Path) -> "submitit.LocalExecutor":
     """Submits to this machine, with all GPUs that this process may use; its files are in ``folder``."""
     gpus = _gpus()
+    require("cluster", "submit.py", "submitit")
+    import submitit
+
     submitter = submitit.LocalExecutor(folder, python=PYTHON)
     submitter.update_parameters(timeout_min=MINUTES, gpus_per_node=len(gpus), visible_gpus=gpus, stderr_to_stdout=True)
     return submitter
@@ -32,7 +39,7 @@ def script(folder: Path) -> str:
     return f"{PYTHON} -u -m submitit.core._submit {folder}"
 
 
-def submit(folder: Path, assignment: Assignment) -> submitit.Job[None]:
+def submit(folder: Path, assignment: Assignment) -> "submitit.Job[None]":
     """Start a job. An interrupt of this terminal does not reach the process of submitit, which would kill the stage."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
     try:

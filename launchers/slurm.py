@@ -8,13 +8,15 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-import submitit
+from typing import TYPE_CHECKING, Any
 
 from launchers.process import PYTHON
 from launchers.site import Site, minutes
 from mvhpc.config import ConfigError
+from mvhpc.runtime.importing import require
+
+if TYPE_CHECKING:
+    import submitit
 
 COMMAND_TIMEOUT_S = 30
 # In the job's script: where the supervisor of the first node (or srun) is killed, the script requeues the job. The
@@ -39,7 +41,7 @@ def available() -> bool:
 
 def executor(
     folder: Path, site: Site, stage: str, nodes: int, min_nodes: int, gpus: int, after: str | None
-) -> submitit.SlurmExecutor:
+) -> "submitit.SlurmExecutor":
     """Submits a job with one task on each of its nodes.
 
     Args:
@@ -56,6 +58,9 @@ def executor(
     """
     if shutil.which("srun") is None:
         raise ConfigError("--cluster slurm: no srun and sbatch here; submit on a login node, or take --cluster local")
+    require("cluster", "submit.py", "submitit")
+    import submitit
+
     submitter = submitit.SlurmExecutor(folder, python=PYTHON)
     further: dict[str, Any] = {"requeue": True} | site.sbatch
     if min_nodes < nodes:
@@ -104,16 +109,18 @@ def outside_of_jobs() -> Iterator[None]:
         os.environ.update(inherited)
 
 
-def submit(submitter: submitit.SlurmExecutor, function: Callable[..., None], *arguments: Any) -> str:
+def submit(submitter: "submitit.SlurmExecutor", function: Callable[..., None], *arguments: Any) -> str:
     """Hand a call to sbatch, and return the number of the job.
 
     Raises:
         ConfigError: SLURM refuses it; the message is sbatch's own, in one line.
     """
+    from submitit.core.utils import FailedJobError
+
     try:
         with outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
             return str(submitter.submit(function, *arguments).job_id)
-    except submitit.core.utils.FailedJobError as error:
+    except FailedJobError as error:
         lines = [line.removeprefix("sbatch:").removeprefix(" error:").strip() for line in str(error).splitlines()]
         known = ""
         if "partition" in str(error).lower():
@@ -121,7 +128,7 @@ def submit(submitter: submitit.SlurmExecutor, function: Callable[..., None], *ar
         raise ConfigError(f"sbatch refused the job: {'; '.join(filter(None, lines))}{known}") from error
 
 
-def script(submitter: submitit.SlurmExecutor) -> str:
+def script(submitter: "submitit.SlurmExecutor") -> str:
     """The script that is handed to sbatch."""
     return str(submitter._make_submission_file_text(submitter._submitit_command_str, "dry-run"))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mvhpc import __version__
-from mvhpc.config import ConfigError, MissingKeys, load_config, check_store, to_yaml
+from mvhpc.config import ConfigError, MissingKeys, check_store, load_config, to_yaml
 from mvhpc.parsers import (
     COMMANDS,
     GROUP,
@@ -18,6 +18,7 @@ from mvhpc.parsers import (
     parser_of,
     required_keys,
 )
+from mvhpc.runtime.importing import require
 from mvhpc.runtime.watchdog import Interrupted
 from mvhpc.stages import STAGES, Stage
 from shards.errors import DataError, nearest
@@ -133,6 +134,7 @@ def _mlflow_sync(options: argparse.Namespace) -> int:
     from mvhpc.runs.mlflow_store import PATIENCE
     from mvhpc.runs.mlflow_sync import sync
 
+    require("train", "mvhpc mlflow-sync", "mlflow")
     check_store(options.uri)
     os.environ |= PATIENCE
     for folder in map(Path, options.folders):
@@ -144,6 +146,7 @@ def _mlflow_sync(options: argparse.Namespace) -> int:
 def _dashboard(options: argparse.Namespace) -> int:
     from mvhpc.runs.dashboard import dashboard
 
+    require("train", "mvhpc dashboard", "mlflow")
     dashboard(options.store, port=options.port)
     return 0
 

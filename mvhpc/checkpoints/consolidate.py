@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from mvhpc.checkpoints.manifest import CheckpointError
+from mvhpc.runtime.importing import require
 from mvhpc.runtime.scratch import temporary_folder
 
 LOCAL = "state.pt"  # a checkpoint of one worker
@@ -67,6 +68,7 @@ def read_weights(path: Path) -> Any:
 
 def safe_globals() -> Any:
     """A context in which ``torch.load`` accepts the few types other than tensors in DeepSpeed's files."""
+    require("cluster", "a checkpoint of several workers", "deepspeed")
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -135,6 +137,7 @@ def _write_universal(folder: Path, target: Path) -> None:
         folder: ``step-XXXXXXXX/NETWORK``.
         target: an existing folder; gets ``zero/PARAMETER/{fp32,exp_avg,exp_avg_sq}.pt`` among others.
     """
+    require("cluster", "a checkpoint of several workers", "deepspeed")
     from deepspeed.checkpoint import ds_to_universal
 
     arguments = argparse.Namespace(

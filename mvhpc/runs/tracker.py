@@ -13,6 +13,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -47,7 +48,7 @@ class Tracker:
     Attributes:
         attempt: identity of this start of the stage.
         state: the content of ``tracking.json``.
-        process: replays the journal into MLflow.
+        process: replays the journal into MLflow; None where MLflow is not installed.
     """
 
     def __init__(
@@ -90,6 +91,10 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         write_state(self.folder, self.state)
         self._console.start()
+        self.process: subprocess.Popen[str] | None = None
+        if find_spec("mlflow") is None:  # prediction does without; `mvhpc mlflow-sync` sends the journal later
+            print("not tracked: MLflow is not installed (pip install 'mvhpc[train]')", file=sys.stderr)
+            return self
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-W", "ignore", "-m", "mvhpc.runs.mlflow_process", str(self.folder), self.attempt],
             stdin=subprocess.PIPE,
@@ -110,12 +115,13 @@ class Tracker:
         else:
             failed = issubclass(kind, Exception) and not issubclass(kind, Interrupted)
             ending = {"status": "FAILED" if failed else "KILLED", "outcome": {"error": kind.__name__}}
-        try:
-            self.process.communicate(json.dumps(ending) + "\n", timeout=GRACE_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-            warn(self.folder, f"no answer within {GRACE_S:.0f} s")
+        if self.process is not None:
+            try:
+                self.process.communicate(json.dumps(ending) + "\n", timeout=GRACE_S)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+                warn(self.folder, f"no answer within {GRACE_S:.0f} s")
         if read_state(self.folder)["status"] == "RUNNING":  # the process did not live to record it
             record_end(self.folder, self.attempt, ending)
 

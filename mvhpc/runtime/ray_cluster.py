@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from mvhpc.config import Compute, ConfigError
-from mvhpc.runtime.importing import resolve
+from mvhpc.runtime.importing import require, resolve
 from mvhpc.runtime.process_group import bind, connect
 from mvhpc.runtime.scratch import scratch_folder, temporary_folder
 from mvhpc.runtime.watchdog import STOP_FILE, Interrupted
@@ -59,7 +59,7 @@ def launch(target: str, settings: Any, folder: Path, compute: Compute) -> dict[s
     Raises:
         WorkerError: an error of one of several workers. With one worker the exception itself is raised.
         Interrupted: stopped on request.
-        ConfigError: more workers than GPUs.
+        ConfigError: more workers than GPUs, or Ray or DeepSpeed is not installed.
     """
     if compute.workers == 1:
         keep_freed_memory()
@@ -90,6 +90,7 @@ def keep_freed_memory() -> None:
 
 def _launch_ray(target: str, settings: Any, folder: Path, compute: Compute) -> dict[str, float]:
     workers = compute.workers
+    require("cluster", f"compute.workers={workers}", "ray", "deepspeed")
     folder = folder.absolute()
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -193,6 +194,7 @@ def ray_session(workers: int, logs: Path) -> Iterator[None]:
         workers: the least number of CPUs of a temporary cluster.
         logs: folder that gets Ray's own logs after a failure.
     """
+    require("cluster", "several workers", "ray")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
