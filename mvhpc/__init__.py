@@ -4,14 +4,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mvhpc.api import load as load
+    from mvhpc.api import open_dataset as open_dataset
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """``mvhpc.load`` on its first use: it imports torch, which commands such as submission do without."""
-    if name == "load":
-        from mvhpc.api import load
+    """``load`` and ``open_dataset`` on their first use: they import torch, which some commands do without."""
+    if name in {"load", "open_dataset"}:
+        from mvhpc import api
 
-        return load
+        return getattr(api, name)
     raise AttributeError(f"module 'mvhpc' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Predictions from Python: ``mvhpc.load(MODEL).predict(scan)``."""
+"""Models and packed data from Python: ``mvhpc.load(MODEL).predict(scan)``, ``.generate()``, ``mvhpc.open_dataset``."""
 
 import csv
 import tempfile
@@ -12,18 +12,90 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mvhpc.bids_app import Request, predict_scans
+from mvhpc.config import choose, load_config
+from mvhpc.inference.generate import GenerateConfig, draw_people
+from mvhpc.inference.predictor import PredictConfig, Predictor
+from mvhpc.inference.sampler import Sampler, parse_given
+from mvhpc.models.bundle import JointModel
 from mvhpc.models.bundle import load as load_model
+from mvhpc.models.model_folder import ModelError
 from mvhpc.models.scalar_bundle import ScalarsModel
 from mvhpc.runtime.devices import resolve_device
+from shards.dataset import Dataset, open_dataset
 from shards.participants import ID, PATH
-from shards.schema import Value
+from shards.schema import Schema, Value
 
 SUBJECT = "sub-scan"
 
 
 @dataclass(frozen=True)
+class Joint:
+    """A joint model, which answers questions about packed people and draws synthetic ones.
+
+    Attributes:
+        path: its run folder.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        schema: its variables.
+    """
+
+    path: str
+    device: str
+    schema: Schema
+
+    def predict(
+        self, data: Dataset | str | Path, given: Sequence[str], want: Sequence[str], keys: Sequence[str] | None = None
+    ) -> list[dict[str, Any]]:
+        """Predict scalars of people of a packed data set, as ``mvhpc predict`` does with its defaults.
+
+        Args:
+            data: the data set, or its folder.
+            given: names of the known variables.
+            want: names of the scalars to predict.
+            keys: of the records; all where None.
+
+        Returns:
+            A row for each key, with the columns of a table of ``mvhpc predict``.
+
+        Raises:
+            ConfigError: a query that the model does not take, data on another grid, or an unknown key.
+        """
+        dataset = data if isinstance(data, Dataset) else open_dataset(data)
+        wanted = dataset.keys() if keys is None else list(keys)
+        for key in wanted:
+            choose(key, dataset.keys(), "key")
+        values = {"model": self.path, "data": str(dataset.folder), "out": "", "split": "all", "given": list(given)}
+        values |= {"want": list(want), "compute.device": self.device}
+        config = load_config(PredictConfig, "predict", values=values)
+        predictor = Predictor(config, self._model())
+        return [row for i in range(0, len(wanted), config.batch) for row in predictor(wanted[i : i + config.batch])]
+
+    def generate(self, count: int = 1, given: Mapping[str, Value] | None = None, seed: int = 0) -> list[dict[str, Any]]:
+        """Draw synthetic people, as ``mvhpc generate`` does with its defaults.
+
+        Args:
+            count: how many.
+            given: scalars with fixed values, as ``{"age": 70, "sex": "F"}``.
+            seed: of the noise; person i of a seed is always the same.
+
+        Returns:
+            Variable -> value of each person: volumes (H, W, D) float32 in [0, 1], numbers in their unit, class names.
+
+        Raises:
+            ConfigError: a count below one, an unknown variable, or a value that the schema does not allow.
+        """
+        values = {"model": self.path, "out": "", "count": count, "seed": seed, "compute.device": self.device}
+        config = load_config(GenerateConfig, "generate", values=values)
+        fixed = parse_given(self.schema, {name: str(value) for name, value in (given or {}).items()})
+        sampler = Sampler(self._model(), config.sampling, config.compute)
+        return list(draw_people(sampler, config.count, fixed, config.seed, config.batch))
+
+    def _model(self) -> JointModel:
+        return load_model(self.path, resolve_device(self.device), kind=JointModel)
+
+
+@dataclass(frozen=True)
 class Model:
-    """A trained model that answers questions about single scans.
+    """A trained model of scalars that answers questions about single raw scans.
 
     Attributes:
         path: its run folder.
@@ -78,14 +150,19 @@ class Model:
         return {name: value for name, value in row.items() if name not in {"key", "subject"}}
 
 
-def load(path: str | Path, device: str = "auto") -> Model:
-    """Open a model of scalars.
+def load(path: str | Path, device: str = "auto") -> Model | Joint:
+    """Open a model of scalars or a joint model.
 
     Args:
         path: its run folder, or the ``model`` folder in it.
         device: ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
-        ModelError: no such model, or a damaged one.
+        ModelError: no such model, one of another kind, or a damaged one.
     """
-    return Model(str(path), load_model(path, resolve_device(device), kind=ScalarsModel))
+    model = load_model(path, resolve_device(device))
+    if isinstance(model, ScalarsModel):
+        return Model(str(path), model)
+    if isinstance(model, JointModel):
+        return Joint(str(path), device, model.schema)
+    raise ModelError(f"{path}: give the run folder of stage scalars or joint")

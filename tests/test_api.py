@@ -1,0 +1,65 @@
+"""The Python interface: it answers as the commands do, and the example notebook runs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import mvhpc
+from mvhpc.cli import main
+from mvhpc.config import ConfigError
+from mvhpc.models.model_folder import ModelError
+
+NOTEBOOK = Path(__file__).resolve().parent.parent / "examples" / "python.ipynb"
+
+
+def test_predictions_are_those_of_the_command(tiny_dataset: Path, tiny_model: Path, tmp_path: Path) -> None:
+    dataset, model = mvhpc.open_dataset(tiny_dataset), mvhpc.load(tiny_model, "cpu")
+    rows = model.predict(dataset, given=["image", "sex"], want=["age"])
+    places = ["--model", str(tiny_model), "--data", str(tiny_dataset), "--out", str(tmp_path / "a.tsv")]
+    assert main(["predict", *places, "--split", "all", "--given", "image,sex", "--want", "age"]) == 0
+    table = pd.read_csv(tmp_path / "a.tsv", sep="\t", index_col="key")
+    assert [row["key"] for row in rows] == dataset.keys() == list(table.index)
+    np.testing.assert_allclose([row["age"] for row in rows], table["age"], rtol=1e-5)
+    some = dataset.keys("test")[1:3]
+    assert [row["key"] for row in model.predict(tiny_dataset, ["image"], ["sex"], some)] == some
+    with pytest.raises(ConfigError, match="unknown key 'sub-99'"):
+        model.predict(dataset, ["image"], ["age"], ["sub-99"])
+
+
+def test_synthetic_people_keep_what_is_given_and_depend_on_seed_and_number(tiny_model: Path) -> None:
+    model = mvhpc.load(tiny_model, "cpu")
+    one, two = model.generate(2, {"age": 70, "sex": "female"})
+    assert (one["age"], one["sex"]) == (two["age"], two["sex"]) == (70, "F")
+    assert (
+        one["image"].shape == (16, 16, 16) and one["image"].min() >= 0 and not np.allclose(one["image"], two["image"])
+    )
+    (again,) = model.generate(1, {"age": 70, "sex": "F"})
+    np.testing.assert_allclose(again["image"], one["image"], atol=1e-5)
+    assert not np.allclose(model.generate(1, seed=1)[0]["image"], model.generate(1, seed=2)[0]["image"])
+    with pytest.raises(ConfigError, match="age=170"):
+        model.generate(1, {"age": 170})
+
+
+def test_a_model_of_another_kind_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(ModelError, match="run folder of stage scalars or joint"):
+        mvhpc.load(tiny_model.parent / "vae")
+
+
+def test_the_notebook_runs(
+    tiny_dataset: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its cells in order, in one namespace, as a notebook runs them."""
+    monkeypatch.setenv("MVHPC_MODEL", str(tiny_model))
+    monkeypatch.setenv("MVHPC_DATA", str(tiny_dataset))
+    content = json.loads(NOTEBOOK.read_text())
+    names: dict[str, object] = {}
+    for cell in content["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None  # no output of anybody's data
+            exec(compile("".join(cell["source"]), f"{NOTEBOOK.name}:{cell['id']}", "exec"), names)  # noqa: S102
+    output = capsys.readouterr().out
+    assert "12 records, 6 for testing, 8 mm" in output and output.count("90 % from") == 3
+    assert output.count("70.0 F (16, 16, 16)") == 2
