@@ -91,8 +91,8 @@ def test_a_renamed_key_of_the_pipeline_is_refused_with_its_new_name() -> None:
 
 def test_a_preset_may_ask_for_what_the_default_leaves_empty() -> None:
     with pytest.raises(ConfigError, match="give a value for source"):
-        load_config(PipelineConfig, "pipeline", "ixi")
-    assert load_config(PipelineConfig, "pipeline", "ixi", ["source=/data"]).source == "/data"
+        load_config(PipelineConfig, "pipeline", "small")
+    assert load_config(PipelineConfig, "pipeline", "small", ["source=/data"]).source == "/data"
 
 
 def test_an_empty_override_is_the_empty_word_or_list() -> None:

@@ -58,7 +58,7 @@ def test_the_step_of_the_recipes_installs_a_working_program(tmp_path: Path) -> N
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (entry,) = re.findall(r'^ENTRYPOINT \["(\S+)"\]$', DOCKERFILE, re.M)
     assert f"exec {entry} " in DEFINITION
-    code = "import mvhpc, shards.presets as p; print(mvhpc.__file__, p.load_preset('pack', 'ixi')['spacing'])"
+    code = "import mvhpc, shards.presets as p; print(mvhpc.__file__, p.load_preset('pack', 'small')['spacing'])"
     for command in ([binaries / entry, "--help"], [binaries / "python", "-c", code]):
         done = subprocess.run(command, env=variables, cwd="/", capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

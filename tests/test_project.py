@@ -90,14 +90,14 @@ def test_lists_and_mappings_are_written_one_way(home: Path) -> None:
 
 
 def test_with_folds_one_is_named(home: Path) -> None:
-    project("runs/ixi", "ixi", source="scans")
+    project("runs/small", "small", source="scans")
     with pytest.raises(ConfigError, match=r"3 folds; name one: split=fold-1-of-3"):
         configure("vae")
     second = configure("joint", "split=fold-2-of-3").config
-    assert (second.latents, second.out) == ("runs/ixi/fold-2/latents", "runs/ixi/fold-2/joint")
+    assert (second.latents, second.out) == ("runs/small/fold-2/latents", "runs/small/fold-2/joint")
     config = configure("predict", "split_name=fold-2-of-3", want="age", given="image").config
-    assert (config.model, config.split) == ("runs/ixi/fold-2/scalars", "auto")
-    assert config.out == "runs/ixi/fold-2/predictions/age-given-image.tsv"
+    assert (config.model, config.split) == ("runs/small/fold-2/scalars", "auto")
+    assert config.out == "runs/small/fold-2/predictions/age-given-image.tsv"
 
 
 def test_a_missing_input_is_named_with_the_command_that_makes_it(
