@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
 import mvhpc
 from mvhpc.cli import main
 from mvhpc.config import ConfigError
+from mvhpc.evaluation.tables import read_predictions
 from mvhpc.models.model_folder import ModelError
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "examples" / "python.ipynb"
@@ -20,7 +20,7 @@ def test_predictions_are_those_of_the_command(tiny_dataset: Path, tiny_model: Pa
     rows = model.predict(dataset, given=["image", "sex"], want=["age"])
     places = ["--model", str(tiny_model), "--data", str(tiny_dataset), "--out", str(tmp_path / "a.tsv")]
     assert main(["predict", *places, "--split", "all", "--given", "image,sex", "--want", "age"]) == 0
-    table = pd.read_csv(tmp_path / "a.tsv", sep="\t", index_col="key")
+    table = read_predictions(tmp_path / "a.tsv")[0].set_index("key")
     assert [row["key"] for row in rows] == dataset.keys() == list(table.index)
     np.testing.assert_allclose([row["age"] for row in rows], table["age"], rtol=1e-5)
     some = dataset.keys("test")[1:3]
