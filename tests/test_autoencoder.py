@@ -77,21 +77,3 @@ def test_checkpointing_changes_no_gradient() -> None:
         gradients.append([p.grad for p in network.parameters() if p.grad is not None])
     for plain, saved in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, saved)
-
-
-def test_a_shortcut_starts_as_the_principal_components_of_blocks() -> None:
-    torch.manual_seed(0)
-    network = Autoencoder(config.AutoencoderConfig([8, 8], 3, 1, 4, False, shortcut=True)).eval()
-    mixing = torch.randn(8, 8) * torch.tensor([3.0, 2, 1, 0.5, 0.3, 0.2, 0.1, 0.05])  # blocks of 2 x 2 x 2 voxels
-    blocks = torch.randn(4, 8 * 8 * 8, 8) @ mixing.T
-    volumes = blocks.view(4, 8, 8, 8, 2, 2, 2).permute(0, 1, 4, 2, 5, 3, 6).reshape(4, 1, 16, 16, 16)
-    network.fit_shortcut(volumes[:, 0])
-    with torch.no_grad():
-        mean, _ = network.encode(volumes)  # (B, C, h, w, d)
-        left = (network.decode(mean) - volumes).square().sum() / len(blocks.flatten(0, 1))
-    squares = torch.linalg.eigvalsh(blocks.flatten(0, 1).double().T @ blocks.flatten(0, 1).double() / 2048)
-    torch.testing.assert_close(left.double(), squares[:5].sum(), rtol=1e-4, atol=0)  # what the components leave out
-    torch.testing.assert_close(mean.square().mean((0, 2, 3, 4)), torch.ones(3), rtol=1e-4, atol=0)
-    first = network.down.weight.clone()
-    network.fit_shortcut(volumes[:, 0])
-    assert torch.equal(first, network.down.weight)

@@ -113,7 +113,6 @@ class AutoencoderConfig:
     res_blocks: int
     norm_groups: int
     checkpointing: bool
-    shortcut: bool = False  # a linear map beside the networks, which starts as principal components of blocks
 
 
 @dataclass

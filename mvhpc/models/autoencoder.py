@@ -1,9 +1,8 @@
-"""The KL-regularised autoencoder that maps a volume to a latent of a quarter or an eighth of its size per axis."""
+"""The KL-regularised autoencoder that maps a volume to a latent of an eighth of its size per axis."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import torch
 from monai.networks.nets import AutoencoderKL
 from torch import Tensor, nn
 
@@ -16,10 +15,6 @@ FIRST_LOG_VARIANCE = -6.0
 
 class Autoencoder(nn.Module):
     """Single-channel 3D KL-VAE without attention: MONAI's AutoencoderKL (Rombach et al., arXiv:2112.10752).
-
-    With ``shortcut`` a linear map from blocks of voxels to latent channels and back stands beside the networks, which
-    then learn what it leaves over (residual autoencoding, Chen et al., arXiv:2410.10733). It starts as the principal
-    components of blocks, see :meth:`fit_shortcut`, and the networks start at zero.
 
     Args:
         cfg: configuration; every level after the first halves each axis.
@@ -38,7 +33,6 @@ class Autoencoder(nn.Module):
             )
         self.factor = 2 ** (len(cfg.channels) - 1)
         self.latent_channels = cfg.latent_channels
-        self.shortcut = cfg.shortcut
         self.network = AutoencoderKL(
             spatial_dims=3,
             in_channels=1,
@@ -55,38 +49,8 @@ class Autoencoder(nn.Module):
         # Narrow posteriors from the start: with SD 1 the first hundreds of steps only learn to narrow them
         # (480 steps on phantoms of 32 cubed: 18.9 against 17.0 dB after 120, 19.7 against 19.1 after 240).
         nn.init.constant_(self.network.quant_conv_log_sigma.conv.bias, FIRST_LOG_VARIANCE)
-        if cfg.shortcut:
-            cell = self.factor
-            self.down = nn.Conv3d(1, cfg.latent_channels, cell, cell, bias=False)
-            self.up = nn.ConvTranspose3d(cfg.latent_channels, 1, cell, cell, bias=False)
-            for layer in (self.network.quant_conv_mu, self.network.decoder.blocks[-1]):
-                for weight in layer.parameters():
-                    nn.init.zeros_(weight)
         use_channels_last_blocks(self)
         merge_upsampling(self)
-
-    @torch.no_grad()
-    def fit_shortcut(self, volumes: Iterable[Tensor]) -> None:
-        """Set the shortcut to the principal components of blocks of voxels, scaled to a mean square of 1.
-
-        Args:
-            volumes: (H, W, D) each, whose blocks are taken; without the mean removed, which is most of the first
-                component.
-        """
-        cell = self.factor
-        moments, blocks = torch.zeros(cell**3, cell**3, dtype=torch.float64), 0
-        for volume in volumes:
-            x = volume.double().unfold(0, cell, cell).unfold(1, cell, cell).unfold(2, cell, cell)  # (h, w, d, f, f, f)
-            rows = x.reshape(-1, cell**3)
-            moments += rows.T @ rows
-            blocks += len(rows)
-        squares, vectors = torch.linalg.eigh(moments / blocks)  # from the smallest on
-        vectors = vectors.flip(1)[:, : self.latent_channels].T  # (C, f^3)
-        largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
-        vectors = vectors * largest.sign()  # a vector and its opposite are both right
-        scale = squares.flip(0)[: self.latent_channels].clamp_min(1e-12).sqrt()[:, None]
-        self.down.weight.copy_((vectors / scale).view_as(self.down.weight))
-        self.up.weight.copy_((vectors * scale).view_as(self.up.weight))
 
     def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The latent's shape (C, h, w, d) for a volume of ``shape`` (H, W, D).
@@ -115,13 +79,11 @@ class Autoencoder(nn.Module):
             ConfigError: H, W or D is not a multiple of ``factor``.
         """
         self.latent_shape(x.shape[2:])
-        mean, sigma = self.network.encode(x)
-        return (mean + self.down(x) if self.shortcut else mean), sigma
+        return self.network.encode(x)
 
     def decode(self, z: Tensor) -> Tensor:
         """Volumes (B, 1, H, W, D), not clipped, from latents (B, C, H/f, W/f, D/f)."""
-        y = self.network.decode(z)
-        return y + self.up(z) if self.shortcut else y
+        return self.network.decode(z)
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One pass of training: encode, draw by reparameterisation, decode.

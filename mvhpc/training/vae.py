@@ -25,7 +25,6 @@ from mvhpc.training.engines.base import Engine
 from mvhpc.training.task import Task
 from shards.dataset import open_dataset
 
-FITTED = 32  # training volumes whose blocks start the autoencoder's shortcut
 SHOWN = 4  # validation subjects in the figure of reconstructions
 NARROW = "model.channels=[8,16,64] model.res_blocks=1 model.norm_groups=8"  # those of the preset small
 COARSE_MM = 4.0
@@ -148,8 +147,6 @@ class VAETask(Task):
         torch.manual_seed(config.training.seed)  # the layers' initial weights
         autoencoder = Autoencoder(config.model)
         self.latent_shape = autoencoder.latent_shape(shape)
-        if config.model.shortcut:
-            autoencoder.fit_shortcut(self._read([sample])[0, 0] for sample in self.train[:FITTED])
         self.networks: dict[str, nn.Module] = {"autoencoder": autoencoder}
         self.learning_rates = {"autoencoder": config.optimizer.lr}
         if config.loss.adversarial:
