@@ -26,7 +26,7 @@ from mvhpc.training.task import Task
 from shards.dataset import open_dataset
 
 SHOWN = 4  # validation subjects in the figure of reconstructions
-NARROW = "model.channels=[8,16,64] model.res_blocks=1 model.norm_groups=8"  # those of the preset small
+NARROW = "model.channels=[16,16,32,64] model.res_blocks=1 model.norm_groups=8"  # those of the preset small
 COARSE_MM = 4.0
 least_squares = PatchAdversarialLoss(criterion="least_squares")  # Mao et al. 2017, with MONAI's leaky output
 
