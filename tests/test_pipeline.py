@@ -42,7 +42,13 @@ def test_pipeline_from_nothing_and_again(tmp_path: Path, capsys: pytest.CaptureF
         assert row in printed.out
     (verdict,) = (line for line in printed.out.splitlines() if line.startswith("age given image, sex: "))
     assert "better than predicting the mean (gain " in verdict and verdict in (root / "results.md").read_text()
-    assert {"reconstruction.png", "people.png", "inpainted-half.png"} == {p.name for p in (root / "figures").iterdir()}
+    assert {p.stem for p in (root / "figures").iterdir()} == {
+        "reconstruction",
+        "people",
+        "inpainted-half",
+        "drawn-over-age",
+        "ventricles-over-age",
+    }
     stages = [stage for stage, _ in pipeline.steps()]
     assert stages == ["phantom", "pack", "vae", "encode", "joint", "predict", "predict", "generate"]
     weights = (root / "joint" / "model" / "model.json").read_bytes()
