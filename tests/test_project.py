@@ -145,7 +145,12 @@ def test_inputs_are_made_first_with_the_flag(home: Path, capsys: pytest.CaptureF
     printed = capsys.readouterr()
     assert printed.err.count("reused") == 6 and "predicting the mean" in printed.out
     figures = home / "runs" / "small" / "figures"
-    assert {path.name for path in figures.iterdir()} == {"people.png", "inpainted-half.png"}
+    assert {path.name for path in figures.iterdir()} == {
+        "people.png",
+        "inpainted-half.png",
+        "drawn-over-age.png",
+        "ventricles-over-age.png",
+    }
 
 
 def test_an_input_that_is_away_is_no_changed_one(home: Path) -> None:

@@ -91,7 +91,7 @@ def collect_figures(pipeline: Pipeline) -> Path:
     """Collect reconstructions, synthetic people, an inpainted half and the effect of the first number in ``figures``.
 
     Without a validation part there are no reconstructions, without a volume in the test part no inpainting, without a
-    number no picture of its effect.
+    number no picture of its effect. Pictures that take chains are drawn again only for another model.
     """
     folder = pipeline.root / "figures"
     folder.mkdir(exist_ok=True)
@@ -108,13 +108,17 @@ def collect_figures(pipeline: Pipeline) -> Path:
     places = dict.fromkeys(("out", "model", "image", "mask"), "")
     places["model"] = str(pipeline.place("joint", split))
     sampler = Sampler.of(load_config(InpaintConfig, "inpaint", values=places))
+    trained = (Path(places["model"]) / "model" / "model.json").stat().st_mtime
     key = next((key for key in dataset.keys("test", split) if dataset.has(key, volume.name)), None)
-    if key is not None:
-        inpaint_half(sampler, dataset, key, folder / "inpainted-half.png")
+    half = folder / "inpainted-half.png"
+    if key is not None and _older(half, trained):
+        inpaint_half(sampler, dataset, key, half)
     number = next((v for v in dataset.index.schema.scalars if v.kind != "categorical"), None)
     if number is None:
         return folder
-    draw_over_number(sampler, dataset, split, folder / f"drawn-over-{number.name}.png")
+    ages = folder / f"drawn-over-{number.name}.png"
+    if _older(ages, trained):
+        draw_over_number(sampler, dataset, split, ages)
     tree = Path(pipeline.place("generate", split))
     if volume.suffix == "T1w" and tree.is_dir():
         real = fluid_of_dataset(dataset, dataset.keys("test", split), volume.name, number.name)
@@ -122,6 +126,11 @@ def collect_figures(pipeline: Pipeline) -> Path:
         label = f"{number.name} ({number.unit})" if number.unit else number.name
         fluid_over_number(real, drawn, folder / f"ventricles-over-{number.name}.png", label)
     return folder
+
+
+def _older(path: Path, time: float) -> bool:
+    """Whether a file is not there, or was written before ``time``."""
+    return not path.is_file() or path.stat().st_mtime < time
 
 
 def summarize(pipeline: Pipeline) -> str:
