@@ -145,14 +145,16 @@ def test_cancel_cleans_up_and_the_lock_of_a_dead_job_is_taken_over(slurm: SlurmC
 
 @pytest.mark.slow
 def test_preflight_reports_every_problem_with_its_node(slurm: SlurmCluster, tmp_path: Path) -> None:
-    """With another version of a package on one node and a missing input, the job fails before training starts."""
+    """With another version of a package on one node and an input that is gone, the job fails before training starts."""
     other = slurm.folder / "other"
     (other / "numpy-0.0.dist-info").mkdir(parents=True)
     (other / "numpy-0.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.0\n")
     slurm.task_environment("n2", PYTHONPATH=str(other))
     keys = [f"latents={tmp_path}/none", f"vae={tmp_path}", f"out={tmp_path}/joint"]
+    (tmp_path / "none").mkdir()
     try:
         job = submit("--stage", "joint", "--config", "demo", "--nodes", "2", "--time", "10", *keys).stdout.strip()
+        (tmp_path / "none").rmdir()  # seconds before the job's preflight
         slurm.wait(job)
     finally:
         slurm.task_environment("n2")
