@@ -8,6 +8,7 @@ from scipy import stats
 
 from mvhpc.evaluation import ensembles, figures, tables
 from mvhpc.evaluation.metrics import Estimate, absolute_errors, hits, mean_over_subjects
+from mvhpc.evaluation.ventricles import deep_fluid_ml
 from shards.schema import Schema
 
 SCHEMA = Schema.from_dict(
@@ -135,3 +136,14 @@ def test_figures_are_written_whole(tmp_path) -> None:  # type: ignore[no-untyped
     for name in ("people.png", "scatter.png"):
         assert imread(tmp_path / name)[..., :3].std() > 0.01
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("spacing", [2.0, 4.0])
+def test_deep_fluid_is_the_volume_of_a_dark_ball_and_not_of_sulci(spacing: float) -> None:
+    n = int(140 / spacing)
+    radius = np.linalg.norm((np.indices((n, n, n)) - n / 2 + 0.5) * spacing, axis=0)  # mm
+    volume = np.where(radius < 60, 0.8, 0.0)
+    assert deep_fluid_ml(volume, spacing) == 0
+    volume[radius < 20] = 0.2  # a ventricle
+    volume[(radius > 45) & (radius < 50)] = 0.2  # sulci
+    assert deep_fluid_ml(volume, spacing) == pytest.approx(4 / 3 * np.pi * 20**3 / 1000, rel=0.05)

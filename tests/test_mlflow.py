@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from mvhpc.cli import main
-from mvhpc.config import ConfigError, check_store, fingerprint, load_config
+from mvhpc.config import ConfigError, Tracking, check_store, fingerprint, load_config
 from mvhpc.data_stages import PackConfig
 from mvhpc.runs import mlflow_process, tracker
 from mvhpc.runs.dashboard import HOST, dashboard, wait_for_server
@@ -261,9 +261,12 @@ def test_a_uri_that_is_no_store_is_refused(uri: str, tmp_path: Path) -> None:
         track(tmp_path, uri=uri)
 
 
-def test_databases_and_servers_are_stores() -> None:
-    for uri in ("", "databricks", "sqlite:///x.db", "https://server:5000", "postgresql+psycopg2://user@host/runs"):
-        check_store(uri)
+@pytest.mark.parametrize(
+    "uri", ["", "databricks", "sqlite:///x.db", "https://server:5000", "postgresql+psycopg2://user@host/runs"]
+)
+def test_databases_and_servers_are_stores(uri: str) -> None:
+    check_store(uri)
+    assert Tracking(uri=uri, experiment="laws").uri == uri
 
 
 @pytest.mark.slow

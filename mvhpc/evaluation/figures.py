@@ -208,6 +208,16 @@ def inpainting(
     gallery(rows, path, None, ["original", "known", *names], title, spacing)
 
 
+def least_squares_line(ax: Axes, x: NDArray, y: NDArray, colour: str) -> float | None:
+    """Draw the line of least squares through points, each (N,); its slope, or None where there are too few."""
+    if len(x) < 3 or np.ptp(x) == 0:
+        return None
+    slope, shift = np.polyfit(x, y, 1)
+    ends = np.array([x.min(), x.max()])
+    ax.plot(ends, slope * ends + shift, color=colour, lw=1.2)
+    return float(slope)
+
+
 def predicted_against_true(
     true: NDArray,
     predicted: NDArray,
@@ -247,10 +257,9 @@ def predicted_against_true(
         markeredgecolor="white",
         markeredgewidth=0.4,
     )
-    if len(true) > 2 and np.ptp(true) > 0:
-        slope, shift = np.polyfit(true, predicted, 1)
-        ends = np.array([true.min(), true.max()])
-        ax.plot(ends, slope * ends + shift, color="#c4572e", lw=1.2, label=f"least squares, slope {slope:.2f}")
+    slope = least_squares_line(ax, true, predicted, "#c4572e")
+    if slope is not None:
+        ax.lines[-1].set_label(f"least squares, slope {slope:.2f}")
         ax.legend(loc="lower right", frameon=False, fontsize=8)
     label = f"{name} ({unit})" if unit else name
     ax.set(xlim=limits, ylim=limits, xlabel=f"true {label}", ylabel=f"predicted {label}", aspect="equal")

@@ -1,20 +1,22 @@
 """Pictures of what a joint model knows: one person at several ages, and ventricles over age, real beside drawn."""
 
-import csv
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from mvhpc.evaluation.figures import gallery, save, slices
+from mvhpc.evaluation.figures import gallery, least_squares_line, save, slices
 from mvhpc.evaluation.ventricles import deep_fluid_ml
 from mvhpc.inference.generate import decode
 from mvhpc.inference.sampler import Sampler
 from mvhpc.runtime.randomness import generator
+from mvhpc.variables import Continuous
 from shards.dataset import Dataset
 from shards.schema import Variable
+from shards.sheets import read_sheet
 from shards.volumes import read
 
 QUANTILES = (0.02, 1 / 3, 2 / 3, 0.98)  # of the training people's values
@@ -35,12 +37,13 @@ def draw_over_number(sampler: Sampler, dataset: Dataset, split: str, path: Path,
     number = next(v for v in schema.scalars if v.kind != "categorical")
     category = next((v for v in schema.scalars if v.kind == "categorical"), None)
     known = [dataset.values(key)[number.name] for key in dataset.keys("train", split)]
-    values = np.quantile([float(v) for v in known if v is not None], QUANTILES).round()
+    quantiles = np.quantile([float(v) for v in known if v is not None], QUANTILES)
+    variable = sampler.model.variables[number.name]
+    assert isinstance(variable, Continuous)
+    values = variable.snap(torch.tensor([float(f"{v:.2g}") for v in quantiles])).tolist()
     classes = category.classes if category else ("",)
     given: list[dict[str, float | str]] = [
-        {number.name: float(value)} | ({category.name: name} if category else {})
-        for name in classes
-        for value in values
+        {number.name: value} | ({category.name: name} if category else {}) for name in classes for value in values
     ]
     scalars, _ = sampler.model.variables.encode_scalars(given)
     fixed = {name: scalars[name] for name in given[0]}
@@ -65,8 +68,8 @@ def fluid_of_dataset(dataset: Dataset, keys: list[str], volume: str, number: str
 
 def fluid_of_tree(tree: Path, number: Variable, volume: Variable, spacing: float) -> Points:
     """Number and deep fluid of the people of a BIDS tree that `mvhpc generate` wrote."""
-    with (tree / "participants.tsv").open() as table:
-        people = {row["participant_id"]: float(row[number.column]) for row in csv.DictReader(table, delimiter="\t")}
+    rows = read_sheet(tree / "participants.tsv").rows
+    people = {cells["participant_id"]: float(cells[number.column]) for _, cells in rows}
     scans = {name: next((tree / name / "anat").glob(f"*_{volume.suffix}.nii.gz")) for name in people}
     return [(value, deep_fluid_ml(read(scans[name]).voxels, spacing)) for name, value in people.items()]
 
@@ -85,10 +88,7 @@ def fluid_over_number(real: Points, drawn: Points, path: Path, label: str) -> No
     for points, name, colour, marker in ((real, "real", "#14708a", "o"), (drawn, "drawn", "#c4572e", "^")):
         x, y = np.array(points, float).reshape(-1, 2).T
         ax.scatter(x, y, s=18, color=colour, marker=marker, edgecolor="white", linewidth=0.4, label=_legend(x, y, name))
-        if len(x) > 2 and np.ptp(x) > 0:
-            slope, shift = np.polyfit(x, y, 1)
-            ends = np.array([x.min(), x.max()])
-            ax.plot(ends, slope * ends + shift, color=colour, lw=1.2)
+        least_squares_line(ax, x, y, colour)
     ax.set(xlabel=label, ylabel="fluid deep inside the brain (ml)")
     ax.legend(frameon=False, fontsize=8, loc="upper left")
     ax.spines[["top", "right"]].set_visible(False)
