@@ -146,4 +146,4 @@ def test_deep_fluid_is_the_volume_of_a_dark_ball_and_not_of_sulci(spacing: float
     assert deep_fluid_ml(volume, spacing) == 0
     volume[radius < 20] = 0.2  # a ventricle
     volume[(radius > 45) & (radius < 50)] = 0.2  # sulci
-    assert deep_fluid_ml(volume, spacing) == pytest.approx(4 / 3 * np.pi * 20**3 / 1000, rel=0.05)
+    assert deep_fluid_ml(volume, spacing) == pytest.approx(4 / 3 * np.pi * 20**3 / 1000, rel=0.1)  # voxels
