@@ -150,11 +150,15 @@ def test_preflight_reports_every_problem_with_its_node(slurm: SlurmCluster, tmp_
     (other / "numpy-0.0.dist-info").mkdir(parents=True)
     (other / "numpy-0.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.0\n")
     slurm.task_environment("n2", PYTHONPATH=str(other))
+    site = tmp_path / "site.yaml"
+    site.write_text("sbatch: {hold: true}\n")
     keys = [f"latents={tmp_path}/none", f"vae={tmp_path}", f"out={tmp_path}/joint"]
     (tmp_path / "none").mkdir()
     try:
-        job = submit("--stage", "joint", "--config", "demo", "--nodes", "2", "--time", "10", *keys).stdout.strip()
-        (tmp_path / "none").rmdir()  # seconds before the job's preflight
+        options = ["--config", "demo", "--nodes", "2", "--time", "10", "--cluster-config", str(site)]
+        job = submit("--stage", "joint", *options, *keys).stdout.strip()
+        (tmp_path / "none").rmdir()
+        slurm.run("scontrol", "release", job)
         slurm.wait(job)
     finally:
         slurm.task_environment("n2")
