@@ -71,7 +71,7 @@ def test_least_squares_losses_at_known_logits() -> None:
     assert generator_loss(logits(-2.0)) == pytest.approx(1.1**2)
     assert discriminator_loss(logits(0.0), logits(1.0)) == 0
     assert discriminator_loss(logits(0.5), logits(0.0)) == pytest.approx(0.5 * (0.25 + 1))
-    assert least_squares.criterion == "least_squares"
+    assert least_squares().criterion == "least_squares"
 
 
 def test_psnr_and_ssim_are_scikit_images() -> None:

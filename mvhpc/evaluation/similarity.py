@@ -1,7 +1,6 @@
 """Similarity of two volumes."""
 
 import torch
-from monai.metrics.regression import compute_ssim_and_cs
 from torch import Tensor
 
 
@@ -15,6 +14,8 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
     Gaussian window of SD 1.5 voxels and width 11, or the largest odd one that fits.
     """
+    from monai.metrics.regression import compute_ssim_and_cs  # MONAI takes five seconds to import
+
     width = min(11, *((n - 1) // 2 * 2 + 1 for n in x.shape[2:]))
     similarity, _ = compute_ssim_and_cs(
         x, y, spatial_dims=3, kernel_size=[width] * 3, kernel_sigma=[1.5] * 3, data_range=1.0

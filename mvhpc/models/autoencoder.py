@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 
-from monai.networks.nets import AutoencoderKL
 from torch import Tensor, nn
 
 from mvhpc import config
@@ -24,6 +23,8 @@ class Autoencoder(nn.Module):
     """
 
     def __init__(self, cfg: config.AutoencoderConfig) -> None:
+        from monai.networks.nets import AutoencoderKL  # MONAI takes five seconds to import
+
         super().__init__()
         odd = [width for width in cfg.channels if width % cfg.norm_groups]
         if odd or not cfg.channels:

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from monai.networks.layers.factories import Norm
-from monai.networks.nets import DenseNet121
 from torch import Tensor, nn
 
 from mvhpc.models.kernels.normalization import SyncedBatchNorm
@@ -13,7 +11,6 @@ from mvhpc.variables import Categorical, Scalar, Variables
 from shards.schema import Schema
 
 SMALLEST = 29  # voxels per axis; fewer leave nothing after five halvings
-Norm.add_factory_class("synced_batch", SyncedBatchNorm)
 
 
 def scalars_of(schema: Schema, names: Sequence[str], intervals: Mapping[str, Sequence[float]]) -> Variables:
@@ -40,6 +37,11 @@ class Baseline(nn.Module):
     """
 
     def __init__(self, scalars: Variables, given: Sequence[str], want: str) -> None:
+        from monai.networks.layers.factories import Norm  # MONAI takes five seconds to import
+        from monai.networks.nets import DenseNet121
+
+        if "SYNCED_BATCH" not in Norm.names:
+            Norm.add_factory_class("synced_batch", SyncedBatchNorm)
         super().__init__()
         self.conditioning: list[Scalar] = [v for v in scalars.scalars if v.name in given]
         channels = len(given) - len(self.conditioning) + sum(map(_width, self.conditioning))

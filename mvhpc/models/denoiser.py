@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -59,6 +58,8 @@ class JointDenoiser(VariableNetwork):
     """
 
     def __init__(self, variables: Variables, model: config.DenoiserConfig, masked_level: int | None = None) -> None:
+        from monai.networks.nets import DiffusionModelUNet  # MONAI takes five seconds to import
+
         super().__init__(variables, model.embedding, masked_level)
         config.choose(model.scalars, ("early", "late"), "way for scalars into the network")
         self.late, self.checkpointing = model.scalars == "late", model.checkpointing

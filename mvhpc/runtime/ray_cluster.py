@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import os
+import pickle
 import secrets
 import shutil
 import sys
@@ -118,7 +119,7 @@ def _launch_ray(target: str, settings: Any, folder: Path, compute: Compute) -> d
             torch_config=_torch_config(),
             train_loop_config={
                 "target": target,
-                "settings": settings,
+                "settings": pickle.dumps(settings),  # Ray's controller, which needs none of it, imports no model
                 "folder": str(folder),
                 "working_directory": str(Path.cwd()),  # paths of a configuration may be relative
                 "threads": threads,
@@ -292,7 +293,8 @@ def _worker(settings: dict[str, Any]) -> None:
     keep_freed_memory()
     try:
         _connect(rank, world, settings["backend"])
-        result = resolve(settings["target"])(settings["settings"], folder, rank, world)
+        ours = pickle.loads(settings["settings"])  # noqa: S301 of our driver; Ray pickles all else too
+        result = resolve(settings["target"])(ours, folder, rank, world)
     except Interrupted as error:  # not a failure, which Ray would retry
         _write_once(logs / "stopped.json", str(error))
         return

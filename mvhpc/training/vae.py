@@ -3,14 +3,12 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from monai.losses import PatchAdversarialLoss
-from monai.networks.nets import PatchDiscriminator
 from torch import Tensor, nn
 
 from mvhpc.config import AutoencoderConfig, Compute, ConfigError, Optimizer, Tracking, Training, choose
@@ -28,7 +26,6 @@ from shards.dataset import open_dataset
 SHOWN = 4  # validation subjects in the figure of reconstructions
 NARROW = "model.channels=[16,16,32,64] model.res_blocks=1 model.norm_groups=8"  # those of the preset small
 COARSE_MM = 4.0
-least_squares = PatchAdversarialLoss(criterion="least_squares")  # Mao et al. 2017, with MONAI's leaky output
 
 
 @dataclass
@@ -76,6 +73,8 @@ class Discriminator(nn.Module):
     """
 
     def __init__(self, channels: int, layers: int, shape: tuple[int, ...]) -> None:
+        from monai.networks.nets import PatchDiscriminator  # MONAI takes five seconds to import
+
         super().__init__()
         left = min(shape) // 2**layers - 2  # each of two more convolutions of width 4 removes one voxel
         if left < 1:
@@ -91,17 +90,25 @@ class Discriminator(nn.Module):
         return self.network(x)[-1]
 
 
+@cache
+def least_squares() -> nn.Module:
+    """Least squares of Mao et al. 2017, with MONAI's leaky output."""
+    from monai.losses import PatchAdversarialLoss  # MONAI takes five seconds to import
+
+    return PatchAdversarialLoss(criterion="least_squares")
+
+
 def discriminator_loss(fake: Tensor, real: Tensor) -> Tensor:
     """0.5 * (fake + real) of MAISI: least squares to 0 for reconstructions and to 1 for originals."""
     return 0.5 * (
-        least_squares(fake, target_is_real=False, for_discriminator=True)
-        + least_squares(real, target_is_real=True, for_discriminator=True)
+        least_squares()(fake, target_is_real=False, for_discriminator=True)
+        + least_squares()(real, target_is_real=True, for_discriminator=True)
     )
 
 
 def generator_loss(fake: Tensor) -> Tensor:
     """Least squares of the reconstructions' logits to 1."""
-    return least_squares(fake, target_is_real=True, for_discriminator=False)
+    return least_squares()(fake, target_is_real=True, for_discriminator=False)
 
 
 def cheaper(model: AutoencoderConfig, grid: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from monai.networks.blocks import UpSample
 from torch import Tensor, nn
 
 
@@ -102,6 +101,8 @@ def merge_upsampling(module: nn.Module) -> None:
 
     Names, shapes and values of the weights stay the same; results change by rounding.
     """
+    from monai.networks.blocks import UpSample  # MONAI takes five seconds to import
+
     for part in [*module.modules()]:
         if isinstance(part, UpSample):
             old = part.postconv.conv
