@@ -18,6 +18,7 @@ from mvhpc.runs.folder import Run, exclusive, identity, read_record
 from mvhpc.runs.journal import read
 from mvhpc.runs.tracker import Tracker
 from mvhpc.runtime.importing import resolve
+from mvhpc.runtime.interrupts import no_interrupt_is_lost
 from mvhpc.stages import STAGES, Stage
 from shards.files import free_suffix, is_complete, rename_aside, write_bytes, write_text
 from shards.schema import Schema
@@ -163,7 +164,7 @@ def execute(planned: PlannedStage) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     run = Run(folder)
     start = time.monotonic()
-    with exclusive(folder), library_logs(folder / "log.txt"):
+    with exclusive(folder), library_logs(folder / "log.txt"), no_interrupt_is_lost():
         if stage.trains:
             check_newest(folder, config)
         elif planned.has_result():

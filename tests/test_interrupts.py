@@ -16,7 +16,7 @@ import torch
 from mvhpc.checkpoints.manifest import resumption
 from mvhpc.runs.folder import Run
 from mvhpc.runtime import watchdog
-from mvhpc.runtime.interrupts import interrupts_request
+from mvhpc.runtime.interrupts import interrupts_request, no_interrupt_is_lost
 from mvhpc.runtime.watchdog import Interrupted, request_stop, stop_requested
 from mvhpc.training import run as training
 from tests.test_training_loop import checkpoints, final_state
@@ -152,3 +152,18 @@ def test_workers_under_ray_end_with_a_checkpoint_and_no_process_is_left(tmp_path
     assert not (tmp_path / training.STOP).exists() and not (tmp_path / "position.json").exists()
     psutil.wait_procs(children, timeout=30)
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+class Falls:
+    """Ctrl-C is pressed while it is destroyed."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0)  # here Python's handler raises, and Python goes on
+
+
+def test_one_that_falls_into_a_destructor_is_raised_again() -> None:
+    with no_interrupt_is_lost(), pytest.raises(KeyboardInterrupt):
+        Falls()
+        for _ in range(1000):
+            time.sleep(0.01)

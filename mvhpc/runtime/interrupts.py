@@ -1,5 +1,6 @@
-"""Ctrl-C during training: the first one asks for a checkpoint, the second ends the process at once."""
+"""Ctrl-C: training writes a checkpoint at the first and ends at once at the second; no stage goes on as if unasked."""
 
+import _thread
 import contextlib
 import os
 import signal
@@ -8,10 +9,32 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 AGAIN_S = 1.0  # a terminal and a launcher may both deliver the same Ctrl-C
 FIRST = "stopping after this step, with a checkpoint; Ctrl-C again ends at once"
 STATUS = 128 + signal.SIGINT
+
+
+@contextlib.contextmanager
+def no_interrupt_is_lost() -> Iterator[None]:
+    """Inside, a KeyboardInterrupt that falls into a destructor or a weak reference's callback is raised once more.
+
+    Python prints it there and goes on.
+    """
+    before = sys.unraisablehook
+
+    def raise_again(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            threading.Timer(0.1, _thread.interrupt_main).start()  # once this callback is over
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = raise_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextlib.contextmanager
