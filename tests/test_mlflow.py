@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import pytest
 from mvhpc.cli import main
 from mvhpc.config import ConfigError, Tracking, check_store, fingerprint, load_config
 from mvhpc.data_stages import PackConfig
-from mvhpc.runs import mlflow_process, tracker
+from mvhpc.runs import mlflow_process, mlflow_replayer
 from mvhpc.runs.dashboard import HOST, dashboard, wait_for_server
 from mvhpc.runs.folder import identity
 from mvhpc.runs.journal import Journal
@@ -33,6 +34,14 @@ PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a49444154789c6360000000020001"
     "48afa4710000000049454e44ae426082"
 )
+
+
+@pytest.fixture(autouse=True)
+def _own_process() -> Iterator[None]:
+    """The process beside the stages has this test's standard error."""
+    mlflow_replayer.close_idle()
+    yield
+    mlflow_replayer.close_idle()
 
 
 def track(root: Path, uri: str = "", seed: int = 0) -> Tracker:
@@ -218,7 +227,7 @@ def test_locked_store_is_filled_later(
 ) -> None:
     with track(tmp_path):
         losses(tmp_path, range(1))
-    monkeypatch.setattr(tracker, "GRACE_S", 3.0)
+    monkeypatch.setattr(mlflow_replayer, "GRACE_S", 3.0)
     other = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     start = time.monotonic()
@@ -275,7 +284,7 @@ def test_stage_killed_outright_is_recorded_and_leaves_no_process(tmp_path: Path)
         "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[2]); import test_mlflow as t\n"
         "root = Path(sys.argv[1])\n"
         "with t.track(root) as tracker:\n"
-        "    t.losses(root, range(2)); print(tracker.process.pid, flush=True); time.sleep(60)\n"
+        "    t.losses(root, range(2)); print(tracker.replayer.process.pid, flush=True); time.sleep(60)\n"
     )
     stage = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True
@@ -349,6 +358,30 @@ def test_a_store_that_was_deleted_is_filled_again(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mvhpc", "mlflow-sync", str(tmp_path / "packed.run")]
     assert subprocess.run(command, check=False).returncode == 0
     assert [step for step, _ in history(tmp_path)] == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_one_process_replays_all_stages_until_a_store_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage in whose place it ended takes a new one; each has the environment of its stage."""
+    used = []
+    for root in (tmp_path / "a", tmp_path / "b", tmp_path / "a"):
+        root.mkdir(exist_ok=True)
+        with track(root) as tracker, track(tmp_path, seed=len(used)) as other:
+            used.append((tracker.replayer.process.pid, other.replayer.process.pid))
+            losses(root, range(3))
+        assert [step for step, _ in history(root)] == [0, 1, 2]
+    assert len({frozenset(pair) for pair in used}) == 1 and len(set(used[0])) == 2
+    for path in tmp_path.rglob("mlflow.db"):
+        path.unlink()
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "unused")
+    with track(tmp_path) as tracker:
+        assert tracker.replayer.process.pid not in used[0]
+        losses(tmp_path, range(2))
+        tracker.replayer.process.kill()
+        tracker.replayer.process.wait()
+    assert tracker.replayer not in mlflow_replayer._idle
 
 
 @pytest.mark.slow

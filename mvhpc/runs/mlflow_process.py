@@ -1,7 +1,9 @@
-"""The process beside a stage that replays its journal into the MLflow store.
+"""The process beside a program that replays the journals of its stages, one after another, into their MLflow store.
 
-It costs the stage nothing where the store is slow, locked or gone. It ends when its standard input does: the stage
-writes one line of JSON there, how it ended, or is gone.
+It costs a stage nothing where the store is slow, locked or gone. The program writes two lines of JSON per stage to its
+standard input: at the start the run folder, the attempt and the environment, and in the end how the stage ended. After
+the last replay it answers with the databases that it holds open, path -> inode. It ends when its standard input does;
+a stage whose end it was not told has been killed.
 """
 
 import json
@@ -13,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 
-from mvhpc.runs.mlflow_store import explain
+from mvhpc.runs.mlflow_store import explain, open_databases
 from mvhpc.runs.mlflow_sync import catch_up, record_end, sync
 
 PERIOD_S = 3.0  # between two replays
@@ -59,10 +61,33 @@ def replay(folder: Path, attempt: str) -> None:
         pause = max(PERIOD_S, (time.monotonic() - start) / MAX_LOAD)
 
 
+def inode(path: str) -> int:
+    """The number of a file in its file system; 0 where there is none."""
+    try:
+        return Path(path).stat().st_ino
+    except OSError:
+        return 0
+
+
+def serve() -> None:
+    """Replay one stage after another, as the lines of standard input say."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # MLflow prints there
+    for line in iter(sys.stdin.readline, ""):
+        begun = json.loads(line)
+        folder = Path(begun["folder"])
+        os.environ.clear()
+        os.environ.update(begun["environment"])
+        logging.basicConfig(
+            filename=folder / "log.txt", format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+        )
+        replay(folder, begun["attempt"])
+        logging.basicConfig(handlers=[logging.NullHandler()], force=True)  # closes the file
+        print(json.dumps({path: inode(path) for path in open_databases()}), file=answers, flush=True)
+
+
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the stage, whose end ends this process
         signal.signal(number, signal.SIG_IGN)
     os.umask(0o077)  # the store and its figures are their owner's
-    run_folder = Path(sys.argv[1])
-    logging.basicConfig(filename=run_folder / "log.txt", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    replay(run_folder, sys.argv[2])
+    serve()

@@ -4,7 +4,6 @@ Every request may be repeated. ``state`` is the content of a run folder's ``trac
 :mod:`mvhpc.runs.mlflow_sync`.
 """
 
-import functools
 import os
 import re
 import socket
@@ -32,10 +31,10 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+_clients: dict[str, "MlflowClient"] = {}  # by tracking URI
 PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "60", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}  # of `mvhpc mlflow-sync`
 
 
-@functools.cache
 def store_client(uri: str) -> "MlflowClient":
     """A client of the store with that tracking URI.
 
@@ -44,7 +43,18 @@ def store_client(uri: str) -> "MlflowClient":
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from mlflow import MlflowClient  # takes a second or two
+    if uri not in _clients:
+        _clients[uri] = _connect(uri)
+    return _clients[uri]
+
+
+def open_databases() -> list[str]:
+    """Paths of the sqlite stores that this process has clients of."""
+    return [uri.removeprefix(SQLITE) for uri in _clients if uri.startswith(SQLITE)]
+
+
+def _connect(uri: str) -> "MlflowClient":
+    from mlflow import MlflowClient  # takes seconds
 
     if not uri.startswith(SQLITE):
         return MlflowClient(uri)

@@ -5,7 +5,6 @@ A stage writes its journal and knows neither of them.
 
 import importlib.metadata
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,13 +21,12 @@ from mvhpc.config import to_dict
 from mvhpc.runs.console import Console
 from mvhpc.runs.folder import identity
 from mvhpc.runs.journal import read
-from mvhpc.runs.mlflow_process import warn
+from mvhpc.runs.mlflow_replayer import Replayer, replayer
 from mvhpc.runs.mlflow_store import SQLITE
 from mvhpc.runs.mlflow_sync import absolute_store, read_state, record_end, relative_store, write_state
 from mvhpc.runtime.watchdog import Interrupted
 from shards.index import Index
 
-GRACE_S = 60.0  # how long a stage that has ended waits for the last replay
 PACKAGES = ("mvhpc", "torch", "monai", "deepspeed", "ray", "zarr", "mlflow", "numpy")
 
 
@@ -48,7 +46,7 @@ class Tracker:
     Attributes:
         attempt: identity of this start of the stage.
         state: the content of ``tracking.json``.
-        process: replays the journal into MLflow; None where MLflow is not installed.
+        replayer: replays the journal into MLflow; None where MLflow is not installed.
     """
 
     def __init__(
@@ -91,17 +89,12 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         write_state(self.folder, self.state)
         self._console.start()
-        self.process: subprocess.Popen[str] | None = None
+        self.replayer: Replayer | None = None
         if find_spec("mlflow") is None:  # prediction does without; `mvhpc mlflow-sync` sends the journal later
             print("not tracked: MLflow is not installed (pip install 'mvhpc[train]')", file=sys.stderr)
             return self
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-W", "ignore", "-m", "mvhpc.runs.mlflow_process", str(self.folder), self.attempt],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            text=True,
-        )
+        self.replayer = replayer()
+        self.replayer.begin(self.folder, self.attempt)
         return self
 
     def __exit__(
@@ -115,13 +108,8 @@ class Tracker:
         else:
             failed = issubclass(kind, Exception) and not issubclass(kind, Interrupted)
             ending = {"status": "FAILED" if failed else "KILLED", "outcome": {"error": kind.__name__}}
-        if self.process is not None:
-            try:
-                self.process.communicate(json.dumps(ending) + "\n", timeout=GRACE_S)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-                warn(self.folder, f"no answer within {GRACE_S:.0f} s")
+        if self.replayer is not None:
+            self.replayer.end(self.folder, ending)
         if read_state(self.folder)["status"] == "RUNNING":  # the process did not live to record it
             record_end(self.folder, self.attempt, ending)
 
