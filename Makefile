@@ -4,7 +4,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	done)
 VENV := .venv
 
-.PHONY: install demo test test-slurm test-others lint clean
+.PHONY: install demo test lint clean
 
 install: $(VENV)/.installed
 
@@ -23,17 +23,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	@$(VENV)/bin/mvhpc run --config demo
 
-# Two processes run the tests: first those on a real SLURM (one cluster per process), then the others.
+LONGEST := $(addprefix tests/test_,$(addsuffix .py,slurm_faults slurm training_workers launchers gpu_benchmark mlflow export))
+
+# Two processes run the tests, file by file, the longest files first.
 test: install
-	@$(MAKE) --no-print-directory --keep-going test-slurm test-others
-
-test-slurm: install  # the longest file first
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal tests/test_slurm_faults.py tests/test_slurm*.py
-
-LONGEST := $(addprefix tests/test_,$(addsuffix .py,training_workers launchers gpu_benchmark mlflow export any_variables pipeline))
-
-test-others: install  # the longest files first
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore-glob='*/test_slurm*.py' $(LONGEST) tests
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(LONGEST) tests
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -88,7 +88,7 @@ TINY = Settings(
     product_seconds=0.1,
     chains=2,
     extractions=1,
-    people=16,
+    people=8,
     rounds=1,
     turns=2,
 )
