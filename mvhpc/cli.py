@@ -81,7 +81,7 @@ def _stage(stage: Stage, options: argparse.Namespace) -> int:
             record_project(configured.project.config)
         own = configured.project and config.out == configured.own_place()
         if own or not stage.trains:  # a training continues in its folder, and refuses another one's
-            summary = do(planned, f"{stage.name}: ") or planned.summary()
+            summary = do(planned, f"{stage.name}: ", numbers=False) or planned.summary()
         else:
             summary = execute(planned)
     except KeyboardInterrupt:

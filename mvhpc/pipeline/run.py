@@ -10,12 +10,13 @@ from mvhpc.pipeline.plan import Pipeline, PipelineConfig
 from mvhpc.pipeline.project import record_project
 
 
-def do(planned: PlannedStage, label: str = "") -> dict[str, Any] | None:
+def do(planned: PlannedStage, label: str = "", numbers: bool = True) -> dict[str, Any] | None:
     """Run a stage that is not complete. A result of other settings or inputs is set aside first.
 
     Args:
         planned: the stage.
         label: beginning of the printed lines.
+        numbers: also print those of the summary.
 
     Returns:
         Its summary; None if it was complete.
@@ -42,8 +43,9 @@ def do(planned: PlannedStage, label: str = "") -> dict[str, Any] | None:
         set_aside(planned)
     start = time.monotonic()
     summary = execute(planned)
-    numbers = ", ".join(f"{k} {v:.4g}" for k, v in summary.items() if isinstance(v, int | float))
-    print(f"{' ' * len(label)}done in {time.monotonic() - start:.0f} s: {numbers}", file=sys.stderr)
+    shown = ", ".join(f"{k} {v:.4g}" for k, v in summary.items() if isinstance(v, int | float))
+    took = f"{' ' * len(label)}done in {time.monotonic() - start:.0f} s"
+    print(f"{took}: {shown}" if numbers else took, file=sys.stderr)
     return summary
 
 
