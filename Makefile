@@ -23,11 +23,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	@$(VENV)/bin/mvhpc run --config demo
 
-LONGEST := $(addprefix tests/test_,$(addsuffix .py,slurm_faults slurm training_workers launchers gpu_benchmark mlflow export))
-
-# Two processes run the tests, file by file, the longest files first.
+# Two processes run the tests, file by file.
 test: install
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(LONGEST) tests
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -53,6 +53,14 @@ SMALL_JOINT = {  # overrides of the joint stage, for latents of 2 x 2 x 2
     "model.ensemble_members": 2,
 }
 
+LONGEST = ("slurm_faults", "slurm", "training_workers", "gpu_benchmark", "launchers", "mlflow", "export")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that parallel processes end at about the same time."""
+    files = [f"test_{name}.py" for name in LONGEST]
+    items.sort(key=lambda item: files.index(item.path.name) if item.path.name in files else len(files))
+
 
 def listening(process: psutil.Process) -> set[str]:
     """The addresses at which a process waits for connections."""
