@@ -89,7 +89,7 @@ def narrow() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mvhpc.models.baseline.DenseNet121", NARROW)
+        patch.setattr("monai.networks.nets.DenseNet121", NARROW)
         yield
     torch.set_num_threads(threads)
 
@@ -188,7 +188,7 @@ def test_a_checkpoint_exports_to_what_training_wrote(trained: tuple[Path, dict[s
 
 def test_a_category_is_answered_by_chances(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the network at its full depth of 121 layers, which starts undecided."""
-    monkeypatch.setattr("mvhpc.models.baseline.DenseNet121", DenseNet121)
+    monkeypatch.setattr("monai.networks.nets.DenseNet121", DenseNet121)
     settings = config(data, tmp_path, want="group", given="[level,scan]")
     task = BaselineTask(settings)
     network = task.networks["baseline"].eval()

@@ -82,7 +82,7 @@ def test_the_model_of_a_checkpoint_is_what_training_exported(
         assert main(["export", str(run), "--out", str(tmp_path / f"{stage}-last")]) == 1
         assert "exists already" in capsys.readouterr().err
     spelt = {**places, "latents": f"{tiny_latents.parent}/../{tiny_latents.parent.name}/{tiny_latents.name}"}
-    again = load_config(JointConfig, "joint", "default", [*SHORT, *two], {**SMALL_JOINT, **spelt})
+    again = load_config(JointConfig, "joint", "default", [*SHORT, "ema=0.9"], {**SMALL_JOINT, **spelt})
     assert execute(plan("joint", again))["best_step"] == runs["joint"]["best_step"]
     config = tmp_path / "joint" / "config.yaml"
     trained = config.read_text()
