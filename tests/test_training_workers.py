@@ -332,12 +332,8 @@ def nothing_is_left() -> Iterator[None]:
     raise AssertionError(left)
 
 
-def test_a_stop_and_a_killed_worker_under_ray_change_not_one_bit(
-    runs: Path,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    nothing_is_left: None,
+def test_a_killed_worker_under_ray_changes_not_one_bit(
+    runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], nothing_is_left: None
 ) -> None:
     config = toy_config(
         **RUNS["zero1"],
@@ -346,11 +342,6 @@ def test_a_stop_and_a_killed_worker_under_ray_change_not_one_bit(
         tracking__kill_at=10,
         tracking__mark=os.path.relpath(tmp_path / "killed"),  # read from where the driver is
     )
-    monkeypatch.setenv("MVHPC_STOP_FILE", str(tmp_path / "stop"))
-    (tmp_path / "stop").touch()
-    with pytest.raises(StoppedOnRequest, match=r"^stopped on request after step 1 of 15"):
-        launch("tests.toy_task:run_toy", config, tmp_path / "run", config.compute)
-    (tmp_path / "stop").unlink()
     handler = signal.getsignal(signal.SIGINT)
     summary = launch("tests.toy_task:run_toy", config, tmp_path / "run", config.compute)
     assert signal.getsignal(signal.SIGINT) is handler  # a later interrupt is none of Ray's
@@ -358,7 +349,7 @@ def test_a_stop_and_a_killed_worker_under_ray_change_not_one_bit(
     assert digests(tmp_path / "run") == digests(runs / "zero1")
     assert curves(tmp_path / "run") == curves(runs / "zero1")
     starts = [e["step"] for e in read(tmp_path / "run") if e["event"] == "start"]
-    assert starts[:2] == [0, 1] and starts[2] in {1, 4, 5, 8}  # whichever was complete by then
+    assert starts[0] == 0 and starts[1] in {0, 4, 8}  # whichever checkpoint was complete by then
     assert summary["validation/error"] == curves(runs / "zero1")[15, "validation/error"]
     assert sorted(p.name for p in (tmp_path / "run" / "logs").iterdir()) == ["worker-0.log", "worker-1.log"]
     printed = "".join(capfd.readouterr())
