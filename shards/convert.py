@@ -1,10 +1,8 @@
 """Converting the rows of a table to volumes, in parallel."""
 
-import multiprocessing
-import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 from shards.errors import DataError
 from shards.participants import Reject, Row
 from shards.preprocess.derivative import read_quality
+from shards.processes import process_pool
 from shards.volumes import Canonical, Space, brain_extent, canonical
 
 T = TypeVar("T")
@@ -75,27 +74,20 @@ def map_rows(
         for row in rows:
             yield row, row.reason if isinstance(row, Reject) else function(row)
         return
-    context = multiprocessing.get_context("spawn")  # fork is unsafe where the caller has threads
-    pool = ProcessPoolExecutor(workers, context, initializer=_ignore_interrupts)
     pending: deque[tuple[Row | Reject, Future[str | dict[str, T]] | str]] = deque()
     try:
-        for row in rows:
-            pending.append((row, row.reason if isinstance(row, Reject) else pool.submit(function, row)))
-            if len(pending) > 4 * workers:  # bounds the results held in memory
+        with process_pool(workers) as pool:
+            for row in rows:
+                pending.append((row, row.reason if isinstance(row, Reject) else pool.submit(function, row)))
+                if len(pending) > 4 * workers:  # bounds the results held in memory
+                    yield _result(*pending.popleft())
+            while pending:
                 yield _result(*pending.popleft())
-        while pending:
-            yield _result(*pending.popleft())
     except BrokenProcessPool:
         raise DataError(
             "a worker process was killed, most likely for lack of memory: use fewer workers; complete shards are reused"
         ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _result(row: Row | Reject, outcome: Future[str | dict[str, T]] | str) -> tuple[Row | Reject, str | dict[str, T]]:
     return row, outcome if isinstance(outcome, str) else outcome.result()
-
-
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers

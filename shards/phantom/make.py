@@ -9,8 +9,6 @@ a memory score, a whole number, that falls with age (:data:`MEMORY`), independen
 """
 
 import json
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +22,7 @@ from shards.cpus import available_cores
 from shards.files import atomic_folder
 from shards.phantom.anatomy import LAW, Regression, draw_anatomy, draw_person
 from shards.phantom.brain import Tissues, render_tissues, spacing
+from shards.processes import process_pool
 from shards.progress import progress
 
 T1W = {"csf": 0.16, "grey": 0.56, "deep": 0.64, "white": 0.90}
@@ -157,8 +156,7 @@ def make_phantoms(
     with atomic_folder(Path(out)) as folder:
         write = partial(_write_subject, folder, seed, shape, rich)
         if workers > 1:
-            spawn = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(min(workers, subjects), mp_context=spawn) as pool:
+            with process_pool(min(workers, subjects)) as pool:
                 rows = list(progress(pool.map(write, range(subjects), chunksize=8), "phantoms", subjects, "brain"))
         else:
             rows = list(progress(map(write, range(subjects)), "phantoms", subjects, "brain"))

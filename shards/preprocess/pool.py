@@ -1,13 +1,12 @@
 """Processes of this machine that preprocess subjects."""
 
-import multiprocessing
-import signal
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 
 from shards.participants import Row
 from shards.preprocess.subject import Job, Outcome, Worker
+from shards.processes import process_pool
 
 KILLED = "its process was killed: most likely too large for this machine's memory"
 _worker: Worker  # of this process
@@ -39,21 +38,16 @@ def map_processes(job: Job, subjects: Sequence[list[Row]], workers: int) -> Iter
 def _map(
     job: Job, subjects: Sequence[list[Row]], indices: Sequence[int], workers: int
 ) -> Iterator[tuple[int, list[Outcome]]]:
-    context = multiprocessing.get_context("spawn")  # fork is unsafe where the caller has threads
-    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(job,))
-    try:
+    with process_pool(workers, _start, job) as pool:
         pending = {pool.submit(_preprocess, subjects[index]): index for index in indices}
         while pending:
             done, _ = wait(pending, return_when=FIRST_COMPLETED)
             for future in done:
                 yield pending.pop(future), future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start(job: Job) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its processes
     _worker = Worker(job)
 
 

@@ -1,0 +1,52 @@
+"""A pool of processes that Ctrl-C ends at any moment."""
+
+import contextlib
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+
+@contextlib.contextmanager
+def process_pool(
+    workers: int, start: Callable[..., None] | None = None, *arguments: Any
+) -> Iterator[ProcessPoolExecutor]:
+    """A pool of new processes, which leave Ctrl-C to this one. In the end, work that has not begun is dropped.
+
+    Args:
+        workers: number of processes.
+        start: called with ``arguments`` in each process first.
+    """
+    context = multiprocessing.get_context("spawn")  # fork is unsafe where the caller has threads
+    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(start, arguments))
+    try:
+        with _interrupts_held():  # one that is interrupted while it starts waits for ever for processes that it lacks
+            for _ in range(workers):
+                pool.submit(int)
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if start is not None:
+        start(*arguments)
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C inside takes effect at the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
