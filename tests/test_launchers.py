@@ -120,7 +120,7 @@ def test_interrupt_ends_the_job_and_leaves_no_process(tmp_path: Path) -> None:
         submit.send_signal(
             signal.SIGINT
         )  # to submit.py alone, as from a scheduler; a terminal signals the whole process group
-        assert submit.wait(30) == 130
+        assert submit.wait(120) == 130
     wait_for(lambda: not [p for p in psutil.process_iter() if str(tmp_path) in " ".join(words(p))])
     assert not (tmp_path / "scans").exists()
 

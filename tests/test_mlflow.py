@@ -361,6 +361,20 @@ def test_a_store_that_was_deleted_is_filled_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_interrupted_stage_does_not_wait_for_mlflow(tmp_path: Path) -> None:
+    """It is recorded by the process that stays behind; importing MLflow alone takes seconds."""
+    with pytest.raises(KeyboardInterrupt), track(tmp_path) as tracker:
+        losses(tmp_path, range(3))
+        raise KeyboardInterrupt
+    process = tracker.replayer.process
+    assert process.poll() is None and read_state(tmp_path / "packed.run")["status"] == "KILLED"
+    assert process.wait(240) == 0
+    assert [step for step, _ in history(tmp_path)] == [0, 1, 2]
+    run = synced(tmp_path / "packed.run")["run_id"]
+    assert store_client(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(run).info.status == "KILLED"
+
+
+@pytest.mark.slow
 def test_one_process_replays_all_stages_until_a_store_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

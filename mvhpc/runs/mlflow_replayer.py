@@ -62,6 +62,13 @@ class Replayer:
         self.process.kill()
         self.close()
 
+    def leave(self, ending: dict[str, Any]) -> None:
+        """Tell it how the stage ended, and let it end by itself after its last replay, since somebody waits."""
+        self._write(ending)
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+
     def usable(self) -> bool:
         """Whether it lives, and every database that it holds open is still there under its name."""
         return self.process.poll() is None and all(inode(path) == number for path, number in self._databases.items())

@@ -108,7 +108,9 @@ class Tracker:
         else:
             failed = issubclass(kind, Exception) and not issubclass(kind, Interrupted)
             ending = {"status": "FAILED" if failed else "KILLED", "outcome": {"error": kind.__name__}}
-        if self.replayer is not None:
+        if self.replayer is not None and ending["status"] == "KILLED":
+            self.replayer.leave(ending)
+        elif self.replayer is not None:
             self.replayer.end(self.folder, ending)
         if read_state(self.folder)["status"] == "RUNNING":  # the process did not live to record it
             record_end(self.folder, self.attempt, ending)
