@@ -367,6 +367,7 @@ def test_an_interrupted_stage_does_not_wait_for_mlflow(tmp_path: Path) -> None:
         losses(tmp_path, range(3))
         raise KeyboardInterrupt
     process = tracker.replayer.process
+    process.stdout.close()  # as if the program was over
     assert process.poll() is None and read_state(tmp_path / "packed.run")["status"] == "KILLED"
     assert process.wait(240) == 0
     assert [step for step, _ in history(tmp_path)] == [0, 1, 2]

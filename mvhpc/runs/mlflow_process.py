@@ -6,6 +6,7 @@ the last replay it answers with the databases that it holds open, path -> inode.
 a stage whose end it was not told has been killed.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -71,7 +72,7 @@ def inode(path: str) -> int:
 
 def serve() -> None:
     """Replay one stage after another, as the lines of standard input say."""
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # MLflow prints there
     for line in iter(sys.stdin.readline, ""):
         begun = json.loads(line)
@@ -83,7 +84,9 @@ def serve() -> None:
         )
         replay(folder, begun["attempt"])
         logging.basicConfig(handlers=[logging.NullHandler()], force=True)  # closes the file
-        print(json.dumps({path: inode(path) for path in open_databases()}), file=answers, flush=True)
+        answer = json.dumps({path: inode(path) for path in open_databases()})
+        with contextlib.suppress(BrokenPipeError):  # the program did not wait for it
+            os.write(answers, f"{answer}\n".encode())
 
 
 if __name__ == "__main__":
