@@ -5,7 +5,7 @@ import multiprocessing
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
 
@@ -20,14 +20,23 @@ def process_pool(
         start: called with ``arguments`` in each process first.
     """
     context = multiprocessing.get_context("spawn")  # fork is unsafe where the caller has threads
-    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(start, arguments))
+    pool = _Pool(workers, context, initializer=_start, initargs=(start, arguments))
     try:
-        with _interrupts_held():  # one that is interrupted while it starts waits for ever for processes that it lacks
-            for _ in range(workers):
-                pool.submit(int)
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Pool(ProcessPoolExecutor):
+    """A pool that is not interrupted while it takes work.
+
+    An interrupt could leave a lock of its queue held, or work without a process to do it: in its end it would wait for
+    ever.
+    """
+
+    def submit(self, *arguments: Any, **keywords: Any) -> "Future[Any]":
+        with _interrupts_held():
+            return super().submit(*arguments, **keywords)
 
 
 def _start(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
@@ -39,7 +48,7 @@ def _start(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> Non
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Ctrl-C inside takes effect at the end."""
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return
     pressed: list[int] = []

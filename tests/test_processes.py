@@ -3,6 +3,7 @@
 import multiprocessing.context
 import os
 import signal
+import threading
 import time
 
 import psutil
@@ -27,11 +28,28 @@ def test_ctrl_c_while_a_process_starts(number: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", pressed)
     try:
         with pytest.raises(KeyboardInterrupt), process_pool(2) as pool:
-            pool.submit(time.sleep, 600)
-            pytest.fail("the pool is used")
+            pool.submit(int)
+            pool.submit(time.sleep, 1)
+            time.sleep(600)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert len(started) == 2 and not any(map(psutil.pid_exists, started))
+    assert len(started) == number + 1 and not any(map(psutil.pid_exists, started))
+
+
+@pytest.mark.parametrize("milliseconds", range(0, 60, 5))
+def test_ctrl_c_while_work_is_taken(milliseconds: int) -> None:
+    """An interrupt that leaves a lock of the pool's queue held makes the pool's end wait for ever."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), process_pool(1) as pool:
+            pool.submit(int).result()
+            pressed = threading.Timer(milliseconds / 1000, os.kill, (os.getpid(), signal.SIGINT))
+            pressed.start()
+            while True:
+                pool.submit(int)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    pressed.join()
 
 
 def test_ctrl_c_drops_what_has_not_begun() -> None:
