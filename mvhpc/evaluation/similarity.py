@@ -14,7 +14,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
     Gaussian window of SD 1.5 voxels and width 11, or the largest odd one that fits.
     """
-    from monai.metrics.regression import compute_ssim_and_cs  # MONAI takes five seconds to import
+    from monai.metrics.regression import compute_ssim_and_cs  # MONAI takes seconds to import
 
     width = min(11, *((n - 1) // 2 * 2 + 1 for n in x.shape[2:]))
     similarity, _ = compute_ssim_and_cs(

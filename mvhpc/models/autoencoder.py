@@ -23,7 +23,7 @@ class Autoencoder(nn.Module):
     """
 
     def __init__(self, cfg: config.AutoencoderConfig) -> None:
-        from monai.networks.nets import AutoencoderKL  # MONAI takes five seconds to import
+        from monai.networks.nets import AutoencoderKL  # MONAI takes seconds to import
 
         super().__init__()
         odd = [width for width in cfg.channels if width % cfg.norm_groups]

@@ -37,7 +37,7 @@ class Baseline(nn.Module):
     """
 
     def __init__(self, scalars: Variables, given: Sequence[str], want: str) -> None:
-        from monai.networks.layers.factories import Norm  # MONAI takes five seconds to import
+        from monai.networks.layers.factories import Norm  # MONAI takes seconds to import
         from monai.networks.nets import DenseNet121
 
         if "SYNCED_BATCH" not in Norm.names:

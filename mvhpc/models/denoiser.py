@@ -58,7 +58,7 @@ class JointDenoiser(VariableNetwork):
     """
 
     def __init__(self, variables: Variables, model: config.DenoiserConfig, masked_level: int | None = None) -> None:
-        from monai.networks.nets import DiffusionModelUNet  # MONAI takes five seconds to import
+        from monai.networks.nets import DiffusionModelUNet  # MONAI takes seconds to import
 
         super().__init__(variables, model.embedding, masked_level)
         config.choose(model.scalars, ("early", "late"), "way for scalars into the network")

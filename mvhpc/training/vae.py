@@ -73,7 +73,7 @@ class Discriminator(nn.Module):
     """
 
     def __init__(self, channels: int, layers: int, shape: tuple[int, ...]) -> None:
-        from monai.networks.nets import PatchDiscriminator  # MONAI takes five seconds to import
+        from monai.networks.nets import PatchDiscriminator  # MONAI takes seconds to import
 
         super().__init__()
         left = min(shape) // 2**layers - 2  # each of two more convolutions of width 4 removes one voxel
@@ -93,7 +93,7 @@ class Discriminator(nn.Module):
 @cache
 def least_squares() -> nn.Module:
     """Least squares of Mao et al. 2017, with MONAI's leaky output."""
-    from monai.losses import PatchAdversarialLoss  # MONAI takes five seconds to import
+    from monai.losses import PatchAdversarialLoss  # MONAI takes seconds to import
 
     return PatchAdversarialLoss(criterion="least_squares")
 

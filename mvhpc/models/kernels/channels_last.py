@@ -11,7 +11,7 @@ from mvhpc.models.kernels.normalization import GroupNorm
 
 def use_channels_last_blocks(module: nn.Module) -> None:
     """Replace the classes of a network's MONAI blocks and norms by those of ``monai_blocks``, in place."""
-    from mvhpc.models.kernels.monai_blocks import OURS  # MONAI takes five seconds to import
+    from mvhpc.models.kernels.monai_blocks import OURS  # MONAI takes seconds to import
 
     for part in module.modules():
         part.__class__ = OURS.get(type(part), type(part))

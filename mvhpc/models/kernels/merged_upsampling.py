@@ -101,7 +101,7 @@ def merge_upsampling(module: nn.Module) -> None:
 
     Names, shapes and values of the weights stay the same; results change by rounding.
     """
-    from monai.networks.blocks import UpSample  # MONAI takes five seconds to import
+    from monai.networks.blocks import UpSample  # MONAI takes seconds to import
 
     for part in [*module.modules()]:
         if isinstance(part, UpSample):

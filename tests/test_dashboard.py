@@ -1,0 +1,109 @@
+"""The dashboard: behind a password, on loopback alone, and waited for until it answers in HTTP."""
+
+import base64
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from mvhpc.config import ConfigError
+from mvhpc.runs.dashboard import HOST, dashboard, wait_for_server
+from mvhpc.runs.journal import Journal
+from mvhpc.runs.mlflow_store import store_client
+from mvhpc.runs.mlflow_sync import sync, synced
+from tests.test_mlflow import PNG, losses, track
+
+
+def test_a_server_is_waited_for_until_it_answers_in_http() -> None:
+    """Not HTTP, nothing at all, and an error are no answer; and a probe can never connect to itself."""
+    answers = [b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"", b"HTTP/1.1 503 Not yet\r\nContent-Length: 0\r\n\r\n"]
+    answers += [b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"]
+    peers = []
+
+    def serve_all(server: socket.socket) -> None:
+        for answer in answers:
+            connection, peer = server.accept()
+            with connection:
+                peers.append(peer[0])
+                connection.recv(1024)
+                connection.sendall(answer)
+
+    with socket.create_server((HOST, 0)) as server:
+        url = f"http://{HOST}:{server.getsockname()[1]}/health"
+        thread = threading.Thread(target=serve_all, args=(server,))
+        thread.start()
+        assert wait_for_server(url, thread.is_alive, 60)
+        thread.join(10)
+    assert len(peers) == len(answers) and HOST not in peers
+    assert not wait_for_server(url, lambda: True, 1)
+    assert not wait_for_server(url, lambda: False, 3600)
+
+
+def get(url: str, login: str = "") -> int:
+    """The status of a GET, with ``user:password`` where given."""
+    request = urllib.request.Request(url)
+    if login:
+        request.add_header("Authorization", "Basic " + base64.b64encode(login.encode()).decode())
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.slow
+def test_dashboard_needs_its_password_and_takes_what_was_kept_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, runs = tmp_path / "store", tmp_path / "runs"
+    store.mkdir()
+    runs.mkdir()
+    store_client(f"sqlite:///{store / 'mlflow.db'}")
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    address = f"http://127.0.0.1:{port + 1}"  # the next free port, where nothing listens yet
+    with track(runs, uri=address):
+        losses(runs, range(3))
+        (runs / "packed.run" / "x.png").write_bytes(PNG)
+        Journal(runs / "packed.run").write("artifact", step=0, path="x.png")
+
+    command = [sys.executable, "-m", "mvhpc", "dashboard", str(store), "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        line = server.stdout.readline().split()
+        password = line[-1]
+        assert line[0].startswith(f"{address}/#/experiments/")
+        assert line[1:] == ["user:", "admin", "password:", password]
+        for path in ("/", "/api/2.0/mlflow/experiments/get?experiment_id=0", "/get-artifact?path=x&run_uuid=y"):
+            assert get(address + path) == get(address + path, "admin:guess") == 401
+        assert get(address, f"admin:{password}") == 200
+        secret = store / ".dashboard" / "password"
+        assert (secret.read_text(), secret.stat().st_mode & 0o777) == (password, 0o600)
+        with pytest.raises(OSError):  # bound to that one address, not to all of the machine's
+            socket.create_connection(("127.0.0.2", port + 1), timeout=2)
+
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+        sync(runs / "packed.run")
+        client = store_client(address)
+        run = synced(runs / "packed.run")["run_id"]
+        assert [m.step for m in client.get_metric_history(run, "train/loss")] == [0, 1, 2]
+        assert [p.read_bytes() for p in (store / "mlartifacts").rglob("x.png")] == [PNG]
+    finally:
+        server.send_signal(signal.SIGINT)
+    assert server.wait(30) == 0
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", port + 1), timeout=2)
+    taken.close()
+
+
+def test_dashboard_of_no_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no MLflow store .*mlflow\.db"):
+        dashboard(str(tmp_path))
