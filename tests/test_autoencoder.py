@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from mvhpc import config
@@ -77,3 +79,40 @@ def test_checkpointing_changes_no_gradient() -> None:
         gradients.append([p.grad for p in network.parameters() if p.grad is not None])
     for plain, saved in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, saved)
+
+
+def shortcut(channels: int, volumes: Tensor) -> Autoencoder:
+    """Of 2 x 2 x 2 blocks, fitted to volumes (B, 1, H, W, D)."""
+    network = Autoencoder(config.AutoencoderConfig([8, 8], channels, 1, 4, False, shortcut=True)).eval()
+    network.fit_shortcut(volumes[:, 0])
+    return network
+
+
+@torch.no_grad()
+def squared_error(network: Autoencoder, volumes: Tensor) -> float:
+    return float((network.decode(network.encode(volumes)[0]) - volumes).square().mean())
+
+
+def test_a_shortcut_starts_as_the_principal_components_of_blocks() -> None:
+    torch.manual_seed(0)
+    mixing = torch.randn(8, 8) * torch.tensor([3.0, 2, 1, 0.5, 0.3, 0.2, 0.1, 0.05])
+    blocks = torch.randn(32, 8 * 8 * 8, 8) @ mixing.T  # independent of each other
+    volumes = blocks.view(32, 8, 8, 8, 2, 2, 2).permute(0, 1, 4, 2, 5, 3, 6).reshape(32, 1, 16, 16, 16)
+    network = shortcut(3, volumes)
+    rows = blocks.flatten(0, 1).double()
+    squares = torch.linalg.eigvalsh(rows.T @ rows / len(rows)).flip(0)
+    left = float(squares[3:].sum() / 8)  # what the components leave out; of neighbours nothing can be learnt
+    assert 0.98 * left < squared_error(network, volumes) < left
+    with torch.no_grad():
+        mean = network.encode(volumes)[0].square().mean((0, 2, 3, 4))
+    torch.testing.assert_close(mean, torch.ones(3), rtol=1e-4, atol=0)
+    assert torch.equal(network.down.weight, shortcut(3, volumes).down.weight)
+    assert squared_error(shortcut(8, volumes), volumes) < 1e-6  # with all components nothing is lost
+
+
+def test_a_shortcut_reads_details_of_a_block_from_its_neighbours() -> None:
+    torch.manual_seed(0)
+    smooth = F.avg_pool3d(torch.randn(32, 1, 20, 20, 20), 5, 1)  # (32, 1, 16, 16, 16)
+    x = smooth.reshape(32, 8, 2, 8, 2, 8, 2).permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, 8).double()
+    alone = float(torch.linalg.eigvalsh(x.T @ x / len(x))[:6].sum() / 8)  # of two components, without neighbours
+    assert squared_error(shortcut(2, smooth), smooth) < 0.8 * alone

@@ -203,7 +203,7 @@ def test_volumes_that_do_not_divide_are_refused_before_it_starts(tmp_path: Path)
 
 @pytest.mark.parametrize("preset", [p.stem for p in (CONFIGS / "vae").glob("*.yaml")])
 def test_presets_build_networks_eight_times_down(preset: str) -> None:
-    """But for the demo, whose volumes of 32 cubed would leave too few cells."""
+    """But for small volumes, which would leave too few cells."""
     settings = load_config(VAEConfig, "vae", preset, ["data=d", "out=o"])
-    assert len(settings.model.channels) == (3 if preset == "demo" else 4)
+    assert len(settings.model.channels) == (3 if preset in {"demo", "small"} else 4)
     assert all(width % settings.model.norm_groups == 0 for width in settings.model.channels)

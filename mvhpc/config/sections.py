@@ -113,6 +113,7 @@ class AutoencoderConfig:
     res_blocks: int
     norm_groups: int
     checkpointing: bool
+    shortcut: bool = False  # a linear map beside the networks, fitted in closed form before training
 
 
 @dataclass
@@ -130,6 +131,7 @@ class DenoiserConfig:
     embedding: int  # width of time and scalar embeddings
     dropout: float
     checkpointing: bool
+    linear_components: int = 0  # of the linear denoiser that the U-Net's output is added to (late); 0: none
 
 
 @dataclass

@@ -21,6 +21,7 @@ from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.baseline import Baseline, scalars_of
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.models.joint_network import JointNetwork, network_classes
+from mvhpc.models.linear_denoiser import LinearDenoiser
 from mvhpc.models.loading import load_weights
 from mvhpc.models.model_folder import (
     check_manifest,
@@ -137,7 +138,19 @@ class JointModel:
         Raises:
             ModelError: a missing or damaged file.
         """
-        return JointNetwork(self.denoiser, self.scalars)
+        return JointNetwork(self.denoiser, self.scalars, self.linear)
+
+    @cached_property
+    def linear(self) -> LinearDenoiser | None:
+        """The linear part of what is predicted of volumes; None where there is none.
+
+        Raises:
+            ModelError: a missing or damaged file.
+        """
+        if "linear" not in self.meta["networks"]:
+            return None
+        tensors = from_bytes(read_weights(self.folder, self.meta, "linear"))
+        return LinearDenoiser(self.diffusion, tensors).to(self.device)
 
     @cached_property
     def autoencoder(self) -> Autoencoder:
@@ -185,6 +198,7 @@ def save_joint(
     latent: Mapping[str, Any],
     intervals: Mapping[str, Sequence[float]] | None = None,
     temperature: Mapping[str, float] | None = None,
+    linear: LinearDenoiser | None = None,
     grid: Mapping[str, Any],
     training: TrainingPeople | None = None,
     extra: Mapping[str, Any] | None = None,
@@ -202,6 +216,7 @@ def save_joint(
         intervals: continuous variable -> what becomes [-1, 1]; the schema's range where not named.
         temperature: of the posterior, by scalar; 1 where not named. None: as in the folder, where the network of
             scalars stays.
+        linear: part of what is predicted of volumes; None: none.
         grid: ``spacing``, ``shape`` and ``affine`` of the volumes.
         training: from whom it learnt; None where that is not known.
         extra: JSON-able facts to keep beside it.
@@ -230,6 +245,8 @@ def save_joint(
     moments = {f"{name}.{moment}": facts[moment] for name, facts in latent.items() for moment in ("mean", "sd")}
     tensors = {name: to_bytes(state) for name, state in networks.items()}
     tensors |= {"autoencoder": read_weights(vae, autoencoder, "autoencoder"), "latents": to_bytes(moments)}
+    if linear is not None:
+        tensors["linear"] = to_bytes(linear.state_dict())
     save_networks(folder, meta, tensors, keep)
 
 

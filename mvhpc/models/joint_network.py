@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mvhpc import config
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.models.layers import Values
+from mvhpc.models.linear_denoiser import LinearDenoiser
 from mvhpc.models.scalar_predictor import ScalarPredictor
 from mvhpc.variables import Variables
 from shards.schema import Schema
@@ -38,10 +39,13 @@ class JointNetwork:
     Args:
         denoiser: of volumes; in the early design of all variables.
         scalars: of scalars; None in the early design.
+        linear: added to what the denoiser predicts of volumes; None in the early design.
     """
 
-    def __init__(self, denoiser: JointDenoiser, scalars: ScalarPredictor | None = None) -> None:
-        self.denoiser, self.scalars = denoiser, scalars
+    def __init__(
+        self, denoiser: JointDenoiser, scalars: ScalarPredictor | None = None, linear: LinearDenoiser | None = None
+    ) -> None:
+        self.denoiser, self.scalars, self.linear = denoiser, scalars, linear
 
     def __call__(self, z: Values, t: Values, want: Collection[str] | None = None) -> dict[str, Tensor]:
         """Outputs by variable; see the networks' ``forward``."""
@@ -51,4 +55,6 @@ class JointNetwork:
             outputs |= self.scalars(z, t, want)
         if not set(self.denoiser.outputs).isdisjoint(want):
             outputs |= self.denoiser(z, t, want)
+            if self.linear is not None:
+                outputs |= {name: outputs[name] + v for name, v in self.linear(z, t).items()}
         return outputs

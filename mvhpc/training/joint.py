@@ -23,11 +23,12 @@ from mvhpc.config import (
 from mvhpc.diffusion.joint import Batch, JointDiffusion
 from mvhpc.models.bundle import autoencoder_identity, save_joint
 from mvhpc.models.joint_network import build_networks
+from mvhpc.models.linear_denoiser import LinearDenoiser
 from mvhpc.models.loading import prepare
 from mvhpc.models.scalar_predictor import ScalarPredictor
 from mvhpc.models.training_people import TrainingPeople
 from mvhpc.records import scalar_values
-from mvhpc.runtime.devices import repeatable, resolve_device
+from mvhpc.runtime.devices import one_thread, repeatable, resolve_device
 from mvhpc.runtime.randomness import generator, rand
 from mvhpc.training.calibration import calibrate
 from mvhpc.training.cross_fitting import assign_folds
@@ -41,6 +42,8 @@ from shards.schema import Schema
 
 SD_FLOOR = 0.1  # least SD of an element, in typical SDs: latents of empty background hardly vary
 STANDARDIZED = 256  # subjects by which the encoders' features are scaled before training
+MOST_FITTED = 1024  # subjects that the linear denoiser is fitted to
+PEOPLE_PER_COMPONENT = 4  # a quarter as many components as subjects: its held-out errors are near their smallest
 MOST_HELD_OUT = 500  # subjects for validation and calibration of scalars
 VALIDATION_DRAWS = 16  # noise draws per validation sample, the same at every validation
 
@@ -167,6 +170,11 @@ def open_latents(config: JointConfig) -> Dataset:
             f"queries_per_volume={queries} clean_volume_prob={probability}: at least 1, and a probability; 1 and 0 "
             "unless diffusion.time=independent and model.scalars=late, where a network of its own predicts scalars"
         )
+    if config.model.linear_components and not (config.model.scalars == "late" and config.diffusion.volume == "v"):
+        raise ConfigError(
+            f"model.linear_components={config.model.linear_components}: 0 unless model.scalars=late and "
+            "diffusion.volume=v; the linear denoiser predicts v of volumes from all scalars"
+        )
     members = config.model.ensemble_members
     if members < 1 or (members > 1 and not separate):
         raise ConfigError(
@@ -213,6 +221,7 @@ class JointTask(Task):
         held_out = [i for i in validation_first if not self.in_fold[i].all()]
         self.held_out = held_out[: max(MOST_HELD_OUT, len(validation))]  # positions of the validation samples
         self.validation = len(self.held_out) if validation else 0
+        self.linear = self._fit_linear()
         torch.manual_seed(config.training.seed)  # the layers' initial weights
         self.networks = build_networks(variables, config.model, self.diffusion.masked_level)
         scalars = self.networks.get("scalars")
@@ -254,6 +263,23 @@ class JointTask(Task):
         typical = sd.square().mean().sqrt()
         return facts | {"mean": mean.float(), "sd": sd.clamp(min=float(SD_FLOOR * typical)).float()}
 
+    def _fit_linear(self) -> LinearDenoiser | None:
+        """The linear denoiser of the training part, mirrored versions included; None where the configuration has none,
+        or nobody has all volumes."""
+        values, present = self.people.take(self.in_training.nonzero()[:, 0][:MOST_FITTED].tolist())
+        whole = torch.stack([present[v.name] for v in self.diffusion.variables.volumes]).all(0)
+        if not self.config.model.linear_components or not whole.any():
+            return None
+        both = [self._encode(values, torch.full_like(whole, mirror)) for mirror in (False, True)]
+        components = min(self.config.model.linear_components, int(whole.sum()) // PEOPLE_PER_COMPONENT)
+        with one_thread():
+            return LinearDenoiser.fit(
+                self.diffusion,
+                {name: torch.cat([version[name] for version in both]) for name in values},
+                {name: there.repeat(2) for name, there in present.items()},
+                components,
+            )
+
     def load(self, indices: list[int]) -> dict[str, Any]:
         """``values`` and ``present`` by variable, and ``in_fold`` (B, R)."""
         values, present = self.people.take(indices)
@@ -294,6 +320,8 @@ class JointTask(Task):
         levels |= {v.name: levels[v.name].masked_fill(still, 0) for v in volumes}
         noised = self.diffusion.noise(clean, present, levels, queries)
         outputs = networks["denoiser"](noised.z, noised.t, moving=noised.moving)
+        if self.linear is not None:
+            outputs = outputs | {name: outputs[name] + v for name, v in self.linear(noised.z, noised.t).items()}
         if "scalars" in networks:
             draw = rand(generators, (len(volumes),), self.diffusion.device)
             z, t = self.diffusion.show_clean(noised, draw < self.config.clean_volume_prob)
@@ -318,6 +346,8 @@ class JointTask(Task):
         generators = [generator(seed, "train", step, i) for i in indices]
         first = next(iter(batch["present"].values()))
         self.diffusion.to(first.device)
+        if self.linear is not None:
+            self.linear.to(first.device)
         clean = self._encode(batch["values"], rand(generators, (), first.device) < 0.5)
         queries = [generator(seed, "train", step, i, q) for i in indices for q in range(self.config.queries_per_volume)]
         in_training, in_fold = self.in_training[indices], batch["in_fold"]
@@ -336,6 +366,8 @@ class JointTask(Task):
         """
         device = next(networks["denoiser"].parameters()).device
         self.diffusion.to(device)
+        if self.linear is not None:
+            self.linear.to(device)
         clean, present, held_out = self._read_held_out(indices, device)
         untrained = ~self.in_training[[self.held_out[i] for i in indices]]
         fresh = untrained.to(device)
@@ -385,6 +417,7 @@ class JointTask(Task):
             latent=self.latent,
             intervals=self.intervals,
             temperature=temperature,
+            linear=self.linear,
             grid=self.grid,
             training=self.training_people,
             extra={"validation": metrics, "calibrated on": len(indices)},

@@ -18,11 +18,13 @@ from mvhpc.models.autoencoder import Autoencoder, kl_divergence
 from mvhpc.models.bundle import save_autoencoder
 from mvhpc.models.perceptual import SqueezeLPIPS, load_lpips, slice_distance
 from mvhpc.records import volume_shape
+from mvhpc.runtime.devices import one_thread
 from mvhpc.runtime.randomness import generator, rand, randn
 from mvhpc.training.engines.base import Engine
 from mvhpc.training.task import Task
 from shards.dataset import open_dataset
 
+FITTED = 32  # training volumes whose blocks start the autoencoder's shortcut
 SHOWN = 4  # validation subjects in the figure of reconstructions
 NARROW = "model.channels=[16,16,32,64] model.res_blocks=1 model.norm_groups=8"  # those of the preset small
 COARSE_MM = 4.0
@@ -154,6 +156,9 @@ class VAETask(Task):
         torch.manual_seed(config.training.seed)  # the layers' initial weights
         autoencoder = Autoencoder(config.model)
         self.latent_shape = autoencoder.latent_shape(shape)
+        if config.model.shortcut:
+            with one_thread():  # the same sums in every worker
+                autoencoder.fit_shortcut([*self._read(self.train[:FITTED])[:, 0].float()])
         self.networks: dict[str, nn.Module] = {"autoencoder": autoencoder}
         self.learning_rates = {"autoencoder": config.optimizer.lr}
         if config.loss.adversarial:
