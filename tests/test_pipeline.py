@@ -10,6 +10,7 @@ from mvhpc.pipeline.plan import PipelineConfig
 from mvhpc.pipeline.run import run_pipeline
 
 SMALL = {
+    "predict_by": "joint",
     "queries": [{"want": ["age"], "given": ["image", "sex"]}, {"want": ["sex"], "given": []}],
     "phantom": {"subjects": 16, "shape": [16, 16, 16]},
     "pack": {"spacing": 12.0, "shape": [16, 16, 16], "workers": 1},

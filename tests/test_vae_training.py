@@ -78,15 +78,19 @@ def test_psnr_and_ssim_are_scikit_images() -> None:
     rng = np.random.default_rng(0)
     x = rng.random((2, 1, 14, 16, 20)).astype(np.float32)
     y = np.clip(x + 0.1 * rng.standard_normal(x.shape), 0, 1).astype(np.float32)
-    a, b = torch.from_numpy(x), torch.from_numpy(y)
+    a, b, inside = torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(rng.random(x.shape) < 0.3)
     for i in range(2):
+        where = inside[i, 0].numpy()
+        expected = peak_signal_noise_ratio(x[i, 0][where], y[i, 0][where], data_range=1)
+        assert float(psnr(a, b, inside)[i]) == pytest.approx(expected, rel=1e-5)
         expected = peak_signal_noise_ratio(x[i, 0], y[i, 0], data_range=1)
         assert float(psnr(a, b)[i]) == pytest.approx(expected, rel=1e-5)
         _, similarity = structural_similarity(
             x[i, 0], y[i, 0], data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True
         )
-        inner = similarity[5:-5, 5:-5, 5:-5].mean()  # where the window of 11 lies inside
-        assert float(ssim(a, b)[i]) == pytest.approx(inner, abs=1e-5)
+        inner = (slice(5, -5),) * 3  # where the window of 11 lies inside
+        assert float(ssim(a, b)[i]) == pytest.approx(similarity[inner].mean(), abs=1e-5)
+        assert float(ssim(a, b, inside)[i]) == pytest.approx(similarity[inner][where[inner]].mean(), abs=1e-5)
     assert torch.equal(ssim(a[..., :8, :8, :8], a[..., :8, :8, :8]), torch.ones(2))  # fits a smaller window
 
 

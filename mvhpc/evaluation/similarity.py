@@ -4,15 +4,24 @@ import torch
 from torch import Tensor
 
 
-def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio (B,) in dB of volumes (B, 1, H, W, D) in [0, 1], background included."""
-    return -10 * torch.log10((x - y).square().flatten(1).mean(1))
+def psnr(x: Tensor, y: Tensor, inside: Tensor | None = None) -> Tensor:
+    """Peak signal-to-noise ratio (B,) in dB of volumes (B, 1, H, W, D) in [0, 1].
+
+    Args:
+        x, y: the volumes.
+        inside: the voxels that count, bool (B, 1, H, W, D). None: all, background included.
+    """
+    return -10 * torch.log10(_mean((x - y).square(), inside))
 
 
-def ssim(x: Tensor, y: Tensor) -> Tensor:
+def ssim(x: Tensor, y: Tensor, inside: Tensor | None = None) -> Tensor:
     """Structural similarity (B,) of volumes (B, 1, H, W, D) in [0, 1] (Wang et al. 2004, in 3D).
 
-    Gaussian window of SD 1.5 voxels and width 11, or the largest odd one that fits.
+    Gaussian window of SD 1.5 voxels and width 11, or the largest odd one that fits; where it fits whole.
+
+    Args:
+        x, y: the volumes.
+        inside: the windows that count, by their centres, bool (B, 1, H, W, D). None: all, background included.
     """
     from monai.metrics.regression import compute_ssim_and_cs  # MONAI takes seconds to import
 
@@ -20,4 +29,16 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     similarity, _ = compute_ssim_and_cs(
         x, y, spatial_dims=3, kernel_size=[width] * 3, kernel_sigma=[1.5] * 3, data_range=1.0
     )
-    return similarity.flatten(1).mean(1)
+    edge = width // 2
+    if inside is not None and edge:
+        inside = inside[:, :, edge:-edge, edge:-edge, edge:-edge]
+    return _mean(similarity, inside)
+
+
+def _mean(values: Tensor, inside: Tensor | None) -> Tensor:
+    """(B, ...) to the mean of each sample (B,), NaN where nothing is inside."""
+    return (
+        torch.where(inside, values, torch.nan).flatten(1).nanmean(1)
+        if inside is not None
+        else values.flatten(1).mean(1)
+    )

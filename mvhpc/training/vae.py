@@ -136,7 +136,9 @@ class VAETask(Task):
         ConfigError: the data are not volumes, lack this split, or have a shape that the networks cannot process.
     """
 
-    exported: Mapping[str, Sequence[str]] = {"autoencoder": ("reconstruction", "kl", "psnr", "ssim")}
+    exported: Mapping[str, Sequence[str]] = {
+        "autoencoder": ("reconstruction", "kl", "psnr", "ssim", "psnr_in_brain", "ssim_in_brain")
+    }
 
     def __init__(self, config: VAEConfig) -> None:
         self.config = config
@@ -226,16 +228,18 @@ class VAETask(Task):
         return {"loss": loss, **losses}
 
     def validate(self, indices: list[int], networks: dict[str, nn.Module]) -> dict[str, Tensor]:
-        """L1, PSNR and SSIM of the reconstruction from the posterior mean, and the KL term."""
+        """L1, PSNR and SSIM of the reconstruction from the posterior mean, of the brain alone too, and the KL term."""
         network = networks["autoencoder"]
         x = self._read([self.others[i] for i in indices]).to(next(network.parameters()).device).float()
         y, mean, sigma = network(x, torch.zeros(len(x), *self.latent_shape, device=x.device))
-        y = y.float().clamp(0, 1)
+        y, brain = y.float().clamp(0, 1), x > 0
         return {
             "reconstruction": (y - x).abs().flatten(1).mean(1),
             "kl": kl_divergence(mean, sigma),
             "psnr": psnr(y, x),
             "ssim": ssim(y, x),
+            "psnr_in_brain": psnr(y, x, brain),
+            "ssim_in_brain": ssim(y, x, brain),
         }
 
     def figures(self, networks: dict[str, nn.Module], step: int) -> dict[str, Callable[[Path], None]]:
