@@ -1,13 +1,18 @@
 """The linear denoiser against the algebra of normal distributions."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from mvhpc import config
 from mvhpc.diffusion.joint import JointDiffusion
+from mvhpc.diffusion.sampling import sample
+from mvhpc.models.bundle import JointModel, load
 from mvhpc.models.linear_denoiser import SIZES, LinearDenoiser
 from mvhpc.variables import Categorical, Continuous, Variables, Volume
+from tests.test_joint_training import task as task_of
 
 SETTINGS = config.DiffusionConfig(1000, 0.0015, 0.0195, "independent", 0.1, 0.4, 0.3, "v", "v", {})
 VARIABLES = Variables(
@@ -119,3 +124,49 @@ def test_unknown_scalars_leave_the_mean_and_a_model_without_structure_predicts_n
     without = LinearDenoiser(process, p | {"effect": torch.zeros(S, D)})(values, t)
     for name, v in LinearDenoiser(process, p)(values, t).items():
         assert torch.equal(v, without[name])
+
+
+def test_people_drawn_with_it_follow_the_law() -> None:
+    process, p, n = diffusion(), parts(), 1000
+    linear = LinearDenoiser(process, p)
+    given = {"age": torch.full((n, 1), 1.5), "sex": torch.ones(n, dtype=torch.int64)}
+    noise = [torch.Generator().manual_seed(i) for i in range(n)]
+    both = ["t1w", "t2w"]
+    drawn = sample(
+        lambda z, t, want: linear(z, t),
+        process,
+        given,
+        noise,
+        conditioning="clean",
+        want=both,
+        steps=100,
+        solver="dpm",
+    )
+    x = torch.cat([drawn["t1w"].flatten(1), drawn["t2w"].flatten(1)], 1)
+    effect, loadings, rest = plain(p)
+    mean, covariance = features(given["age"][:1], given["sex"][:1]) @ effect, loadings.T @ loadings + rest
+    sd = covariance.diagonal().sqrt()
+    assert ((x.mean(0) - mean[0]).abs() / sd).max() < 4 / n**0.5
+    scale = sd[:, None] * sd
+    assert ((torch.cov(x.T) - covariance).abs() / scale).max() < 0.25
+
+
+def test_a_trained_model_keeps_it(tiny_latents: Path, tiny_model: Path, tmp_path: Path) -> None:
+    task = task_of(tiny_latents, tiny_model)
+    assert task.linear is not None
+    states = {name: network.state_dict() for name, network in task.networks.items()}
+    task.export(tmp_path / "model", states, {})
+    model = load(tmp_path / "model", kind=JointModel)
+    assert model.linear is not None
+    for name, x in task.linear.state_dict().items():
+        assert torch.equal(x, model.linear.state_dict()[name])
+    z = {"image": torch.randn(3, *task.diffusion.variables.volumes[0].shape)}
+    z |= {"age": torch.randn(3, 1), "sex": torch.tensor([0, 1, 1])}
+    t = {name: torch.tensor([0, 300, 1000]) for name in z}
+    alone = model.denoiser(z, t)["image"]
+    torch.testing.assert_close(model.network(z, t, ["image"])["image"], alone + task.linear(z, t)["image"])
+
+
+def test_a_design_that_it_does_not_fit_is_refused(tiny_latents: Path, tiny_model: Path) -> None:
+    with pytest.raises(config.ConfigError, match="linear_components=8: 0 unless"):
+        task_of(tiny_latents, tiny_model, **{"diffusion.volume": "x0", "model.linear_components": 8})

@@ -63,6 +63,8 @@ def stages(root: Path, quick: bool) -> None:
                 "out": root / "vae",
                 "model.channels": [8, 16, 64],  # half of the demo's widths where voxels are many
                 "model.latent_channels": 8,
+                "model.shortcut": False,  # few channels: all methods but DenseNet read latents
+                "optimizer.lr": 2.0e-3,
                 "training.batch": 4,
                 "training.epochs": epochs["vae"],
                 "training.validate_every": 1,
