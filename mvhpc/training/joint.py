@@ -1,5 +1,6 @@
 """Training of the joint diffusion (paper, section 3.1), with all latents in memory."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,8 @@ from shards.schema import Schema
 
 SD_FLOOR = 0.1  # least SD of an element, in typical SDs: latents of empty background hardly vary
 STANDARDIZED = 256  # subjects by which the encoders' features are scaled before training
-MOST_FITTED = 1024  # subjects that the linear denoiser is fitted to
+MOST_FITTED = 1024  # subjects that the linear denoiser is fitted to, and
+MOST_ELEMENTS = 2**28  # elements of their latents, mirrored ones included: 1 GiB
 PEOPLE_PER_COMPONENT = 4  # a quarter as many components as subjects: its held-out errors are near their smallest
 MOST_HELD_OUT = 500  # subjects for validation and calibration of scalars
 VALIDATION_DRAWS = 16  # noise draws per validation sample, the same at every validation
@@ -266,7 +268,8 @@ class JointTask(Task):
     def _fit_linear(self) -> LinearDenoiser | None:
         """The linear denoiser of the training part, mirrored versions included; None where the configuration has none,
         or nobody has all volumes."""
-        values, present = self.people.take(self.in_training.nonzero()[:, 0][:MOST_FITTED].tolist())
+        most = min(MOST_FITTED, MOST_ELEMENTS // (2 * sum(math.prod(facts["shape"]) for facts in self.latent.values())))
+        values, present = self.people.take(self.in_training.nonzero()[:, 0][:most].tolist())
         whole = torch.stack([present[v.name] for v in self.diffusion.variables.volumes]).all(0)
         if not self.config.model.linear_components or not whole.any():
             return None
