@@ -75,8 +75,13 @@ def main() -> None:
     values: dict[str, Any] = {"model": options.model, "out": "unused"}
     sampler = Sampler.of(load_config(GenerateConfig, "generate", "default", options.overrides, values))
     dataset, volume = open_dataset(options.data), sampler.model.variables.volumes[0].name
-    seen = [key for part in ("train", "validation") for key in dataset.keys(part, options.split)]
-    keys = dataset.keys("test", options.split)
+
+    def people(*parts: str) -> list[str]:
+        """Those whose age and sex are known."""
+        keys = [key for part in parts for key in dataset.keys(part, options.split)]
+        return [key for key in keys if None not in (dataset.values(key)["age"], dataset.values(key)["sex"])]
+
+    seen, keys = people("train", "validation"), people("test")
 
     def read(of: list[str]) -> list[Floats]:
         return [dataset.read(key, volume).astype(np.float32) for key in of]
