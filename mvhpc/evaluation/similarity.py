@@ -37,8 +37,6 @@ def ssim(x: Tensor, y: Tensor, inside: Tensor | None = None) -> Tensor:
 
 def _mean(values: Tensor, inside: Tensor | None) -> Tensor:
     """(B, ...) to the mean of each sample (B,), NaN where nothing is inside."""
-    return (
-        torch.where(inside, values, torch.nan).flatten(1).nanmean(1)
-        if inside is not None
-        else values.flatten(1).mean(1)
-    )
+    if inside is None:
+        return values.flatten(1).mean(1)
+    return values.where(inside, torch.nan).flatten(1).nanmean(1)

@@ -56,5 +56,5 @@ class JointNetwork:
         if not set(self.denoiser.outputs).isdisjoint(want):
             outputs |= self.denoiser(z, t, want)
             if self.linear is not None:
-                outputs |= {name: outputs[name] + v for name, v in self.linear(z, t).items()}
+                outputs = self.linear.added_to(outputs, z, t)
         return outputs

@@ -142,6 +142,10 @@ class LinearDenoiser(nn.Module):
             v = torch.where(sigma > 0, (alpha * x - x0) / sigma.clamp(min=1e-6), 0.0)
             return dict(zip((w.name for w in volumes), self._unrotate(v)))
 
+    def added_to(self, outputs: Mapping[str, Tensor], z: Values, t: Values) -> Batch:
+        """A network's outputs by variable, those of volumes plus this v."""
+        return {**outputs, **{name: outputs[name] + v for name, v in self(z, t).items()}}
+
     def _unrotate(self, x: Tensor) -> list[Tensor]:
         """Vectors (B, D) to volumes (B, C, h, w, d)."""
         volumes, found = self.diffusion.variables.volumes, []

@@ -324,7 +324,7 @@ class JointTask(Task):
         noised = self.diffusion.noise(clean, present, levels, queries)
         outputs = networks["denoiser"](noised.z, noised.t, moving=noised.moving)
         if self.linear is not None:
-            outputs = outputs | {name: outputs[name] + v for name, v in self.linear(noised.z, noised.t).items()}
+            outputs = self.linear.added_to(outputs, noised.z, noised.t)
         if "scalars" in networks:
             draw = rand(generators, (len(volumes),), self.diffusion.device)
             z, t = self.diffusion.show_clean(noised, draw < self.config.clean_volume_prob)

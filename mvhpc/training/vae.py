@@ -26,7 +26,7 @@ from shards.dataset import open_dataset
 
 FITTED = 32  # training volumes whose blocks start the autoencoder's shortcut
 SHOWN = 4  # validation subjects in the figure of reconstructions
-NARROW = "model.channels=[16,16,32,64] model.res_blocks=1 model.norm_groups=8"  # those of the preset small
+NARROW = "model.channels=[16,16,32,64] model.res_blocks=1 model.norm_groups=8"
 COARSE_MM = 4.0
 
 
