@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -15,6 +16,7 @@ from mvhpc.diffusion.posterior import Posterior
 from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.models.joint_network import JointNetwork, build_networks
 from mvhpc.models.layers import sinusoid
+from mvhpc.models.scalar_predictor import FixedNorm, Halve
 from mvhpc.variables import Categorical, Continuous, Variables, Volume
 from tests.conftest import DIFFUSION
 from tests.networks import joint, parts, perturbed, predictor, settings
@@ -119,18 +121,29 @@ def test_one_encoding_of_the_volumes_serves_every_query() -> None:
         torch.testing.assert_close(x, whole[name].repeat_interleave(2, 0))
 
 
-def test_the_encoder_starts_with_standardised_features_and_sees_nothing_in_noise() -> None:
+def test_every_layer_of_the_encoder_starts_with_standardised_inputs_and_sees_nothing_in_noise() -> None:
     v = variables()
     z, t = inputs(v, 50)
-    net, same = (predictor(model(v, masked_level=1000)) for _ in range(2))
+    net = predictor(model(v, masked_level=1000))
     clean, noise = ({**t, "v0": torch.full((50,), level)} for level in (0, 1000))
     net.standardize_features({"v0": z["v0"]})
-    same.encoders[0].out = nn.Identity()
-    features = same.encode(z, clean)[:, 0]
-    scaled = (features - features.mean(0)) / features.std(0)
-    untouched = predictor(model(v)).encoders[0].out
-    torch.testing.assert_close(net.encode(z, clean)[:, 0], untouched(scaled), rtol=1e-4, atol=1e-4)
+    found: list[Tensor] = []
+    for part in net.encoders.modules():
+        if isinstance(part, FixedNorm):
+            part.register_forward_hook(lambda *call: found.append(call[2].transpose(0, 1).flatten(1)))
+    net.encode(z, clean)
+    assert len(found) == 3
+    for x in found:
+        mean, sd = x.mean(1), x.std(1)
+        assert mean.abs().max() < 1e-4
+        assert ((sd - 1).abs() < 1e-3).logical_or(sd == 0).all() and sd.any()  # 0: a channel that ReLU empties
     assert not net.encode(z, noise).any()
+
+
+@pytest.mark.parametrize("size", [(4, 6, 2), (5, 3, 1)])
+def test_halving_is_max_pooling(size: tuple[int, ...]) -> None:
+    x = torch.randn(2, 3, *size)
+    assert torch.equal(Halve()(x).relu(), F.max_pool3d(x, 2, ceil_mode=True).relu())
 
 
 def test_ensemble_members_are_independent() -> None:

@@ -23,7 +23,6 @@ from tests.conftest import pack_people, write_bids
 SMALL: dict[str, Any] = {
     "encoder.spacing": 16.0,
     "encoder.channels": [8, 8],
-    "encoder.norm_groups": 4,
     "encoder.embedding": 8,
     "encoder.components": 2,
     "encoder.ensemble_members": 3,

@@ -142,7 +142,6 @@ class EncoderConfig:
     ensemble_members: int  # each trained without a fold of its own
     components: int  # of the mixture that is predicted for a number
     channels: list[int]
-    norm_groups: int
     embedding: int  # width of scalar embeddings
 
 

@@ -6,21 +6,23 @@ levels of the other scalars. Several members are trained by cross-fitting (:mod:
 
 import math
 from collections.abc import Collection
+from itertools import pairwise
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvhpc.models.kernels.channels_last import use_channels_last_blocks
 from mvhpc.models.layers import Token, Values, VariableNetwork, zero_linear
 from mvhpc.variables import Categorical, Scalar, Variables
+
+LEAST_SD = 1e-3  # that a channel is divided by
 
 
 class Widths(Protocol):
     """The configuration of the networks."""
 
     channels: list[int]
-    norm_groups: int
     embedding: int
     components: int
     ensemble_members: int
@@ -33,7 +35,6 @@ class ScalarPredictor(VariableNetwork):
         variables: at least one volume and one scalar; all volumes of one spatial size.
         model: widths, and the number of members.
         masked_level: the level from which a value is pure noise and masked by zero. None: no value is masked.
-        first_stride: of the encoders' first convolution.
 
     Raises:
         ValueError: no volume, or volumes of different size.
@@ -43,19 +44,16 @@ class ScalarPredictor(VariableNetwork):
     scale: Tensor
     shift: Tensor
 
-    def __init__(
-        self, variables: Variables, model: Widths, masked_level: int | None = None, first_stride: int = 1
-    ) -> None:
+    def __init__(self, variables: Variables, model: Widths, masked_level: int | None = None) -> None:
         super().__init__(variables, model.embedding, masked_level)
         self.components = model.components
         parts = zip(*(v.channelwise() for v in self.volumes))
         for name, part in zip(("scale", "shift"), parts):  # (sum C, h, w, d)
             self.register_buffer(name, torch.cat(part), persistent=False)
         members = range(model.ensemble_members)
-        self.encoders = nn.ModuleList(Encoder(self.channels, model, first_stride) for _ in members)
+        self.encoders = nn.ModuleList(Encoder(self.channels, model) for _ in members)
         self.tokens = nn.ModuleList(nn.ModuleList(Token(v, model.embedding) for v in self.scalars) for _ in members)
         self.heads = nn.ModuleList(ScalarHeads(self.scalars, len(variables), model) for _ in members)
-        use_channels_last_blocks(self)
 
     def forward(self, z: Values, t: Values, want: Collection[str] | None = None) -> dict[str, Tensor]:
         """
@@ -104,11 +102,11 @@ class ScalarPredictor(VariableNetwork):
         return {name: torch.stack(members, 1) for name, members in predictions.items()}
 
     def standardize_features(self, z: Values) -> None:
-        """Before training: scale each encoder's features by clean volumes (N, C, h, w, d) of some people."""
+        """Before training: scale each encoder's layers by clean volumes (N, C, h, w, d) of some people."""
         latents = self._channelwise(z, {name: torch.zeros(len(x)) for name, x in z.items()})
         for encoder in self.encoders:
             assert isinstance(encoder, Encoder)
-            encoder.standardize_features(latents)
+            encoder.standardize(latents)
 
     def _channelwise(self, z: Values, t: Values) -> Tensor:
         """All volumes, standardised by channel: (B, sum C, h, w, d)."""
@@ -116,54 +114,86 @@ class ScalarPredictor(VariableNetwork):
 
 
 class Encoder(nn.Module):
-    """Features of the volumes: a few convolutions, averaged over each octant.
+    """Features of the volumes: convolutions, all but the last with max pooling, averaged over the volume; cf. SFCN
+    (Peng et al. 2021).
 
-    It takes latents standardised by channel. Equal tissue is then one number everywhere, so that averages measure how
-    much there is of what, and roughly where. Standardised by element, as the U-Net has them, it is another number in
-    each place.
+    It takes latents standardised by channel: equal tissue is one number everywhere. Nothing is normalised within a
+    volume, which would take away how much there is of which tissue.
 
     Args:
         channels: of the latents of all volumes.
         model: widths.
-        first_stride: of the first convolution.
     """
 
-    def __init__(self, channels: int, model: Widths, first_stride: int = 1) -> None:
+    def __init__(self, channels: int, model: Widths) -> None:
         super().__init__()
-        widths = [channels, *model.channels, model.channels[-1]]
-        strides = [first_stride, *[2] * (len(model.channels) - 1), 1]
-        self.blocks = nn.Sequential(
-            *(
-                nn.Sequential(nn.Conv3d(i, o, 3, stride, padding=1), nn.GroupNorm(model.norm_groups, o), nn.SiLU())
-                for i, o, stride in zip(widths, widths[1:], strides)
-            )
-        )
-        self.out = nn.Linear(8 * widths[-1], widths[-1])
+        *widths, last = [channels, *model.channels]
+        parts: list[nn.Module] = []
+        for i, o in pairwise(widths):
+            parts += [FixedNorm(i), nn.Conv3d(i, o, 3, padding=1), Halve(), nn.ReLU()]
+        self.convolutions = nn.Sequential(*parts, FixedNorm(widths[-1]), nn.Conv3d(widths[-1], last, 1), nn.ReLU())
+        self.out = nn.Sequential(FixedNorm(last), nn.Linear(last, last))
 
     @torch.no_grad()
-    def standardize_features(self, latents: Tensor) -> None:
-        """Absorb mean and SD of the octants' averages over latents (N, channels, h, w, d) into the last layer.
-
-        The averages of two people differ by a hundredth of their size; unscaled, this difference is learnt late.
-        """
-        features = _octants(self.blocks(latents))  # (N, 8 C)
-        self.out.weight.div_(features.std(0).clamp(min=1e-3))
-        self.out.bias.sub_(self.out.weight @ features.mean(0))
+    def standardize(self, latents: Tensor) -> None:
+        """Before training: standardise the inputs of every layer over latents (N, channels, h, w, d)."""
+        _fit_norms(self.out, _fit_norms(self.convolutions, latents).mean((2, 3, 4)))
 
     def forward(self, latents: Tensor) -> Tensor:
         """Latents (B, channels, h, w, d), standardised by channel, to (B, model.channels[-1])."""
-        return self.out(_octants(self.blocks(latents)))
+        return self.out(self.convolutions(latents).mean((2, 3, 4)))
 
 
-def _octants(x: Tensor) -> Tensor:
-    """(B, C, h, w, d) to its means over both halves of each axis, (B, 8 C).
+class FixedNorm(nn.Module):
+    """Standardisation of each channel by a mean and an SD that training does not change: frozen batch normalisation.
 
-    Not ``AdaptiveAvgPool3d(2)``, whose gradient on GPUs differs from run to run.
+    Averages over a volume differ little between people. Changes of the weights of activations whose mean is not zero
+    shift everybody's averages by more than they differ, and the encoder learns late or never.
     """
-    for _ in range(3):
-        n = x.shape[2]
-        x = torch.stack([x[:, :, : (n + 1) // 2].mean(2), x[:, :, n // 2 :].mean(2)], -1)
-    return x.flatten(1)
+
+    mean: Tensor
+    sd: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("sd", torch.ones(channels))
+
+    def fit(self, x: Tensor) -> None:
+        """Take mean and SD of x (N, channels, ...)."""
+        others = [0, *range(2, x.ndim)]
+        self.mean.copy_(x.mean(others))
+        self.sd.copy_(x.std(others).clamp(min=LEAST_SD))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, ...) to the same."""
+        shape = (-1, *[1] * (x.ndim - 2))
+        return (x - self.mean.reshape(shape)) / self.sd.reshape(shape)
+
+
+def _fit_norms(parts: nn.Sequential, x: Tensor) -> Tensor:
+    """Fit the norms among some layers to their inputs in turn; the layers' output."""
+    for part in parts:
+        if isinstance(part, FixedNorm):
+            part.fit(x)
+        x = part(x)
+    return x
+
+
+class Halve(nn.Module):
+    """The largest of 2 x 2 x 2 values; 0 is added at the end of an axis of an odd size.
+
+    Not ``MaxPool3d``, whose gradient on GPUs is not repeatable.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w, d) to half of each size, rounded up."""
+        for axis in (2, 3, 4):
+            if x.shape[axis] % 2:
+                x = F.pad(x, [0, 0] * (4 - axis) + [0, 1])
+            first, second = x.unflatten(axis, (-1, 2)).unbind(axis + 1)
+            x = torch.where(first > second, first, second)
+        return x
 
 
 class ScalarHeads(nn.Module):

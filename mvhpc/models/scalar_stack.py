@@ -25,8 +25,8 @@ CONTEXTS = ("volumes", "scalars")  # whether a query gives a volume, or scalars 
 
 
 def build_encoders(variables: Variables, model: Widths) -> ScalarPredictor:
-    """The 3D encoders of pooled volumes, untrained. Their first convolution halves the volumes, for speed."""
-    return ScalarPredictor(variables, model, MASKED, first_stride=2)
+    """The 3D encoders of pooled volumes, untrained."""
+    return ScalarPredictor(variables, model, MASKED)
 
 
 @dataclass(frozen=True)

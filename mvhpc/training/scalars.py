@@ -38,7 +38,7 @@ from shards.dataset import Dataset, open_dataset
 from shards.errors import nearest
 from shards.schema import Schema
 
-STANDARDIZED = 256  # subjects by which the encoders' features are scaled before training
+STANDARDIZED = 64  # subjects by which the encoders' layers are standardised before training
 BATCH = 32  # subjects whose features are computed at a time
 FEWEST = 10  # subjects to train on
 
