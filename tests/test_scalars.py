@@ -17,7 +17,7 @@ from mvhpc.models.bundle import load
 from mvhpc.models.scalar_bundle import ScalarsModel
 from mvhpc.training.engines.base import Engine
 from mvhpc.training.engines.local import LocalEngine
-from mvhpc.training.scalars import ScalarsConfig, ScalarsTask
+from mvhpc.training.scalars import ScalarsConfig, ScalarsTask, mirror
 from tests.conftest import pack_people, write_bids
 
 SMALL: dict[str, Any] = {
@@ -101,7 +101,7 @@ def test_rows_do_not_depend_on_the_batch(trained: Path, packed: Path) -> None:
 
 
 def test_a_batch_is_the_mean_of_its_halves(packed: Path) -> None:
-    """Augmentation and queries belong to (seed, step, sample): the loss does not see how a batch is divided."""
+    """Mirroring and queries belong to (seed, step, sample): the loss does not see how a batch is divided."""
     task = ScalarsTask(configure(packed, Path("unused")))
     for weights in task.networks["encoders"].parameters():  # output layers start at zero
         weights.data += 0.05 * torch.randn_like(weights)
@@ -115,6 +115,12 @@ def test_a_batch_is_the_mean_of_its_halves(packed: Path) -> None:
     for name, value in whole.items():
         assert torch.isclose(value, (first[name] + second[name]) / 2, rtol=1e-4, atol=1e-6), name
     assert any(not torch.isclose(first[name], second[name]) for name in whole)
+
+
+def test_only_chosen_volumes_are_mirrored() -> None:
+    x = torch.randn(2, 1, 3, 4, 5)
+    found = mirror(x, torch.tensor([True, False]))
+    assert torch.equal(found[0], x[0].flip(1)) and torch.equal(found[1], x[1])
 
 
 def test_nobody_is_held_out_from_what_was_fitted_to_them(packed: Path) -> None:

@@ -26,9 +26,8 @@ from mvhpc.models.scalar_stack import MASKED, build_encoders, standardized
 from mvhpc.models.training_people import TrainingPeople
 from mvhpc.models.typicality import COMPONENTS, Typicality
 from mvhpc.records import channels_of, cube, read_pooled, scalar_values
-from mvhpc.runtime.devices import one_thread, resolve_device
+from mvhpc.runtime.devices import one_thread, resolve_device, send
 from mvhpc.runtime.randomness import generator, rand
-from mvhpc.training.augmentation import AugmentationConfig, augment
 from mvhpc.training.cross_fitting import assign_folds
 from mvhpc.training.engines.base import Engine
 from mvhpc.training.stacking import stack_members
@@ -64,7 +63,6 @@ class ScalarsConfig:
     schema: str  # name under configs/schema, a YAML file, or "" for the schema the data were packed with
     linear: LinearConfig
     encoder: EncoderConfig
-    augmentation: AugmentationConfig
     queries_per_volume: int  # queries about each volume and step, for one encoding of it
     ema: float  # decay per step
     optimizer: Optimizer
@@ -219,16 +217,12 @@ class ScalarsTask(Task):
     def step(
         self, batch: dict[str, Any], engines: dict[str, Engine], step: int, indices: list[int]
     ) -> dict[str, Tensor]:
-        """Change the volumes at random, predict for random queries, and take one optimiser step."""
+        """Mirror volumes at random, predict for random queries, and take one optimiser step."""
         seed, n = self.config.training.seed, self.config.queries_per_volume
-        pooled = {
-            name: augment(
-                x.float(), self.config.augmentation, [generator(seed, "change", name, step, i) for i in indices]
-            )
-            for name, x in batch["pooled"].items()
-        }
-        names = self.variables.names
+        mirrored = rand([generator(seed, "mirror", step, i) for i in indices]) < 0.5
+        pooled = {name: mirror(x.float(), mirrored) for name, x in batch["pooled"].items()}
         queries = [generator(seed, "query", step, i, q) for i in indices for q in range(n)]
+        names = self.variables.names
         hidden = rand(queries, (len(names),)) < 0.5  # (B Q, V)
         of_volumes = {v.name for v in self.variables.volumes}
         rows = torch.arange(len(indices)) * n  # volumes are shown or not once for all queries about them
@@ -366,6 +360,11 @@ class ScalarsTask(Task):
             if len(part):
                 distances.append(components.distances(components.scores(part), COMPONENTS))
         return Typicality.of_people(torch.cat(distances))
+
+
+def mirror(x: Tensor, chosen: Tensor) -> Tensor:
+    """Volumes (B, C, h, w, d) with left and right, the first axis of space, exchanged in the chosen rows (B,)."""
+    return torch.where(send(chosen, x.device).reshape(-1, 1, 1, 1, 1), x.flip(2), x)
 
 
 def member_nll(output: Tensor, truth: Tensor, category: bool) -> Tensor:
