@@ -123,6 +123,28 @@ def test_only_chosen_volumes_are_mirrored() -> None:
     assert torch.equal(found[0], x[0].flip(1)) and torch.equal(found[1], x[1])
 
 
+def test_a_tenth_of_the_volumes_and_half_of_the_scalars_are_hidden(packed: Path) -> None:
+    task = ScalarsTask(configure(packed, Path("unused"), **{"training.batch": 16}))
+    found: list[dict[str, torch.Tensor]] = []
+
+    def losses(*args: Any) -> dict[str, torch.Tensor]:
+        found.append(args[-1])
+        return {"age": sum(p.sum() for p in task.networks["encoders"].parameters()) * torch.zeros(16)}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task, "_losses", losses)
+        engines, people = engines_of(task), list(range(16))
+        for step in range(30):
+            task.step(task.load(people), engines, step=step, indices=people)
+    hidden = {name: torch.cat([of[name] for of in found]) for name in task.variables.names}
+    for v in task.variables.volumes:
+        assert hidden[v.name].shape == (30 * 16,)
+        assert abs(hidden[v.name].float().mean() - 0.1) < 0.05
+    for s in task.variables.scalars:
+        assert hidden[s.name].shape == (30 * 16 * task.config.queries_per_volume,)
+        assert abs(hidden[s.name].float().mean() - 0.5) < 0.05
+
+
 def test_nobody_is_held_out_from_what_was_fitted_to_them(packed: Path) -> None:
     """No gradient of a person reaches the encoder that they are held out from, nor does their age the linear member."""
     task = ScalarsTask(configure(packed, Path("unused")))

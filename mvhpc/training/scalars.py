@@ -38,6 +38,7 @@ from shards.errors import nearest
 from shards.schema import Schema
 
 STANDARDIZED = 64  # subjects by which the encoders' layers are standardised before training
+HIDDEN_VOLUMES, HIDDEN_SCALARS = 0.1, 0.5  # shares of the queries in training
 BATCH = 32  # subjects whose features are computed at a time
 FEWEST = 10  # subjects to train on
 
@@ -222,15 +223,12 @@ class ScalarsTask(Task):
         mirrored = rand([generator(seed, "mirror", step, i) for i in indices]) < 0.5
         pooled = {name: mirror(x.float(), mirrored) for name, x in batch["pooled"].items()}
         queries = [generator(seed, "query", step, i, q) for i in indices for q in range(n)]
-        names = self.variables.names
-        hidden = rand(queries, (len(names),)) < 0.5  # (B Q, V)
-        of_volumes = {v.name for v in self.variables.volumes}
-        rows = torch.arange(len(indices)) * n  # volumes are shown or not once for all queries about them
+        draws = rand(queries, (len(self.variables.names),))  # (B Q, V)
         device = batch["in_fold"].device
-        unknown = {
-            name: (hidden[rows, i] & hidden[rows, 0] if name in of_volumes else hidden[:, i]).to(device)
-            for i, name in enumerate(names)
-        }
+        unknown = {}
+        for name, u in zip(self.variables.names, draws.T):
+            # A volume is hidden or not once for all queries about it.
+            unknown[name] = (u[::n] < HIDDEN_VOLUMES if name in pooled else u < HIDDEN_SCALARS).to(device)
         losses = self._losses(engines["encoders"], pooled, batch["values"], batch["present"], batch["in_fold"], unknown)
         loss = torch.stack(list(losses.values())).sum(0).mean()
         engines["encoders"].backward(loss)
