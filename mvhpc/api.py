@@ -4,6 +4,7 @@ import csv
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from numpy.typing import ArrayLike
 from mvhpc.bids_app import Request, predict_scans
 from mvhpc.config import choose, load_config
 from mvhpc.inference.generate import GenerateConfig, draw_people
-from mvhpc.inference.predictor import PredictConfig, Predictor
+from mvhpc.inference.open_predictor import open_predictor
+from mvhpc.inference.predictor import PredictConfig
 from mvhpc.inference.sampler import Sampler, parse_given
-from mvhpc.models.bundle import JointModel
+from mvhpc.models.bundle import JointModel, load_model_of_scalars
 from mvhpc.models.bundle import load as load_model
 from mvhpc.models.model_folder import ModelError
 from mvhpc.models.scalar_bundle import ScalarsModel
@@ -29,8 +31,8 @@ SUBJECT = "sub-scan"
 
 
 @dataclass(frozen=True)
-class Joint:
-    """A joint model, which answers questions about packed people and draws synthetic ones.
+class Model:
+    """A trained model: of scalars, which answers questions about people, or joint, which draws synthetic ones too.
 
     Attributes:
         path: its run folder.
@@ -41,69 +43,6 @@ class Joint:
     path: str
     device: str
     schema: Schema
-
-    def predict(
-        self, data: Dataset | str | Path, given: Sequence[str], want: Sequence[str], keys: Sequence[str] | None = None
-    ) -> list[dict[str, Any]]:
-        """Predict scalars of people of a packed data set, as ``mvhpc predict`` does with its defaults.
-
-        Args:
-            data: the data set, or its folder.
-            given: names of the known variables.
-            want: names of the scalars to predict.
-            keys: of the records; all where None.
-
-        Returns:
-            A row for each key, with the columns of a table of ``mvhpc predict``.
-
-        Raises:
-            ConfigError: a query that the model does not take, data on another grid, or an unknown key.
-        """
-        dataset = data if isinstance(data, Dataset) else open_dataset(data)
-        wanted = dataset.keys() if keys is None else list(keys)
-        for key in wanted:
-            choose(key, dataset.keys(), "key")
-        values = {"model": self.path, "data": str(dataset.folder), "out": "", "split": "all", "given": list(given)}
-        values |= {"want": list(want), "compute.device": self.device}
-        config = load_config(PredictConfig, "predict", values=values)
-        predictor = Predictor(config, self._model())
-        return [row for i in range(0, len(wanted), config.batch) for row in predictor(wanted[i : i + config.batch])]
-
-    def generate(self, count: int = 1, given: Mapping[str, Value] | None = None, seed: int = 0) -> list[dict[str, Any]]:
-        """Draw synthetic people, as ``mvhpc generate`` does with its defaults.
-
-        Args:
-            count: how many.
-            given: scalars with fixed values, as ``{"age": 70, "sex": "F"}``.
-            seed: of the noise; person i of a seed is always the same.
-
-        Returns:
-            Variable -> value of each person: volumes (H, W, D) float32 in [0, 1], numbers in their unit, class names.
-
-        Raises:
-            ConfigError: a count below one, an unknown variable, or a value that the schema does not allow.
-        """
-        values = {"model": self.path, "out": "", "count": count, "seed": seed, "compute.device": self.device}
-        config = load_config(GenerateConfig, "generate", values=values)
-        fixed = parse_given(self.schema, {name: str(value) for name, value in (given or {}).items()})
-        sampler = Sampler(self._model(), config.sampling, config.compute)
-        return list(draw_people(sampler, config.count, fixed, config.seed, config.batch))
-
-    def _model(self) -> JointModel:
-        return load_model(self.path, resolve_device(self.device), kind=JointModel)
-
-
-@dataclass(frozen=True)
-class Model:
-    """A trained model of scalars that answers questions about single raw scans.
-
-    Attributes:
-        path: its run folder.
-        scalars: the model.
-    """
-
-    path: str
-    scalars: ScalarsModel
 
     def predict(
         self,
@@ -127,11 +66,13 @@ class Model:
 
         Raises:
             ConfigError: an unknown variable.
+            ModelError: a model without a model of scalars.
             DataError: a missing package of the preprocessing.
             ValueError: an array without affine.
         """
         given = dict(given or {})
-        volume = self.scalars.variables.volumes[0].name
+        scalars = self._scalars
+        volume = scalars.variables.volumes[0].name
         with tempfile.TemporaryDirectory() as folder:
             if isinstance(scan, str | Path):
                 path = Path(scan).absolute()
@@ -140,17 +81,69 @@ class Model:
                 if affine is None:
                     raise ValueError("voxels need their affine, (4, 4), voxel to mm in RAS")
                 nib.save(nib.Nifti1Image(np.asarray(scan, np.float32), np.asarray(affine, float)), path)
-            columns = {self.scalars.schema[name].column: value for name, value in given.items()}
+            columns = {scalars.schema[name].column: value for name, value in given.items()}
             with (Path(folder) / "scans.csv").open("w", newline="") as stream:
                 writer = csv.writer(stream)
                 writer.writerows([[ID, PATH, *columns], [SUBJECT, path, *columns.values()]])
             source, out = Path(folder) / "scans.csv", Path(folder) / "out"
             request = Request(source, out, self.path, given=[volume, *given], want=want, workers=1)
-            ((row,), _) = predict_scans(request, self.scalars)
+            ((row,), _) = predict_scans(request, scalars)
         return {name: value for name, value in row.items() if name not in {"key", "subject"}}
 
+    @cached_property
+    def _scalars(self) -> ScalarsModel:
+        return load_model_of_scalars(self.path, resolve_device(self.device))
 
-def load(path: str | Path, device: str = "auto") -> Model | Joint:
+    def predict_people(
+        self, data: Dataset | str | Path, given: Sequence[str], want: Sequence[str], keys: Sequence[str] | None = None
+    ) -> list[dict[str, Any]]:
+        """Predict scalars of people of a packed data set, as ``mvhpc predict`` does with its defaults.
+
+        Args:
+            data: the data set, or its folder.
+            given: names of the known variables.
+            want: names of the scalars to predict.
+            keys: of the records; all where None.
+
+        Returns:
+            A row for each key, with the columns of a table of ``mvhpc predict``.
+
+        Raises:
+            ConfigError: a query that the model does not take, data on another grid, or an unknown key.
+        """
+        dataset = data if isinstance(data, Dataset) else open_dataset(data)
+        wanted = dataset.keys() if keys is None else list(keys)
+        for key in wanted:
+            choose(key, dataset.keys(), "key")
+        values = {"model": self.path, "data": str(dataset.folder), "out": "", "split": "all", "given": list(given)}
+        values |= {"want": list(want), "compute.device": self.device}
+        config = load_config(PredictConfig, "predict", values=values)
+        predict = open_predictor(config)
+        return [row for i in range(0, len(wanted), config.batch) for row in predict(wanted[i : i + config.batch])]
+
+    def generate(self, count: int = 1, given: Mapping[str, Value] | None = None, seed: int = 0) -> list[dict[str, Any]]:
+        """Draw synthetic people, as ``mvhpc generate`` does with its defaults.
+
+        Args:
+            count: how many.
+            given: scalars with fixed values, as ``{"age": 70, "sex": "F"}``.
+            seed: of the noise; person i of a seed is always the same.
+
+        Returns:
+            Variable -> value of each person: volumes (H, W, D) float32 in [0, 1], numbers in their unit, class names.
+
+        Raises:
+            ConfigError: a count below one, an unknown variable, or a value that the schema does not allow.
+            ModelError: a model of scalars, which draws no volumes.
+        """
+        values = {"model": self.path, "out": "", "count": count, "seed": seed, "compute.device": self.device}
+        config = load_config(GenerateConfig, "generate", values=values)
+        fixed = parse_given(self.schema, {name: str(value) for name, value in (given or {}).items()})
+        sampler = Sampler.of(config)
+        return list(draw_people(sampler, config.count, fixed, config.seed, config.batch))
+
+
+def load(path: str | Path, device: str = "auto") -> Model:
     """Open a model of scalars or a joint model.
 
     Args:
@@ -161,8 +154,6 @@ def load(path: str | Path, device: str = "auto") -> Model | Joint:
         ModelError: no such model, one of another kind, or a damaged one.
     """
     model = load_model(path, resolve_device(device))
-    if isinstance(model, ScalarsModel):
-        return Model(str(path), model)
-    if isinstance(model, JointModel):
-        return Joint(str(path), device, model.schema)
-    raise ModelError(f"{path}: give the run folder of stage scalars or joint")
+    if not isinstance(model, ScalarsModel | JointModel):
+        raise ModelError(f"{path}: give the run folder of stage scalars or joint")
+    return Model(str(path), device, model.schema)

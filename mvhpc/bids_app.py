@@ -27,7 +27,7 @@ from mvhpc.inference.sampler import versions
 from mvhpc.inference.scalar_inputs import read_inputs
 from mvhpc.inference.scalars_predictor import ScalarsPredictor
 from mvhpc.inference.selection import Selection
-from mvhpc.models.bundle import load
+from mvhpc.models.bundle import load_model_of_scalars
 from mvhpc.models.scalar_bundle import ScalarsModel
 from mvhpc.models.scalar_stack import StackPosterior
 from mvhpc.runs.folder import identity
@@ -61,7 +61,7 @@ class Request:
     Attributes:
         source: BIDS folder or CSV of raw scans, as ``shards preprocess`` takes it.
         out: folder of the results.
-        model: run folder of a model of scalars.
+        model: run folder of a model of scalars, or of a joint model that has one.
         labels: of the participants, without ``sub-``; empty for all.
         given: known variables; the model's volumes where empty.
         want: variables to predict; every scalar that is not given where empty.
@@ -96,7 +96,7 @@ def predict_scans(request: Request, model: ScalarsModel | None = None) -> tuple[
         ConfigError: a query that the model does not take, or an unknown participant.
         DataError: a source that cannot be read, or a missing package.
     """
-    model = model or load(request.model, resolve_device(request.device), kind=ScalarsModel)
+    model = model or load_model_of_scalars(request.model, resolve_device(request.device))
     given = list(request.given) or [v.name for v in model.variables.volumes]
     want = list(request.want) or [v.name for v in model.variables.scalars if v.name not in given]
     check_query(model.schema, given, want)
@@ -337,7 +337,7 @@ def predict_command(arguments: Sequence[str]) -> int:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="FOLDER", help="run folder of a model of scalars")
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="run folder of stage scalars or joint")
     parser.add_argument("--given", default="", metavar="A,B", help="known variables (default: the scan)")
     parser.add_argument("--want", default="", metavar="A,B", help="variables to predict (default: all others)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0 for one per core")

@@ -106,8 +106,12 @@ def read_pooled(dataset: Dataset, key: str, names: Sequence[str], spacing: float
     """
     arrays = [torch.from_numpy(np.array(dataset.read(key, name))) for name in names]
     x = torch.stack([a.float() / 255 if a.dtype is torch.uint8 else a.float() for a in arrays])  # (C, H, W, D)
-    n = cube(dataset.index.grid, spacing)
-    rest = [(-size) % n for size in x.shape[1:]]
+    return pool(x, cube(dataset.index.grid, spacing))
+
+
+def pool(x: Tensor, n: int) -> Tensor:
+    """Volumes (..., H, W, D) averaged over cubes of n voxels, zeros beyond: (..., ceil(H / n), ...)."""
+    rest = [(-size) % n for size in x.shape[-3:]]
     x = F.pad(x, [edge for r in reversed(rest) for edge in (0, r)])
     return F.avg_pool3d(x, n) if n > 1 else x
 

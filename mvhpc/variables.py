@@ -44,14 +44,6 @@ class Volume:
         """z_0 (B, C, h, w, d) -> latents that the autoencoder's decoder takes."""
         return z * send(self.sd, z.device) + send(self.mean, z.device)
 
-    def channelwise(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift, each (C, h, w, d), that turn z_0 into latents standardised by channel, so that the same
-        content has the same values everywhere, as in the autoencoder's latents."""
-        mean, sd = self.mean.expand(self.shape), self.sd.expand(self.shape)
-        centre = mean.mean((1, 2, 3), keepdim=True)
-        channel_sd = (sd.square() + (mean - centre).square()).mean((1, 2, 3), keepdim=True).sqrt()
-        return sd / channel_sd, (mean - centre) / channel_sd
-
 
 @dataclass(frozen=True)
 class Continuous:

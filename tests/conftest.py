@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from mvhpc import config
+from mvhpc.execute import execute, plan
 from mvhpc.inference.encode import run as encode
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import save_autoencoder, save_joint
-from mvhpc.models.joint_network import build_networks
+from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.models.training_people import TrainingPeople
 from mvhpc.runs.folder import Run
+from mvhpc.training.scalars import ScalarsConfig
 from mvhpc.variables import Variables
 from shards.dataset import open_dataset
 from shards.pack import pack
@@ -50,7 +52,17 @@ SMALL_JOINT = {  # overrides of the joint stage, for latents of 2 x 2 x 2
     "model.norm_groups": 8,
     "model.embedding": 16,
     "model.res_blocks": 1,
-    "model.ensemble_members": 2,
+}
+SMALL_SCALARS = {  # overrides of the stage scalars
+    "encoder.spacing": 16.0,
+    "encoder.channels": [8, 8],
+    "encoder.embedding": 8,
+    "encoder.components": 2,
+    "encoder.ensemble_members": 2,
+    "training.epochs": 1,
+    "training.batch": 4,
+    "compute.device": "cpu",
+    "compute.threads": 1,
 }
 
 LONGEST = ("slurm_faults", "slurm", "training_workers", "gpu_benchmark", "launchers", "mlflow", "export")
@@ -116,14 +128,42 @@ def tiny_dataset(tiny_bids: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tiny_dataset: Path) -> Path:
-    """A run folder that holds an untrained joint model on the grid of ``tiny_dataset``."""
-    schema, folder = Schema.from_dict(SCHEMA), tiny_dataset.parent
+def tiny_vae(tiny_dataset: Path) -> Path:
+    """A run folder that holds an untrained autoencoder."""
     small = config.AutoencoderConfig([8, 8, 8, 16], latent_channels=4, res_blocks=1, norm_groups=4, checkpointing=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_autoencoder(tiny_dataset.parent / "vae" / "model", Autoencoder(small), small)
+    return tiny_dataset.parent / "vae"
+
+
+@pytest.fixture(scope="session")
+def tiny_scalars(tiny_dataset: Path) -> Path:
+    """A run folder of a model of scalars of the training and validation part of ``tiny_dataset``, six people."""
+    places = {"data": str(tiny_dataset), "out": str(tiny_dataset.parent / "scalars"), **SMALL_SCALARS}
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+        patch.setattr("mvhpc.training.scalars.FEWEST", 6)
+        execute(plan("scalars", config.load_config(ScalarsConfig, "scalars", "default", (), places)))
+    return tiny_dataset.parent / "scalars"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_dataset: Path, tiny_vae: Path, tiny_scalars: Path) -> Path:
+    """A run folder of a joint model on the grid of ``tiny_dataset``, whose U-Net is untrained."""
+    return save_untrained(tiny_dataset, "late", tiny_vae, tiny_scalars)
+
+
+@pytest.fixture(scope="session")
+def tiny_early(tiny_dataset: Path, tiny_vae: Path) -> Path:
+    """The same of the early design, which predicts scalars by chains."""
+    return save_untrained(tiny_dataset, "early", tiny_vae, None)
+
+
+def save_untrained(data: Path, design: str, vae: Path, scalars: Path | None) -> Path:
+    """The run folder of a joint model with an untrained U-Net, beside the data."""
+    schema, dataset = Schema.from_dict(SCHEMA), open_dataset(data)
     unet = config.DenoiserConfig(
-        scalars="late",
-        components=4,
-        ensemble_members=2,
+        scalars=design,
         channels=[16, 32],
         attention=[False, True],
         res_blocks=1,
@@ -136,34 +176,36 @@ def tiny_model(tiny_dataset: Path) -> Path:
     latent = {"image": {"shape": [4, 2, 2, 2], "mean": torch.tensor(0.0), "sd": torch.tensor(1.0)}}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        autoencoder = Autoencoder(small)
-        networks = build_networks(Variables.from_schema(schema, latent), unet, DIFFUSION.steps)
-        for weights in (
-            w for network in networks.values() for w in network.parameters()
-        ):  # output layers start at zero
+        network = JointDenoiser(Variables.from_schema(schema, latent), unet, DIFFUSION.steps)
+        for weights in network.parameters():  # output layers start at zero
             weights.data += 0.05 * torch.randn_like(weights)
-    dataset = open_dataset(tiny_dataset)
     keys = [key for part in ("train", "validation") for key in dataset.keys(part)]
-    training = TrainingPeople.of(dataset.index, keys, schema, [dataset.values(key) for key in keys])
-    save_autoencoder(folder / "vae" / "model", autoencoder, small)
+    folder = data.parent / {"late": "joint", "early": "early"}[design]
     save_joint(
-        folder / "joint" / "model",
-        {name: network.state_dict() for name, network in networks.items()},
-        folder / "vae",
+        folder / "model",
+        network.state_dict(),
+        vae,
+        scalars,
         model=unet,
         diffusion=DIFFUSION,
         schema=schema,
         latent=latent,
         grid=dataset.index.grid,
-        training=training,
+        training=TrainingPeople.of(dataset.index, keys, schema, [dataset.values(key) for key in keys]),
     )
-    return folder / "joint"
+    return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_latents(tiny_dataset: Path, tiny_model: Path) -> Path:
+def tiny_latents(tiny_dataset: Path, tiny_vae: Path) -> Path:
     """The latents of ``tiny_dataset``, mirrored ones too."""
     out = tiny_dataset.parent / "latents"
-    places = {"data": str(tiny_dataset), "vae": str(tiny_model.parent / "vae"), "out": str(out)}
+    places = {"data": str(tiny_dataset), "vae": str(tiny_vae), "out": str(out)}
     encode(config.load_config(EncodeConfig, "encode", "default", (), places), Run(out.with_name("encode")))
     return out
+
+
+@pytest.fixture(scope="session")
+def tiny_inputs(tiny_latents: Path, tiny_vae: Path, tiny_scalars: Path) -> dict[str, str]:
+    """The inputs of the joint stage, by their keys."""
+    return {"latents": str(tiny_latents), "vae": str(tiny_vae), "scalars": str(tiny_scalars)}

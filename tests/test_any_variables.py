@@ -100,10 +100,14 @@ def test_schemas_need_no_line_of_code(tmp_path: Path) -> None:
         do("translate", out=str(tmp_path / "x"), given=["t2w"], want="t2w", **common)
 
     small = {f"model.{k}": v for k, v in SMALL["joint"]["model"].items()}
-    small |= {"latents": str(root / "latents"), "vae": str(root / "vae"), "training.epochs": 1, "training.batch": 4}
+    few = {"training.epochs": 1, "training.batch": 4, "compute.workers": 1}
+    small |= {"latents": str(root / "latents"), "vae": str(root / "vae"), "scalars": "", **few}
     for schema, names in (("image-only", ["image"]), ("continuous-sex", ["image", "age", "sex"])):
         folder = tmp_path / schema
-        do("joint", "demo", out=str(folder), schema=schema, **small, **{"compute.workers": 1})
+        if len(names) > 1:
+            small["scalars"] = str(tmp_path / "scalars")
+            do("scalars", "demo", out=small["scalars"], data=str(root / "packed"), schema=schema, **few)
+        do("joint", "demo", out=str(folder), schema=schema, **small)
         model = load(folder)
         assert model.variables.names == names
         people = do("generate", out=str(tmp_path / f"{schema}-people"), model=str(folder), count=2, **FEW)

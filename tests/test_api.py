@@ -17,16 +17,16 @@ NOTEBOOK = Path(__file__).resolve().parent.parent / "examples" / "python.ipynb"
 
 def test_predictions_are_those_of_the_command(tiny_dataset: Path, tiny_model: Path, tmp_path: Path) -> None:
     dataset, model = mvhpc.open_dataset(tiny_dataset), mvhpc.load(tiny_model, "cpu")
-    rows = model.predict(dataset, given=["image", "sex"], want=["age"])
+    rows = model.predict_people(dataset, given=["image", "sex"], want=["age"])
     places = ["--model", str(tiny_model), "--data", str(tiny_dataset), "--out", str(tmp_path / "a.tsv")]
     assert main(["predict", *places, "--split", "all", "--given", "image,sex", "--want", "age"]) == 0
     table = read_predictions(tmp_path / "a.tsv")[0].set_index("key")
     assert [row["key"] for row in rows] == dataset.keys() == list(table.index)
     np.testing.assert_allclose([row["age"] for row in rows], table["age"], rtol=1e-5)
     some = dataset.keys("test")[1:3]
-    assert [row["key"] for row in model.predict(tiny_dataset, ["image"], ["sex"], some)] == some
+    assert [row["key"] for row in model.predict_people(tiny_dataset, ["image"], ["sex"], some)] == some
     with pytest.raises(ConfigError, match="unknown key 'sub-99'"):
-        model.predict(dataset, ["image"], ["age"], ["sub-99"])
+        model.predict_people(dataset, ["image"], ["age"], ["sub-99"])
 
 
 def test_synthetic_people_keep_what_is_given_and_depend_on_seed_and_number(tiny_model: Path) -> None:
@@ -43,9 +43,13 @@ def test_synthetic_people_keep_what_is_given_and_depend_on_seed_and_number(tiny_
         model.generate(1, {"age": 170})
 
 
-def test_a_model_of_another_kind_is_refused(tiny_model: Path) -> None:
+def test_a_model_of_another_kind_is_refused(tiny_vae: Path, tiny_scalars: Path, tiny_early: Path) -> None:
     with pytest.raises(ModelError, match="run folder of stage scalars or joint"):
-        mvhpc.load(tiny_model.parent / "vae")
+        mvhpc.load(tiny_vae)
+    with pytest.raises(ModelError, match="kind joint is needed"):
+        mvhpc.load(tiny_scalars).generate()
+    with pytest.raises(ModelError, match="no model of scalars"):
+        mvhpc.load(tiny_early).predict(np.zeros((8, 8, 8)), affine=np.eye(4))
 
 
 def test_the_notebook_runs(

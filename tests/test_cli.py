@@ -79,7 +79,7 @@ def test_missing_keys_are_named_all_at_once() -> None:
 def test_the_resolved_configuration_is_shown_as_a_file_that_can_be_read_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["train", "joint", "--config", "demo", "latents=l", "vae=v", "out=o", "training.epochs=3"]
+    words = ["train", "joint", "--config", "demo", "latents=l", "vae=v", "scalars=s", "out=o", "training.epochs=3"]
     assert main([*words, "--show-config"]) == 0
     shown = capsys.readouterr().out
     assert yaml.safe_load(shown)["training"]["epochs"] == 3

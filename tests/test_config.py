@@ -11,10 +11,11 @@ from mvhpc.inference.generate import GenerateConfig
 from mvhpc.pipeline.plan import PipelineConfig
 from mvhpc.stages import STAGES
 from mvhpc.training.joint import JointConfig
+from mvhpc.training.scalars import ScalarsConfig
 
-MANDATORY = {"out", "data", "source", "vae", "latents", "model", "image", "mask", "given", "want"}
+MANDATORY = {"out", "data", "source", "vae", "latents", "scalars", "model", "image", "mask", "given", "want"}
 PRESETS = [(p.parent.name, p.stem) for p in sorted(CONFIGS.glob("*/*.yaml")) if p.parent.name in STAGES]
-JOINT = ["out=o", "latents=l", "vae=v"]
+JOINT = ["out=o", "latents=l", "vae=v", "scalars=s"]
 
 
 @pytest.mark.parametrize(("stage", "preset"), PRESETS)
@@ -51,14 +52,12 @@ def test_fingerprint_sees_every_value() -> None:
     ("preset", "overrides", "message"),
     [
         ("demo", [*JOINT, "training.epohcs=3"], "training.epochs"),
-        ("demo", [*JOINT, "reveal=0.5"], "`reveal` is called clean_volume_prob now"),
-        ("demo", [*JOINT, "questions=4"], "`questions` is called queries_per_volume now"),
-        ("demo", [*JOINT, "model.readers=2"], "`model.readers` is called model.ensemble_members now"),
+        ("demo", [*JOINT, "clean_volume_prob=0.5"], "`clean_volume_prob` is no key any more: .* model of scalars"),
         ("demo", [*JOINT, "optimiser.lr=3"], "optimizer"),
         ("dmeo", JOINT, "'demo'"),
         ("demo", [*JOINT, "training.epochs=many"], "training.epochs=many"),
         ("demo", [*JOINT, "epochs"], "key=value"),
-        ("demo", ["out=o", "vae=v"], "latents"),
+        ("demo", ["out=o", "vae=v", "scalars=s"], "latents"),
         ("demo", [*JOINT, "training.log_every=0"], "training.log_every=0: at least 1"),
         ("nowhere/x.yaml", JOINT, "nowhere/x.yaml"),
     ],
@@ -66,6 +65,13 @@ def test_fingerprint_sees_every_value() -> None:
 def test_what_is_wrong_is_named(preset: str, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(JointConfig, "joint", preset, overrides)
+
+
+def test_the_message_says_what_was_renamed_or_removed() -> None:
+    with pytest.raises(ConfigError, match=r"`encoder\.readers` is called encoder\.ensemble_members now"):
+        load_config(ScalarsConfig, "scalars", "demo", ["out=o", "data=d", "encoder.readers=2"])
+    with pytest.raises(ConfigError, match="`predict_by` is no key any more: a joint model predicts by"):
+        load_config(PipelineConfig, "pipeline", "demo", ["predict_by=joint"])
 
 
 @pytest.mark.parametrize(

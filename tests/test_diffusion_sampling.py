@@ -13,7 +13,7 @@ from mvhpc.diffusion.sampling import levels, sample, time_grid
 from mvhpc.diffusion.schedules import scaled_linear
 from mvhpc.inference.generate import GenerateConfig
 from mvhpc.inference.translate import TranslateConfig
-from mvhpc.models.joint_network import JointNetwork
+from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.runtime.randomness import generator
 from tests.mixed_law import VARIABLES, MixedLaw, diffusion, flat, mixture, one_hot_share, stderr
 from tests.networks import perturbed, settings
@@ -34,9 +34,9 @@ def repeated(person: dict[str, Tensor], n: int) -> dict[str, Tensor]:
     return {name: value.expand(n, *value.shape[1:]) for name, value in person.items()}
 
 
-def network() -> JointNetwork:
-    """Small networks with nothing at their initial zeros."""
-    return perturbed(VARIABLES, settings(members=2, components=4, channels=[8, 8], head_channels=4, embedding=8))
+def network() -> JointDenoiser:
+    """A small network with nothing at its initial zeros."""
+    return perturbed(VARIABLES, settings("early", channels=[8, 8], head_channels=4, embedding=8))
 
 
 def test_time_grid_is_even_whole_and_shared() -> None:

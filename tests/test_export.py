@@ -35,7 +35,7 @@ VAE = [
 ]
 
 
-SCORES = {"autoencoder": "reconstruction", "denoiser": "loss_of_volumes", "scalars": "loss_of_scalars"}
+SCORES = {"autoencoder": "reconstruction", "denoiser": "loss"}
 
 
 def best_step(run: Path, score: str) -> int:
@@ -50,18 +50,18 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_the_model_of_a_checkpoint_is_what_training_exported(
-    tmp_path: Path, tiny_latents: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_latents: Path, tiny_inputs: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = pack_ellipsoids(tmp_path / "data", train=4, validation=2)
     values = {"out": str(tmp_path / "vae"), "data": str(data)}
     runs = {"vae": execute(plan("vae", load_config(VAEConfig, "vae", "default", [*VAE, *SHORT], values)))}
 
-    places = {"latents": str(tiny_latents), "vae": str(tiny_model.parent / "vae"), "out": str(tmp_path / "joint")}
+    places = {**tiny_inputs, "out": str(tmp_path / "joint")}
     two = ["compute.workers=2", "compute.zero_stage=3", "ema=0.9"]
     joint = load_config(JointConfig, "joint", "default", [*SHORT, *two], {**SMALL_JOINT, **places})
     runs["joint"] = execute(plan("joint", joint))
 
-    networks = {"vae": ["autoencoder"], "joint": ["denoiser", "scalars"]}
+    networks = {"vae": ["autoencoder"], "joint": ["denoiser"]}
     for stage, summary in runs.items():
         run, step = tmp_path / stage, int(summary["best_step"])
         checkpoint = run / "checkpoints" / f"step-{step:08d}"

@@ -13,20 +13,25 @@ from nibabel.processing import resample_from_to
 from nibabel.spaces import vox2out_vox
 
 from mvhpc.config import ConfigError, Device, Sampling, load_config
+from mvhpc.diffusion.categorical import draw
 from mvhpc.execute import execute, plan
 from mvhpc.inference import generate, inpaint
 from mvhpc.inference.generate import GenerateConfig, draw_people
 from mvhpc.inference.geometry import nifti
 from mvhpc.inference.inpaint import InpaintConfig, complete, inpaint_half, latent_mask, left_half, place
 from mvhpc.inference.sampler import Sampler
+from mvhpc.inference.scalar_draws import draw_scalars
 from mvhpc.models.bundle import JointModel, load
+from mvhpc.models.scalar_bundle import ScalarsModel
+from mvhpc.models.scalar_stack import StackPosterior
 from mvhpc.runs.folder import Run, read_record
+from mvhpc.runtime.randomness import rand
 from mvhpc.stages import STAGES
 from shards import volumes
 from shards.dataset import open_dataset
 from shards.pack import pack
 
-FEW = Sampling(conditioning="repaint", steps=5, stride=200, solver="ddim", guidance=1.0)
+FEW = Sampling(conditioning="auto", steps=5, stride=200, solver="ddim", guidance=1.0)
 CPU = Device(device="cpu", precision="float32", threads=0, compile=False)
 
 
@@ -35,9 +40,11 @@ def configuration(model: Path, out: Path, **values: Any) -> GenerateConfig:
     return load_config(GenerateConfig, "generate", "default", (), few | {"model": str(model), "out": str(out)} | values)
 
 
-@pytest.fixture(scope="module")
-def sampler(tiny_model: Path) -> Sampler:
-    return Sampler(load(tiny_model, kind=JointModel), FEW, CPU)
+@pytest.fixture(scope="module", params=["late", "early"])
+def sampler(request: pytest.FixtureRequest, tiny_model: Path, tiny_early: Path) -> Sampler:
+    late = request.param == "late"
+    few = FEW if late else replace(FEW, conditioning="repaint")
+    return Sampler(load(tiny_model if late else tiny_early, kind=JointModel), few, CPU)
 
 
 def test_people_do_not_depend_on_the_batch_or_the_count(sampler) -> None:
@@ -124,6 +131,41 @@ def test_bad_given_values_are_refused(tiny_model, tmp_path, given, words) -> Non
     with pytest.raises(ConfigError, match=words):
         generate.run(config, Run(tmp_path))
     assert not (tmp_path / "people").exists()
+
+
+def test_the_model_of_scalars_reads_what_was_filled_in(tiny_model: Path, tiny_dataset: Path, monkeypatch) -> None:
+    """Scalars are drawn given the first completion, not where the model reads tissue maps; given ones are kept."""
+    dataset, sampler = open_dataset(tiny_dataset), Sampler(load(tiny_model, kind=JointModel), FEW, CPU)
+    voxels = dataset.read(dataset.keys()[0], "image").astype(np.float32)
+    known, seen = left_half(voxels.shape), []
+    spy = lambda *args: (seen.append(args[3]["image"][0]), draw_scalars(*args))[1]  # noqa: E731
+    monkeypatch.setattr("mvhpc.inference.inpaint.draw_scalars", spy)
+    (person,) = complete(sampler, "image", voxels, known, samples=1)
+    assert len(seen) == 1 and (seen[0][known] == voxels[known]).all() and seen[0][~known].std() > 0
+    assert 0 <= person["age"] <= 120 and person["sex"] in {"F", "M"}
+    (person,) = complete(sampler, "image", voxels, known, {"age": 50.0}, samples=1)
+    assert person["age"] == 50.0 and person["sex"] in {"F", "M"}
+    assert sampler.model.scalars is not None
+    monkeypatch.setitem(sampler.model.scalars.channels, "image", ["image_GM"])
+    (person,) = complete(sampler, "image", voxels, known, {"age": 50.0}, samples=1)
+    assert person.keys() == {"image", "age"} and len(seen) == 2
+
+
+def test_scalars_are_drawn_by_the_chain_rule(tiny_scalars: Path) -> None:
+    """The first from its law, the next from its law given that one: each uniform draw is found again."""
+    model = load(tiny_scalars, kind=ScalarsModel)
+    noise = [torch.Generator().manual_seed(i) for i in range(50)]
+    people = draw_scalars(model, {}, [g.clone_state() for g in noise])
+    u = rand(noise, (1, 2)).double()[:, 0]
+    (age, sex), (values, known) = model.variables.scalars, model.variables.encode_scalars(people)
+    nobody, pooled = torch.zeros(50, dtype=torch.bool), {}
+    for v in model.variables.volumes:
+        known[v.name], pooled[v.name] = nobody, torch.zeros(50, *v.shape)
+    law = StackPosterior(model.stack, pooled, values, known | {"age": nobody, "sex": nobody}).laws(["age"])["age"]
+    free = (values["age"] > age.encode([0.0])) & (values["age"] < age.encode([120.0]))  # within the schema's range
+    torch.testing.assert_close(law.cdf(values["age"][:, 0].double())[free[:, 0]], u[free[:, 0], 0], atol=1e-4, rtol=0)
+    chances = StackPosterior(model.stack, pooled, values, known | {"sex": nobody}).laws(["sex"])["sex"]
+    assert torch.equal(values["sex"], draw(chances, u[:, 1])) and sex.name == "sex"
 
 
 def test_a_latent_cell_is_known_if_all_its_voxels_are() -> None:

@@ -1,6 +1,7 @@
 """The joint task: noise that belongs to a sample, missing values, and schemas as configuration."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -9,20 +10,20 @@ import torch
 
 from mvhpc.config import AutoencoderConfig, ConfigError, load_config
 from mvhpc.models.autoencoder import Autoencoder
-from mvhpc.models.bundle import AutoencoderModel, JointModel, load, save_autoencoder
-from mvhpc.training.calibration import calibrate
+from mvhpc.models.bundle import AutoencoderModel, load, save_autoencoder
 from mvhpc.training.cross_fitting import assign_folds
 from mvhpc.training.engines.base import Engine
 from mvhpc.training.engines.local import LocalEngine
 from mvhpc.training.joint import JointConfig, JointTask
-from mvhpc.training.loop import train
 from shards.index import Index
 from tests.conftest import SMALL_JOINT
 from tests.toy_task import digest
 
+EARLY = {"model.scalars": "early", "model.linear_components": 0, "scalars": ""}
 
-def task(latents: Path, model: Path, **changes: object) -> JointTask:
-    places = {"latents": str(latents), "vae": str(model.parent / "vae"), "out": "unused", **SMALL_JOINT, **changes}
+
+def task(inputs: dict[str, str], **changes: object) -> JointTask:
+    places = {**inputs, "out": "unused", **SMALL_JOINT, **changes}
     return JointTask(load_config(JointConfig, "joint", "default", (), places))
 
 
@@ -34,9 +35,9 @@ def engines_of(joint: JointTask, rate: float = 0.0) -> dict[str, Engine]:
     }
 
 
-def test_a_batch_is_the_mean_of_its_halves(tiny_latents: Path, tiny_model: Path) -> None:
+def test_a_batch_is_the_mean_of_its_halves(tiny_inputs: dict[str, str]) -> None:
     """Levels, noise and mirroring belong to (seed, step, sample): the loss does not see how a batch is divided."""
-    joint = task(tiny_latents, tiny_model, **{"optimizer.lr": 0.0})
+    joint = task(tiny_inputs, **{"optimizer.lr": 0.0})
     engines = engines_of(joint)
 
     def losses(indices: list[int]) -> dict[str, torch.Tensor]:
@@ -49,56 +50,49 @@ def test_a_batch_is_the_mean_of_its_halves(tiny_latents: Path, tiny_model: Path)
     assert any(not torch.isclose(first[name], second[name]) for name in whole)
 
 
-def test_people_keep_what_they_have_and_lack(tiny_latents: Path, tiny_model: Path) -> None:
-    """A missing scalar has no validation loss, and everybody else's is finite."""
-    joint = task(tiny_latents, tiny_model, split="default")
-    indices = list(range(joint.validation))
-    assert sorted(joint.held_out) == list(range(len(joint.people.keys)))
-    found = joint.validate(indices, joint.networks)
-    for name in ("age", "sex"):
-        missing = ~joint.people.present[name][joint.held_out]
-        assert missing.any() or name == "sex"
-        assert torch.equal(found[f"loss_{name}"].isnan(), missing)
-    for name in ("loss", "loss_of_volumes", "loss_image"):  # the U-Net is not validated on its training part
-        assert torch.equal(found[name].isnan(), joint.in_training[joint.held_out])
-    assert found["loss_of_scalars"].isfinite().all()
-    again = joint.validate(indices, joint.networks)
-    for name, value in found.items():  # the same levels and noise at every validation
-        assert torch.equal(value.nan_to_num(), again[name].nan_to_num())
+def test_people_keep_what_they_have_and_lack(tiny_inputs: dict[str, str]) -> None:
+    """A missing value has no validation loss, and everybody else's is finite; the validation part alone is seen."""
+    joint = task(tiny_inputs, **EARLY)
+    assert (joint.samples, joint.validation) == (5, 1) and len(joint.people.keys) == 6
+    before = joint.validate([0], joint.networks)
+    again = joint.validate([0], joint.networks)
+    assert all(torch.equal(value, again[name]) for name, value in before.items())  # the same levels and noise
+    joint.people.present["age"][5] = False
+    after = joint.validate([0], joint.networks)
+    assert after["loss_age"].isnan() and not before["loss_age"].isnan()
+    assert after["loss"].isfinite() and torch.equal(after["loss_sex"].isnan(), before["loss_sex"].isnan())
 
 
-def test_nobody_is_held_out_from_what_was_trained_on_them(tiny_latents: Path, tiny_model: Path) -> None:
-    """No gradient of a person reaches the member they are held out from, nor the U-Net of a person of the validation
-    part; and no other member's weights change their validation."""
-    joint = task(tiny_latents, tiny_model, **{"model.ensemble_members": 3, "optimizer.lr": 0.0})
-    for network in joint.networks.values():
-        for weights in network.parameters():  # output layers start at zero
-            weights.data += 0.05 * torch.randn_like(weights)
-    engines = engines_of(joint)
-    assert joint.samples == len(joint.people.keys) > 3 and 0 < joint.in_training.sum() < joint.samples
-    for person in range(joint.samples):
-        with pytest.MonkeyPatch.context() as patch:
-            for name, engine in engines.items():
-                joint.networks[name].zero_grad()
-                patch.setattr(engine, "step", lambda: None)  # leaves the gradients
-            joint.step(joint.load([person]), engines, step=0, indices=[person])
-        (held_out,) = (~joint.in_fold[person]).nonzero()[:, 0].tolist()
-        moved = {
-            name: {
-                key for key, weights in network.named_parameters() if weights.grad is not None and weights.grad.any()
-            }
-            for name, network in joint.networks.items()
-        }
-        assert {int(key.split(".")[1]) for key in moved["scalars"]} == {0, 1, 2} - {held_out}
-        assert bool(moved["denoiser"]) <= bool(joint.in_training[person])
-
-        index = joint.held_out.index(person)
-        before = joint.validate([index], joint.networks)["loss_of_scalars"]
-        with torch.no_grad():
-            for key, weights in joint.networks["scalars"].named_parameters():
-                if int(key.split(".")[1]) != held_out:
-                    weights += 1
-        assert torch.equal(joint.validate([index], joint.networks)["loss_of_scalars"], before)
+def test_the_model_of_scalars_has_to_fit(tiny_inputs: dict[str, str], tmp_path: Path) -> None:
+    """It is there where the design needs one; of the same scalars and grid; and has not seen the test part."""
+    with pytest.raises(ConfigError, match="scalars is empty: give the run folder"):
+        task(tiny_inputs, scalars="")
+    with pytest.raises(ConfigError, match="leave it empty"):
+        task(tiny_inputs, **{**EARLY, "scalars": tiny_inputs["scalars"]})
+    with pytest.raises(ConfigError, match="kind autoencoder; one of the kind scalars"):
+        task(tiny_inputs, scalars=tiny_inputs["vae"])
+    with pytest.raises(ConfigError, match="time=shared: independent"):
+        task(tiny_inputs, **{"diffusion.time": "shared"})
+    file = tmp_path / "schema.yaml"
+    file.write_text("image: {kind: volume, suffix: T1w}\nage: {kind: continuous, range: [0, 120], unit: years}\n")
+    with pytest.raises(ConfigError, match="has age, sex, this model age"):
+        task(tiny_inputs, schema=str(file))
+    shutil.copytree(tiny_inputs["scalars"], tmp_path / "scalars")
+    manifest = tmp_path / "scalars" / "model" / "model.json"
+    meta = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(meta | {"grid": meta["grid"] | {"spacing": 4.0}}))
+    with pytest.raises(ConfigError, match="volumes of another grid"):
+        task(tiny_inputs, scalars=str(tmp_path / "scalars"))
+    latents = tmp_path / "latents"
+    shutil.copytree(tiny_inputs["latents"], latents)
+    index = Index.load(latents)
+    assignment = index.splits["default"].assignment
+    moved = {key: "test" if part == "validation" else part for key, part in assignment.items()}
+    index.splits["other"] = dataclasses.replace(index.splits["default"], assignment=moved)
+    index.save(latents)
+    (seen,) = (key for key, part in assignment.items() if part == "validation")
+    with pytest.raises(ConfigError, match=f"1 people of the test part of split=other, as {seen}"):
+        task(tiny_inputs | {"latents": str(latents)}, split="other")
 
 
 @pytest.mark.parametrize("people", [4, 23, 200])
@@ -114,21 +108,8 @@ def test_every_group_is_held_out_from_one_member_and_folds_are_even(people: int)
     assert torch.equal(in_fold, assign_folds(groups, 5, seed=3))
 
 
-def test_calibration_sees_the_predictions_of_inference(tiny_latents: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """Training under bfloat16 exports the temperatures that float32 predictions of the exported model give."""
-    changes = {"compute.precision": "bfloat16", "compute.device": "cpu", "training.epochs": 1, "training.batch": 3}
-    joint = task(tiny_latents, tiny_model, **changes)
-    for weights in joint.networks["scalars"].parameters():
-        weights.data += 0.05 * torch.randn_like(weights)
-    train(joint, joint.config, tmp_path)
-    model = load(tmp_path, kind=JointModel)
-    assert model.scalars is not None
-    held_out = joint._read_held_out(range(len(joint.held_out)), torch.device("cpu"))
-    assert model.temperature == calibrate(model.scalars, model.diffusion, *held_out)
-
-
-def test_mirrored_latents_are_drawn_for_about_half(tiny_latents: Path, tiny_model: Path) -> None:
-    joint = task(tiny_latents, tiny_model)
+def test_mirrored_latents_are_drawn_for_about_half(tiny_inputs: dict[str, str]) -> None:
+    joint = task(tiny_inputs)
     versions = joint.people.values["image"]
     assert versions.shape[1] == 2
     values, _ = joint.people.take([0, 1])
@@ -140,10 +121,10 @@ def test_mirrored_latents_are_drawn_for_about_half(tiny_latents: Path, tiny_mode
     assert not torch.equal(plain[1], mixed[1])
 
 
-def test_latents_are_standardised_over_the_training_people(tiny_latents: Path, tiny_model: Path) -> None:
+def test_latents_are_standardised_over_the_training_people(tiny_inputs: dict[str, str]) -> None:
     """Each element by itself, mirrored versions too; with the paper's scaling by one number for all."""
-    joint = task(tiny_latents, tiny_model)
-    learnt = joint.in_training & joint.people.present["image"]
+    joint = task(tiny_inputs)
+    learnt = joint.people.present["image"] & (torch.arange(len(joint.people.keys)) < joint.samples)
     stored = joint.people.values["image"].flatten(0, 1)[learnt.repeat_interleave(2)]
     z = joint.diffusion.variables.volumes[0].encode(stored)  # (2N, C, h, w, d)
     torch.testing.assert_close(z.mean(0), torch.zeros_like(z[0]), atol=1e-4, rtol=0)
@@ -151,7 +132,7 @@ def test_latents_are_standardised_over_the_training_people(tiny_latents: Path, t
     free = joint.latent["image"]["sd"] > floor  # all but those that hardly vary
     torch.testing.assert_close(z.std(0, correction=0)[free], torch.ones_like(z[0])[free], atol=1e-4, rtol=0)
     assert free.float().mean() > 0.5
-    by_one = task(tiny_latents, tiny_model, scaling="range").latent["image"]
+    by_one = task(tiny_inputs, scaling="range").latent["image"]
     assert by_one["mean"].shape == by_one["sd"].shape == ()
 
 
@@ -166,12 +147,12 @@ def test_latents_are_standardised_over_the_training_people(tiny_latents: Path, t
     ],
 )
 def test_other_models_are_other_schemas(
-    schema: str, kinds: list[str], tiny_latents: Path, tiny_model: Path, tmp_path: Path
+    schema: str, kinds: list[str], tiny_inputs: dict[str, str], tmp_path: Path
 ) -> None:
     """The image-only model and the one with a continuous sex are configurations; both train a step and are saved."""
     file = tmp_path / "schema.yaml"
     file.write_text(schema + "\n")
-    joint = task(tiny_latents, tiny_model, schema=str(file))
+    joint = task(tiny_inputs, schema=str(file), **EARLY)
     assert [type(v).__name__ for v in joint.diffusion.variables] == kinds
     engines = engines_of(joint, 1e-3)
     before = {name: engine.weights() for name, engine in engines.items()}
@@ -185,40 +166,36 @@ def test_other_models_are_other_schemas(
         assert digest(dict(getattr(loaded, name).state_dict())) == digest(weights)
 
 
-def test_what_cannot_be_trained_on_is_named(
-    tiny_latents: Path, tiny_model: Path, tiny_dataset: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_be_trained_on_is_named(tiny_inputs: dict[str, str], tiny_dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="mvhpc encode"):
-        task(tiny_dataset, tiny_model)
-    with pytest.raises(ConfigError, match=r"clean_volume_prob=0\.7"):
-        task(tiny_latents, tiny_model, **{"model.scalars": "early", "queries_per_volume": 1})
+        task(tiny_inputs, latents=str(tiny_dataset))
     with pytest.raises(ConfigError, match=r"split of .*'default'"):
-        task(tiny_latents, tiny_model, split="defualt")
+        task(tiny_inputs, split="defualt")
     file = tmp_path / "schema.yaml"
     file.write_text("image: {kind: volume, suffix: T1w}\nagee: {kind: continuous, range: [0, 100]}\n")
     with pytest.raises(ConfigError, match="'age'"):
-        task(tiny_latents, tiny_model, schema=str(file))
+        task(tiny_inputs, schema=str(file))
 
 
-def test_latents_of_another_autoencoder_are_refused(tiny_latents: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_latents_of_another_autoencoder_are_refused(tiny_inputs: dict[str, str], tmp_path: Path) -> None:
     """Both are named, before anything is started."""
-    network, meta = load(tiny_model.parent / "vae", kind=AutoencoderModel)
+    network, meta = load(tiny_inputs["vae"], kind=AutoencoderModel)
     changed = Autoencoder(AutoencoderConfig(**meta["autoencoder"]))
     changed.load_state_dict({name: value + 1 for name, value in network.state_dict().items()})
     save_autoencoder(tmp_path / "vae" / "model", changed, AutoencoderConfig(**meta["autoencoder"]))
-    config = task(tiny_latents, tiny_model).config
+    config = task(tiny_inputs).config
     JointTask.check(config)
     other = dataclasses.replace(config, vae=str(tmp_path / "vae"))
-    with pytest.raises(ConfigError, match=f"vae={tmp_path}.*latents={tiny_latents}"):
+    with pytest.raises(ConfigError, match=f"vae={tmp_path}.*latents={tiny_inputs['latents']}"):
         JointTask.check(other)
 
 
 def test_a_split_with_another_training_part_than_the_latents_is_refused(
-    tiny_latents: Path, tiny_model: Path, tmp_path: Path
+    tiny_inputs: dict[str, str], tmp_path: Path
 ) -> None:
-    config = task(tiny_latents, tiny_model).config
+    config = task(tiny_inputs).config
     latents = tmp_path / "latents"
-    shutil.copytree(tiny_latents, latents)
+    shutil.copytree(tiny_inputs["latents"], latents)
     index = Index.load(latents)
     split = index.splits["default"]
     swapped = {key: "test" if part == "train" else "train" for key, part in split.assignment.items()}

@@ -130,7 +130,7 @@ def test_interrupt_ends_the_job_and_leaves_no_process(tmp_path: Path) -> None:
 
 def joint(preset: str = "demo", *overrides: str, nodes: int = 4, gpus: int = 0, slurm: bool = True) -> Step:
     """A step of the joint stage; its shipped preset ``demo`` has two workers."""
-    places = [f"{key}=here" for key in ("latents", "vae", "out")]
+    places = [f"{key}=here" for key in ("latents", "vae", "scalars", "out")]
     request = Request(STAGES["joint"], preset, [*places, "training.batch=16", *overrides], {})
     (step,) = single(request.configure(), False, nodes, gpus, slurm)
     return step
@@ -184,10 +184,8 @@ def test_without_slurm_nodes_are_workers_on_this_machine(capsys: pytest.CaptureF
     assert (step.config.compute.workers, step.nodes) == (2, 1)
     assert "this machine, not 4 nodes" in step.note
 
-    arguments = (
-        "--stage joint --nodes 4 --cluster local --config demo --dry-run latents=a vae=b out=c training.batch=16"
-    )
-    assert main(arguments.split()) == 0
+    arguments = "--stage joint --nodes 4 --cluster local --config demo --dry-run latents=a vae=b scalars=s out=c"
+    assert main([*arguments.split(), "training.batch=16"]) == 0
     shown = capsys.readouterr()
     assert yaml.safe_load(shown.out)["compute"]["workers"] == 4
     assert "joint: compute.workers=4 (on this machine), in place of the preset's 2\n" in shown.err
@@ -312,11 +310,11 @@ def test_a_changed_stage_of_a_chain_is_set_aside_without_the_files_of_its_job(tm
 
 @pytest.mark.slow
 def test_a_changed_training_of_a_chain_is_set_aside_without_the_files_of_its_job(
-    tiny_latents: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The run folder is the output folder here: the job's files alone are no earlier result."""
     run = tmp_path / "joint"
-    keys = [f"latents={tiny_latents}", f"vae={tiny_model.parent / 'vae'}", f"out={run}", "training.epochs=1"]
+    keys = [*(f"{key}={path}" for key, path in tiny_inputs.items()), f"out={run}", "training.epochs=1"]
     keys += ["training.batch=2", "compute.threads=1", *(f"{key}={value}" for key, value in SMALL_JOINT.items())]
     run_chained("joint", run, keys)
     assert "set aside" not in capsys.readouterr().err

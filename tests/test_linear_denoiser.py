@@ -151,8 +151,8 @@ def test_people_drawn_with_it_follow_the_law() -> None:
     assert ((torch.cov(x.T) - covariance).abs() / scale).max() < 0.25
 
 
-def test_a_trained_model_keeps_it(tiny_latents: Path, tiny_model: Path, tmp_path: Path) -> None:
-    task = task_of(tiny_latents, tiny_model)
+def test_a_trained_model_keeps_it(tiny_inputs: dict[str, str], tmp_path: Path) -> None:
+    task = task_of(tiny_inputs)
     assert task.linear is not None
     states = {name: network.state_dict() for name, network in task.networks.items()}
     task.export(tmp_path / "model", states, {})
@@ -164,9 +164,9 @@ def test_a_trained_model_keeps_it(tiny_latents: Path, tiny_model: Path, tmp_path
     z |= {"age": torch.randn(3, 1), "sex": torch.tensor([0, 1, 1])}
     t = {name: torch.tensor([0, 300, 1000]) for name in z}
     alone = model.denoiser(z, t)["image"]
-    torch.testing.assert_close(model.network(z, t, ["image"])["image"], alone + task.linear(z, t)["image"])
+    torch.testing.assert_close(model.denoise(z, t, ["image"])["image"], alone + task.linear(z, t)["image"])
 
 
-def test_a_design_that_it_does_not_fit_is_refused(tiny_latents: Path, tiny_model: Path) -> None:
+def test_a_design_that_it_does_not_fit_is_refused(tiny_inputs: dict[str, str]) -> None:
     with pytest.raises(config.ConfigError, match="linear_components=8: 0 unless"):
-        task_of(tiny_latents, tiny_model, **{"diffusion.volume": "x0", "model.linear_components": 8})
+        task_of(tiny_inputs, **{"diffusion.volume": "x0", "model.linear_components": 8})

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from mvhpc import config
-from mvhpc.inference.sampler import Sampler
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import AutoencoderModel, JointModel, load, save_autoencoder, save_joint
-from mvhpc.models.joint_network import build_networks
+from mvhpc.models.denoiser import JointDenoiser
 from mvhpc.models.kernels.cpu_conv3d import patch_conv3d
 from mvhpc.models.model_folder import ModelError
+from mvhpc.models.scalar_bundle import ScalarsModel
 from mvhpc.variables import Variables
 from shards.files import write_bytes
 from shards.schema import Schema
@@ -23,7 +23,7 @@ from tests.networks import settings
 from tests.toy_task import digest
 
 MODEL = config.AutoencoderConfig(channels=[4, 4], latent_channels=2, res_blocks=1, norm_groups=2, checkpointing=False)
-DENOISER = settings(components=4, channels=[8, 8], head_channels=4)
+DENOISER = settings(channels=[8, 8], head_channels=4)
 SCHEMA = Schema.from_dict(
     {
         "scan": {"kind": "volume", "suffix": "T2w"},
@@ -112,18 +112,17 @@ def test_missing_pieces_are_named(folder: Path, tmp_path: Path) -> None:
         load(folder)
 
 
-def states(seed: int) -> dict[str, dict[str, Tensor]]:
+def state(seed: int) -> dict[str, Tensor]:
     torch.manual_seed(seed)
-    networks = build_networks(Variables.from_schema(SCHEMA, LATENT), DENOISER)
-    return {name: network.state_dict() for name, network in networks.items()}
+    return JointDenoiser(Variables.from_schema(SCHEMA, LATENT), DENOISER).state_dict()
 
 
-def save_example(folder: Path, vae: Path, networks: dict[str, dict[str, Tensor]] | None = None, **more: Any) -> None:
+def save_example(folder: Path, vae: Path, seed: int = 3, scalars: Path | None = None) -> None:
     save_joint(
         folder,
-        states(3) if networks is None else networks,
+        state(seed),
         vae,
-        **more,
+        scalars,
         model=DENOISER,
         diffusion=DIFFUSION,
         schema=SCHEMA,
@@ -139,7 +138,7 @@ def test_a_joint_model_is_self_contained(folder: Path, tmp_path: Path) -> None:
     shutil.rmtree(folder)
     shutil.move(tmp_path / "joint", tmp_path / "moved")
     model = load(tmp_path / "moved")
-    assert weights_of(model) == digest(states(3))
+    assert weights_of(model) == digest(state(3))
     assert model.grid == GRID
     assert model.schema == SCHEMA
     assert model.meta["extra"] == {"loss": 1.5}
@@ -153,8 +152,8 @@ def test_a_joint_model_is_self_contained(folder: Path, tmp_path: Path) -> None:
         model.encode("height", x)
 
 
-def test_damage_to_any_file_of_a_joint_model_is_named(folder: Path, tmp_path: Path) -> None:
-    save_example(tmp_path / "joint" / "model", folder)
+def test_damage_to_any_file_of_a_joint_model_is_named(folder: Path, tiny_scalars: Path, tmp_path: Path) -> None:
+    save_example(tmp_path / "joint" / "model", folder, scalars=tiny_scalars)
     for path in sorted((tmp_path / "joint" / "model").glob("*.safetensors")):
         whole = path.read_bytes()
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -165,50 +164,39 @@ def test_damage_to_any_file_of_a_joint_model_is_named(folder: Path, tmp_path: Pa
 
 
 def use(model: Any) -> None:
-    """Have every network read."""
-    assert model.network and model.autoencoder
+    """Have every file read."""
+    assert model.denoiser and model.autoencoder
+    assert model.scalars is None or model.scalars.stack
 
 
 def weights_of(model: Any) -> str:
-    return digest({name: dict(getattr(model, name).state_dict()) for name in ("denoiser", "scalars")})
+    return digest(dict(model.denoiser.state_dict()))
 
 
-def test_scalars_are_predicted_without_the_files_of_other_networks(folder: Path, tmp_path: Path) -> None:
-    save_example(tmp_path / "joint" / "model", folder)
+def test_its_model_of_scalars_is_the_trained_one_and_needs_no_other_file(
+    folder: Path, tiny_scalars: Path, tmp_path: Path
+) -> None:
+    save_example(tmp_path / "joint" / "model", folder, scalars=tiny_scalars)
     for name in ("denoiser", "autoencoder"):
         (path,) = (tmp_path / "joint" / "model").glob(f"{name}-*.safetensors")
         path.unlink()
-    model = load(tmp_path / "joint", kind=JointModel)
-    sampling = config.Sampling(conditioning="auto", steps=10, stride=100, solver="ddim", guidance=1.0)
-    device = config.Device(device="cpu", precision="float32", threads=1, compile=False)
-    posterior = Sampler(model, sampling, device, scalars=True).posterior({"scan": torch.zeros(2, 2, 4, 4, 4)}, 2)
-    assert posterior.laws(["height", "site"]).keys() == {"height", "site"}
+    model, alone = load(tmp_path / "joint", kind=JointModel), load(tiny_scalars, kind=ScalarsModel)
+    assert model.scalars is not None
+    for ours, theirs in zip(model.scalars.stack.linear, alone.stack.linear, strict=True):
+        assert digest(ours.tensors()) == digest(theirs.tensors())
+    assert model.scalars.stack.mixing == alone.stack.mixing
+    assert {**model.scalars.meta, "networks": 0} == {**alone.meta, "networks": 0}
     with pytest.raises(ModelError, match="denoiser"):
         use(model)
 
 
-def test_other_weights_of_one_network_leave_those_of_the_other(folder: Path, tmp_path: Path) -> None:
-    target = tmp_path / "joint" / "model"
-    save_example(target, folder, temperature={"height": 1.5})
-    for name in ("denoiser", "scalars"):
-        files = {p.name: p.read_bytes() for p in target.glob("*.safetensors")}
-        save_example(
-            target, folder, {name: states(4)[name]}, temperature={"height": 2.0} if name == "scalars" else None
-        )
-        changed = {p.name for p in target.glob("*.safetensors")} ^ set(files)
-        assert len(changed) == 2 and all(file.startswith(f"{name}-") for file in changed)
-        assert load(target, kind=JointModel).temperature == {"height": 2.0 if name == "scalars" else 1.5}
-    assert weights_of(load(target)) == digest(states(4))
-
-
-@pytest.mark.parametrize("names", [["denoiser"], ["scalars"], ["denoiser", "scalars"]], ids="+".join)
 def test_a_kill_between_any_two_steps_leaves_the_old_model_or_the_new_one(
-    names: list[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the next export works."""
-    target, new = tmp_path / "joint" / "model", {name: states(4)[name] for name in names}
+    target = tmp_path / "joint" / "model"
     save_example(target, folder)
-    old_and_new = {digest(states(3)), digest(states(3) | new)}
+    old_and_new = {digest(state(3)), digest(state(4))}
     done, limit, ended = 0, 0, False
 
     def killed_before(step: Any) -> Any:
@@ -228,15 +216,15 @@ def test_a_kill_between_any_two_steps_leaves_the_old_model_or_the_new_one(
             for method in ("write_bytes", "replace", "unlink"):
                 patch.setattr(Path, method, killed_before(getattr(Path, method)))
             try:
-                save_example(target, folder, new)
+                save_example(target, folder, 4)
                 ended = True
             except KeyboardInterrupt:
                 limit += 1
         model = load(target, kind=JointModel)
         use(model)
         assert weights_of(model) in old_and_new
-    assert limit > 6 and weights_of(load(target)) == digest(states(3) | new)
-    assert len(list(target.iterdir())) == 5, "no leftovers: four networks' files and model.json"
+    assert limit > 6 and weights_of(load(target)) == digest(state(4))
+    assert len(list(target.iterdir())) == 4, "no leftovers: three files of tensors and model.json"
 
 
 def test_one_kind_of_model_is_not_taken_for_the_other(folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from mvhpc.pipeline.plan import PipelineConfig
 from mvhpc.pipeline.run import run_pipeline
 
 SMALL = {
-    "predict_by": "joint",
     "queries": [{"want": ["age"], "given": ["image", "sex"]}, {"want": ["sex"], "given": []}],
     "phantom": {"subjects": 16, "shape": [16, 16, 16]},
     "pack": {"spacing": 12.0, "shape": [16, 16, 16], "workers": 1},
@@ -19,12 +18,16 @@ SMALL = {
         "training": {"epochs": 1},
         "compute": {"workers": 1},
     },
+    "scalars": {
+        "encoder": {"channels": [8, 8], "embedding": 8, "ensemble_members": 2},
+        "training": {"epochs": 1, "batch": 4},
+        "compute": {"workers": 1},
+    },
     "joint": {
         "model": {"channels": [16, 16], "head_channels": 16, "embedding": 16},
         "training": {"epochs": 2, "batch": 4, "validate_every": 1},
         "compute": {"workers": 1},
     },
-    "predict": {"samples": 2, "sampling": {"steps": 2, "stride": 500}},
     "generate": {"count": 2, "sampling": {"steps": 2, "stride": 500}},
 }
 
@@ -51,7 +54,7 @@ def test_pipeline_from_nothing_and_again(tmp_path: Path, capsys: pytest.CaptureF
         "ventricles-over-age",
     }
     stages = [stage for stage, _ in pipeline.steps()]
-    assert stages == ["phantom", "pack", "vae", "encode", "joint", "predict", "predict", "generate"]
+    assert stages == ["phantom", "pack", "scalars", "vae", "encode", "joint", "predict", "predict", "generate"]
     weights = (root / "joint" / "model" / "model.json").read_bytes()
 
     run_pipeline(configuration(root))
@@ -60,7 +63,7 @@ def test_pipeline_from_nothing_and_again(tmp_path: Path, capsys: pytest.CaptureF
     other = {**SMALL["joint"], "training": {**SMALL["joint"]["training"], "seed": 1}}
     run_pipeline(configuration(root, joint=other))
     printed = capsys.readouterr().err
-    assert printed.count("reused") == 4  # all before the joint model
+    assert printed.count("reused") == 5  # all before the joint model
     assert printed.count("set aside") == 4  # the joint model and its predictions
     assert (root / "joint.old-1" / "model" / "model.json").read_bytes() == weights
     assert (root / "joint" / "model" / "model.json").read_bytes() != weights

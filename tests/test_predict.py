@@ -34,9 +34,9 @@ def answer(config: PredictConfig, folder: Path) -> tuple[dict[str, Any], list[li
     return summary, [line.split("\t") for line in Path(config.out).read_text().splitlines()]
 
 
-def test_rows_are_one_a_subject_in_order_and_say_what_was_missing(tiny_model, tiny_dataset, tmp_path) -> None:
+def test_rows_are_one_a_subject_in_order_and_say_what_was_missing(tiny_early, tiny_dataset, tmp_path) -> None:
     config = configuration(
-        tiny_model, tiny_dataset, tmp_path / "a.tsv", given=["image", "age"], want=["sex"], samples=4
+        tiny_early, tiny_dataset, tmp_path / "a.tsv", given=["image", "age"], want=["sex"], samples=4
     )
     summary, lines = answer(config, tmp_path / "run")
     dataset = open_dataset(tiny_dataset)
@@ -54,12 +54,12 @@ def test_rows_are_one_a_subject_in_order_and_say_what_was_missing(tiny_model, ti
     assert description["data"] == dataset.index.digest and description["network_calls"] == 20
 
 
-def test_mean_and_sd_are_those_of_the_chains(tiny_model, tiny_dataset, tmp_path) -> None:
+def test_mean_and_sd_are_those_of_the_chains(tiny_early, tiny_dataset, tmp_path) -> None:
     """Chain c of a subject is the same whatever the number of chains, so three means give away three chains."""
     means = {}
     for samples in (1, 2, 3):
         config = configuration(
-            tiny_model, tiny_dataset, tmp_path / f"{samples}.tsv", given=["image"], want=["age"], samples=samples
+            tiny_early, tiny_dataset, tmp_path / f"{samples}.tsv", given=["image"], want=["age"], samples=samples
         )
         answer(config, tmp_path / "run")
         means[samples], _ = read_predictions(config.out)
@@ -73,18 +73,19 @@ def test_mean_and_sd_are_those_of_the_chains(tiny_model, tiny_dataset, tmp_path)
         (means[3]["age"] + reach).clip(upper=120).to_numpy(), rel=1e-4
     )  # the schema's range ends there
     assert (means[3]["age_crps"].isna() == means[3]["age_true"].isna()).all()
-    assert len(set(m1.round(3))) == len(m1)
+    inside = m1[(m1 > 0) & (m1 < 120)].round(3)
+    assert len(set(inside)) == len(inside) > 6
 
 
-def test_rows_do_not_depend_on_the_batch(tiny_model, tiny_dataset, tmp_path) -> None:
+def test_rows_do_not_depend_on_the_batch(tiny_early, tiny_dataset, tmp_path) -> None:
     tables = []
     for batch in (1, 5, 12):
         config = configuration(
-            tiny_model, tiny_dataset, tmp_path / f"{batch}.tsv", given=["image", "age"], want=["sex"], batch=batch
+            tiny_early, tiny_dataset, tmp_path / f"{batch}.tsv", given=["image", "age"], want=["sex"], batch=batch
         )
         answer(config, tmp_path / "run")
         both = configuration(
-            tiny_model, tiny_dataset, tmp_path / f"age{batch}.tsv", given=["sex"], want=["age"], batch=batch
+            tiny_early, tiny_dataset, tmp_path / f"age{batch}.tsv", given=["sex"], want=["age"], batch=batch
         )
         answer(both, tmp_path / "run")
         tables.append((read_predictions(config.out)[0], read_predictions(both.out)[0]))
@@ -97,13 +98,13 @@ def test_rows_do_not_depend_on_the_batch(tiny_model, tiny_dataset, tmp_path) -> 
 EXACT = {"sampling.conditioning": "auto"}
 
 
-def test_a_posterior_answers_with_whole_laws_in_one_call(tiny_model, tiny_dataset, tmp_path) -> None:
+def test_a_model_of_scalars_answers_with_whole_laws_in_one_call(tiny_model, tiny_dataset, tmp_path) -> None:
     config = configuration(
         tiny_model, tiny_dataset, tmp_path / "a.tsv", given=["image"], want=["age", "sex"], draws=400, **EXACT
     )
     summary, _ = answer(config, tmp_path / "run")
     frame, description = read_predictions(tmp_path / "a.tsv")
-    assert description["sampling"]["conditioning"] == "posterior" and description["network_calls"] == 1
+    assert description["network_calls"] == 1 and description["calibrated_on"] == 6
     quantiles = frame[[f"age_q{q:02d}" for q in (5, 25, 50, 75, 95)]].to_numpy()
     steps = np.diff(quantiles)
     assert (steps >= 0).all() and (steps[:, 1:3] > 0).all() and quantiles.min() >= 0 and quantiles.max() <= 120
@@ -125,26 +126,14 @@ def test_a_model_calibrated_on_few_says_so(tiny_model, tiny_dataset, tmp_path, c
     manifest = tmp_path / "joint" / "model" / "model.json"
     meta = json.loads(manifest.read_text())
     for people in (19, 20):
-        manifest.write_text(json.dumps({**meta, "extra": {"calibrated on": people}}))
+        meta["scalars"]["extra"]["calibrated on"] = people
+        manifest.write_text(json.dumps(meta))
         config = configuration(
             tmp_path / "joint", tiny_dataset, tmp_path / "a.tsv", given=["image"], want=["age"], **EXACT
         )
         answer(config, tmp_path / f"run-{people}")
         assert read_predictions(config.out)[1]["calibrated_on"] == people
         assert ("do not rely on its intervals" in capsys.readouterr().err) == (people < 20)
-
-
-def test_a_posterior_does_not_depend_on_the_batch(tiny_model, tiny_dataset, tmp_path) -> None:
-    tables = []
-    for batch in (1, 5):
-        config = configuration(
-            tiny_model, tiny_dataset, tmp_path / f"{batch}.tsv", given=["image"], want=["age"], batch=batch, **EXACT
-        )
-        answer(config, tmp_path / "run")
-        tables.append(
-            read_predictions(config.out)[0].drop(columns=["key", "subject", "not_given", "flag"]).to_numpy(float)
-        )
-    assert tables[1] == pytest.approx(tables[0], rel=1e-4, nan_ok=True)
 
 
 @pytest.mark.slow
@@ -180,46 +169,46 @@ def test_two_workers_write_what_one_writes(tiny_model, tiny_dataset, tmp_path, m
         ({"given": [], "want": ["age"], "split": "tets"}, "Did you mean 'test'"),
         ({"given": [], "want": ["age"], "split_name": "fold-1"}, "unknown split"),
         ({"given": [], "want": ["age"], "sampling.conditioning": "repant"}, "Did you mean 'repaint'"),
-        ({"given": [], "want": ["age"], "draws": 3}, "draws come from a posterior"),
-        ({"given": [], "want": ["age"], "sampling.conditioning": "posterior", "sampling.guidance": 2}, "no guidance"),
+        ({"given": [], "want": ["age"], "draws": 3}, "draws come from a model of scalars"),
+        ({"given": [], "want": ["age"], "sampling.guidance": 0}, "above 0"),
     ],
 )
-def test_a_bad_query_is_refused_with_its_reason(tiny_model, tiny_dataset, tmp_path, values, words) -> None:
-    config = configuration(tiny_model, tiny_dataset, tmp_path / "a.tsv", **values)
+def test_a_bad_query_is_refused_with_its_reason(tiny_early, tiny_dataset, tmp_path, values, words) -> None:
+    config = configuration(tiny_early, tiny_dataset, tmp_path / "a.tsv", **values)
     with pytest.raises(ConfigError, match=words):
         predict.run(config, Run(tmp_path))
     assert not list(tmp_path.glob("a.*"))
 
 
-def test_answers_go_to_a_table(tiny_model, tiny_dataset, tmp_path) -> None:
-    config = configuration(tiny_model, tiny_dataset, tmp_path / "a.csv", given=[], want=["age"])
+def test_answers_go_to_a_table(tiny_early, tiny_dataset, tmp_path) -> None:
+    config = configuration(tiny_early, tiny_dataset, tmp_path / "a.csv", given=[], want=["age"])
     with pytest.raises(ConfigError, match=r"name it with \.tsv"):
         predict.run(config, Run(tmp_path))
 
 
-def test_data_on_another_grid_are_refused(tiny_model, tiny_bids, tmp_path) -> None:
+def test_data_on_another_grid_are_refused(tiny_early, tiny_bids, tmp_path) -> None:
     from shards.pack import pack
 
-    schema = Schema.from_dict(json.loads((tiny_model / "model" / "model.json").read_text())["schema"])
+    schema = Schema.from_dict(json.loads((tiny_early / "model" / "model.json").read_text())["schema"])
     options = {"storage": "zarr", "schema": schema, "max_rejects": "0", "fractions": (0.4, 0.1, 0.5)}
     options["keep_suspect"] = True
     pack(tiny_bids, tmp_path / "coarse", spacing=10.0, shape=(16, 16, 16), **options)
-    config = configuration(tiny_model, tmp_path / "coarse", tmp_path / "a.tsv", given=["image"], want=["age"])
+    config = configuration(tiny_early, tmp_path / "coarse", tmp_path / "a.tsv", given=["image"], want=["age"])
     with pytest.raises(ConfigError, match=r"spacing.*pack again with spacing 8"):
         open_predictor(config)
 
 
-def test_a_category_that_the_model_does_not_know_affects_no_other_query(tiny_model, tiny_bids, tmp_path) -> None:
+def test_a_category_that_the_model_does_not_know_affects_no_other_query(tiny_early, tiny_bids, tmp_path) -> None:
     from shards.pack import pack
 
-    schema = json.loads((tiny_model / "model" / "model.json").read_text())["schema"]
+    schema = json.loads((tiny_early / "model" / "model.json").read_text())["schema"]
     schema["sex"] |= {"classes": ["woman", "man"], "aliases": {"F": "woman", "M": "man"}}
     options = {"storage": "zarr", "schema": Schema.from_dict(schema), "max_rejects": "0", "fractions": (0.4, 0.1, 0.5)}
     options["keep_suspect"] = True
     pack(tiny_bids, tmp_path / "packed", spacing=8.0, shape=(16, 16, 16), **options)
-    config = configuration(tiny_model, tmp_path / "packed", tmp_path / "a.tsv", given=["image"], want=["age"])
+    config = configuration(tiny_early, tmp_path / "packed", tmp_path / "a.tsv", given=["image"], want=["age"])
     assert answer(config, tmp_path / "run")[0]["subjects"] == 12
-    config = configuration(tiny_model, tmp_path / "packed", tmp_path / "b.tsv", given=["image", "sex"], want=["age"])
+    config = configuration(tiny_early, tmp_path / "packed", tmp_path / "b.tsv", given=["image", "sex"], want=["age"])
     with pytest.raises(ConfigError, match=r"packed: sub-.*: sex: unknown category '(wo)?man' \(known: "):
         answer(config, tmp_path / "run")
 
@@ -232,19 +221,19 @@ def test_a_category_that_the_model_does_not_know_affects_no_other_query(tiny_mod
         ("image", {"suffix": "FLAIR"}, "image has the contrast FLAIR there, T1w to the model"),
     ],
 )
-def test_data_of_another_unit_kind_or_contrast_are_refused(tiny_model, tiny_bids, tmp_path, name, change, words):
+def test_data_of_another_unit_kind_or_contrast_are_refused(tiny_early, tiny_bids, tmp_path, name, change, words):
     from shards.pack import pack
 
     shutil.copytree(tiny_bids, tmp_path / "bids")
     for path in [*(tmp_path / "bids").rglob("*_T1w.nii.gz")] if name == "image" else ():
         path.rename(path.with_name(path.name.replace("T1w", "FLAIR")))
-    schema = json.loads((tiny_model / "model" / "model.json").read_text())["schema"]
+    schema = json.loads((tiny_early / "model" / "model.json").read_text())["schema"]
     schema[name] = change if "kind" in change else {**schema[name], **change}
     options = {"storage": "zarr", "schema": Schema.from_dict(schema), "max_rejects": "0", "fractions": (0.4, 0.1, 0.5)}
     options["keep_suspect"] = True
     pack(tmp_path / "bids", tmp_path / "packed", spacing=8.0, shape=(16, 16, 16), **options)
     for given, want in ((["image", "age"], ["sex"]), (["image", "sex"], ["age"])):
-        config = configuration(tiny_model, tmp_path / "packed", tmp_path / "a.tsv", given=given, want=want)
+        config = configuration(tiny_early, tmp_path / "packed", tmp_path / "a.tsv", given=given, want=want)
         with pytest.raises(ConfigError, match=words):
             answer(config, tmp_path / "run")
 
@@ -259,14 +248,19 @@ def test_draws_go_with_the_table_they_belong_to(tiny_model, tiny_dataset, tmp_pa
         assert draws.exists() == (n > 0)
 
 
-def test_models_and_data_of_another_kind_are_refused(tiny_model, tiny_dataset, tiny_latents, tmp_path) -> None:
+def test_models_and_data_of_another_kind_are_refused(tiny_model, tiny_vae, tiny_dataset, tiny_latents, tmp_path):
     for model, data, words in [
         (tiny_model, tiny_latents, "holds latents; give the packed volumes"),
-        (tiny_model.parent / "vae", tiny_dataset, "is an autoencoder; give the run folder of stage scalars, joint or"),
+        (tiny_vae, tiny_dataset, "is an autoencoder; give the run folder of stage scalars, joint or"),
         (tiny_dataset, tiny_dataset, "no trained model there"),
     ]:
         with pytest.raises(ConfigError, match=words):
-            open_predictor(configuration(model, data, tmp_path / "a.tsv", given=["image"], want=["age"]))
+            open_predictor(configuration(model, data, tmp_path / "a.tsv", given=["image"], want=["age"], **EXACT))
+
+
+def test_a_model_of_scalars_predicts_without_chains(tiny_model, tiny_dataset, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="predicts without chains"):
+        open_predictor(configuration(tiny_model, tiny_dataset, tmp_path / "a.tsv", given=["image"], want=["age"]))
 
 
 def test_a_model_is_opened_once(tiny_model, tiny_dataset, tmp_path, monkeypatch) -> None:
@@ -276,7 +270,7 @@ def test_a_model_is_opened_once(tiny_model, tiny_dataset, tmp_path, monkeypatch)
         plain = getattr(Path, method)
         spy = lambda path, *a, plain=plain, **k: (opened.append(str(path)), plain(path, *a, **k))[1]  # noqa: E731
         monkeypatch.setattr(Path, method, spy)
-    open_predictor(configuration(tiny_model, tiny_dataset, tmp_path / "a.tsv", given=["image"], want=["age"]))
+    open_predictor(configuration(tiny_model, tiny_dataset, tmp_path / "a.tsv", given=["image"], want=["age"], **EXACT))
     assert opened.count(str(tiny_model / "model" / "model.json")) == 1
     assert max(opened.count(str(path)) for path in (tiny_model / "model").iterdir()) == 1
 

@@ -58,10 +58,10 @@ def test_what_is_given_goes_over_the_project(home: Path) -> None:
 
 def test_a_stage_whose_paths_are_all_given_is_in_no_project(home: Path) -> None:
     project("runs/demo")
-    alone = configure("joint", "latents=l", "vae=v", "out=o")
+    alone = configure("joint", "latents=l", "vae=v", "scalars=s", "out=o")
     assert alone.project is None and alone.config.tracking.uri == ""
     assert alone.config == load_config(
-        STAGES["joint"].config_class(), "joint", "default", ["latents=l", "vae=v", "out=o"]
+        STAGES["joint"].config_class(), "joint", "default", ["latents=l", "vae=v", "scalars=s", "out=o"]
     )
 
 
@@ -96,7 +96,7 @@ def test_with_folds_one_is_named(home: Path) -> None:
     second = configure("joint", "split=fold-2-of-3").config
     assert (second.latents, second.out) == ("runs/small/fold-2/latents", "runs/small/fold-2/joint")
     config = configure("predict", "split_name=fold-2-of-3", want="age", given="image").config
-    assert (config.model, config.split) == ("runs/small/fold-2/scalars", "auto")
+    assert (config.model, config.split) == ("runs/small/fold-2/joint", "auto")
     assert config.out == "runs/small/fold-2/predictions/age-given-image.tsv"
 
 
@@ -118,9 +118,9 @@ def test_data_that_the_user_packed_are_an_input_that_exists(home: Path) -> None:
     project("runs/study", "default")
     (home / "runs" / "study" / "packed").mkdir()
     (home / "runs" / "study" / "packed" / "index.json").write_text("{}")
-    assert [name for name, _ in configure("joint").before()] == ["vae", "encode"]
+    assert [name for name, _ in configure("joint").before()] == ["vae", "encode", "scalars"]
     (home / "runs" / "study" / "packed").rename("elsewhere")
-    assert [name for name, _ in configure("joint").before()] == ["phantom", "pack", "vae", "encode"]
+    assert [name for name, _ in configure("joint").before()] == ["phantom", "pack", "vae", "encode", "scalars"]
 
 
 @pytest.mark.slow
@@ -139,11 +139,11 @@ def test_inputs_are_made_first_with_the_flag(home: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     assert main(command) == 0
     printed = capsys.readouterr()
-    assert printed.err.count("reused") == 6 and "test/age_mae" in printed.out
+    assert printed.err.count("reused") == 7 and "test/age_mae" in printed.out
     assert table.read_bytes() == first
     run_pipeline(small.config)
     printed = capsys.readouterr()
-    assert printed.err.count("reused") == 6 and "predicting the mean" in printed.out
+    assert printed.err.count("reused") == 7 and "predicting the mean" in printed.out
     figures = home / "runs" / "small" / "figures"
     assert {path.name for path in figures.iterdir()} == {
         "people.png",
@@ -171,11 +171,15 @@ def test_an_input_that_is_away_is_no_changed_one(home: Path) -> None:
     assert not Path("runs/small/packed.old-1").exists()
 
 
-def test_a_project_predicts_by_the_stage_that_it_names(home: Path) -> None:
-    pipeline = Pipeline(load_config(PipelineConfig, "pipeline", "demo", ["predict_by=scalars", "root=runs/by"]))
-    steps = list(pipeline.steps())
-    assert [stage for stage, _ in steps][:6] == ["phantom", "pack", "vae", "encode", "joint", "scalars"]
-    assert {config.model for stage, config in steps if stage == "predict"} == {"runs/by/scalars"}
-    assert {config.model for stage, config in steps if stage == "generate"} == {"runs/by/joint"}
-    with pytest.raises(ConfigError, match="Did you mean 'scalars'"):
-        load_config(PipelineConfig, "pipeline", "demo", ["predict_by=scalar"])
+def test_a_model_of_scalars_is_trained_where_the_design_needs_one(home: Path) -> None:
+    """And the joint model answers in any case."""
+    for overrides, expected in (([], ["scalars"]), (["preset=paper"], []), (["pack={schema: image-only}"], [])):
+        pipeline = Pipeline(load_config(PipelineConfig, "pipeline", "demo", ["root=runs/by", *overrides]))
+        steps = list(pipeline.steps())
+        between = [stage for stage, _ in steps if stage not in {"predict", "generate"}]
+        assert between == ["phantom", "pack", *expected, "vae", "encode", "joint"]
+        (joint,) = (config for stage, config in steps if stage == "joint")
+        assert joint.scalars == ("runs/by/scalars" if expected else "")
+        assert {config.model for stage, config in steps if stage in {"predict", "generate"}} == {"runs/by/joint"}
+    alone = configure("joint", "latents=l", "vae=v", "out=o", preset="paper")
+    assert alone.project is None and alone.config.scalars == ""

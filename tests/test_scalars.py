@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mvhpc.config import ConfigError, load_config
+from mvhpc.diffusion.laws import log_score, normal
 from mvhpc.evaluation.tables import read_predictions
 from mvhpc.execute import execute, plan
 from mvhpc.inference.predictor import PredictConfig
@@ -18,6 +19,7 @@ from mvhpc.models.scalar_bundle import ScalarsModel
 from mvhpc.training.engines.base import Engine
 from mvhpc.training.engines.local import LocalEngine
 from mvhpc.training.scalars import ScalarsConfig, ScalarsTask, mirror
+from mvhpc.training.stacking import member_weights
 from tests.conftest import pack_people, write_bids
 
 SMALL: dict[str, Any] = {
@@ -227,3 +229,15 @@ def test_data_that_cannot_be_used_are_refused(packed: Path, tiny_dataset: Path) 
         ScalarsTask.check(dataclasses.replace(config, data=str(tiny_dataset)))
     with pytest.raises(ConfigError, match="variable of the data"):
         ScalarsTask.check(dataclasses.replace(config, schema="rich"))
+
+
+def test_encoders_get_weight_only_where_they_help_by_more_than_chance() -> None:
+    """Predictions of a normal truth: by its law, without what decides it, and by a law that is as good by itself."""
+    g = torch.Generator().manual_seed(0)
+    signal, noise = (torch.randn(100, generator=g).double() for _ in range(2))
+    truth, sd = signal + noise, torch.ones(100).double()
+    blind, seeing = (log_score(normal(*law), truth[:, None]) for law in ((0 * sd, 2**0.5 * sd), (signal, sd)))
+    same = blind + 0.05 * torch.randn(100, generator=g).double()
+    for linear, encoders, expected in ((blind, seeing, False), (seeing, blind, True), (blind, same, True)):
+        weights = member_weights(torch.stack([linear, encoders], 1)[None])
+        assert sum(weights) == pytest.approx(1) and (weights[-1] == 0) == expected

@@ -16,7 +16,6 @@ from benchmarks.scaling.steptime import (
     memory,
     passes,
     saving,
-    slowest,
     step,
     volume,
     waste,
@@ -65,13 +64,6 @@ def test_the_interval_wastes_least() -> None:
         tried = np.geomspace(0.01, 1e6, 20001)
         best = min(tried, key=lambda t: waste(t, visible, between, restart))
         assert interval(visible, between) == pytest.approx(best, rel=1e-2)
-
-
-def test_the_slowest_worker_is_the_expected_maximum() -> None:
-    draws = np.random.default_rng(0).binomial(8, 0.64, (20000, 16)).max(1)
-    assert slowest(8, 16, 0.64) == round(draws.mean())
-    assert slowest(1, 1024, 0.64) == 1
-    assert slowest(5, 1, 1.0) == 5
 
 
 def test_what_is_counted() -> None:

@@ -112,7 +112,7 @@ def test_a_model_of_an_earlier_version_says_what_it_does_not_know(
     shutil.copytree(tiny_model, tmp_path / "joint")
     manifest = tmp_path / "joint" / "model" / "model.json"
     meta = json.loads(manifest.read_text())
-    del meta["training"]
+    del meta["scalars"]["training"]
     manifest.write_text(json.dumps(meta))
     _, frame, description = answer(tmp_path / "joint", tiny_dataset, tmp_path / "a.tsv")
     assert len(frame) == 12 and description["part"] == "all"

@@ -154,7 +154,7 @@ def test_preflight_reports_every_problem_with_its_node(slurm: SlurmCluster, tmp_
     slurm.task_environment("n2", PYTHONPATH=str(other))
     site = tmp_path / "site.yaml"
     site.write_text("sbatch: {hold: true}\n")
-    keys = [f"latents={tmp_path}/none", f"vae={tmp_path}", f"out={tmp_path}/joint"]
+    keys = [f"latents={tmp_path}/none", f"vae={tmp_path}", f"scalars={tmp_path}", f"out={tmp_path}/joint"]
     (tmp_path / "none").mkdir()
     try:
         options = ["--config", "demo", "--nodes", "2", "--time", "10", "--cluster-config", str(site)]
@@ -267,7 +267,7 @@ def test_invalid_settings_of_a_site_are_refused(tmp_path: Path) -> None:
 def test_one_line_trains_the_joint_stage_of_the_project_on_four_nodes(
     slurm: SlurmCluster, first_stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``submit.py --stage joint --nodes 4`` after the first four stages, typed within another job."""
+    """``submit.py --stage joint --nodes 4`` after the first five stages, typed within another job."""
     shutil.copytree(first_stages, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "random.py").write_text("raise SystemExit('a script of the user, no module of Python')")

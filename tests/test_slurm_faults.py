@@ -123,34 +123,34 @@ def _words(process: psutil.Process) -> str:
         return ""
 
 
-def keys(latents: Path, vae: Path, run: Path, zero: int) -> list[str]:
+def keys(inputs: dict[str, str], run: Path, zero: int) -> list[str]:
     """Overrides of the joint stage, for one ZeRO stage."""
     epochs = STEPS[zero] // 3  # of three steps each
-    places = [f"latents={latents}", f"vae={vae}", f"out={run}"]
+    places = [f"{key}={path}" for key, path in inputs.items()] + [f"out={run}"]
     return [*places, f"compute.zero_stage={zero}", f"training.epochs={epochs}", *KEYS]
 
 
-def start(slurm: SlurmCluster, latents: Path, vae: Path, run: Path, zero: int, *more: str) -> Training:
+def start(slurm: SlurmCluster, inputs: dict[str, str], run: Path, zero: int, *more: str) -> Training:
     """Submit the joint stage to two nodes."""
-    arguments = keys(latents, vae, run, zero)
+    arguments = keys(inputs, run, zero)
     job = submit("--stage", "joint", "--nodes", "2", "--time", "30", *more, *arguments).stdout.strip()
     return Training(slurm, run, job)
 
 
-def _train_undisturbed(rank: int, latents: Path, vae: Path, folder: Path) -> None:
+def _train_undisturbed(rank: int, inputs: dict[str, str], folder: Path) -> None:
     join(rank, 2, folder / "rendezvous")
     for zero in STEPS:
         run = folder / f"zero{zero}"
-        config = load_config(JointConfig, "joint", "default", keys(latents, vae, run, zero))
+        config = load_config(JointConfig, "joint", "default", keys(inputs, run, zero))
         train_worker((STAGES["joint"].task, config), run, rank, 2)
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_latents: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(tiny_inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one undisturbed run of two workers per ZeRO stage, without SLURM and Ray."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    start_workers(_train_undisturbed, (tiny_latents, tiny_model.parent / "vae", folder), 2)
+    start_workers(_train_undisturbed, (tiny_inputs, folder), 2)
     for zero in STEPS:
         assert starts(folder / f"zero{zero}") == 1
     return folder
@@ -241,8 +241,7 @@ FAULTS: list[Fault] = [
 def test_the_model_equals_that_of_an_undisturbed_run(
     slurm: SlurmCluster,
     undisturbed: Path,
-    tiny_latents: Path,
-    tiny_model: Path,
+    tiny_inputs: dict[str, str],
     tmp_path: Path,
     testrun_uid: str,
 ) -> None:
@@ -250,7 +249,7 @@ def test_the_model_equals_that_of_an_undisturbed_run(
     seed = testrun_uid  # set by --testrunuid
     draw = random.Random(seed)
     zero, faults = draw.choice([*STEPS]), draw.sample(FAULTS, 4)
-    training = start(slurm, tiny_latents, tiny_model.parent / "vae", tmp_path / "joint", zero)
+    training = start(slurm, tiny_inputs, tmp_path / "joint", zero)
     training.reach(1)
     assert training.listening(ours=True) == {own_address("", None)[0]}, "all but Ray listens on the interface alone"
     for number, fault in enumerate(faults):
@@ -273,17 +272,14 @@ def test_the_model_equals_that_of_an_undisturbed_run(
 
 
 def test_two_jobs_on_one_node_do_not_interfere(
-    slurm: SlurmCluster, undisturbed: Path, tiny_latents: Path, tiny_model: Path, tmp_path: Path
+    slurm: SlurmCluster, undisturbed: Path, tiny_inputs: dict[str, str], tmp_path: Path
 ) -> None:
     """Each has a Ray of two workers that listens on loopback alone. One is cancelled and cleans up; the other ends as
     it does alone."""
     site = tmp_path / "site.yaml"
     site.write_text("cpus_per_task: 2\nsbatch: {nodelist: n1}\n")
     alone = ("--nodes", "1", "--cluster-config", str(site), "compute.workers=2")
-    first, second = (
-        start(slurm, tiny_latents, tiny_model.parent / "vae", tmp_path / name, 1, *alone)
-        for name in ("first", "second")
-    )
+    first, second = (start(slurm, tiny_inputs, tmp_path / name, 1, *alone) for name in ("first", "second"))
     first.reach(1)
     first.process("RayTrainWorker").suspend()  # so that it is still running
     second.reach(1)
@@ -297,10 +293,10 @@ def test_two_jobs_on_one_node_do_not_interfere(
 
 
 def test_fewer_nodes_and_more_again_give_the_same_losses(
-    slurm: SlurmCluster, undisturbed: Path, tiny_latents: Path, tiny_model: Path, tmp_path: Path
+    slurm: SlurmCluster, undisturbed: Path, tiny_inputs: dict[str, str], tmp_path: Path
 ) -> None:
     """Two workers, one, two again: the batch stays the same, and only the order of sums differs."""
-    training = start(slurm, tiny_latents, tiny_model.parent / "vae", tmp_path / "joint", 2, "--min-nodes", "1")
+    training = start(slurm, tiny_inputs, tmp_path / "joint", 2, "--min-nodes", "1")
     training.reach(STEPS[2] // 4)
     restarts = slurm.restarts(training.job)
     for node in NODES[1:]:

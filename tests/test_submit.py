@@ -32,8 +32,8 @@ LOCAL = ["--cluster", "local"]
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        ("--stage joint latents=nowhere vae=here out=joint", "latents=nowhere: no such file or folder"),
-        ("--stage joint latents=nowhere vae=here out=joint --nodes 2", "stage encode makes it"),
+        ("--stage joint latents=nowhere vae=here scalars=here out=joint", "latents=nowhere: no such file or folder"),
+        ("--stage joint latents=nowhere vae=here scalars=here out=joint --nodes 2", "stage encode makes it"),
         ("--stage joint --root runs/a latents=nowhere", "latents=nowhere: no such file or folder"),
         ("--stage all source=nowhere root=runs/all", "source=nowhere: no such file or folder"),
         ("--stage pack source=here out=a-file/packed", "a-file/packed.run: cannot be made or written"),
@@ -97,11 +97,9 @@ def test_status_says_what_a_job_does_before_its_first_step_and_how_long_it_takes
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_terminal_ends_a_local_job_with_a_checkpoint(
-    tiny_latents: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_ctrl_c_in_a_terminal_ends_a_local_job_with_a_checkpoint(tiny_inputs: dict[str, str], tmp_path: Path) -> None:
     """The terminal sends it to all processes of its group, and submit.py sends it to the job once more."""
-    keys = {"latents": tiny_latents, "vae": tiny_model.parent / "vae", "out": tmp_path / "joint", "compute.threads": 1}
+    keys = {**tiny_inputs, "out": tmp_path / "joint", "compute.threads": 1}
     keys |= {"training.epochs": 9999, "training.batch": 2, "training.validate_every": 9999, **SMALL_JOINT}
     keys |= {"training.checkpoint_every": 10**6}
     words = ["--stage", "joint", *LOCAL, *(f"{key}={value}" for key, value in keys.items())]

@@ -112,14 +112,3 @@ def test_a_volume_without_latents_is_named() -> None:
 def test_two_variables_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match="share a name"):
         Variables([Continuous("a", 0, 1), Categorical("a", ("x", "y"))])
-
-
-def test_latents_standardised_by_element_go_back_to_standardised_by_channel() -> None:
-    """As if each channel's mean and SD, over people and places, had been taken of the latents themselves."""
-    g = torch.Generator().manual_seed(0)
-    latents = torch.randn(50, 2, 3, 4, 3, generator=g) * torch.rand(2, 3, 4, 3, generator=g) + torch.arange(4)[:, None]
-    volume = Volume("image", (2, 3, 4, 3), latents.mean(0), latents.std(0, correction=0))
-    scale, shift = volume.channelwise()
-    centre, spread = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4), correction=0)
-    expected = (latents - centre[:, None, None, None]) / spread[:, None, None, None]
-    torch.testing.assert_close(volume.encode(latents) * scale + shift, expected)

@@ -283,7 +283,7 @@ def rollbacks(notes: Path, run: Path) -> list[tuple[float, float]]:
 
 def plain(root: Path, name: str, seed: int, plan: Iterator[str], draw: random.Random, deadline: float) -> list[Fault]:
     """One run under faults until its steps or the time end, compared with a reference run with the same NaN batches."""
-    steps, faults, notes = 396, list[Fault](), root / name
+    steps, faults, notes = 395, list[Fault](), root / name
     more = ("training.checkpoint_every=10", f"compute.hang_minutes={HANG_S / 60}")
     with disk(root / name / "disk") as mounted:
         victim = Victim(mounted / "joint", notes, keys(root, mounted / "joint", steps, *more), False)

@@ -21,7 +21,7 @@ from mvhpc.runs.mlflow_store import as_metrics, store_client
 from mvhpc.runs.mlflow_sync import synced
 from tests.test_mlflow import serve
 
-STEPS = 1998  # whole epochs
+STEPS = 2000  # whole epochs
 KINDS = ["server killed", "stage killed", "server killed"]
 HOUR_S = 3600
 REFERENCE = threading.Lock()

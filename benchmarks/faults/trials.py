@@ -12,20 +12,22 @@ import torch
 
 from mvhpc.checkpoints.consolidate import consolidate, read_weights
 from mvhpc.config import AutoencoderConfig, load_config
+from mvhpc.execute import execute, plan
 from mvhpc.inference.encode import EncodeConfig
 from mvhpc.inference.encode import run as encode
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import JointModel, load, save_autoencoder
 from mvhpc.runs.folder import Run
 from mvhpc.runs.journal import read
+from mvhpc.training.scalars import ScalarsConfig
 from shards.pack import pack
 from shards.schema import Schema
-from tests.conftest import SCHEMA, write_bids
+from tests.conftest import SCHEMA, SMALL_SCALARS, write_bids
 from tests.slurm_cluster import wait_for
 from tests.test_slurm_faults import KEYS
 from tests.toy_task import digest
 
-BATCH, EPOCH = 2, 6  # samples of a step, steps of an epoch
+BATCH, EPOCH = 2, 5  # samples of a step, steps of an epoch
 RECOVERY_S = 600  # after which a fault counts as not survived
 
 
@@ -63,7 +65,8 @@ class Fault:
 
 
 def prepare(root: Path) -> None:
-    """Pack and encode twelve people with an untrained autoencoder, unless the data exist."""
+    """Pack twelve people, encode them with an untrained autoencoder and train a model of scalars, unless the data
+    exist."""
     if (root / "latents" / "index.json").is_file():
         return
     small = AutoencoderConfig(
@@ -77,13 +80,15 @@ def prepare(root: Path) -> None:
         shape=(16, 16, 16), max_rejects="0", fractions=(0.7, 0.2, 0.1), group="", folds=0, seed=0, workers=1,
         keep_suspect=True,
     )  # fmt: skip
+    data = {"data": str(root / "packed"), "out": str(root / "scalars")}
+    execute(plan("scalars", load_config(ScalarsConfig, "scalars", "default", (), data | SMALL_SCALARS)))
     places = {"data": str(root / "packed"), "vae": str(root / "vae"), "out": str(root / "latents")}
     encode(load_config(EncodeConfig, "encode", "default", (), places), Run(root / "latents.run"))
 
 
 def keys(root: Path, out: Path, steps: int, *more: str) -> list[str]:
     """Overrides of the joint stage's configuration."""
-    places = [f"latents={root}/latents", f"vae={root}/vae", f"out={out}"]
+    places = [*(f"{key}={root / key}" for key in ("latents", "vae", "scalars")), f"out={out}"]
     length = [f"training.epochs={steps // EPOCH}", "training.validate_every=15"]
     return [*places, *KEYS, *length, *more]
 
@@ -124,12 +129,11 @@ def points(run: Path, rolled_back: list[tuple[float, float]]) -> dict[tuple[int,
 
 
 def bits(run: Path) -> dict[str, str]:
-    """SHA-256 of each network of the exported model and of every file of the newest checkpoint."""
+    """SHA-256 of each file of weights of the exported model and of every file of the newest checkpoint."""
     newest = max((run / "checkpoints").glob("step-*"))
     states = {f"{newest.name}/{p.relative_to(newest)}": digest(read_weights(p)) for p in newest.rglob("*.pt")}
     model = load(run / "model", kind=JointModel)
-    networks = {"denoiser": model.denoiser, "scalars": model.scalars}
-    return states | {f"model/{name}": digest(dict(n.state_dict())) for name, n in networks.items() if n is not None}
+    return states | {f"model/{name}": entry["sha256"] for name, entry in model.meta["networks"].items()}
 
 
 def audit(run: Path, whole: Path, rolled_back: list[tuple[float, float]] = []) -> tuple[int, str]:  # noqa: B006

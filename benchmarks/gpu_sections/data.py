@@ -1,6 +1,7 @@
 """Data for the measurements: random numbers where only the size matters, phantoms where training is compared."""
 
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -9,7 +10,9 @@ from benchmarks.gpu_sections.settings import Settings
 from mvhpc.config import fingerprint
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import AutoencoderModel, load, save_autoencoder
+from mvhpc.models.scalar_stack import CONTEXTS, Mixing
 from mvhpc.training.joint import JointTask
+from mvhpc.training.scalars import ScalarsTask
 from shards.index import Split
 from shards.schema import Schema
 from shards.writer import DatasetWriter
@@ -22,11 +25,26 @@ def volumes(folder: Path, settings: Settings) -> str:
     return _write(folder / "volumes", "volumes", settings.voxels, VOLUMES, settings)
 
 
+def scalars(folder: Path, settings: Settings) -> str:
+    """The run folder of a model of scalars of the random volumes, made where it is missing. Its encoders are untrained;
+    they have the weight of a linear member, while stacking would leave them out."""
+    out = folder / "scalars"
+    if not out.is_dir():
+        config = settings.scalars_config(data=volumes(folder, settings))
+        task, members = ScalarsTask(config), len(config.linear.smoothing) + 1
+        equal = dict.fromkeys(CONTEXTS, Mixing((1 / members,) * members, 1.0))
+        mixing = {v.name: equal for v in task.variables.scalars}
+        with patch("mvhpc.training.scalars.stack_members", return_value=mixing):
+            task.export(out / "model", {name: x.state_dict() for name, x in task.networks.items()}, {})
+    return str(out)
+
+
 def latents(folder: Path, settings: Settings) -> dict[str, str]:
-    """A data set of random latents and an untrained autoencoder of their shape, made where they are missing.
+    """A data set of random latents, an untrained autoencoder of their shape and a model of scalars, made where they are
+    missing.
 
     Returns:
-        The keys ``latents`` and ``vae`` of the joint stage.
+        The keys ``latents``, ``vae`` and ``scalars`` of the joint stage.
     """
     vae, model = folder / "vae", settings.vae_config().model
     if not vae.is_dir():
@@ -35,7 +53,7 @@ def latents(folder: Path, settings: Settings) -> dict[str, str]:
     autoencoder, meta = load(vae, kind=AutoencoderModel)
     shape = autoencoder.latent_shape(settings.voxels)
     data = _write(folder / "latents", "latents", shape, settings.samples, settings, meta["sha256"])
-    return {"latents": data, "vae": str(vae)}
+    return {"latents": data, "vae": str(vae), "scalars": scalars(folder, settings)}
 
 
 def untrained_model(folder: Path, settings: Settings) -> str:

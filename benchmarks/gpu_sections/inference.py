@@ -1,8 +1,6 @@
-"""Predictions from latents and from volumes, chains, and the encoding of a scan."""
+"""Predictions of scalars from voxels, draws of scalars, chains of volumes, and the encoding of a scan."""
 
-import copy
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,76 +13,94 @@ from benchmarks.gpu_sections.timing import median_seconds
 from mvhpc.config import load_config
 from mvhpc.inference.generate import GenerateConfig
 from mvhpc.inference.open_predictor import open_predictor
-from mvhpc.inference.predictor import PredictConfig, Predictor
+from mvhpc.inference.predictor import PredictConfig
 from mvhpc.inference.sampler import Sampler
+from mvhpc.inference.scalar_draws import draw_scalars
+from mvhpc.inference.scalar_inputs import read_inputs
+from mvhpc.inference.scalars_predictor import ScalarsPredictor
+from mvhpc.models.scalar_stack import StackPosterior
+from mvhpc.runtime.devices import one_thread
 from mvhpc.runtime.randomness import generator
-from mvhpc.variables import Categorical
 
 WANT = ["age", "sex"]
 Job = Callable[[], dict[str, Any]]
 
 
 def inference(folder: Path, settings: Settings) -> Iterator[tuple[str, Job]]:
-    """Section ``inference``, by an untrained joint model of the preset's widths."""
-    predictor = untrained_predictor(folder, settings)
-    sampler, n = predictor.sampler, settings.chains
-    shape = sampler.model.variables.volumes[0].shape
-    z = torch.randn(n, *shape, device=sampler.device)  # (B, C, h, w, d)
-    keys = predictor.dataset.keys("train")[:1]
-    yield f"{n} people, from latents", lambda: from_latents(sampler, z)
-    yield "one person, from latents", lambda: from_latents(sampler, z[:1])
-    yield "one person, from a stored volume", lambda: from_volume(predictor, keys)
+    """Section ``inference``, by an untrained joint model of the preset's widths and its model of scalars."""
+    model = untrained_model(folder, settings)
+    predictor, sampler, n = open_scalars(model, folder, settings), open_sampler(model, settings), settings.chains
+    yield f"{n} people, from pooled voxels", lambda: from_pooled(predictor, sampler.device, n)
+    yield "one person, from pooled voxels", lambda: from_pooled(predictor, sampler.device, 1)
+    yield "one person, from a stored volume", lambda: from_volume(predictor, sampler.device)
+    yield "age and sex, drawn", lambda: scalars(predictor, sampler.device, n)
+    variables = sampler.model.variables
+    known, _ = variables.encode_scalars([{"age": 20 + i % 60, "sex": "FM"[i % 2]} for i in range(n)])
+    yield "chains of volumes, age and sex given", lambda: chains(sampler, known, n)
     # A category that is not given was once a tensor on the wrong device.
-    yield "chains, image given, age and sex unknown", lambda: chains(sampler, {"image": z}, WANT, n)
-    yield "chains, everything unknown", lambda: chains(sampler, {}, None, n)
+    yield "chains of volumes, nothing given", lambda: chains(sampler, {}, n)
     yield "encoding of one scan", lambda: encode(sampler, settings)
 
 
-def untrained_predictor(folder: Path, settings: Settings) -> Predictor:
-    """Of age and sex from volumes, by an untrained model."""
-    paths = {"out": "", "model": untrained_model(folder, settings), "data": volumes(folder, settings)}
-    precision = settings.joint_config(latents="none", vae="none").compute.precision
-    query = {"given": ["image"], "want": WANT, "compute.precision": precision}
-    predictor = open_predictor(load_config(PredictConfig, "predict", "default", values=paths | query))
-    assert isinstance(predictor, Predictor)
+def open_scalars(model: str, folder: Path, settings: Settings) -> ScalarsPredictor:
+    """Of age and sex from volumes, by the model of scalars of a joint model."""
+    paths = {"out": "", "model": model, "data": volumes(folder, settings)}
+    values = paths | {"given": ["image"], "want": WANT}
+    predictor = open_predictor(load_config(PredictConfig, "predict", "default", values=values))
+    assert isinstance(predictor, ScalarsPredictor)
     return predictor
 
 
-def from_latents(sampler: Sampler, z: Tensor) -> dict[str, Any]:
-    """Predictive distributions of latents (B, C, h, w, d)."""
+def open_sampler(model: str, settings: Settings) -> Sampler:
+    """Of volumes, as the stage ``generate`` draws them."""
+    precision = settings.joint_config(latents="none", vae="none", scalars="none").compute.precision
+    values = {"out": "", "model": model, "sampling.conditioning": "clean", "compute.precision": precision}
+    return Sampler.of(load_config(GenerateConfig, "generate", "default", values=values))
 
-    def predict() -> list[Any]:
-        return [*sampler.posterior({"image": z}, len(z)).laws(WANT).values()]
 
-    for law in predict():
+def from_pooled(predictor: ScalarsPredictor, device: torch.device, n: int) -> dict[str, Any]:
+    """Predictive laws of n people whose volumes are in memory."""
+    inputs = read_inputs(predictor.model, predictor.dataset, predictor.dataset.keys("train")[:1], ["image"])
+    pooled, values, known = ({name: x.repeat_interleave(n, 0) for name, x in part.items()} for part in inputs)
+
+    @torch.inference_mode()
+    @one_thread()
+    def job() -> list[Any]:
+        return [*StackPosterior(predictor.model.stack, pooled, values, known).laws(WANT).values()]
+
+    for law in job():
         check(law if isinstance(law, Tensor) else law.mean)
-    return per_person(median_seconds(predict, sampler.device, 4), len(z))
+    return per_person(median_seconds(job, device), n)
 
 
-def from_volume(predictor: Predictor, keys: list[str]) -> dict[str, Any]:
-    """Predictions from packed volumes, which are read and encoded each time."""
+def from_volume(predictor: ScalarsPredictor, device: torch.device) -> dict[str, Any]:
+    """Rows of predictions from a packed volume, which is read each time."""
+    keys = predictor.dataset.keys("train")[:1]
     for row in predictor(keys):
         check(torch.tensor([row["age"], row["age_sd"], row["sex_p_F"]]))
-    return per_person(median_seconds(lambda: predictor(keys), predictor.sampler.device), len(keys))
+    return per_person(median_seconds(lambda: predictor(keys), device), len(keys))
 
 
-def chains(sampler: Sampler, given: dict[str, Tensor], want: list[str] | None, n: int) -> dict[str, Any]:
-    """Chains of the stage ``generate``: every level takes a step of the U-Net and draws categories."""
-    sampling = load_config(GenerateConfig, "generate", "default", values={"out": "", "model": ""}).sampling
-    drawer = copy.copy(sampler)
-    drawer.sampling = replace(sampling, conditioning="clean")
+def scalars(predictor: ScalarsPredictor, device: torch.device, n: int) -> dict[str, Any]:
+    """Joint draws of age and sex given nothing, with which the stage ``generate`` begins."""
+
+    def job() -> list[Any]:
+        return draw_scalars(predictor.model, {}, [generator(0, "gpu", "scalars", i) for i in range(n)])
+
+    check(torch.tensor([row["age"] for row in job()]))
+    return per_person(median_seconds(job, device), n)
+
+
+def chains(sampler: Sampler, given: dict[str, Tensor], n: int) -> dict[str, Any]:
+    """Chains of volumes: every level takes a call of the U-Net."""
     noise = [generator(0, "gpu", i) for i in range(n)]
 
-    def draw() -> dict[str, Tensor]:
-        return drawer(given, noise, want=want)
+    def job() -> dict[str, Tensor]:
+        return sampler(given, noise)
 
-    drawn, variables = draw(), drawer.model.variables
-    for name, values in drawn.items():
+    for values in job().values():
         check(values.float())
-        variable = variables[name]
-        if isinstance(variable, Categorical):
-            variable.decode(values)  # raises where there is no such class
-    return per_person(median_seconds(draw, drawer.device, repeat=3), n) | {"steps": sampling.steps}
+    return per_person(median_seconds(job, sampler.device, repeat=3), n) | {"steps": sampler.calls(given)}
 
 
 def encode(sampler: Sampler, settings: Settings) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from mvhpc.config import load_config
 from mvhpc.training.baseline import BaselineConfig, BaselineTask
 from mvhpc.training.joint import JointConfig, JointTask
 from mvhpc.training.loop import train
+from mvhpc.training.scalars import ScalarsConfig, ScalarsTask
 from mvhpc.training.task import Task
 from mvhpc.training.vae import VAEConfig, VAETask
 
@@ -33,18 +34,12 @@ def repeatability(folder: Path, settings: Settings) -> Iterator[tuple[str, Job]]
     short = {"training.batch": 4, "training.epochs": 2, "compute.workers": 1, "out": "none"}
     critic = {"loss.adversarial": 0.1, "loss.discriminator_channels": 8}
     query = {"want": "age", "given": ["image", "sex"]}
+    inputs = {key: str(root / key) for key in ("latents", "vae", "scalars")}
     stages: dict[str, tuple[Callable[[Any], Task], Any]] = {
         "vae": (VAETask, load_config(VAEConfig, "vae", "demo", values=short | data | critic)),
         "baseline": (BaselineTask, load_config(BaselineConfig, "baseline", "demo", values=short | data | query)),
-        "joint": (
-            JointTask,
-            load_config(
-                JointConfig,
-                "joint",
-                "demo",
-                values=short | {"latents": str(root / "latents"), "vae": str(root / "vae")},
-            ),
-        ),
+        "scalars": (ScalarsTask, load_config(ScalarsConfig, "scalars", "demo", values=short | data)),
+        "joint": (JointTask, load_config(JointConfig, "joint", "demo", values=short | inputs)),
     }
     for name, (task, config) in stages.items():
         yield name, partial(compare, task, config, folder / "repeated" / name)

@@ -5,6 +5,7 @@ from typing import Any
 
 from mvhpc.config import load_config
 from mvhpc.training.joint import JointConfig
+from mvhpc.training.scalars import ScalarsConfig
 from mvhpc.training.vae import VAEConfig
 
 SMALL_VAE = {
@@ -29,7 +30,7 @@ class Settings:
     """Sizes of the measurements.
 
     Attributes:
-        preset: of the stages ``joint``, ``vae`` and ``predict``, for widths and batches.
+        preset: of the stages ``joint`` and ``vae``, for widths and batches.
         voxels: of a volume.
         joint, vae: overrides of the preset's keys.
         samples: training samples of random latents.
@@ -67,6 +68,10 @@ class Settings:
         """The joint stage on the data at ``paths``."""
         return load_config(JointConfig, "joint", self.preset, values={"out": "none", **self.joint, **paths})
 
+    def scalars_config(self, **paths: str) -> ScalarsConfig:
+        """The model of scalars, by its default configuration."""
+        return load_config(ScalarsConfig, "scalars", "default", values={"out": "none", **paths})
+
     def vae_config(self, **paths: str) -> VAEConfig:
         """The autoencoder's stage, without the perceptual loss, whose weights are a download."""
         values = {"out": "none", "data": "none", "loss.perceptual": 0.0, **self.vae, **paths}
@@ -77,7 +82,7 @@ FULL = Settings()
 TINY = Settings(
     preset="default",
     voxels=(16, 16, 16),
-    joint=SMALL_JOINT | {"model.ensemble_members": 1, "training.batch": 4, "compute.precision": "auto"},
+    joint=SMALL_JOINT | {"training.batch": 4, "compute.precision": "auto"},
     vae=SMALL_VAE | {"training.batch": 2, "compute.precision": "auto"},
     samples=8,
     warm=2,
@@ -88,7 +93,7 @@ TINY = Settings(
     product_seconds=0.1,
     chains=2,
     extractions=1,
-    people=8,
+    people=16,
     rounds=1,
     turns=2,
 )

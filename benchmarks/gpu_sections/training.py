@@ -77,8 +77,7 @@ class Trainer:
 def measure(trainer: Trainer, batch: int, settings: Settings) -> dict[str, Any]:
     """The time of a step, and its rate of operations as a share of the device's bfloat16 peak.
 
-    The operations are counted over the very steps that are timed, backward pass included: how many rows the U-Net
-    computes differs from step to step.
+    The operations of one step are counted, backward pass included.
     """
     device, count = trainer.device, len(trainer.batches)
     reset_memory(device)
@@ -87,9 +86,9 @@ def measure(trainer: Trainer, batch: int, settings: Settings) -> dict[str, Any]:
     blocks = [seconds(trainer.all_steps, device) / count for _ in range(settings.blocks)]
     memory = memory_gib(device)
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        trainer.all_steps()
+        trainer.step(0)
     step_seconds = statistics.median(blocks)
-    rate, most = counter.get_total_flops() / count / step_seconds / 1e12, peak_tflops(device)
+    rate, most = counter.get_total_flops() / step_seconds / 1e12, peak_tflops(device)
     return {
         "batch": batch,
         "step_ms": 1000 * step_seconds,
@@ -104,24 +103,14 @@ def measure(trainer: Trainer, batch: int, settings: Settings) -> dict[str, Any]:
 def compile_regions(network: nn.Module, backend: str) -> int:
     """Compile each residual and attention block by itself (PyTorch's "regional compilation"); how many there are.
 
-    Blocks of equal shapes share their code. Of a shape only the number of rows may differ from call to call.
+    Blocks of equal shapes share their code.
     """
     torch._dynamo.config.recompile_limit = SIGNATURES
     torch._dynamo.config.automatic_dynamic_shapes = False  # blocks of several sizes are no one block of any size
     regions = [part for part in network.modules() if isinstance(part, REGIONS)]
     for part in regions:
-        part.forward = _any_rows(torch.compile(part.forward, backend=backend))
+        part.forward = torch.compile(part.forward, backend=backend)
     return len(regions)
-
-
-def _any_rows(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def forward(*args: Tensor | None, **kwargs: Tensor | None) -> Tensor:
-        for x in (*args, *kwargs.values()):
-            if isinstance(x, Tensor):
-                torch._dynamo.maybe_mark_dynamic(x, 0)
-        return compiled(*args, **kwargs)
-
-    return forward
 
 
 def compiled(trainer: Trainer, batch: int, settings: Settings) -> dict[str, Any]:

@@ -1,27 +1,28 @@
-"""Every conditional of a trained joint model beside those of a law in closed form.
+"""Every conditional of trained joint models beside those of a law in closed form.
 
     python -m benchmarks.law.conditionals [--steps 6000 | --exact] [--scalars] [--markdown FILE]
 
 The law: a category of three classes; given the class, a small image (4 x 4 x 4) and two numbers are jointly Gaussian.
-The joint model's two networks are trained on fresh draws, as the joint stage trains them. Then they predict the other
-scalars given every subset of the variables, by each way of conditioning, and sample the image given every subset of the
-scalars. Compared with the exact conditionals are: the error of the mean in units of the exact posterior mean's error
-(1 is the best possible), the SD in units of the exact SD, the mean distance of the class probabilities, and C2ST, the
-accuracy of a classifier that separates (given, prediction) pairs of the model from exact ones (0.5 is chance;
-Lopez-Paz and Oquab 2017). With --exact the denoiser of the law itself replaces the networks, which leaves the error of
-the solvers. All seeds are fixed.
+The U-Nets of both designs are trained on fresh draws, as the joint stage trains them: that of the early design predicts
+all variables, that of the late design the image alone, beside a linear denoiser. Chains of the early design draw the
+other scalars given every subset of the variables; chains of both draw the image given every subset of the scalars.
+Compared with the exact conditionals are: the error of the mean in units of the exact posterior mean's error (1 is the
+best possible), the SD in units of the exact SD, the mean distance of the class probabilities, and C2ST, the accuracy of
+a classifier that separates (given, draw) pairs of the model from exact ones (0.5 is chance; Lopez-Paz and Oquab 2017).
+With --exact the denoiser of the law itself replaces the networks, which leaves the error of the solvers. All seeds are
+fixed.
 """
 
 import argparse
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_score
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor, nn
@@ -29,12 +30,10 @@ from torch.distributions import MultivariateNormal
 
 from mvhpc import config
 from mvhpc.diffusion.joint import JointDiffusion
-from mvhpc.diffusion.posterior import Posterior
-from mvhpc.diffusion.sampling import sample
+from mvhpc.diffusion.sampling import Denoiser, sample
 from mvhpc.models.denoiser import JointDenoiser
-from mvhpc.models.joint_network import JointNetwork, build_networks
-from mvhpc.models.scalar_predictor import ScalarPredictor
-from mvhpc.runtime.randomness import generator, rand
+from mvhpc.models.linear_denoiser import LinearDenoiser
+from mvhpc.runtime.randomness import generator
 from mvhpc.variables import Categorical, Continuous, Variables, Volume
 from shards.progress import progress
 
@@ -48,10 +47,8 @@ VARIABLES = Variables(
         Categorical("site", ("x", "y", "z")),
     ]
 )
-NETWORKS = config.DenoiserConfig(
-    scalars="late",
-    components=8,
-    ensemble_members=1,
+NETWORK = config.DenoiserConfig(
+    scalars="early",
     channels=[32, 64],
     attention=[False, True],
     res_blocks=1,
@@ -74,9 +71,8 @@ DIFFUSION = config.DiffusionConfig(
     weights={},
 )
 SCALARS = (*NUMBERS, "site")
-QUERIES, CLEAN_VOLUME_PROB = 8, 0.7  # of configs/joint/default.yaml
-METHODS: dict[str, dict[str, object]] = {
-    "posterior": {},
+FITTED, COMPONENTS = 1024, 16  # draws that the linear denoiser is fitted to, and its components
+SOLVERS: dict[str, dict[str, object]] = {
     "repaint, DDIM, 50 steps": {"conditioning": "repaint", "solver": "ddim", "steps": 50, "stride": 20},
     "clean, DDIM, 50 steps": {"conditioning": "clean", "solver": "ddim", "steps": 50, "stride": 20},
     "clean, DPM-Solver++, 10 steps": {"conditioning": "clean", "solver": "dpm", "steps": 10, "stride": 1000},
@@ -134,52 +130,49 @@ class Law:
         return chances, torch.stack(means, 1), torch.stack(covariances)
 
 
-def trained(law: Law, steps: int, path: Path | None) -> tuple[JointNetwork, JointDiffusion]:
-    """The networks of ``path`` where that exists, else ones that are trained now."""
-    diffusion = JointDiffusion(VARIABLES, DIFFUSION)
-    torch.manual_seed(0)
-    networks = nn.ModuleDict(build_networks(VARIABLES, NETWORKS, diffusion.masked_level))
-    if path is not None and path.is_file():
-        networks.load_state_dict(load_file(path))
-    else:
-        networks.load_state_dict(learn(law, networks, diffusion, steps))
-        if path is not None:
-            save_file(networks.state_dict(), path)
-    networks.eval()
-    denoiser, scalars = networks["denoiser"], networks["scalars"]
-    assert isinstance(denoiser, JointDenoiser) and isinstance(scalars, ScalarPredictor)
-    return JointNetwork(denoiser, scalars), diffusion
+class Trained:
+    """The U-Net of a design, trained on fresh draws as the joint stage trains it, with averaged weights.
 
+    Args:
+        law: to draw from.
+        diffusion: the forward processes.
+        design: early | late; the late one has a linear denoiser beside it.
+        steps: of training.
+        batch: draws of a step.
+    """
 
-def learn(
-    law: Law, networks: nn.ModuleDict, diffusion: JointDiffusion, steps: int, batch: int = 128
-) -> dict[str, Tensor]:
-    """Train both networks on fresh draws, as the joint stage does; their weights, averaged over the last steps."""
-    denoiser, scalars = networks["denoiser"], networks["scalars"]
-    assert isinstance(scalars, ScalarPredictor)
-    scalars.standardize_features({"image": law.draw(256, torch.Generator().manual_seed(6))["image"]})
-    optimizer = torch.optim.AdamW(networks.parameters(), 1e-3, betas=(0.9, 0.99))
-    warmup = max(0.05, 2 / steps)  # share of the steps, at least two
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=warmup)
-    averaged = torch.optim.swa_utils.AveragedModel(
-        networks, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
-    )
-    g = torch.Generator().manual_seed(1)
-    for step in progress(range(steps), "training", unit="step"):
-        generators = [generator(0, "law", step, i, q) for i in range(batch) for q in range(QUERIES)]
-        noised = diffusion.noise(law.draw(batch, g), {}, diffusion.draw_times(generators), generators)
-        clean = rand([generator(0, "clean volume", step, i) for i in range(batch)], (1,)) < CLEAN_VOLUME_PROB
-        z, t = diffusion.show_clean(noised, clean)
-        outputs = denoiser(noised.z, noised.t, moving=noised.moving) | scalars(noised.z | z, noised.t | t)
-        loss = diffusion.total(diffusion.losses(outputs, noised)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        for network in networks.values():
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        averaged.update_parameters(networks)
-    return dict(averaged.module.state_dict())
+    def __init__(self, law: Law, diffusion: JointDiffusion, design: str, steps: int, batch: int = 128) -> None:
+        torch.manual_seed(0)
+        late = design == "late"
+        self.network = JointDenoiser(VARIABLES, replace(NETWORK, scalars=design), diffusion.masked_level)
+        self.linear: LinearDenoiser | None = None
+        if late:
+            known = {name: torch.ones(FITTED, dtype=torch.bool) for name in VARIABLES.names}
+            some = law.draw(FITTED, torch.Generator().manual_seed(6))
+            self.linear = LinearDenoiser.fit(diffusion, some, known, COMPONENTS)
+        optimizer = torch.optim.AdamW(self.network.parameters(), 1e-3, betas=(0.9, 0.99))
+        warmup = max(0.05, 2 / steps)  # share of the steps, at least two
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=warmup)
+        average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
+        averaged = torch.optim.swa_utils.AveragedModel(self.network, multi_avg_fn=average)
+        g = torch.Generator().manual_seed(1)
+        for step in progress(range(steps), f"training, {design}", unit="step"):
+            generators = [generator(0, "law", step, i) for i in range(batch)]
+            levels = diffusion.draw_times(generators, volumes_move=late)
+            noised = diffusion.noise(law.draw(batch, g), {}, levels, generators)
+            loss = diffusion.total(diffusion.losses(self(noised.z, noised.t), noised)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            averaged.update_parameters(self.network)
+        self.network.load_state_dict(averaged.module.state_dict())
+        self.network.eval()
+
+    def __call__(self, z: dict[str, Tensor], t: dict[str, Tensor], want: list[str] | None = None) -> dict[str, Tensor]:
+        outputs = self.network(z, t, want)
+        return outputs if self.linear is None else self.linear.added_to(outputs, z, t)
 
 
 class Exact:
@@ -216,51 +209,31 @@ class Prediction:
     """Predictions for n people of r numbers (or voxels) and of the class.
 
     Attributes:
-        mean, sd: (n, r).
-        chances: of the classes (n, K); None where it is not wanted.
         draws: joint draws (n, samples, r).
         classes: those of the class (n, samples); None where it is not wanted.
     """
 
-    mean: Tensor
-    sd: Tensor
-    chances: Tensor | None
     draws: Tensor
     classes: Tensor | None
 
 
 def predict(
-    network: JointNetwork | Exact,
+    denoiser: Denoiser,
     diffusion: JointDiffusion,
-    people: dict[str, Tensor],
+    people: Mapping[str, Tensor],
     given: tuple[str, ...],
     want: tuple[str, ...],
-    method: dict[str, object],
+    solver: Mapping[str, object],
     samples: int,
 ) -> Prediction:
-    """Predict ``want`` given ``given``: by chains of that method, or by the posterior where there is none."""
-    n, numbers = len(people["site"]), [name for name in want if name != "site"]
-    if method:
-        fixed = {name: people[name].repeat_interleave(samples, 0) for name in given}
-        generators = [generator(0, "answer", i, j) for i in range(n) for j in range(samples)]
-        drawn = sample(network, diffusion, fixed, generators, want=want, **method)  # type: ignore[arg-type]
-    else:
-        assert isinstance(network, JointNetwork) and network.scalars is not None
-        posterior = Posterior(network.scalars, diffusion, {name: people[name] for name in given}, n)
-        uniform = torch.rand(n, samples, len(want), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        drawn = posterior.draw(want, uniform)
-    parts = [drawn[name].reshape(n, samples, -1).double() for name in numbers]
+    """Draw ``want`` given ``given`` by chains."""
+    n = len(people["site"])
+    fixed = {name: people[name].repeat_interleave(samples, 0) for name in given}
+    generators = [generator(0, "answer", i, j) for i in range(n) for j in range(samples)]
+    drawn = sample(denoiser, diffusion, fixed, generators, want=want, **solver)  # type: ignore[arg-type]
+    parts = [drawn[name].reshape(n, samples, -1).double() for name in want if name != "site"]
     draws = torch.cat([torch.empty(n, samples, 0, dtype=torch.float64), *parts], 2)  # (n, samples, r)
-    classes = drawn["site"].reshape(n, samples) if "site" in want else None
-    if method:
-        chances = None if classes is None else F.one_hot(classes, K).double().mean(1)
-        return Prediction(draws.mean(1), draws.std(1), chances, draws, classes)
-    laws = posterior.laws(want)
-    predicted = [law for law in laws.values() if not isinstance(law, Tensor)]
-    mean, sd = (
-        torch.stack([getattr(law, k) for law in predicted], 1) if predicted else draws[:, 0] for k in ("mean", "stddev")
-    )
-    return Prediction(mean, sd, laws.get("site"), draws, classes)  # type: ignore[arg-type]
+    return Prediction(draws, drawn["site"].reshape(n, samples) if "site" in want else None)
 
 
 def c2st(predicted: Prediction, exact: tuple[Tensor, Tensor, Tensor]) -> float:
@@ -309,43 +282,52 @@ def measure(predicted: Prediction, exact: tuple[Tensor, Tensor, Tensor], several
     variance = covariances.diagonal(dim1=1, dim2=2) + (means - centre[:, None]) ** 2  # (n, K, r)
     best = (chances[..., None] * variance).sum(1).mean(0)  # (r,)
     # E (ours - truth)^2 = E (ours - exact mean)^2 + E variance: without the chance of the sampled truth
-    off, spread = (predicted.mean - centre).square().mean(0), predicted.sd.square().mean(0)
+    mean = predicted.draws.mean(1, keepdim=True)
+    off = (mean[:, 0] - centre).square().mean(0)
+    spread = (predicted.draws - mean).square().sum(1).mean(0) / (predicted.draws.shape[1] - 1)
     if several:
         best, off, spread = (x.mean(0, keepdim=True) for x in (best, off, spread))
-    far = [] if predicted.chances is None else [float((predicted.chances - chances).abs().mean())]
+    far = []
+    if predicted.classes is not None:
+        far = [float((F.one_hot(predicted.classes, K).double().mean(1) - chances).abs().mean())]
     return [(1 + off / best).sqrt().tolist(), (spread / best).sqrt().tolist(), far, [c2st(predicted, exact)]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6000, help="of training")
-    parser.add_argument("--network", type=Path, help="the trained networks: read where they are, else written there")
     parser.add_argument("--exact", action="store_true", help="the denoiser of the law itself in place of the networks")
-    parser.add_argument("--scalars", action="store_true", help="leave out the image, which takes most of the time")
+    parser.add_argument("--scalars", action="store_true", help="leave out drawing the image")
     parser.add_argument("--people", type=int, default=100, help="to predict for")
     parser.add_argument("--samples", type=int, default=30, help="chains per query")
     parser.add_argument("--markdown", type=Path, help="write the tables there too")
     options = parser.parse_args()
     law = Law()
-    network: JointNetwork | Exact
+    diffusion = JointDiffusion(VARIABLES, DIFFUSION)
+    denoisers: dict[str, Denoiser] = {}
     if options.exact:
-        diffusion = JointDiffusion(VARIABLES, DIFFUSION)
-        network = Exact(law, diffusion)
+        denoisers["exact"] = Exact(law, diffusion)
     else:
-        network, diffusion = trained(law, options.steps, options.network)
-    lines = ["| given | wanted | conditioning | error / best | SD / exact | chances off | C2ST | s |"]
+        designs = ["early"] if options.scalars else ["early", "late"]
+        denoisers |= {design: Trained(law, diffusion, design, options.steps) for design in designs}
+    methods = {  # the U-Net of the late design predicts no scalars, which repainting would need
+        f"{name}, {label}": (name, solver)
+        for name in denoisers
+        for label, solver in SOLVERS.items()
+        if name != "late" or solver["conditioning"] == "clean"
+    }
+    lines = ["| given | wanted | method | error / best | SD / exact | chances off | C2ST | s |"]
     lines += ["|---|---|---|---:|---:|---:|---:|---:|"]
     print("\n".join(lines))
     found: dict[tuple[bool, str], list[list[float]]] = {}
     people = law.draw(options.people, torch.Generator().manual_seed(2))
     for want, given in queries(options.scalars):
         exact, image = law.given(people, given, want), want == ("image",)
-        for label, method in METHODS.items():
-            if not method and (image or options.exact):
+        for label, (name, solver) in methods.items():
+            if name == "late" and not image:
                 continue
             start = time.time()
-            with torch.no_grad():
-                predicted = predict(network, diffusion, people, given, want, method, options.samples)
+            predicted = predict(denoisers[name], diffusion, people, given, want, solver, options.samples)
             seconds = time.time() - start
             error, ratio, far, accuracy = measure(predicted, exact, image)
             columns = found.setdefault((image, label), [[], [], [], []])
@@ -356,7 +338,7 @@ def main() -> None:
             lines.append(f"| {' | '.join([*names, label, *cells, f'{seconds:.1f}'])} |")
             print(lines[-1], flush=True)
     summary = []
-    for image in (False, True):
+    for image in sorted({of_image for of_image, _ in found}):
         summary += [f"| {'the image' if image else 'scalars'} | error / best: mean, worst | SD off: mean, worst "
                     "| chances off | C2ST |", "|---|---:|---:|---:|---:|"]  # fmt: skip
         for (of_image, label), columns in found.items():

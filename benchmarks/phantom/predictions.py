@@ -3,27 +3,31 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributions import Categorical, MixtureSameFamily, Normal
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.phantom.models import densenet_name
 from mvhpc.config import Device, Sampling, load_config
 from mvhpc.diffusion.density import crps, quantile
+from mvhpc.diffusion.joint import Batch
+from mvhpc.diffusion.laws import Law, join
 from mvhpc.evaluation import ensembles
 from mvhpc.inference.baseline_predictor import BaselinePredictor
 from mvhpc.inference.open_predictor import open_predictor
 from mvhpc.inference.predictor import PredictConfig
 from mvhpc.inference.sampler import Sampler
+from mvhpc.inference.scalar_inputs import read_inputs
 from mvhpc.models.bundle import JointModel, load
-from mvhpc.models.joint_network import JointNetwork
+from mvhpc.models.scalar_bundle import ScalarsModel
+from mvhpc.models.scalar_stack import StackPosterior
 from mvhpc.runtime.randomness import generator
 from mvhpc.variables import Continuous
 from shards.dataset import Dataset, open_dataset
@@ -44,7 +48,7 @@ class Prediction:
         interval: 90 %, (N, 2); None where there is none.
         crps: (N,).
         sd: SD of the mixture over all people: with nothing given, that of p(age).
-        calls, flops, seconds: per person, flops from latents (DenseNet: from voxels).
+        calls, flops, seconds: per person, flops from latents (DenseNet: from voxels; ours: from pooled voxels).
     """
 
     point: Floats
@@ -105,31 +109,54 @@ def densenet(root: Path, keys: Sequence[str], want: str, given: Sequence[str], b
     return Prediction(point, calls=1, flops=counter.get_total_flops(), seconds=seconds)
 
 
-class Joint:
-    """A joint model with one way of sampling, on people whose latents are stored.
+def ours(
+    root: Path, keys: Sequence[str], want: str, given: Sequence[str], truth: Floats, batch: int = 32
+) -> Prediction:
+    """The model of scalars."""
+    model = load(root / "scalars", kind=ScalarsModel)
+    dataset, variable = open_dataset(root / "packed"), model.variables[want]
+    people = [read_inputs(model, dataset, keys[i : i + batch], given) for i in range(0, len(keys), batch)]
+
+    @torch.inference_mode()
+    def predict(pooled: Batch, values: Batch, known: Batch) -> Law:
+        return StackPosterior(model.stack, pooled, values, known).laws([want])[want]
+
+    start = time.monotonic()
+    law = join([predict(*part) for part in people])
+    seconds = (time.monotonic() - start) / len(keys)
+    with FlopCounterMode(display=False) as counter:
+        predict(*read_inputs(model, dataset, keys[:1], given))
+    cost: dict[str, Any] = {"calls": 1, "flops": counter.get_total_flops(), "seconds": seconds}
+    if isinstance(law, Tensor):
+        return Prediction(law[:, 1].numpy(), **cost)
+    assert isinstance(variable, Continuous)
+    scale = (variable.high - variable.low) / 2
+    points = variable.decode(quantile(law, torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)))
+    low, median, high = points.reshape(len(keys), 3).T.numpy()
+    score = (crps(law, variable.encode(truth.tolist())[:, 0].double()) * scale).numpy()
+    whole = float((law.stddev.square().mean() + law.mean.var()).sqrt()) * scale
+    return Prediction(median, np.stack([low, high], 1), score, whole, **cost)
+
+
+class Paper:
+    """The paper's procedure, on people whose latents are stored: an ensemble of chains.
 
     Args:
-        model: run folder of a joint model.
-        dataset: packed volumes.
+        root: of the scoreboard.
         sampling: how a conditional is sampled.
-        samples: chains per person, where it is sampled by chains.
-        whole: count the cost of the whole U-Net in every call, as in the paper; ours skips what no wanted variable
-            needs, which changes no prediction.
+        samples: chains per person.
     """
 
-    def __init__(
-        self, model: Path, dataset: Dataset, sampling: Sampling, samples: int = 1, whole: bool = False
-    ) -> None:
-        self.sampler = Sampler(load(model, kind=JointModel), sampling, CPU, scalars=True)
-        self.dataset, self.latents, self.samples = dataset, open_dataset(model.parent / "latents"), samples
-        self.exact, self.whole = sampling.conditioning == "posterior", whole
+    def __init__(self, root: Path, sampling: Sampling, samples: int) -> None:
+        self.model, self.samples = load(root / "paper", kind=JointModel), samples
+        self.sampler = Sampler(self.model, sampling, CPU)
+        self.dataset, self.latents = open_dataset(root / "packed"), open_dataset(root / "latents")
 
-    def given(self, keys: Sequence[str], names: Sequence[str]) -> dict[str, Tensor]:
+    def given(self, keys: Sequence[str], names: Sequence[str]) -> Batch:
         """Encoded values of some variables, one row per person."""
-        model = self.sampler.model
-        scalars, _ = model.variables.encode_scalars([self.dataset.values(key) for key in keys])
+        scalars, _ = self.model.variables.encode_scalars([self.dataset.values(key) for key in keys])
         if "image" in names:
-            volume = model.variables.volumes[0]
+            volume = self.model.variables.volumes[0]
             stored = [torch.from_numpy(self.latents.read(key, "image").astype(np.float32)) for key in keys]
             scalars["image"] = volume.encode(torch.stack(stored))
         return {name: scalars[name] for name in names}
@@ -138,21 +165,10 @@ class Joint:
         self, keys: Sequence[str], want: str, names: Sequence[str], truth: Floats, batch: int = 50
     ) -> Prediction:
         """Predict for all people, in batches, from latents; the autoencoder is not counted."""
-        given = self.given(keys, names)
-        predict = self.densities if self.exact else self.chains
-        parts = []
-        for i in range(0, len(keys), batch):
-            rows = {name: value[i : i + batch] for name, value in given.items()}
-            parts.append(predict(rows, len(keys[i : i + batch]), want, keys[i:]))
-        few = 20  # the whole U-Net is slow
-        cost = self.cost({name: value[:few] for name, value in given.items()}, min(few, len(keys)), want, keys)
-        predicted = np.concatenate(parts)
+        parts = [self.chains(keys[i : i + batch], want, names) for i in range(0, len(keys), batch)]
+        predicted, cost = np.concatenate(parts), self.cost(keys[:20], want, names)
         if want == "sex":
-            return Prediction(predicted, **cost)
-        if self.exact:
-            mean, sd, low, median, high, score = self.described(predicted, truth)
-            whole = float(np.sqrt(np.mean(sd**2) + mean.var()))
-            return Prediction(median, np.stack([low, high], 1), score, whole, **cost)
+            return Prediction(predicted.mean(1), **cost)
         return Prediction(
             predicted.mean(1),
             ensembles.quantiles(predicted, [0.05, 0.95]),
@@ -161,57 +177,27 @@ class Joint:
             **cost,
         )
 
-    def densities(self, given: dict[str, Tensor], rows: int, want: str, keys: Sequence[str] = ()) -> Floats:
-        """Chances of M (rows,), or per person the logits, means and SDs of the density's components."""
-        law = self.sampler.posterior(given, rows).laws([want])[want]
-        if isinstance(law, Tensor):
-            return law[:, 1].numpy()
-        parts = law.component_distribution
-        return torch.stack([law.mixture_distribution.logits, parts.mean, parts.stddev], 1).numpy()
-
-    def described(self, predicted: Floats, truth: Floats) -> tuple[Floats, Floats, Floats, Floats, Floats, Floats]:
-        """Mean, SD, 5 %, 50 % and 95 % quantiles and CRPS, in years, of the densities that :meth:`densities` found."""
-        age = self.sampler.model.variables["age"]
-        assert isinstance(age, Continuous)
-        logits, means, sds = torch.from_numpy(predicted).unbind(1)
-        law = MixtureSameFamily(Categorical(logits=logits), Normal(means, sds))
-        scale, z = (age.high - age.low) / 2, age.encode(truth.tolist())[:, 0].double()
-        points = quantile(law, torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64))
-        years = [age.decode(law.mean), law.stddev * scale, *(age.decode(points[:, i]) for i in range(3))]
-        return tuple(x.numpy() for x in [*years, crps(law, z) * scale])  # type: ignore[return-value]
-
-    def chains(self, given: dict[str, Tensor], rows: int, want: str, keys: Sequence[str] = ()) -> Floats:
-        """Ages (rows, samples) in years, or the share of M (rows,)."""
-        n, variable = self.samples, self.sampler.model.variables[want]
-        repeated = {name: value.repeat_interleave(n, 0) for name, value in given.items()}
-        noise = [generator(0, "scoreboard", key, chain) for key in keys[:rows] for chain in range(n)]
+    def chains(self, keys: Sequence[str], want: str, names: Sequence[str]) -> Floats:
+        """Ages in years, or whether it is M, (rows, samples)."""
+        n, variable = self.samples, self.model.variables[want]
+        repeated = {name: value.repeat_interleave(n, 0) for name, value in self.given(keys, names).items()}
+        noise = [generator(0, "scoreboard", key, chain) for key in keys for chain in range(n)]
         drawn = self.sampler(repeated, noise, want=[want])[want]
-        if isinstance(variable, Continuous):
-            return variable.decode(drawn).reshape(rows, n).numpy()
-        return drawn.double().reshape(rows, n).mean(1).numpy()
+        values = variable.decode(drawn) if isinstance(variable, Continuous) else drawn.double()
+        return values.reshape(len(keys), n).numpy()
 
-    def cost(self, given: dict[str, Tensor], rows: int, want: str, keys: Sequence[str]) -> dict[str, Any]:
-        """Network calls, FLOPs and seconds per person, for a batch of ``rows`` people."""
-        model = self.sampler.model
-        calls = self.sampler.calls(given, [want]) * (1 if self.exact else self.samples)
-        if self.whole:
-            self.sampler.model = replace(model)
-            vars(self.sampler.model)["network"] = AllOutputs(model.network)  # in place of the cached property
-        predict = self.densities if self.exact else self.chains
-        with FlopCounterMode(display=False) as counter:
-            predict({name: value[:1] for name, value in given.items()}, 1, want, keys)
-        start = time.monotonic()
-        predict(given, rows, want, keys)
-        seconds = (time.monotonic() - start) / rows
-        self.sampler.model = model
+    def cost(self, keys: Sequence[str], want: str, names: Sequence[str]) -> dict[str, Any]:
+        """Network calls, FLOPs and seconds per person, for a batch of these people.
+
+        Every call computes the whole U-Net, as in the paper; ours skips what no wanted variable needs, which changes no
+        prediction.
+        """
+        denoise = self.model.denoise
+        with patch.object(JointModel, "denoise", lambda model, z, t, want: denoise(z, t)):
+            with FlopCounterMode(display=False) as counter:
+                self.chains(keys[:1], want, names)
+            start = time.monotonic()
+            self.chains(keys, want, names)
+            seconds = (time.monotonic() - start) / len(keys)
+        calls = self.sampler.calls(names, [want]) * self.samples
         return {"calls": calls, "flops": counter.get_total_flops(), "seconds": seconds}
-
-
-class AllOutputs:
-    """The joint model's networks, which compute all outputs, whatever is wanted."""
-
-    def __init__(self, network: JointNetwork) -> None:
-        self.network = network
-
-    def __call__(self, z: dict[str, Tensor], t: dict[str, Tensor], want: Sequence[str]) -> dict[str, Tensor]:
-        return self.network(z, t)

@@ -43,7 +43,7 @@ class Rates:
     memory: float = rate(141e9, "bytes of a GPU", "NVIDIA's data sheet of the H200")
     filled: float = rate(0.9, "share of it that a configuration may use", "assumed")
     launch: float = rate(6.5e-5, "s of the host per operator", "measured, the virtual machine of one H200; eager")
-    noising: float = rate(1.9e-3, "s of the host per row of the joint diffusion", "measured on 2 CPU cores")
+    noising: float = rate(7.6e-4, "s of the host per row of the joint diffusion", "measured on a CPU core")
     nvlink: float = rate(450e9, "bytes/s each way of a GPU inside a node", "NVIDIA's data sheet of the H200")
     infiniband: float = rate(50e9, "bytes/s each way of a GPU between nodes", "400 Gbit/s NDR, one port per GPU")
     reached: float = rate(0.75, "of both in collectives", "assumed")
@@ -99,13 +99,13 @@ def _seconds(job: Callable[[], object], repeat: int = 5) -> float:
 
 def _noising(rows: int = 16) -> float:
     """Seconds of the host per row that :class:`mvhpc.diffusion.joint.JointDiffusion` noises, latents of 1 mm."""
-    variables, diffusion, config = joint_parts("h200")
+    variables, diffusion, _ = joint_parts("h200")
     image = torch.randn(rows, *variables.volumes[0].shape)
     batch = {"image": image, "age": torch.zeros(rows, 1), "sex": torch.zeros(rows, dtype=torch.int64)}
 
     def job() -> None:
-        draws = [generator(0, "train", i, q) for i in range(rows) for q in range(config.queries_per_volume)]
-        diffusion.noise(batch, {}, diffusion.draw_times(draws), draws)
+        draws = [generator(0, "train", i) for i in range(rows)]
+        diffusion.noise(batch, {}, diffusion.draw_times(draws, volumes_move=True), draws)
 
     return _seconds(job) / rows
 

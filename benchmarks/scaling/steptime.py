@@ -4,7 +4,7 @@ Operations and traffic of the networks are counted (:mod:`benchmarks.scaling.wor
 :mod:`benchmarks.scaling.rates`. One step takes:
 
     computing = max(GPU, host), for each micro-batch
-    GPU       = the roofline of every operator; the U-Net skips clean rows, as the slowest worker does
+    GPU       = the roofline of every operator
     host      = operators x launch + rows x noising
     update    = bytes of weights, gradients, moments and average / bandwidth of memory
     exposed   = communication x (1 - hidden share)
@@ -13,10 +13,9 @@ Operations and traffic of the networks are counted (:mod:`benchmarks.scaling.wor
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 from benchmarks.scaling.rates import Rates
-from benchmarks.scaling.workload import VOXELS, Device, Work, count, settings
+from benchmarks.scaling.workload import VOXELS, Device, Work, count
 from mvhpc.training.engines.deepspeed import BUCKET
 
 NODE = 8  # GPUs
@@ -82,25 +81,9 @@ class Setting:
         return self.batch // (self.gpus * self.accumulate)
 
 
-@cache
-def slowest(rows: int, gpus: int, share: float) -> int:
-    """Expected largest count, over ``gpus`` workers, of those of ``rows`` that happen with probability ``share``.
-
-    Rounded, and at least 1: all workers wait for the one with most rows in its U-Net, which each runs at least once.
-    """
-    chances = [math.comb(rows, k) * share**k * (1 - share) ** (rows - k) for k in range(rows + 1)]
-    below = [sum(chances[: k + 1]) for k in range(rows + 1)]
-    return max(1, round(sum(1 - min(1.0, p) ** gpus for p in below)))
-
-
 def work_of(s: Setting, rates: Rates) -> Work:
-    """Work of one micro-batch on the GPU with most rows."""
-    moving = s.rows
-    if s.kind == "joint":
-        d = settings("joint", s.preset).diffusion
-        if d.time == "independent":
-            moving = slowest(s.rows, s.gpus, 1 - (1 - d.shared_fraction) * d.clean_fraction)
-    return count(s.kind, s.preset, s.rows, moving, device(rates))
+    """Work of one micro-batch on one GPU."""
+    return count(s.kind, s.preset, s.rows, device(rates))
 
 
 def device(rates: Rates) -> Device:

@@ -20,7 +20,7 @@ GPUS = (1, 4, 8, 32, 256, 1024)
 ADVISED = (4, 32, 256)
 PEOPLE = 9078  # of the paper's training side
 PATHS = {
-    "joint": {"latents": "runs/latents", "vae": "runs/vae", "out": "runs/joint"},
+    "joint": {"latents": "runs/latents", "vae": "runs/vae", "scalars": "runs/scalars", "out": "runs/joint"},
     "vae": {"data": "packed", "out": "runs/vae"},
 }
 MARK = "<!-- What follows is printed by benchmarks/scaling/tables.py. -->"
@@ -73,6 +73,8 @@ def command(s: Setting, rates: Rates) -> str:
         "training.checkpoint_every": checkpoint_every(s, rates),
         "compute.precision": "bfloat16",
     }
+    if s.kind == "joint" and config.model.scalars == "early":
+        del keys["scalars"]
     if factor > 1:
         keys["optimizer.lr"] = f"{config.optimizer.lr * factor:.2g}"
         if s.kind == "vae":
@@ -108,8 +110,7 @@ def per_sample(rates: Rates) -> str:
     rows = []
     for kind in KINDS:
         for preset in PRESETS:
-            one = count(kind, preset, 1, 1, device(rates))
-            four = count(kind, preset, 4, 4 if kind == "joint" else 1, device(rates))
+            one, four = (count(kind, preset, rows, device(rates)) for rows in (1, 4))
             cells = [f"{one.parameters / 1e6:.0f}", f"{one.flops / 1e12:.2f}", f"{one.traffic / 1e9:.0f}"]
             cells += [f"{(four.traffic - one.traffic) / 3e9:.0f}", f"{one.kernels}", f"{1000 * one.seconds:.0f}"]
             cells += [f"{100 * four.flops / four.seconds / rates.peak:.0f}"]

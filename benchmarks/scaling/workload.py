@@ -3,7 +3,7 @@
 The real networks run forward and backward on fake tensors under bfloat16 autocast. Every operator that PyTorch sends
 to the device is counted: its floating-point operations (:data:`torch.utils.flop_counter.flop_registry`), the bytes it
 reads and writes, and the memory in use. The time of an operator is the longer of its arithmetic and its traffic (the
-roofline model).
+roofline model). The linear denoiser of the joint stage, a thousandth of the U-Net's operations, is left out.
 """
 
 import weakref
@@ -24,7 +24,6 @@ from mvhpc.config import load_config
 from mvhpc.diffusion.joint import JointDiffusion, Noised
 from mvhpc.models.autoencoder import Autoencoder, kl_divergence
 from mvhpc.models.denoiser import JointDenoiser
-from mvhpc.models.joint_network import build_networks
 from mvhpc.models.perceptual import SqueezeLPIPS, slice_distance
 from mvhpc.stages import STAGES
 from mvhpc.training.engines.deepspeed import PERSISTENT
@@ -126,35 +125,21 @@ def joint_parts(preset: str) -> tuple[Variables, JointDiffusion, JointConfig]:
     return variables, JointDiffusion(variables, config.diffusion), config
 
 
-def _joint(preset: str, batch: int, moving: int) -> tuple[list[nn.Module], Callable[[], None]]:
-    """The networks, and one micro-batch of them in which the U-Net computes ``moving`` rows."""
+def _joint(preset: str, batch: int) -> tuple[list[nn.Module], Callable[[], None]]:
+    """The U-Net, and one micro-batch of it."""
     variables, diffusion, config = joint_parts(preset)
-    networks, queries = build_networks(variables, config.model, diffusion.masked_level), config.queries_per_volume
-    denoiser = networks["denoiser"]
-    assert isinstance(denoiser, JointDenoiser)
-    shape, rows = (batch, *variables.volumes[0].shape), batch * queries  # rows of scalars
-    z = {"image": torch.randn(shape), "age": torch.randn(rows, 1), "sex": torch.zeros(rows, dtype=torch.int64)}
-    t = {name: torch.ones(len(x), dtype=torch.int64) for name, x in z.items()}
-    counts = {name: torch.ones(len(x), dtype=torch.bool) for name, x in z.items()}
-    noised = Noised(z, t, z, z, counts, counts["image"])
+    denoiser = JointDenoiser(variables, config.model, diffusion.masked_level)
+    image = torch.randn(batch, *variables.volumes[0].shape)
+    z = {"image": image, "age": torch.randn(batch, 1), "sex": torch.zeros(batch, dtype=torch.int64)}
+    t = {name: torch.ones(batch, dtype=torch.int64) for name in z}
+    noised = Noised(z, t, z, {name: torch.ones(batch, dtype=torch.bool) for name in z})
 
     def step() -> None:
         with autocast():
-            if "scalars" in networks:
-                outputs = networks["scalars"](z, t)
-                # `JointDenoiser.forward`, but for its choice of the rows that move, which needs data.
-                first = [
-                    {name: x[:moving] if name == "image" else x[: moving * queries : queries] for name, x in of.items()}
-                    for of in (z, t)
-                ]
-                image = denoiser.expand(denoiser.contract(*first), *first)["image"]
-            else:
-                outputs = denoiser(z, t)
-                image = outputs["image"][:moving]
-        outputs["image"] = torch.zeros(shape).index_copy(0, torch.arange(moving), image.float())
+            outputs = denoiser(z, t)
         diffusion.total(diffusion.losses({name: x.float() for name, x in outputs.items()}, noised)).mean().backward()
 
-    return [*networks.values()], step
+    return [denoiser], step
 
 
 def _vae(preset: str, batch: int) -> tuple[list[nn.Module], Callable[[], None]]:
@@ -186,24 +171,23 @@ def _vae(preset: str, batch: int) -> tuple[list[nn.Module], Callable[[], None]]:
 @cache
 def settings(stage: str, preset: str) -> Any:
     """The configuration of a stage's preset, its paths left open."""
-    paths = {"joint": ("out", "latents", "vae"), "vae": ("out", "data")}[stage]
+    paths = {"joint": ("out", "latents", "vae", "scalars"), "vae": ("out", "data")}[stage]
     return load_config(STAGES[stage].config_class(), stage, preset, values=dict.fromkeys(paths, "..."))
 
 
 @cache
-def count(stage: str, preset: str, batch: int, moving: int, device: Device) -> Work:
+def count(stage: str, preset: str, batch: int, device: Device) -> Work:
     """One micro-batch of a preset on one GPU.
 
     Args:
         stage: ``joint`` or ``vae``.
         preset: ``paper`` or ``h200``, of ``configs/STAGE``.
         batch: rows.
-        moving: those of them whose volume is not at rest at t = 0, for which alone the U-Net is run; joint only.
         device: what an operator may use.
     """
     Distribution.set_default_validate_args(False)  # needs data
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
-        networks, step = _joint(preset, batch, moving) if stage == "joint" else _vae(preset, batch)
+        networks, step = _joint(preset, batch) if stage == "joint" else _vae(preset, batch)
         weights = [p for network in networks for p in network.train().parameters()]
         for p in weights:  # gradients are counted by themselves: ZeRO may divide them
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))

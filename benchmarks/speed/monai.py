@@ -3,11 +3,9 @@
     python -m benchmarks.speed.monai [--preset default] [--voxels 96 128 96] [--batch 8] [--precision float32]
 
 Both get random latents of such volumes, an age and a sex. MONAI's network is used as it comes: scalars as input
-channels and as context of the cross-attention, in float32. Ours is used as the stages use it: trained by the task and
-the engine of the joint stage, and loaded by a sampler for inference. A training step is noise, forward, loss, backward
-and AdamW. "Denoise" is one call of the U-Net for the volume alone. "Predict" is the whole predictive distribution of
-age and sex given the latent, which needs no U-Net; its speed is compared with one call of MONAI's. Medians of
-interleaved repetitions.
+channels and as context of the cross-attention, in float32. Ours is used as the stages use it, with its linear denoiser:
+trained by the task and the engine of the joint stage, and loaded by a sampler for inference. A training step is noise,
+forward, loss, backward and AdamW. "Denoise" is one call. Medians of interleaved repetitions.
 """
 
 import argparse
@@ -27,16 +25,14 @@ from benchmarks.gpu_sections.settings import Settings
 from benchmarks.gpu_sections.timing import seconds
 from benchmarks.gpu_sections.training import Trainer
 from mvhpc.config import load_config
-from mvhpc.inference.predictor import PredictConfig
+from mvhpc.inference.generate import GenerateConfig
 from mvhpc.inference.sampler import Sampler
-from mvhpc.models.bundle import JointModel, load
 from mvhpc.runtime.devices import resolve_device
 from mvhpc.training.joint import JointConfig, JointTask
 from mvhpc.training.metrics import peak_tflops
 from shards.files import write_text
 
 LEVEL = 500  # of T = 1000, at which volumes are denoised
-WANT = ["age", "sex"]
 
 
 class Monai:
@@ -83,14 +79,9 @@ class Monai:
 
 def jobs_of(settings: Settings, config: JointConfig, folder: Path) -> dict[str, Callable[[], object]]:
     """What is timed, by name; one call is one batch."""
-    paths = {"out": "", "model": "", "data": ""}
-    sampling = load_config(PredictConfig, "predict", "default", values={**paths, "want": WANT}).sampling
-    folder_of_model, device = untrained_model(folder, settings), resolve_device(config.compute.device)
-    predictor, sampler = (
-        Sampler(load(folder_of_model, device, kind=JointModel), sampling, config.compute, scalars)
-        for scalars in (True, False)  # a sampler of scalars alone prepares no U-Net
-    )
-    shape = sampler.model.variables.volumes[0].shape
+    values = {"out": "", "model": untrained_model(folder, settings), "compute.precision": config.compute.precision}
+    sampler = Sampler.of(load_config(GenerateConfig, "generate", "default", values=values))
+    device, shape = sampler.device, sampler.model.variables.volumes[0].shape
     monai, trainer, n = Monai(config, shape, device), Trainer(JointTask(config), config, 1), config.training.batch
     g = torch.Generator().manual_seed(0)
     drawn = {
@@ -104,14 +95,13 @@ def jobs_of(settings: Settings, config: JointConfig, folder: Path) -> dict[str, 
     @torch.inference_mode()
     def denoise() -> None:
         with torch.autocast(device.type, sampler.precision, enabled=sampler.precision is not torch.float32):
-            sampler.model.network(batch, levels, ["image"])
+            sampler.model.denoise(batch, levels, ["image"])
 
     return {
         "train, MONAI": lambda: monai.train(batch),
         "denoise, MONAI": lambda: monai.denoise(batch),
         "train, ours": lambda: trainer.step(0),
         "denoise, ours": denoise,
-        "predict, ours": lambda: predictor.posterior({"image": batch["image"]}, n).laws(WANT),
     }
 
 
@@ -132,10 +122,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mvhpc-monai-") as folder:
         config = settings.joint_config(**latents(Path(folder), settings))
         jobs = jobs_of(settings, config, Path(folder))
-    for repetition in range(options.repeat + 2):  # two to warm up
-        for name, job in jobs.items():
-            value = seconds(job, device, 8 if device.type == "cuda" else 1)
-            measured.setdefault(name, []).extend([value] * (repetition > 1))
+        for repetition in range(options.repeat + 2):  # two to warm up
+            for name, job in jobs.items():
+                value = seconds(job, device, 8 if device.type == "cuda" else 1)
+                measured.setdefault(name, []).extend([value] * (repetition > 1))
     median = {name: statistics.median(values) for name, values in measured.items()}
     lines = ["| | ms a sample | samples/s | TFLOP/s | times MONAI's speed |", "|---|---:|---:|---:|---:|"]
     for name, job in jobs.items():

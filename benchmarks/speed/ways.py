@@ -44,7 +44,7 @@ TWO = ("DDP", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", f"ZeRO-1, checkpoint every
 
 
 def prepare(root: Path, people: int = PEOPLE) -> None:
-    """Make phantoms, shards, an untrained autoencoder and latents, by the stages of the package."""
+    """Make phantoms, shards, an untrained autoencoder, latents and a model of scalars, by the stages of the package."""
     vae = load_config(VAEConfig, "vae", "demo", values={"out": str(root / "vae"), "data": ""})
     torch.manual_seed(0)
     save_autoencoder(root / "vae" / "model", Autoencoder(vae.model), vae.model)
@@ -52,6 +52,7 @@ def prepare(root: Path, people: int = PEOPLE) -> None:
         "phantom": {"subjects": people, "out": "scans"},
         "pack": {"source": "scans", "out": "packed"},
         "encode": {"data": "packed", "vae": "vae", "out": "latents"},
+        "scalars": {"data": "packed", "out": "scalars", "training.epochs": 1, "compute.workers": 1},
     }
     for stage, values in stages.items():
         paths = {key: str(root / name) if isinstance(name, str) else name for key, name in values.items()}
@@ -60,7 +61,7 @@ def prepare(root: Path, people: int = PEOPLE) -> None:
 
 def settings(root: Path, workers: int, steps: int) -> JointConfig:
     """The demo's joint stage for ``steps`` steps, without validation or checkpoints before the end."""
-    paths = {"latents": str(root / "latents"), "vae": str(root / "vae"), "out": str(root / "joint")}
+    paths = {key: str(root / key) for key in ("latents", "vae", "scalars")} | {"out": str(root / "joint")}
     config = load_config(
         JointConfig, "joint", "demo", values={**paths, "compute.threads": 1, "compute.workers": workers}
     )

@@ -21,8 +21,11 @@ from shards.errors import nearest
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RENAMED = {  # key of an earlier version -> its present names, one per stage
     "readers": ("ensemble_members",),
-    "reveal": ("clean_volume_prob",),
     "questions": ("queries_per_volume", "queries"),
+}
+REMOVED = {  # key of an earlier version -> what is so without it
+    "predict_by": "a joint model predicts by its model of scalars",
+    "clean_volume_prob": "scalars are predicted by the model of scalars (mvhpc train scalars)",
 }
 C = TypeVar("C")
 
@@ -176,8 +179,11 @@ def _merge(kind: type, node: Any, source: str, layer: Any) -> Any:
 
 
 def _unknown(key: str, known: Sequence[str]) -> str:
-    """The message for an unknown key: its present name, or the nearest key."""
-    names = RENAMED.get(key.rpartition(".")[2], ())
+    """The message for an unknown key: what became of it, or the nearest key."""
+    last = key.rpartition(".")[2]
+    if last in REMOVED:
+        return f"`{key}` is no key any more: {REMOVED[last]}; delete it"
+    names = RENAMED.get(last, ())
     renamed = next((k for k in known if k.rpartition(".")[2] in names), None)
     return f"`{key}` is called {renamed} now" if renamed else nearest(key, known, "key")
 

@@ -118,11 +118,9 @@ class AutoencoderConfig:
 
 @dataclass
 class DenoiserConfig:
-    """3D U-Net of latent diffusion, and the network of scalars."""
+    """3D U-Net of latent diffusion."""
 
-    scalars: str  # late: predicted by a network of their own; early: by the U-Net, as in the paper
-    components: int  # of the mixture that is predicted for a number (late); 0: no density
-    ensemble_members: int  # networks of scalars (late), each trained without a fold of its own; 1: no folds
+    scalars: str  # late: given to the U-Net, and drawn by the model of scalars; early: drawn by it, as in the paper
     channels: list[int]
     attention: list[bool]
     res_blocks: int
@@ -165,7 +163,7 @@ class DiffusionConfig:
 class Sampling:
     """How a conditional is sampled."""
 
-    conditioning: str  # auto | posterior (scalars alone) | clean | repaint
+    conditioning: str  # auto | clean | repaint
     steps: int  # of volumes and continuous variables
     stride: int  # of categories, in levels; 0: as the solver
     solver: str  # of volumes and continuous variables: ddim | dpm (DPM-Solver++ 2M)

@@ -66,12 +66,6 @@ def draw(p: Tensor, uniform: Tensor) -> Tensor:
     return above.sum(-1)
 
 
-def probabilities(output: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
-    """p(class) (B, K) in float64.
-
-    Args:
-        output: logits (B, K), or (B, R, K) of R ensemble members, whose probabilities are averaged.
-        temperature: divides the logits; above 0, a number or (B, 1).
-    """
-    temperature = temperature[..., None] if isinstance(temperature, Tensor) else temperature  # (B, 1, 1)
-    return (by_member(output).double() / temperature).softmax(-1).mean(1)
+def probabilities(output: Tensor) -> Tensor:
+    """p(class) (B, K) in float64, of logits (B, K), or (B, R, K) of R ensemble members, which are averaged."""
+    return by_member(output).double().softmax(-1).mean(1)

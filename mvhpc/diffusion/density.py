@@ -1,14 +1,16 @@
 """Predictive densities of numbers: mixtures of normal distributions.
 
-The network's output for a number is a row (1 + 3M): its v or x_0 (by the parameterisation), and for M components log
-weights, offsets of the means from the x_0 of the first column, and logarithms of the SDs.
+The network's output for a number is a row (1 + 3M): the number, and for M components log weights, offsets of the means
+from the first column, and logarithms of the SDs.
 """
 
 import math
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, MixtureSameFamily, Normal
+from torch.distributions import MixtureSameFamily
+
+from mvhpc.diffusion.laws import mixture
 
 BISECTIONS = 40
 LOG_SD = (-5.0, 2.0)  # limits, in the scale of z_0, where a variable has unit SD
@@ -19,24 +21,17 @@ def by_member(output: Tensor) -> Tensor:
     return output if output.ndim == 3 else output[:, None]
 
 
-def density(output: Tensor, kind: str = "v", temperature: Tensor | float = 1.0) -> MixtureSameFamily:
-    """p(x_0 | given) of a number that is at t = T, in the scale of z_0.
+def density(output: Tensor) -> MixtureSameFamily:
+    """p(x_0 | given) of a number, in the scale of z_0.
 
     Args:
         output: of the network, (B, 1 + 3M), or (B, R, 1 + 3M) of R ensemble members, whose densities are mixed in equal
             parts.
-        kind: of the first column, v (at t = T, v = -x_0) or x0.
-        temperature: stretches the density about its mean; above 0, a number or (B, 1).
     """
     output = by_member(output).double()
-    centre = output[..., :1] * (1 if kind == "x0" else -1)
     logits, offsets, logs = output[..., 1:].chunk(3, -1)  # each (B, R, M)
-    logits, means, logs = (x.flatten(1) for x in (logits.log_softmax(-1), centre + offsets, logs))  # each (B, R M)
-    middle = (logits.softmax(1) * means).sum(1, keepdim=True)
-    means = middle + temperature * (means - middle)
-    # Validation would make the host wait for the accelerator.
-    part = Normal(means, temperature * logs.clamp(*LOG_SD).exp(), validate_args=False)
-    return MixtureSameFamily(Categorical(logits=logits, validate_args=False), part, validate_args=False)
+    logits, means, logs = (x.flatten(1) for x in (logits.log_softmax(-1), output[..., :1] + offsets, logs))  # (B, R M)
+    return mixture(logits, means, logs.clamp(*LOG_SD).exp())
 
 
 def quantile(law: MixtureSameFamily, p: Tensor) -> Tensor:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from mvhpc import config
 from mvhpc.diffusion import schedules
-from mvhpc.diffusion.categorical import Uniform, draw, probabilities
-from mvhpc.diffusion.density import by_member, density
+from mvhpc.diffusion.categorical import Uniform, draw
 from mvhpc.diffusion.gaussian import TARGETS, Gaussian
 from mvhpc.runtime.devices import send
 from mvhpc.runtime.randomness import rand, randn
@@ -27,19 +26,13 @@ class Noised:
         z: noisy values, the input of the denoiser: (B, C, h, w, d), (B, 1) or int64 (B,) by kind of variable.
         t: levels, the other input, int64 (B,).
         target: of the outputs: eps, v or z_0 shaped like z, or the class (B,).
-        clean: x_0, shaped like z.
         counts: (B,) bool, False where there is no loss: a missing value, or one at t = 0.
-        moving: (B,) bool, on the CPU: rows with a volume at a level above 0.
-
-    With Q queries per row, tensors of scalars have B x Q rows instead of B, the queries of a row together.
     """
 
     z: Batch
     t: Batch
     target: Batch
-    clean: Batch
     counts: Batch
-    moving: Tensor
 
 
 class JointDiffusion(nn.Module):
@@ -101,15 +94,16 @@ class JointDiffusion(nn.Module):
 
     # --- training -----------------------------------------------------------------------------------------------
 
-    def draw_times(self, generators: Sequence[torch.Generator]) -> Batch:
+    def draw_times(self, generators: Sequence[torch.Generator], volumes_move: bool = False) -> Batch:
         """Levels for training, row b from ``generators[b]``.
 
         Shared: one level for all variables, uniform on 1..T (the paper). Independent: with probability
         ``shared_fraction`` the same; else each variable by itself rests at 0 with probability ``clean_fraction``, at T
-        with ``noise_fraction``, and otherwise is uniform on 1..T.
+        with ``noise_fraction``, and otherwise is uniform on 1..T. ``volumes_move``: for a network of volumes alone;
+        rows where all of them would rest at 0 have them at their uniform levels.
 
         Returns:
-            By variable, int64 (B,), on the CPU, where the host can read them without waiting for a GPU.
+            By variable, int64 (B,), on the CPU.
         """
         c, names = self.config, self.variables.names
         u = rand(generators, (2 + 2 * len(names),))  # (B, 2 + 2V)
@@ -121,6 +115,10 @@ class JointDiffusion(nn.Module):
             own = torch.where(rest < c.clean_fraction + c.noise_fraction, self.steps, own)
             own = torch.where(rest < c.clean_fraction, 0, own)
             times[name] = torch.where(together, level[:, 1], own)
+        if volumes_move:
+            volumes = [(i, v.name) for i, v in enumerate(self.variables) if isinstance(v, Volume)]
+            still = torch.stack([times[name] == 0 for _, name in volumes]).all(0)
+            times |= {name: torch.where(still, level[:, 3 + 2 * i], times[name]) for i, name in volumes}
         return times
 
     def noise(
@@ -132,100 +130,51 @@ class JointDiffusion(nn.Module):
     ) -> Noised:
         """Bring a batch to the levels ``t``.
 
-        There may be Q generators and levels for each row of the batch, those of a row together: each scalar is noised Q
-        times; a volume once, with the first level and generator of its row.
-
         A missing value is replaced by pure noise and has no loss. Its level is t = T in independent time, and in shared
         time the level of all variables.
 
         Args:
             batch: encoded values, (B, C, h, w, d), (B, 1) or int64 (B,); the value of a missing one has no effect.
             present: (B,) bool by variable; a variable without entry is present in every row.
-            t: levels, int64 (B Q,) by variable.
-            generators: Q per row.
+            t: levels, int64 (B,) by variable.
+            generators: one per row.
         """
-        z, times, target, clean, counts = {}, {}, {}, {}, {}
-        n = len(generators) // len(batch[self.variables.names[0]])  # Q
-        moving = torch.stack([t[v.name][::n] > 0 for v in self.variables.volumes]).any(0).cpu()
-        t = {name: send(level, self.device) for name, level in t.items()}
+        z, times, target, counts = {}, {}, {}, {}
         for v in self.variables:
-            volume = isinstance(v, Volume)
-            rows, level = (generators[::n], t[v.name][::n]) if volume else (generators, t[v.name])
-            x0 = batch[v.name] if volume else batch[v.name].repeat_interleave(n, 0)
-            there = torch.ones_like(level, dtype=torch.bool)
-            if v.name in present:
-                there = present[v.name] if volume else present[v.name].repeat_interleave(n)
-            x0 = x0.masked_fill(~_against(there, x0), 0)
-            pure = self.prior(v, rows)
+            level = send(t[v.name], self.device)
+            there = present.get(v.name, torch.ones_like(level, dtype=torch.bool))
+            x0 = batch[v.name].masked_fill(~_against(there, batch[v.name]), 0)
+            pure = self.prior(v, generators)
             if isinstance(v, Categorical):
                 target[v.name] = x0
-                x_t = self.categorical.add_noise(x0, level, v.size, rand(rows, (), self.device))
+                x_t = self.categorical.add_noise(x0, level, v.size, rand(generators, (), self.device))
             else:
                 target[v.name] = self.gaussian.target(x0, pure, level, self.parameterization(v))
                 x_t = self.gaussian.add_noise(x0, level, pure)
             z[v.name] = torch.where(_against(there, x_t), x_t, pure)
             times[v.name] = torch.where(there, level, self.steps) if self.independent else level
-            clean[v.name] = x0
             counts[v.name] = there & (level > 0)
-        return Noised(z, times, target, clean, counts, moving)
+        return Noised(z, times, target, counts)
 
-    def show_clean(self, noised: Noised, chosen: Tensor) -> tuple[Batch, Batch]:
-        """The volumes and their levels, with those that are ``chosen`` clean and at t = 0.
-
-        Predicting scalars and denoising volumes need levels of their own: most queries give a clean volume, denoising
-        needs a noisy one.
-
-        Args:
-            noised: a noised batch.
-            chosen: bool (B, volumes); has no effect where a volume is missing.
-
-        Returns:
-            Values (B, C, h, w, d) and levels (B,) by volume.
-        """
-        z, t = {}, {}
-        for v, chose in zip(self.variables.volumes, chosen.unbind(1), strict=True):
-            clean = chose & noised.counts[v.name]
-            z[v.name] = torch.where(_against(clean, noised.z[v.name]), noised.clean[v.name], noised.z[v.name])
-            t[v.name] = noised.t[v.name].masked_fill(clean, 0)
-        return z, t
-
-    def losses(self, outputs: Mapping[str, Tensor], noised: Noised, held_out: Tensor | None = None) -> Batch:
+    def losses(self, outputs: Mapping[str, Tensor], noised: Noised) -> Batch:
         """Loss of each row and variable (paper, eq. 5): mean over elements of the squared error, or cross-entropy.
 
-        Where a number is at t = T and the network predicts a density, the negative log-likelihood is added, but not
-        with eps, which at t = T tells nothing of the number. Each ensemble member has a loss of its own for a scalar.
-
         Args:
-            outputs: of the network, by variable.
+            outputs: of the network, by variable; variables that it does not predict have no loss.
             noised: its inputs and targets.
-            held_out: bool (B, R), the members whose loss on a row counts, of R; None: all.
 
         Returns:
-            By variable (B,) float32, unweighted, the mean over the queries of a row and its members; 0 where
-            ``noised.counts`` is False. Their mean over B is not divided by the share of rows that count.
+            By variable (B,) float32, unweighted; 0 where ``noised.counts`` is False. Their mean over B is not divided
+            by the share of rows that count.
         """
         losses = {}
-        rows = min(len(z) for z in noised.z.values())  # B
-        for v in self.variables:
-            output, target, counts = outputs[v.name].float(), noised.target[v.name], noised.counts[v.name]
-            if isinstance(v, Volume):
-                losses[v.name] = torch.where(counts, (output - target).square().flatten(1).mean(1), 0.0)
-                continue
-            members = by_member(output).shape[1]  # R
-            predicted = by_member(output).flatten(0, 1)  # (B Q R, n)
-            target, level, clean, counts = (
-                x.repeat_interleave(members, 0) for x in (target, noised.t[v.name], noised.clean[v.name], counts)
-            )
-            if isinstance(v, Categorical):
-                loss = F.cross_entropy(predicted, target, reduction="none")
+        for name, output in outputs.items():
+            target = noised.target[name]
+            if isinstance(self.variables[name], Categorical):
+                loss = F.cross_entropy(output.float(), target, reduction="none")
             else:
-                loss = (predicted[:, :1] - target).square()[:, 0]
-                kind = self.parameterization(v)
-                if predicted.shape[1] > 1 and kind != "eps":
-                    nll = -density(predicted, kind).log_prob(clean[:, 0].double()).float()
-                    loss = loss + torch.where(level == self.steps, nll, 0.0)
-            loss = torch.where(counts, loss, 0.0).reshape(rows, -1, members).mean(1)  # (B, R)
-            losses[v.name] = loss.mean(1) if held_out is None else (loss * held_out).sum(1) / held_out.sum(1)
+                loss = (output.float() - target).square().flatten(1).mean(1)
+            losses[name] = torch.where(noised.counts[name], loss, 0.0)
         return losses
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
@@ -256,11 +205,10 @@ class JointDiffusion(nn.Module):
         return self.gaussian.add_noise(x_s, t, randn(generators, x_s.shape[1:], self.device), s)
 
     def predict(self, variable: Variable, output: Tensor, z_t: Tensor, t: int | Tensor) -> Tensor:
-        """The prediction of x_0, averaged over members: E[z_0 | z_t] shaped like z_t, or p(x_0 | z_t) (B, K)."""
+        """The prediction of x_0: E[z_0 | z_t] shaped like z_t, or p(x_0 | z_t) (B, K)."""
         if isinstance(variable, Categorical):
-            return probabilities(output)
-        mean = output if isinstance(variable, Volume) else by_member(output)[..., :1].mean(1)
-        return self.gaussian.x0(mean.float(), z_t, t, self.parameterization(variable))
+            return output.double().softmax(-1)
+        return self.gaussian.x0(output.float(), z_t, t, self.parameterization(variable))
 
     def step(
         self,

@@ -19,6 +19,7 @@ from mvhpc.evaluation.figures import people
 from mvhpc.inference.geometry import Place, nifti, place_of_training
 from mvhpc.inference.prediction_tables import derivative
 from mvhpc.inference.sampler import Sampler, parse_given, versions
+from mvhpc.inference.scalar_draws import draw_scalars
 from mvhpc.models.training_people import TrainingPeople
 from mvhpc.runs.folder import Run, identity
 from mvhpc.runtime.randomness import generator
@@ -74,13 +75,16 @@ def draw_people(
     model = sampler.model
     for start in range(0, count, batch):
         numbers = range(start, min(start + batch, count))
-        scalars, _ = model.variables.encode_scalars([given] * len(numbers))
-        fixed = {name: scalars[name] for name in given}
-        drawn = sampler(fixed, [generator(seed, "generate", number) for number in numbers])
-        for i in range(len(numbers)):
-            yield {
-                v.name: given.get(v.name, decode(sampler, v.name, drawn[v.name][i : i + 1])) for v in model.variables
-            }
+        rows: list[dict[str, Any]] = [dict(given) for _ in numbers]
+        if model.scalars is not None:
+            rows = draw_scalars(model.scalars, given, [generator(seed, "scalars", number) for number in numbers])
+        encoded, _ = model.variables.encode_scalars(rows)
+        known = {name: encoded[name] for name in rows[0]}
+        drawn = sampler(known, [generator(seed, "generate", number) for number in numbers])
+        for i, row in enumerate(rows):
+            others = [v.name for v in model.variables if v.name not in row]
+            person = row | {name: decode(sampler, name, drawn[name][i : i + 1]) for name in others}
+            yield {name: person[name] for name in model.variables.names}
 
 
 @torch.inference_mode()
@@ -95,9 +99,9 @@ def decode(sampler: Sampler, name: str, drawn: torch.Tensor) -> Any:
 
 
 def caption(schema: Schema, person: Person) -> str:
-    """A person's scalars in one line: ``age 70 years, sex F``."""
+    """A person's scalars in one line: ``age 70 years, sex F``; those that are known."""
     words = []
-    for variable in schema.scalars:
+    for variable in (v for v in schema.scalars if v.name in person):
         value = person[variable.name]
         text = value if isinstance(value, str) else f"{value:.3g} {variable.unit or ''}".rstrip()
         words.append(f"{variable.name} {text}")

@@ -4,7 +4,8 @@ The known part is given to the sampler in the latent space, where one cell repre
 only if all its voxels are. After decoding, the known voxels are restored.
 
 The autoencoder encodes the whole volume, and its normalisation lets the unknown part change the latents of the known
-one. So there are two passes: the first encodes zeros there, the second the completion of the first.
+one. So there are two passes: the first encodes zeros there, the second the completion of the first. A model of scalars
+reads the completion of the first pass, and the second is drawn given these scalars.
 """
 
 import json
@@ -25,6 +26,7 @@ from mvhpc.evaluation.figures import inpainting
 from mvhpc.inference.generate import Person, caption, decode
 from mvhpc.inference.own_grid import encode_nifti, open_own_grid
 from mvhpc.inference.sampler import Sampler, parse_given, versions
+from mvhpc.inference.scalar_draws import draw_scalars, reads
 from mvhpc.models.training_people import SCAN, TrainingPeople
 from mvhpc.records import check_data
 from mvhpc.runs.folder import Run, identity
@@ -96,7 +98,8 @@ def complete(
         seed: of the noise; completion i of a seed is always the same.
 
     Returns:
-        Values by variable for each completion; the known voxels of ``name`` are those of ``voxels``.
+        Values by variable for each completion; the known voxels of ``name`` are those of ``voxels``. Scalars that
+        are not given are missing where the model of scalars reads tissue maps, which no completion has.
 
     Raises:
         ConfigError: no voxel is known, or all are.
@@ -107,17 +110,20 @@ def complete(
     volume = model.variables[name]
     assert isinstance(volume, Volume)
     mask = {name: latent_mask(torch.from_numpy(known), volume.shape[1:]).to(device)}
-    scalars, _ = model.variables.encode_scalars([given])
-    fixed = {n: scalars[n] for n in given}  # (1, 1), (1,)
     people: list[Person] = []
     for i in progress(range(samples), "completions", unit="sample"):
-        person: Person = {name: np.zeros_like(voxels)}
-        for _ in range(PASSES):
-            shown = torch.from_numpy(np.where(known, voxels, person[name]).astype(np.float32))[None, None].to(device)
-            fixed[name] = model.encode(name, shown)  # (1, C, h, w, d)
+        person: Person = {}
+        row: dict[str, Any] = dict(given)
+        filled = np.where(known, voxels, 0).astype(np.float32)
+        for turn in range(PASSES):
+            if turn and model.scalars is not None and reads(model, name):
+                (row,) = draw_scalars(model.scalars, given, [generator(seed, "scalars", i)], {name: filled[None]})
+            scalars, _ = model.variables.encode_scalars([row])
+            fixed = {n: scalars[n] for n in row}  # (1, 1), (1,)
+            fixed[name] = model.encode(name, torch.from_numpy(filled)[None, None].to(device))  # (1, C, h, w, d)
             drawn = sampler(fixed, [generator(seed, "inpaint", i)], mask=mask)
-            person = {n: given.get(n, decode(sampler, n, value)) for n, value in drawn.items()}
-        person[name] = np.where(known, voxels, person[name]).astype(np.float32)
+            person = row | {n: decode(sampler, n, value) for n, value in drawn.items() if n not in row}
+            person[name] = filled = np.where(known, voxels, person[name]).astype(np.float32)
         people.append(person)
     return people
 
@@ -238,7 +244,7 @@ def run(config: InpaintConfig, run: Run) -> dict[str, Any]:
         about = {
             "Description": "Known voxels are those of the scan; the others were drawn from a generative model.",
             "SpatialReference": "the scan itself: its grid, type and intensities",
-            "Drawn": {v.name: person[v.name] for v in schema.scalars if v.name not in given},
+            "Drawn": {v.name: person[v.name] for v in schema.scalars if v.name not in given and v.name in person},
             "Given": given,
             "UnknownVoxels": int((~own.known).sum()),
             "UnknownVoxelsOutsideOfTheModelsBox": int(beyond.sum()),

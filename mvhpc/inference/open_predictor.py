@@ -18,7 +18,7 @@ def open_predictor(config: PredictConfig) -> Predictor | BaselinePredictor | Sca
     """
     model = load(config.model, resolve_device(config.compute.device))
     if isinstance(model, JointModel):
-        return Predictor(config, model)
+        return Predictor(config, model) if model.scalars is None else ScalarsPredictor(config, model.scalars)
     if isinstance(model, BaselineModel):
         return BaselinePredictor(config, model)
     if isinstance(model, ScalarsModel):

@@ -1,4 +1,4 @@
-"""Predictions for the subjects of a data set by a joint model: from its posterior, or from chains."""
+"""Predictions for the subjects of a data set by a joint model whose U-Net predicts scalars: from chains."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from mvhpc.diffusion.joint import Batch
 from mvhpc.evaluation import ensembles
 from mvhpc.evaluation.tables import subject_of
 from mvhpc.inference.flags import row_flag
-from mvhpc.inference.law_cells import decode_draws, law_cells
+from mvhpc.inference.law_cells import decode_draws
 from mvhpc.inference.prediction_columns import QUANTILES
 from mvhpc.inference.prediction_tables import Row, class_cells
 from mvhpc.inference.sampler import Sampler, read_given
 from mvhpc.models.bundle import JointModel
 from mvhpc.models.training_people import TrainingPeople
 from mvhpc.records import check_data, check_names, scalar_values, true_value
-from mvhpc.runtime.randomness import generator, rand
-from mvhpc.variables import Categorical, Continuous, Volume
+from mvhpc.runtime.randomness import generator
+from mvhpc.variables import Categorical, Continuous
 from shards.dataset import open_dataset
 from shards.schema import Schema
 
@@ -36,8 +36,8 @@ class PredictConfig:
     split_name: str  # which recorded split
     given: list[str]
     want: list[str]
-    samples: int  # chains per subject, for models without posterior
-    draws: int  # joint draws per subject from a posterior, into NAME.draws.tsv
+    samples: int  # chains per subject, for models whose U-Net predicts scalars
+    draws: int  # joint draws per subject of a model of scalars, into NAME.draws.tsv
     batch: int
     seed: int
     sampling: Sampling
@@ -79,7 +79,7 @@ class Predictor:
     Attributes:
         dataset, schema: of the data; of the model.
         training: from whom the model learnt.
-        method: how predictions are made: posterior, clean or repaint.
+        method: how predictions are made: clean or repaint.
         calls: network calls per subject.
         facts: how predictions were made, for the description of their table.
 
@@ -89,34 +89,30 @@ class Predictor:
 
     def __init__(self, config: PredictConfig, model: JointModel) -> None:
         self.config, self.given, self.want = config, config.given, config.want
-        self.sampler = Sampler(model, config.sampling, config.compute, scalars=True)
-        self.exact, self.method = self.sampler.exact, self.sampler.sampling.conditioning
-        if config.draws and not self.exact:
+        self.sampler = Sampler(model, config.sampling, config.compute)
+        self.method = self.sampler.sampling.conditioning
+        if config.draws:
             raise ConfigError(
-                f"draws={config.draws}: joint draws come from a posterior, and {config.model} predicts by "
+                f"draws={config.draws}: joint draws come from a model of scalars, and {config.model} predicts by "
                 f"{self.method} chains; take 0"
             )
         self.model, self.dataset, self.schema = model, open_dataset(config.data), model.schema
         check_query(self.schema, self.given, self.want)
         check_data(model.grid, self.schema, self.dataset, self.given, self.want)
-        samples = None if self.exact else config.samples
-        self.calls = self.sampler.calls(self.given, self.want) * (samples or 1)
-        used = {"conditioning": self.method} if self.exact else to_dict(self.sampler.sampling)
-        self.facts = {"samples": samples, "sampling": used}
-        if self.exact:
-            self.facts["calibrated_on"] = model.meta["extra"].get("calibrated on")
+        self.calls = self.sampler.calls(self.given, self.want) * config.samples
+        self.facts = {"samples": config.samples, "sampling": to_dict(self.sampler.sampling)}
         self.training = TrainingPeople.read(model.meta)
         self.learnt = self.training.learnt(self.dataset.index)
 
     @torch.inference_mode()
     def __call__(self, keys: Sequence[str]) -> list[Row]:
-        """Predictions, one row per subject, in order; joint draws under the key ``draws``, values by variable.
+        """Predictions, one row per subject, in order.
 
         Raises:
             IntegrityError: a damaged volume, with its record.
         """
         given, present = read_given(self.sampler, self.dataset, keys, self.given)
-        cells = (self._laws if self.exact else self._chains)(keys, given, present)
+        cells = self._chains(keys, given, present)
         rows: list[Row] = []
         for i, key in enumerate(keys):
             lacking = [name for name in self.given if not present[name][i]]
@@ -127,23 +123,6 @@ class Predictor:
             values = scalar_values(self.dataset, key, self.schema, self.given)
             flags = row_flag(self.schema, self.training, {}, values, row, self.want, self.learnt.get(key, ""))
             rows.append(row | {"not_given": ",".join(lacking) or None, "flag": "; ".join(flags) or "ok"})
-        return rows
-
-    def _laws(self, keys: Sequence[str], given: Batch, present: Batch) -> dict[str, list[Row]]:
-        """Cells from a posterior, by wanted variable, one row per subject; joint draws are with the first variable."""
-        posterior = self.sampler.posterior(given, len(keys), present)
-        rows: dict[str, list[Row]] = {}
-        for name, law in posterior.laws(self.want).items():
-            variable = self.model.variables[name]
-            assert not isinstance(variable, Volume)
-            rows[name] = law_cells(variable, law, [true_value(self.dataset, key, self.schema[name]) for key in keys])
-        if self.config.draws:
-            noise = [generator(self.config.seed, "predict", key, "draws") for key in keys]
-            uniform = rand(noise, (self.config.draws, len(self.want)), self.sampler.device).double()
-            drawn = posterior.draw(self.want, uniform.clamp(1e-7, 1 - 1e-7))
-            values = {name: decode_draws(self.model.variables[name], drawn[name], len(keys)) for name in self.want}
-            for i, row in enumerate(rows[self.want[0]]):
-                row["draws"] = {name: x[i] for name, x in values.items()}
         return rows
 
     def _chains(self, keys: Sequence[str], given: Batch, present: Batch) -> dict[str, list[Row]]:

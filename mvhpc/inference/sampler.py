@@ -11,11 +11,9 @@ from torch import Tensor
 
 from mvhpc.config import ConfigError, Device, Sampling, choose, to_dict
 from mvhpc.diffusion.joint import Batch
-from mvhpc.diffusion.posterior import Posterior, why_not
 from mvhpc.diffusion.sampling import check_conditioning, levels, sample, sampled_variables
 from mvhpc.models.bundle import JointModel, load
 from mvhpc.models.kernels.packed_weights import freeze, pack
-from mvhpc.models.scalar_predictor import ScalarPredictor
 from mvhpc.records import scalar_values
 from mvhpc.runtime.devices import resolve_device, resolve_precision
 from mvhpc.variables import Volume
@@ -34,11 +32,13 @@ class SamplingConfig(Protocol):
 class Sampler:
     """A joint model that draws any of its variables given any others.
 
+    The U-Net of a model with a model of scalars draws volumes alone; :func:`mvhpc.inference.scalar_draws.draw_scalars`
+    draws its unknown scalars first.
+
     Args:
-        model: of the sampler alone from now on: its networks are frozen in the precision of ``device``.
+        model: of the sampler alone from now on: its U-Net is frozen in the precision of ``device``.
         sampling: how a conditional is sampled.
         device: its ``precision`` and ``compile``; the model stays where it was loaded.
-        scalars: only scalars will be wanted, so that a posterior may be used.
 
     Attributes:
         model, sampling: as given, ``sampling.conditioning`` resolved: of ``auto`` the cheapest that is exact for this
@@ -50,21 +50,17 @@ class Sampler:
             of range.
     """
 
-    def __init__(self, model: JointModel, sampling: Sampling, device: Device, scalars: bool = False) -> None:
-        choose(sampling.conditioning, ["auto", "posterior", "clean", "repaint"], "conditioning")
+    def __init__(self, model: JointModel, sampling: Sampling, device: Device) -> None:
+        choose(sampling.conditioning, ["auto", "clean", "repaint"], "conditioning")
         self.model, self.device = model, model.diffusion.device
         self.precision = resolve_precision(device.precision, self.device)
-        self.sampling = replace(sampling, conditioning=self._conditioning(sampling, scalars))
+        self.sampling = replace(sampling, conditioning=self._conditioning(sampling))
         self.calls([])
-        if model.scalars is not None:
-            freeze(model.scalars, self.precision, ScalarPredictor.HEADS)
-        if not self.exact:  # a posterior needs no U-Net
-            freeze(model.denoiser, self.precision)
-        for network in filter(None, [model.scalars, None if self.exact else model.denoiser]):
-            if device.compile and not self.exact:
-                network.compile()
-            else:
-                pack(network)
+        freeze(model.denoiser, self.precision)
+        if device.compile:
+            model.denoiser.compile()
+        else:
+            pack(model.denoiser)
 
     @classmethod
     def of(cls, config: SamplingConfig) -> "Sampler":
@@ -78,34 +74,26 @@ class Sampler:
         model = load(config.model, resolve_device(config.compute.device), kind=JointModel)
         return cls(model, config.sampling, config.compute)
 
-    @property
-    def exact(self) -> bool:
-        """Whether it has a posterior in place of chains."""
-        return self.sampling.conditioning == "posterior"
-
-    def _conditioning(self, sampling: Sampling, scalars: bool) -> str:
-        diffusion = self.model.diffusion
-        reason = why_not(self.model.scalars, diffusion) if scalars else "it predicts scalars, not volumes"
-        if not reason and sampling.guidance != 1:
-            reason = f"it has no guidance (sampling.guidance={sampling.guidance:g})"
-        conditioning = sampling.conditioning
+    def _conditioning(self, sampling: Sampling) -> str:
+        diffusion, conditioning = self.model.diffusion, sampling.conditioning
         if conditioning == "auto":
-            conditioning = "posterior" if not reason else "clean" if diffusion.independent else "repaint"
-        elif conditioning == "posterior" and reason:
-            raise ConfigError(f"sampling.conditioning=posterior: {reason}; leave it at auto")
+            conditioning = "clean" if diffusion.independent else "repaint"
+        if conditioning == "repaint" and self.model.denoiser.late:
+            raise ConfigError(
+                "sampling.conditioning=repaint: the U-Net of this model predicts no scalars (model.scalars=late); "
+                "leave it at auto"
+            )
         check_conditioning(diffusion, conditioning, sampling.guidance)
         return conditioning
 
     def calls(self, given: Collection[str], want: Collection[str] | None = None) -> int:
-        """Network calls of one chain; of a posterior 1.
+        """Network calls of one chain.
 
         Args:
             given: names; any of them may be missing in some rows.
-            want: names; None: all variables.
+            want: names; None: all variables that the U-Net predicts.
         """
-        c = self.sampling
-        if self.exact:
-            return 1
+        c, want = self.sampling, self.model.denoiser.outputs if want is None else want
         drawn = sampled_variables(self.model.variables.names, want, given, given, c.conditioning)
         steps = len(levels(self.model.diffusion, drawn, c.steps, c.stride, c.solver)) - 1
         return steps * (2 if c.guidance != 1 and given else 1)  # with and without what is given
@@ -119,28 +107,18 @@ class Sampler:
         mask: Mapping[str, Tensor] | None = None,
         want: Collection[str] | None = None,
     ) -> dict[str, Tensor]:
-        """Draw variables, one row a generator; see :func:`mvhpc.diffusion.sampling.sample`."""
+        """Draw variables that the U-Net predicts, one row a generator; see :func:`mvhpc.diffusion.sampling.sample`."""
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32):
             return sample(
-                self.model.network,
+                self.model.denoise,
                 self.model.diffusion,
                 given,
                 generators,
                 present=present,
                 mask=mask,
-                want=want,
+                want=self.model.denoiser.outputs if want is None else want,
                 **to_dict(self.sampling),
             )
-
-    @torch.inference_mode()
-    def posterior(
-        self, given: Mapping[str, Tensor], rows: int, present: Mapping[str, Tensor] | None = None
-    ) -> Posterior:
-        """The predictive laws of ``rows`` people; see :class:`mvhpc.diffusion.posterior.Posterior`."""
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32):
-            model = self.model
-            assert model.scalars is not None
-            return Posterior(model.scalars, model.diffusion, given, rows, present, model.temperature)
 
 
 @torch.inference_mode()

@@ -48,7 +48,7 @@ class ScalarsPredictor:
     method, calls = "stacking", 1
 
     def __init__(self, config: PredictConfig, model: ScalarsModel) -> None:
-        if config.sampling.conditioning not in ("auto", "posterior") or config.sampling.guidance != 1:
+        if config.sampling.conditioning != "auto" or config.sampling.guidance != 1:
             raise ConfigError(f"{config.model} predicts without chains; leave sampling.conditioning=auto, guidance=1")
         self.config, self.given, self.want = config, list(config.given), list(config.want)
         self.model, self.dataset, self.schema = model, open_dataset(config.data), model.schema

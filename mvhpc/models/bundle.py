@@ -1,11 +1,11 @@
 """Trained models on disk: a run's ``model/`` folder, self-contained and free to be moved.
 
 ``model.json`` says what to build (configurations, schema, latents, grid); see :mod:`mvhpc.models.model_folder` for its
-files. A joint model's folder holds its autoencoder too.
+files. A joint model's folder holds its autoencoder and its model of scalars too.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,17 +13,18 @@ from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from safetensors.torch import load as from_bytes
-from torch import Tensor, nn
+from torch import Tensor
 
 from mvhpc import config
 from mvhpc.diffusion.joint import JointDiffusion
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.baseline import Baseline, scalars_of
 from mvhpc.models.denoiser import JointDenoiser
-from mvhpc.models.joint_network import JointNetwork, network_classes
+from mvhpc.models.layers import Values
 from mvhpc.models.linear_denoiser import LinearDenoiser
 from mvhpc.models.loading import load_weights
 from mvhpc.models.model_folder import (
+    ModelError,
     check_manifest,
     model_folder,
     read_any_manifest,
@@ -33,10 +34,11 @@ from mvhpc.models.model_folder import (
     to_bytes,
 )
 from mvhpc.models.scalar_bundle import ScalarsModel, load_scalars
-from mvhpc.models.scalar_predictor import ScalarPredictor
 from mvhpc.models.training_people import TrainingPeople
 from mvhpc.variables import Variables, Volume
 from shards.schema import Schema
+
+OF_SCALARS = "scalars-"  # before the names of files of the model of scalars
 
 
 def save_autoencoder(
@@ -86,15 +88,13 @@ def autoencoder_identity(path: str | Path) -> str:
 
 @dataclass(frozen=True)
 class JointModel:
-    """A trained joint model. The weights of each network are read, and checked, when it is first used.
+    """A trained joint model. The weights of each part are read, and checked, when it is first used.
 
     Attributes:
         variables: the variables in the schema's order, with the latents' shapes, means and SDs.
         schema: the schema it was trained with.
         diffusion: the forward processes and the parameterisation.
         grid: ``spacing`` (mm), ``shape`` (voxels) and ``affine`` (4 x 4) of the volumes.
-        temperature: by scalar, how much wider its posterior is than training alone says; see
-            :mod:`mvhpc.training.calibration`.
         meta: the content of ``model.json``.
         folder: the ``model`` folder.
         device: where its networks are put.
@@ -104,7 +104,6 @@ class JointModel:
     schema: Schema
     diffusion: JointDiffusion
     grid: dict[str, Any]
-    temperature: dict[str, float]
     meta: dict[str, Any]
     folder: Path
     device: torch.device
@@ -116,29 +115,33 @@ class JointModel:
         Raises:
             ModelError: a missing or damaged file.
         """
-        network = self._network("denoiser")
-        assert isinstance(network, JointDenoiser)
+        model = config.DenoiserConfig(**self.meta["model"])
+        network = JointDenoiser(self.variables, model, self.diffusion.masked_level)
+        load_weights(network, self.folder, self.meta, "denoiser", self.device)
         return network
 
     @cached_property
-    def scalars(self) -> ScalarPredictor | None:
-        """The network of scalars, with averaged weights; None where the denoiser predicts them or there are none.
+    def scalars(self) -> ScalarsModel | None:
+        """The model of scalars; None where the U-Net predicts them or there are none.
 
         Raises:
             ModelError: a missing or damaged file.
         """
-        network = self._network("scalars")
-        assert network is None or isinstance(network, ScalarPredictor)
-        return network
+        meta = self.meta["scalars"]
+        if meta is None:
+            return None
+        entries = self.meta["networks"].items()
+        networks = {name.removeprefix(OF_SCALARS): x for name, x in entries if name.startswith(OF_SCALARS)}
+        return load_scalars(self.folder, meta | {"networks": networks}, self.device)
 
-    @cached_property
-    def network(self) -> JointNetwork:
-        """f(z, t) over all variables.
+    def denoise(self, z: Values, t: Values, want: Collection[str] | None = None) -> dict[str, Tensor]:
+        """f(z, t): the U-Net's outputs and the linear denoiser's, see :class:`~mvhpc.models.denoiser.JointDenoiser`.
 
         Raises:
             ModelError: a missing or damaged file.
         """
-        return JointNetwork(self.denoiser, self.scalars, self.linear)
+        outputs = self.denoiser(z, t, want)
+        return outputs if self.linear is None else self.linear.added_to(outputs, z, t)
 
     @cached_property
     def linear(self) -> LinearDenoiser | None:
@@ -163,15 +166,6 @@ class JointModel:
         load_weights(network, self.folder, self.meta, "autoencoder", self.device)
         return network
 
-    def _network(self, name: str) -> nn.Module | None:
-        model = config.DenoiserConfig(**self.meta["model"])
-        classes: dict[str, Any] = dict(network_classes(self.variables, model))
-        if name not in classes:
-            return None
-        network: nn.Module = classes[name](self.variables, model, self.diffusion.masked_level)
-        load_weights(network, self.folder, self.meta, name, self.device)
-        return network
-
     def _volume(self, name: str) -> Volume:
         variable = self.variables[name]
         if not isinstance(variable, Volume):
@@ -189,65 +183,69 @@ class JointModel:
 
 def save_joint(
     folder: Path,
-    networks: Mapping[str, Mapping[str, Tensor]],
+    denoiser: Mapping[str, Tensor],
     vae: str | Path,
+    scalars: str | Path | None = None,
     *,
     model: config.DenoiserConfig,
     diffusion: config.DiffusionConfig,
     schema: Schema,
     latent: Mapping[str, Any],
     intervals: Mapping[str, Sequence[float]] | None = None,
-    temperature: Mapping[str, float] | None = None,
     linear: LinearDenoiser | None = None,
     grid: Mapping[str, Any],
     training: TrainingPeople | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a joint model with a copy of its autoencoder, or other weights of some of its networks.
+    """Write a joint model with copies of its autoencoder and its model of scalars, in place of any older one.
 
     Args:
         folder: the ``model`` folder.
-        networks: full states (of averaged weights) by network, stored bit for bit; see
-            :func:`mvhpc.models.joint_network.network_classes`. The others stay as they are in the folder.
+        denoiser: full state of the U-Net (of averaged weights), stored bit for bit.
         vae: a run folder of stage ``vae``, or its ``model`` folder.
+        scalars: the same of stage ``scalars``; None where the U-Net predicts scalars or there are none.
         model, diffusion: the configurations that build the denoiser and the diffusion again.
         schema: of the variables.
         latent: volume variable -> ``shape`` [C, h, w, d] and, as tensors, ``mean`` and ``sd`` of its latents.
         intervals: continuous variable -> what becomes [-1, 1]; the schema's range where not named.
-        temperature: of the posterior, by scalar; 1 where not named. None: as in the folder, where the network of
-            scalars stays.
         linear: part of what is predicted of volumes; None: none.
         grid: ``spacing``, ``shape`` and ``affine`` of the volumes.
         training: from whom it learnt; None where that is not known.
         extra: JSON-able facts to keep beside it.
 
     Raises:
-        ModelError: where ``vae`` holds no sound autoencoder.
+        ModelError: where ``vae`` holds no sound autoencoder, or ``scalars`` no sound model of scalars.
     """
     vae = model_folder(vae)
     autoencoder = read_manifest(vae, "autoencoder")
-    keep = [name for name in network_classes(schema, model) if name not in networks]
-    if temperature is None:
-        temperature = read_manifest(folder, "joint")["temperature"] if "scalars" in keep else {}
+    of_scalars, parts = _read_scalars(scalars) if scalars else (None, {})
     meta = {
         "kind": "joint",
         "schema": schema.to_dict(),
         "latent": {name: {"shape": list(facts["shape"])} for name, facts in latent.items()},
         "intervals": {name: list(interval) for name, interval in (intervals or {}).items()},
-        "temperature": dict(temperature),
         "grid": dict(grid),
         "training": training and training.to_dict(),
         "autoencoder": autoencoder["autoencoder"],
+        "scalars": of_scalars,
         "model": dataclasses.asdict(model),
         "diffusion": dataclasses.asdict(diffusion),
         "extra": dict(extra or {}),
     }
     moments = {f"{name}.{moment}": facts[moment] for name, facts in latent.items() for moment in ("mean", "sd")}
-    tensors = {name: to_bytes(state) for name, state in networks.items()}
-    tensors |= {"autoencoder": read_weights(vae, autoencoder, "autoencoder"), "latents": to_bytes(moments)}
+    tensors = {"denoiser": to_bytes(denoiser), "latents": to_bytes(moments)} | parts
+    tensors["autoencoder"] = read_weights(vae, autoencoder, "autoencoder")
     if linear is not None:
         tensors["linear"] = to_bytes(linear.state_dict())
-    save_networks(folder, meta, tensors, keep)
+    save_networks(folder, meta, tensors)
+
+
+def _read_scalars(path: str | Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The content of ``model.json`` of a model of scalars but for its files, and their bytes by name in the joint's."""
+    folder = model_folder(path)
+    meta = read_manifest(folder, "scalars")
+    parts = {OF_SCALARS + name: read_weights(folder, meta, name) for name in meta["networks"]}
+    return {key: value for key, value in meta.items() if key != "networks"}, parts
 
 
 def _joint(folder: Path, meta: dict[str, Any], device: torch.device | str) -> JointModel:
@@ -260,9 +258,7 @@ def _joint(folder: Path, meta: dict[str, Any], device: torch.device | str) -> Jo
     }
     variables = Variables.from_schema(schema, latent, meta["intervals"])
     diffusion = JointDiffusion(variables, settings).to(device)
-    return JointModel(
-        variables, schema, diffusion, meta["grid"], meta["temperature"], meta, folder, torch.device(device)
-    )
+    return JointModel(variables, schema, diffusion, meta["grid"], meta, folder, torch.device(device))
 
 
 @dataclass(frozen=True)
@@ -364,3 +360,22 @@ def load(path: str | Path, device: torch.device | str = "cpu", *, kind: type | N
     meta = read_any_manifest(folder)
     check_manifest(folder, meta, KINDS[kind] if kind else meta["kind"])
     return LOADERS[meta["kind"]](folder, meta, device)
+
+
+def load_model_of_scalars(path: str | Path, device: torch.device | str = "cpu") -> ScalarsModel:
+    """The model of scalars in a folder: one of stage ``scalars``, or that of a joint model.
+
+    Args:
+        path: a run folder of either stage, or its ``model`` folder.
+        device: where to put its networks.
+
+    Raises:
+        ModelError: no such model, or a missing or damaged file.
+    """
+    model = load(path, device)
+    found = model.scalars if isinstance(model, JointModel) else model
+    if not isinstance(found, ScalarsModel):
+        raise ModelError(
+            f"{path} has no model of scalars; give the run folder of stage scalars, or of a joint model that has one"
+        )
+    return found

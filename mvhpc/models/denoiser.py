@@ -2,7 +2,7 @@
 
 ``early`` is the paper's (section 3.1, figure 1): scalars are input channels and cross-attention tokens of the whole
 U-Net, and heads on its bottleneck predict them. ``late`` is this project's: the U-Net predicts volumes alone and is
-conditioned on scalars in its up path; a second network, :mod:`mvhpc.models.scalar_predictor`, predicts the scalars.
+conditioned on scalars in its up path; :mod:`mvhpc.models.scalar_stack` predicts the scalars.
 """
 
 from collections.abc import Callable, Collection
@@ -19,7 +19,6 @@ from mvhpc import config
 from mvhpc.models.kernels.channels_last import down, middle, up, use_channels_last_blocks
 from mvhpc.models.kernels.merged_upsampling import merge_upsampling
 from mvhpc.models.layers import Token, Values, VariableNetwork, zero_linear
-from mvhpc.runtime.devices import send
 from mvhpc.variables import Categorical, Scalar, Variables
 
 
@@ -98,36 +97,22 @@ class JointDenoiser(VariableNetwork):
         with torch.random.fork_rng(devices=[]):  # replaced layers draw initial weights that are not used
             merge_upsampling(self)
 
-    def forward(
-        self, z: Values, t: Values, want: Collection[str] | None = None, moving: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def forward(self, z: Values, t: Values, want: Collection[str] | None = None) -> dict[str, Tensor]:
         """
         Args:
-            z: noisy values: volumes (B, C, h, w, d), numbers (B, 1), categories int64 (B,). ``late``: scalars may have
-                B x Q rows, row by row, of which the first of each Q is used.
-            t: levels, int64 (B,) by variable, (B x Q,) of such scalars.
+            z: noisy values: volumes (B, C, h, w, d), numbers (B, 1), categories int64 (B,).
+            t: levels, int64 (B,) by variable.
             want: variables to predict, None for all. ``early``: the up path is run for volumes alone.
-            moving: ``late``: the rows whose volumes are wanted, (B,) bool, on the CPU so that nothing waits for a GPU.
-                None: those with a volume above level 0.
 
         Returns:
-            By variable of :attr:`outputs`, shaped like z; for categories logits (B, K). ``late``: zero in rows that do
-            not move, for which the U-Net is not run.
+            By variable of :attr:`outputs`, shaped like z; for categories logits (B, K).
         """
-        if self.late:
-            n = self.queries(z)
-            volumes = {v.name for v in self.volumes}
-            z, t = ({name: x if name in volumes else x[::n] for name, x in values.items()} for values in (z, t))
-            return self._denoise_moving(z, t, moving)
-        want = set(self.names if want is None else want)
         features = self.contract(z, t)
+        if self.late:
+            return self.expand(features, z, t)
+        want = set(self.names if want is None else want)
         outputs = {v.name: self.heads[i](features.bottleneck) for i, v in enumerate(self.scalars) if v.name in want}
         return outputs if want.isdisjoint(v.name for v in self.volumes) else outputs | self.expand(features, z, t)
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """As :meth:`torch.nn.Module.compile`; the rows that move are selected outside of the compiled parts."""
-        self._select_moving = torch.compiler.disable(self._select_moving)  # type: ignore[method-assign]
-        super().compile(*args, **kwargs)
 
     def contract(self, z: Values, t: Values) -> Features:
         """The down path. In the late design it depends on the volumes' values and levels alone."""
@@ -161,27 +146,6 @@ class JointDenoiser(VariableNetwork):
             h = self._run(up, block, h, passed, time, context)
         image = self.out(h)[:, :, : features.size[0], : features.size[1], : features.size[2]]  # (B, sum C, h, w, d)
         return {v.name: part for v, part in zip(self.volumes, image.split([v.shape[0] for v in self.volumes], 1))}
-
-    def _denoise_moving(self, z: Values, t: Values, moving: Tensor | None) -> dict[str, Tensor]:
-        """The U-Net for the rows that move, zero for the others."""
-        rows, z_moving, t_moving = self._select_moving(z, t, moving)
-        denoised = self.expand(self.contract(z_moving, t_moving), z_moving, t_moving)
-        return {name: x.new_zeros(z[name].shape).index_copy(0, rows, x) for name, x in denoised.items()}
-
-    def _select_moving(self, z: Values, t: Values, moving: Tensor | None) -> tuple[Tensor, Values, Values]:
-        """The numbers of the rows that move, and z and t of those; of the first row where none does, for all workers
-        must run the same layers."""
-        if moving is None:
-            moving = torch.stack([t[v.name] > 0 for v in self.volumes]).any(0)  # (B,)
-        rows = torch.nonzero(moving)[:, 0]
-        rows = send(rows if len(rows) else rows.new_zeros(1), z[self.volumes[0].name].device)
-        z, t = ({name: x[rows] for name, x in values.items()} for values in (z, t))
-        if self._compiled_call_impl is None:  # the compiler takes a second to load
-            return rows, z, t
-        if self.training or len(rows) < len(moving):  # their number differs from call to call: compiled once for any
-            for x in (rows, *z.values(), *t.values()):
-                torch._dynamo.maybe_mark_dynamic(x, 0)
-        return rows, z, t
 
     def _time(self, t: Values) -> Tensor:
         names = [v.name for v in self.volumes] if self.late else self.names

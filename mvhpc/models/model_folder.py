@@ -6,7 +6,7 @@ before older files are removed: whenever writing is interrupted, the folder hold
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from mvhpc.config import ConfigError
 from shards.files import write_bytes
 
-FORMATS = {"autoencoder": 3, "joint": 7, "baseline": 1, "scalars": 1}  # each counts what changed in its own files
+FORMATS = {"autoencoder": 3, "joint": 8, "baseline": 1, "scalars": 2}  # each counts what changed in its own files
 MANIFEST = "model.json"
 
 
@@ -80,26 +80,21 @@ def check_manifest(folder: Path, meta: dict[str, Any], kind: str) -> None:
         )
 
 
-def save_networks(
-    folder: Path, meta: dict[str, Any], networks: Mapping[str, bytes], keep: Collection[str] = ()
-) -> None:
+def save_networks(folder: Path, meta: dict[str, Any], networks: Mapping[str, bytes]) -> None:
     """Write ``networks`` (safetensors bytes by name), then ``model.json``, then remove the files it does not name.
 
     Args:
         folder: the ``model`` folder.
         meta: for ``model.json``.
         networks: to write.
-        keep: names of networks whose files in the folder stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    before = read_any_manifest(folder)["networks"] if keep else {}
-    files = {name: before[name] for name in keep}
-    for name, data in networks.items():
+    files = {}
+    for name, data in sorted(networks.items()):
         digest = hashlib.sha256(data).hexdigest()
         files[name] = {"file": f"{name}-{digest[:12]}.safetensors", "sha256": digest}
         write_bytes(folder / files[name]["file"], data)
-    networks_by_name = dict(sorted(files.items()))
-    manifest = json.dumps({"format": FORMATS[meta["kind"]], **meta, "networks": networks_by_name}, indent=1)
+    manifest = json.dumps({"format": FORMATS[meta["kind"]], **meta, "networks": files}, indent=1)
     write_bytes(folder / MANIFEST, manifest.encode())
     named = {entry["file"] for entry in files.values()}
     for path in (*folder.glob("*.safetensors"), *folder.glob(".*.part")):  # (parts: of a process that was killed)

@@ -1,4 +1,4 @@
-"""Networks that predict scalars from latents or pooled volumes: an ensemble, without the U-Net.
+"""Networks that predict scalars from pooled volumes: an ensemble of 3D encoders.
 
 Each member encodes the volumes once; its heads then predict any scalar from these features and from the values and
 levels of the other scalars. Several members are trained by cross-fitting (:mod:`mvhpc.training.cross_fitting`).
@@ -40,16 +40,9 @@ class ScalarPredictor(VariableNetwork):
         ValueError: no volume, or volumes of different size.
     """
 
-    HEADS = ("heads.", "tokens.")  # names of what :meth:`predict` uses, which a posterior runs in float32
-    scale: Tensor
-    shift: Tensor
-
     def __init__(self, variables: Variables, model: Widths, masked_level: int | None = None) -> None:
         super().__init__(variables, model.embedding, masked_level)
         self.components = model.components
-        parts = zip(*(v.channelwise() for v in self.volumes))
-        for name, part in zip(("scale", "shift"), parts):  # (sum C, h, w, d)
-            self.register_buffer(name, torch.cat(part), persistent=False)
         members = range(model.ensemble_members)
         self.encoders = nn.ModuleList(Encoder(self.channels, model) for _ in members)
         self.tokens = nn.ModuleList(nn.ModuleList(Token(v, model.embedding) for v in self.scalars) for _ in members)
@@ -58,8 +51,8 @@ class ScalarPredictor(VariableNetwork):
     def forward(self, z: Values, t: Values, want: Collection[str] | None = None) -> dict[str, Tensor]:
         """
         Args:
-            z: noisy values: volumes (B, C, h, w, d); numbers (B x Q, 1) and categories int64 (B x Q,), row by row, for
-                Q queries about each volume.
+            z: volumes (B, C, h, w, d), standardised by channel; numbers (B x Q, 1) and categories int64 (B x Q,), row
+                by row, for Q queries about each volume.
             t: levels, int64 (B,) of volumes and (B x Q,) of scalars.
             want: scalars to predict; other names are ignored. None: all.
 
@@ -75,8 +68,8 @@ class ScalarPredictor(VariableNetwork):
     def encode(self, z: Values, t: Values) -> Tensor:
         """Features (B, R, C) of the volumes; zero where all of them are masked."""
         visible = torch.stack([self.visible(v.name, t, 3) for v in self.volumes]).amax(0)  # (B, 1, 1)
-        latents = self._channelwise(z, t)
-        return torch.stack([encoder(latents) for encoder in self.encoders], 1) * visible
+        image = self.image(z, t)  # (B, sum C, h, w, d)
+        return torch.stack([encoder(image) for encoder in self.encoders], 1) * visible
 
     def predict(self, features: Tensor, z: Values, t: Values, want: Collection[str]) -> dict[str, Tensor]:
         """The scalars among ``want``.
@@ -102,26 +95,22 @@ class ScalarPredictor(VariableNetwork):
         return {name: torch.stack(members, 1) for name, members in predictions.items()}
 
     def standardize_features(self, z: Values) -> None:
-        """Before training: scale each encoder's layers by clean volumes (N, C, h, w, d) of some people."""
-        latents = self._channelwise(z, {name: torch.zeros(len(x)) for name, x in z.items()})
+        """Before training: scale each encoder's layers by volumes (N, C, h, w, d) of some people."""
+        image = self.image(z, {name: torch.zeros(len(x)) for name, x in z.items()})
         for encoder in self.encoders:
             assert isinstance(encoder, Encoder)
-            encoder.standardize(latents)
-
-    def _channelwise(self, z: Values, t: Values) -> Tensor:
-        """All volumes, standardised by channel: (B, sum C, h, w, d)."""
-        return self.image(z, t) * self.scale + self.shift
+            encoder.standardize(image)
 
 
 class Encoder(nn.Module):
     """Features of the volumes: convolutions, all but the last with max pooling, averaged over the volume; cf. SFCN
     (Peng et al. 2021).
 
-    It takes latents standardised by channel: equal tissue is one number everywhere. Nothing is normalised within a
+    It takes volumes standardised by channel: equal tissue is one number everywhere. Nothing is normalised within a
     volume, which would take away how much there is of which tissue.
 
     Args:
-        channels: of the latents of all volumes.
+        channels: of all volumes.
         model: widths.
     """
 
@@ -135,13 +124,13 @@ class Encoder(nn.Module):
         self.out = nn.Sequential(FixedNorm(last), nn.Linear(last, last))
 
     @torch.no_grad()
-    def standardize(self, latents: Tensor) -> None:
-        """Before training: standardise the inputs of every layer over latents (N, channels, h, w, d)."""
-        _fit_norms(self.out, _fit_norms(self.convolutions, latents).mean((2, 3, 4)))
+    def standardize(self, x: Tensor) -> None:
+        """Before training: standardise the inputs of every layer over volumes (N, channels, h, w, d)."""
+        _fit_norms(self.out, _fit_norms(self.convolutions, x).mean((2, 3, 4)))
 
-    def forward(self, latents: Tensor) -> Tensor:
-        """Latents (B, channels, h, w, d), standardised by channel, to (B, model.channels[-1])."""
-        return self.out(self.convolutions(latents).mean((2, 3, 4)))
+    def forward(self, x: Tensor) -> Tensor:
+        """Volumes (B, channels, h, w, d), standardised by channel, to (B, model.channels[-1])."""
+        return self.out(self.convolutions(x).mean((2, 3, 4)))
 
 
 class FixedNorm(nn.Module):

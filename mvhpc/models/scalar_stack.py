@@ -175,4 +175,4 @@ def predict(
 
 def law_of(output: Tensor, category: bool) -> Law:
     """The law of the encoders' output (B, n) or (B, R, n), whose R members are mixed in equal parts."""
-    return probabilities(output, 1.0) if category else density(output, "x0")
+    return probabilities(output) if category else density(output)

@@ -58,10 +58,9 @@ class TrainingPeople:
         scans = [scan for record in records for scan in scans_of(index, record)]
         content = json.dumps([sorted(set(subjects)), sorted(set(scans))])
         salt = hashlib.sha256(content.encode()).hexdigest()[:32]  # the same for the same people: exports are equal
-        data = index.digest if index.kind == "volumes" else index.provenance.get("source_sha256", "")
         facts = {v.name: _scalar_facts([row.get(v.name) for row in rows], subjects, v.kind) for v in schema.scalars}
         facts |= {v.name: _volume_facts(records, v.name) for v in schema.volumes}
-        return cls(data, salt, _hashes(subjects, salt), _hashes(scans, salt), facts)
+        return cls(_volumes_of(index), salt, _hashes(subjects, salt), _hashes(scans, salt), facts)
 
     @classmethod
     def read(cls, meta: Mapping[str, Any]) -> "TrainingPeople":
@@ -101,14 +100,14 @@ class TrainingPeople:
         return max(classes, key=lambda c: classes[c]) if classes else facts.get("mean")
 
     def learnt(self, index: Index) -> dict[str, str]:
-        """Key -> :data:`SCAN` or :data:`PERSON`, of the records of packed volumes from whom the model learnt.
+        """Key -> :data:`SCAN` or :data:`PERSON`, of the records of a data set from whom the model learnt.
 
         The same scan is the same person. The same name is the same person in the data that the model was trained on,
         and in data where somebody has both; in other data it is another person of that name.
         """
         by_scan = {r.key for r in index.records if _hashes(scans_of(index, r), self.salt) & self.scans}
         by_name = {r.key for r in index.records if _hashes([r.subject], self.salt) & self.names}
-        same = index.digest == self.data or by_scan & by_name
+        same = _volumes_of(index) == self.data or by_scan & by_name
         return dict.fromkeys(by_name if same else (), PERSON) | dict.fromkeys(by_scan, SCAN)
 
     def knows_scan(self, checksum: str) -> bool:
@@ -141,6 +140,11 @@ def scans_of(index: Index, record: Record) -> list[str]:
     if index.kind != "volumes":
         return list(index.provenance.get("scans", {}).get(record.key, []))
     return [record.checksums[v.name] for v in index.schema.volumes if v.name in record.checksums]
+
+
+def _volumes_of(index: Index) -> str:
+    """The digest of packed volumes; of latents, of the volumes that they were made from."""
+    return index.digest if index.kind == "volumes" else str(index.provenance.get("source_sha256", ""))
 
 
 def _hashes(texts: Sequence[str], salt: str) -> frozenset[str]:

@@ -3,11 +3,13 @@
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mvhpc.config import CONFIGS, choose, flatten, load_config
+from mvhpc.config import CONFIGS, flatten, load_config
 from mvhpc.stages import STAGES
+from shards.schema import Schema
 
 
 @dataclass
@@ -38,7 +40,6 @@ class PipelineConfig:
     folds: int
     queries: list[Query]
     preprocess_source: bool
-    predict_by: str  # stage whose model answers the queries: joint | scalars
     phantom: dict[str, Any]
     preprocess: dict[str, Any]
     pack: dict[str, Any]
@@ -48,9 +49,6 @@ class PipelineConfig:
     scalars: dict[str, Any]
     predict: dict[str, Any]
     generate: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        choose(self.predict_by, ["joint", "scalars"], "predict_by")
 
 
 class Pipeline:
@@ -75,12 +73,24 @@ class Pipeline:
             else {"default": self.root}
         )
 
+    @cached_property
+    def uses_scalars(self) -> bool:
+        """Whether a model of scalars is a part of the joint model."""
+        joint = self._settings("joint", ("out", "latents", "vae", "scalars"))
+        packing = self._settings("pack", ("out", "source"))
+        return bool(joint.model.scalars == "late" and Schema.load(packing.schema).scalars)
+
+    def _settings(self, stage: str, paths: Sequence[str]) -> Any:
+        """The configuration of a stage without its paths."""
+        values = dict.fromkeys(paths, "") | flatten(getattr(self.config, stage))
+        return load_config(STAGES[stage].config_class(), stage, self.preset(stage), (), values)
+
     def inputs(self, stage: str) -> Mapping[str, str]:
         """Configuration key -> the stage that makes this input, in this project."""
         if stage == "pack" and self.config.preprocess_source:
             return {"source": "preprocess"}
-        if stage == "predict":
-            return {**STAGES[stage].inputs, "model": self.config.predict_by}
+        if stage == "joint" and not self.uses_scalars:
+            return {key: maker for key, maker in STAGES[stage].inputs.items() if maker != "scalars"}
         return STAGES[stage].inputs
 
     def place(self, stage: str, split: str, query: str = "") -> Path:
@@ -105,6 +115,8 @@ class Pipeline:
         values |= flatten(getattr(self.config, stage, {}))
         values["out"] = str(self.place(stage, split, query))
         values |= {key: str(self.place(made_by, split)) for key, made_by in self.inputs(stage).items() if made_by}
+        if stage == "joint" and not self.uses_scalars:
+            values["scalars"] = ""
         if stage == "pack":
             values["folds"] = self.config.folds
         elif "split_name" in fields:
@@ -134,7 +146,7 @@ class Pipeline:
             yield "preprocess", self.configure("preprocess", splits[0])
         yield "pack", self.configure("pack", splits[0])
         for split in splits:
-            for stage in dict.fromkeys(("vae", "encode", "joint", self.config.predict_by)):
+            for stage in (*["scalars"] * self.uses_scalars, "vae", "encode", "joint"):
                 yield stage, self.configure(stage, split)
             for query in self.config.queries:
                 yield "predict", self.configure("predict", split, query)

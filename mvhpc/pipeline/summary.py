@@ -162,5 +162,5 @@ def _next_query(pipeline: Pipeline) -> str:
     schema = open_dataset(pipeline.place("pack", list(pipeline.splits)[-1])).index.schema
     given, want = (",".join(v.name for v in group) for group in (schema.volumes, schema.scalars))
     split = list(pipeline.splits)[-1]
-    model, data = pipeline.place(pipeline.config.predict_by, split), pipeline.place("pack", split)
+    model, data = pipeline.place("joint", split), pipeline.place("pack", split)
     return f"mvhpc predict --model {model} --data {data} --given {given} --want {want} --out predictions.tsv"

@@ -371,7 +371,7 @@ def member_nll(output: Tensor, truth: Tensor, category: bool) -> Tensor:
     flat = output.flatten(0, 1)  # (B R, n)
     if category:
         return F.cross_entropy(flat, truth.repeat_interleave(members), reduction="none").reshape(rows, members)
-    law = density(flat, "x0")
+    law = density(flat)
     return -law.log_prob(truth[:, 0].double().repeat_interleave(members)).float().reshape(rows, members)
 
 

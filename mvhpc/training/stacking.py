@@ -12,11 +12,13 @@ from mvhpc.diffusion.laws import Law, join, log_score, mix, stacking_weights, ta
 from mvhpc.models.linear_member import LinearMember
 from mvhpc.models.scalar_predictor import ScalarPredictor
 from mvhpc.models.scalar_stack import CONTEXTS, Mixing, encode, law_of, predict
-from mvhpc.training.calibration import LIMITS, PRIOR
 from mvhpc.variables import Categorical, Variables
 
 BATCH = 64  # people encoded at a time
+PRIOR = math.log(2)  # SD of the prior of the temperature's logarithm; with few subjects the temperature stays near 1
+LIMITS = (math.log(0.25), math.log(8))
 NEGLIGIBLE = 0.05  # weight of a member that is left out
+CHANCE = 2.0  # standard errors over people
 
 
 class HeldOut(Protocol):
@@ -128,15 +130,34 @@ def _held_out_laws(
     return laws
 
 
+def member_weights(scores: Tensor) -> list[float]:
+    """The members' weights from log scores (queries, N, M).
+
+    The encoders, the last member, have none unless they raise the log score of the mixture by more than chance.
+    """
+    queries, people, members = scores.shape
+
+    def fit(count: int) -> tuple[list[float], Tensor]:
+        """Weights of the first members, and the mixture's log score (N,), mean over queries."""
+        weights = stacking_weights(scores[..., :count].flatten(0, 1), prior=float(queries))
+        kept = torch.tensor([w if w >= NEGLIGIBLE else 0.0 for w in weights], dtype=torch.float64)
+        kept = kept / kept.sum()
+        return kept.tolist(), (scores[..., :count] + kept.log()).logsumexp(-1).mean(0)
+
+    weights, score = fit(members)
+    others, without = fit(members - 1)
+    gain = score - without
+    return weights if gain.mean() > CHANCE * gain.std() / math.sqrt(people) else [*others, 0.0]
+
+
 def _mixing(laws: Sequence[Sequence[Law]], truth: Tensor) -> Mixing:
     """The mixing by several queries about the same people: members' weights, then the temperature of the mixture."""
     members = len(laws[0])
     if not len(truth):
         return Mixing((1 / members,) * members, 1.0)
-    scores = torch.cat([torch.stack([log_score(law, truth) for law in of_query], 1) for of_query in laws])
-    weights = stacking_weights(scores, prior=float(len(laws)))
-    kept = [w if w >= NEGLIGIBLE else 0.0 for w in weights]
-    weights = [w / sum(kept) for w in kept]
+    weights = member_weights(
+        torch.stack([torch.stack([log_score(law, truth) for law in of_query], 1) for of_query in laws])
+    )
     columns = torch.tensor([weights], dtype=torch.float64).expand(len(truth), -1)
     mixed = [mix(of_query, columns) for of_query in laws]
 

@@ -10,7 +10,7 @@ from mvhpc.models.kernels.cpu_conv3d import ONEDNN
 from mvhpc.models.kernels.merged_upsampling import UpsampleConv
 
 
-def freeze(network: nn.Module, precision: torch.dtype, spared: tuple[str, ...] = ()) -> None:
+def freeze(network: nn.Module, precision: torch.dtype) -> None:
     """Round the weights and merge those of upsamplings, in place, which every call would do otherwise.
 
     Afterwards the network must run under an autocast to ``precision``. Results stay the same to the bit; on GPUs they
@@ -20,14 +20,13 @@ def freeze(network: nn.Module, precision: torch.dtype, spared: tuple[str, ...] =
     Args:
         network: with float32 weights.
         precision: of matrix products.
-        spared: prefixes of the names of modules that also run without autocast; their weights are not rounded.
     """
     for parent in [*network.modules()]:
         for name, part in parent.named_children():
             if isinstance(part, UpsampleConv):
                 setattr(parent, name, part.frozen())
-    for name, part in network.named_modules():
-        if isinstance(part, nn.Conv3d | nn.ConvTranspose3d | nn.Linear) and not name.startswith(spared):
+    for part in network.modules():
+        if isinstance(part, nn.Conv3d | nn.ConvTranspose3d | nn.Linear):
             part.to(precision)
 
 
