@@ -24,6 +24,7 @@ from mvhpc.inference.scalar_draws import draw_scalars
 from mvhpc.models.bundle import JointModel, load
 from mvhpc.models.scalar_bundle import ScalarsModel
 from mvhpc.models.scalar_stack import StackPosterior
+from mvhpc.models.training_people import TrainingPeople
 from mvhpc.runs.folder import Run, read_record
 from mvhpc.runtime.randomness import rand
 from mvhpc.stages import STAGES
@@ -162,8 +163,11 @@ def test_scalars_are_drawn_by_the_chain_rule(tiny_scalars: Path) -> None:
     for v in model.variables.volumes:
         known[v.name], pooled[v.name] = nobody, torch.zeros(50, *v.shape)
     law = StackPosterior(model.stack, pooled, values, known | {"age": nobody, "sex": nobody}).laws(["age"])["age"]
-    free = (values["age"] > age.encode([0.0])) & (values["age"] < age.encode([120.0]))  # within the schema's range
-    torch.testing.assert_close(law.cdf(values["age"][:, 0].double())[free[:, 0]], u[free[:, 0], 0], atol=1e-4, rtol=0)
+    known_range = TrainingPeople.read(model.meta).ranges["age"]
+    low, high = (law.cdf(x.double()) for x in age.encode(known_range)[:, 0])
+    expected = low + u[:, 0] * (high - low)  # within the range of the training's people
+    torch.testing.assert_close(law.cdf(values["age"][:, 0].double()), expected, atol=1e-4, rtol=0)
+    assert all(known_range[0] <= person["age"] <= known_range[1] for person in people)
     chances = StackPosterior(model.stack, pooled, values, known | {"sex": nobody}).laws(["sex"])["sex"]
     assert torch.equal(values["sex"], draw(chances, u[:, 1])) and sex.name == "sex"
 

@@ -9,6 +9,7 @@ from mvhpc.inference.law_cells import decode_draws
 from mvhpc.models.bundle import JointModel
 from mvhpc.models.scalar_bundle import ScalarsModel
 from mvhpc.models.scalar_stack import StackPosterior
+from mvhpc.models.training_people import TrainingPeople
 from mvhpc.records import cube, pool
 from mvhpc.runtime.devices import one_thread
 from mvhpc.runtime.randomness import rand
@@ -31,6 +32,8 @@ def draw_scalars(
 ) -> list[dict[str, Value]]:
     """The scalars of B people with the same given ones; the others are drawn by the chain rule.
 
+    Numbers are drawn within the range that the training's people had: a law has tails where nobody was.
+
     Args:
         model: of scalars.
         given: known scalars, in their units.
@@ -38,7 +41,7 @@ def draw_scalars(
         voxels: by volume that the model reads as it is (see :func:`reads`), (B, H, W, D) in [0, 1] on its grid.
 
     Returns:
-        Scalars of each person by name, numbers within the schema's range.
+        Scalars of each person by name.
     """
     people = len(generators)
     want = [v.name for v in model.variables.scalars if v.name not in given]
@@ -51,6 +54,8 @@ def draw_scalars(
         if x is not None:
             pooled[v.name] = pool(torch.from_numpy(x)[:, None].float(), n)
     uniform = rand(generators, (1, len(want))).double().clamp(1e-7, 1 - 1e-7)
-    drawn = StackPosterior(model.stack, pooled, values, known).draw(want, uniform) if want else {}
+    ranges = TrainingPeople.read(model.meta).ranges
+    limits = {v.name: v.encode(ranges[v.name])[:, 0] for v in model.variables.scalars if v.name in ranges}
+    drawn = StackPosterior(model.stack, pooled, values, known).draw(want, uniform, limits) if want else {}
     columns = {name: decode_draws(model.variables[name], x, people) for name, x in drawn.items()}
     return [{**given, **{name: x[i][0] for name, x in columns.items()}} for i in range(people)]

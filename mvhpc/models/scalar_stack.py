@@ -91,12 +91,15 @@ class StackPosterior:
         """The predictive law of each wanted scalar by itself; on the CPU."""
         return {name: self._law(name, self.scores, self.encoded, self.values, self.known) for name in want}
 
-    def draw(self, want: Sequence[str], uniform: Tensor) -> dict[str, Tensor]:
+    def draw(
+        self, want: Sequence[str], uniform: Tensor, limits: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Joint draws by the chain rule: the first wanted variable, the next given that too, and so on.
 
         Args:
             want: scalars.
             uniform: (B, draws, len(want)) draws from (0, 1).
+            limits: of numbers, the encoded values (2,) between which they are drawn; without entry anywhere.
 
         Returns:
             By wanted variable clean encoded values (B x draws, 1) or (B x draws,), the draws of a row together.
@@ -108,7 +111,13 @@ class StackPosterior:
         values, known = ({k: x.repeat_interleave(n, 0) for k, x in of.items()} for of in (self.values, self.known))
         for i, name in enumerate(want):
             law, u = self._law(name, scores, encoded, values, known), uniform[..., i].reshape(-1).double().cpu()
-            values[name] = draw(law, u) if isinstance(law, Tensor) else quantile(law, u[:, None]).float()
+            if isinstance(law, Tensor):
+                values[name] = draw(law, u)
+            else:
+                if limits and name in limits:
+                    low, high = (law.cdf(x.double()) for x in limits[name])  # each (B x draws,)
+                    u = low + u * (high - low)
+                values[name] = quantile(law, u[:, None]).float()
             known[name] = torch.ones_like(known[name])
         return {name: values[name] for name in want}
 
