@@ -45,7 +45,10 @@ def configuration(stage: str, folder: Path) -> Any:
         if field.name in {"given", "want"}:
             values[field.name] = {"age": "70"} if "dict" in str(field.type) else ["age"]
             values[field.name] = "image" if field.type is str else values[field.name]
-        elif field.name in {"out", "data", "source", "vae", "latents", "model", "image", "mask"} and field.type is str:
+        elif (
+            field.name in {"out", "data", "source", "vae", "latents", "scalars", "model", "image", "mask"}
+            and field.type is str
+        ):
             values[field.name] = str(folder / field.name)
     return load_config(kind, stage, values=values)
 

@@ -361,7 +361,7 @@ def test_a_pipeline_preprocesses_before_it_packs(source: Path, derivative: Path,
     }
     pipeline = Pipeline(load_config(PipelineConfig, "pipeline", "default", (), changes))
     steps = list(pipeline.steps())
-    assert [stage for stage, _ in steps][:3] == ["preprocess", "pack", "vae"]
+    assert [stage for stage, _ in steps][:3] == ["preprocess", "pack", "scalars"]
     for stage, config in steps[:2]:
         execute(plan(stage, config))
     assert hashes(root / "derivative") == hashes(derivative)

@@ -236,8 +236,8 @@ def test_encoders_get_weight_only_where_they_help_by_more_than_chance() -> None:
     g = torch.Generator().manual_seed(0)
     signal, noise = (torch.randn(100, generator=g).double() for _ in range(2))
     truth, sd = signal + noise, torch.ones(100).double()
-    blind, seeing = (log_score(normal(*law), truth[:, None]) for law in ((0 * sd, 2**0.5 * sd), (signal, sd)))
-    same = blind + 0.05 * torch.randn(100, generator=g).double()
-    for linear, encoders, expected in ((blind, seeing, False), (seeing, blind, True), (blind, same, True)):
+    marginal, seeing = (log_score(normal(*law), truth[:, None]) for law in ((0 * sd, 2**0.5 * sd), (signal, sd)))
+    same = marginal + 0.05 * torch.randn(100, generator=g).double()
+    for linear, encoders, expected in ((marginal, seeing, False), (seeing, marginal, True), (marginal, same, True)):
         weights = member_weights(torch.stack([linear, encoders], 1)[None])
         assert sum(weights) == pytest.approx(1) and (weights[-1] == 0) == expected
