@@ -10,7 +10,7 @@ import torch
 
 from mvhpc.config import AutoencoderConfig, ConfigError, load_config
 from mvhpc.models.autoencoder import Autoencoder
-from mvhpc.models.bundle import AutoencoderModel, load, save_autoencoder
+from mvhpc.models.bundle import AutoencoderModel, JointModel, load, save_autoencoder
 from mvhpc.training.cross_fitting import assign_folds
 from mvhpc.training.engines.base import Engine
 from mvhpc.training.engines.local import LocalEngine
@@ -63,10 +63,25 @@ def test_people_keep_what_they_have_and_lack(tiny_inputs: dict[str, str]) -> Non
     assert after["loss"].isfinite() and torch.equal(after["loss_sex"].isnan(), before["loss_sex"].isnan())
 
 
+def test_without_a_model_of_scalars_the_unet_predicts_them(
+    tiny_inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And it is said before training; the model that is written predicts by chains."""
+    joint = task(tiny_inputs, scalars="")
+    assert joint.networks["denoiser"].outputs == ["image", "age", "sex"] and joint.linear is None
+    JointTask.check(joint.config)
+    assert "the U-Net predicts scalars too, by chains" in capsys.readouterr().err
+    joint.export(tmp_path / "model", {"denoiser": joint.networks["denoiser"].state_dict()}, {})
+    model = load(tmp_path / "model", kind=JointModel)
+    assert model.scalars is None and not model.denoiser.late
+    late = task(tiny_inputs)
+    assert late.networks["denoiser"].outputs == ["image"] and late.linear is not None
+
+
 def test_the_model_of_scalars_has_to_fit(tiny_inputs: dict[str, str], tmp_path: Path) -> None:
     """It is there where the design needs one; of the same scalars and grid; and has not seen the test part."""
     with pytest.raises(ConfigError, match="scalars is empty: give the run folder"):
-        task(tiny_inputs, scalars="")
+        task(tiny_inputs, scalars="", **{"model.scalars": "late"})
     with pytest.raises(ConfigError, match="leave it empty"):
         task(tiny_inputs, **{**EARLY, "scalars": tiny_inputs["scalars"]})
     with pytest.raises(ConfigError, match="kind autoencoder; one of the kind scalars"):

@@ -181,5 +181,5 @@ def test_a_model_of_scalars_is_trained_where_the_design_needs_one(home: Path) ->
         (joint,) = (config for stage, config in steps if stage == "joint")
         assert joint.scalars == ("runs/by/scalars" if expected else "")
         assert {config.model for stage, config in steps if stage in {"predict", "generate"}} == {"runs/by/joint"}
-    alone = configure("joint", "latents=l", "vae=v", "out=o", preset="paper")
+    alone = configure("joint", "latents=l", "vae=v", "out=o")  # a model of scalars need not be
     assert alone.project is None and alone.config.scalars == ""

@@ -120,7 +120,7 @@ class AutoencoderConfig:
 class DenoiserConfig:
     """3D U-Net of latent diffusion."""
 
-    scalars: str  # late: given to the U-Net, and drawn by the model of scalars; early: drawn by it, as in the paper
+    scalars: str  # late: given to the U-Net, drawn by the model of scalars; early: drawn by it, as in the paper; auto
     channels: list[int]
     attention: list[bool]
     res_blocks: int

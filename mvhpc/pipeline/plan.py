@@ -76,9 +76,9 @@ class Pipeline:
     @cached_property
     def uses_scalars(self) -> bool:
         """Whether a model of scalars is a part of the joint model."""
-        joint = self._settings("joint", ("out", "latents", "vae", "scalars"))
+        joint = self._settings("joint", ("out", "latents", "vae"))
         packing = self._settings("pack", ("out", "source"))
-        return bool(joint.model.scalars == "late" and Schema.load(packing.schema).scalars)
+        return bool(joint.model.scalars != "early" and Schema.load(packing.schema).scalars)
 
     def _settings(self, stage: str, paths: Sequence[str]) -> Any:
         """The configuration of a stage without its paths."""
@@ -115,8 +115,6 @@ class Pipeline:
         values |= flatten(getattr(self.config, stage, {}))
         values["out"] = str(self.place(stage, split, query))
         values |= {key: str(self.place(made_by, split)) for key, made_by in self.inputs(stage).items() if made_by}
-        if stage == "joint" and not self.uses_scalars:
-            values["scalars"] = ""
         if stage == "pack":
             values["folds"] = self.config.folds
         elif "split_name" in fields:

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from mvhpc.config import CONFIGS, ConfigError, config_file, flatten, flatten_override, load_config, to_yaml
+from mvhpc.config import CONFIGS, ConfigError, flatten, flatten_override, keys_without_default, load_config, to_yaml
 from mvhpc.execute import PlannedStage, plan
 from mvhpc.pipeline.plan import Pipeline, PipelineConfig, query_name
 from mvhpc.runs.folder import read_record
@@ -80,19 +80,16 @@ class Request:
         """Whether the user sets a key: by a flag, an override, or in a YAML file."""
         if key in self.flags or any(key in flatten_override(override) for override in self.overrides):
             return True
-        own = self.preset is not None and Path(self.preset).suffix in {".yaml", ".yml"}
-        return own and self._in_preset(key)
+        return self._from_file() and key in flatten(OmegaConf.to_container(OmegaConf.load(str(self.preset))))
 
-    def _in_preset(self, key: str) -> bool:
-        """Whether the named preset or YAML file has a key."""
-        if self.preset is None:
-            return False
-        return key in flatten(OmegaConf.to_container(OmegaConf.load(config_file(self.stage.name, self.preset))))
+    def _from_file(self) -> bool:
+        return self.preset is not None and Path(self.preset).suffix in {".yaml", ".yml"}
 
     def needs_project(self) -> bool:
         """Whether a path is not set, or a project is named."""
-        paths = {"out", *(key for key, maker in self.stage.inputs.items() if maker)}
-        return self.root is not None or not all(self.sets(path) or self._in_preset(path) for path in paths)
+        needed = keys_without_default(self.stage.name)
+        paths = {"out", *(key for key, maker in self.stage.inputs.items() if maker and key in needed)}
+        return self.root is not None or not all(self.sets(path) for path in paths)
 
     def configure(self) -> "Configured":
         """The stage's configuration.

@@ -1,8 +1,9 @@
 """Training of the joint diffusion (paper, section 3.1), with all latents in memory."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class JointConfig:
     out: str
     latents: str
     vae: str
-    scalars: str  # run folder of the model of scalars, for model.scalars=late; else empty
+    scalars: str  # run folder of the model of scalars; empty: none
     split: str
     schema: str  # name under configs/schema, a YAML file, or "" for the schema the data were packed with
     scaling: str  # interval mapped to [-1, 1]. sd: training mean plus or minus one SD; range: the schema's range
@@ -67,8 +68,7 @@ def open_latents(config: JointConfig) -> Dataset:
     """Open the data set of latents, and check that it fits the rest of the configuration.
 
     Raises:
-        ConfigError: the data are not latents, or are of another autoencoder or split; or the design does not allow
-            these ``diffusion.time`` or ``model.linear_components``.
+        ConfigError: the data are not latents, or are of another autoencoder or split.
     """
     dataset = open_dataset(config.latents)
     index = dataset.index
@@ -87,17 +87,6 @@ def open_latents(config: JointConfig) -> Dataset:
             f"(SHA-256 {theirs[:12]}); set vae to that one, or encode again with vae={config.vae}"
         )
     choose(config.scaling, ("sd", "range"), "scaling")
-    late = config.model.scalars == "late"
-    if late and config.diffusion.time != "independent":
-        raise ConfigError(
-            f"diffusion.time={config.diffusion.time}: independent with model.scalars=late, where scalars that are "
-            "given or unknown have levels of their own"
-        )
-    if config.model.linear_components and not (late and config.diffusion.volume == "v"):
-        raise ConfigError(
-            f"model.linear_components={config.model.linear_components}: 0 unless model.scalars=late and "
-            "diffusion.volume=v; the linear denoiser predicts v of volumes from all scalars"
-        )
     return dataset
 
 
@@ -105,22 +94,47 @@ def _schema(config: JointConfig, index: Index) -> Schema:
     return Schema.load(config.schema) if config.schema else index.schema
 
 
-def check_scalars(config: JointConfig, schema: Schema, dataset: Dataset) -> None:
-    """Check that the model of scalars is there where the design needs one, and fits.
+def design_of(config: JointConfig, schema: Schema) -> DenoiserConfig:
+    """The U-Net's configuration with ``scalars=auto`` resolved: late with a model of scalars or without scalars, else
+    early.
 
     Raises:
-        ConfigError: missing or not needed; of another grid, with other scalars, or trained on people of the test part.
+        ConfigError: a design that does not allow this ``scalars``, ``diffusion.time`` or ``model.linear_components``.
+    """
+    model = config.model
+    if choose(model.scalars, ("auto", "late", "early"), "model.scalars") == "auto":
+        late = bool(config.scalars) or not schema.scalars
+        model = replace(model, scalars="late", linear_components=model.linear_components * late)
+        model = model if late else replace(model, scalars="early")
+    late = model.scalars == "late"
+    if bool(config.scalars) != (late and bool(schema.scalars)):
+        raise ConfigError(
+            f"scalars={config.scalars}: leave it empty where model.scalars=early or the schema has no scalars"
+            if config.scalars
+            else "scalars is empty: give the run folder of the model of scalars (mvhpc train scalars), which draws "
+            "scalars with model.scalars=late"
+        )
+    if late and config.diffusion.time != "independent":
+        raise ConfigError(
+            f"diffusion.time={config.diffusion.time}: independent with model.scalars=late, where scalars that are "
+            "given or unknown have levels of their own"
+        )
+    if model.linear_components and not (late and config.diffusion.volume == "v"):
+        raise ConfigError(
+            f"model.linear_components={model.linear_components}: 0 unless model.scalars=late and diffusion.volume=v; "
+            "the linear denoiser predicts v of volumes from all scalars"
+        )
+    return model
+
+
+def check_scalars(config: JointConfig, schema: Schema, dataset: Dataset) -> None:
+    """Check that the model of scalars, where there is one, fits.
+
+    Raises:
+        ConfigError: of another grid, with other scalars, or trained on people of the test part.
         ModelError: no model of scalars there, or a damaged one.
     """
-    needed = bool(config.model.scalars == "late" and schema.scalars)
-    if needed != bool(config.scalars):
-        raise ConfigError(
-            "scalars is empty: give the run folder of the model of scalars (mvhpc train scalars), which draws them "
-            "with model.scalars=late"
-            if needed
-            else f"scalars={config.scalars}: leave it empty where model.scalars=early or the schema has no scalars"
-        )
-    if not needed:
+    if not config.scalars:
         return
     meta = read_manifest(model_folder(config.scalars), "scalars")
     theirs = Schema.from_dict(meta["schema"])
@@ -145,16 +159,17 @@ class JointTask(Task):
     In the late design the U-Net learns volumes given scalars; these are those of a trained model of scalars.
 
     Raises:
-        ConfigError: as :func:`open_latents` and :func:`check_scalars`, or the data lack a variable.
+        ConfigError: as :func:`open_latents`, :func:`design_of` and :func:`check_scalars`, or the data lack a variable.
         DataError: no training subject has a value of a variable.
         ModelError: no model of scalars where one is needed, or a damaged one.
     """
 
     def __init__(self, config: JointConfig) -> None:
-        self.config, self.late = config, config.model.scalars == "late"
+        self.config = config
         dataset = open_latents(config)
         index = dataset.index
         self.schema = _schema(config, index)
+        self.model = design_of(config, self.schema)
         self.grid = index.grid
         train, validation = (dataset.keys(part, config.split) for part in ("train", "validation"))
         records = read_records(dataset, train + validation, self.schema)
@@ -169,7 +184,7 @@ class JointTask(Task):
         self.samples, self.validation = len(train), len(validation)
         self.linear = self._fit_linear()
         torch.manual_seed(config.training.seed)  # the layers' initial weights
-        denoiser = JointDenoiser(variables, config.model, self.diffusion.masked_level)
+        denoiser = JointDenoiser(variables, self.model, self.diffusion.masked_level)
         self.networks: dict[str, nn.Module] = {"denoiser": denoiser}
         losses = ["loss", *(f"loss_{name}" for name in denoiser.outputs)]
         self.exported: Mapping[str, Sequence[str]] = {"denoiser": losses}
@@ -180,7 +195,14 @@ class JointTask(Task):
     def check(cls, config: JointConfig) -> None:
         """Raises ConfigError and ModelError as the class."""
         dataset = open_latents(config)
-        check_scalars(config, _schema(config, dataset.index), dataset)
+        schema = _schema(config, dataset.index)
+        check_scalars(config, schema, dataset)
+        if design_of(config, schema).scalars == "early" and config.model.scalars == "auto":
+            print(
+                "joint: without a model of scalars (scalars=RUN) the U-Net predicts scalars too, by chains, as in the "
+                "paper; such predictions are slower and worse",
+                file=sys.stderr,
+            )
 
     def _moments(self, records: Records, first: int, volume: str, index: Index) -> dict[str, Any]:
         """Shape of a volume's latents, and the mean and SD of the ``first`` records, by which they are standardised.
@@ -206,10 +228,10 @@ class JointTask(Task):
         most = min(MOST_FITTED, MOST_ELEMENTS // (2 * sum(math.prod(facts["shape"]) for facts in self.latent.values())))
         values, present = self.people.take(list(range(min(self.samples, most))))
         whole = torch.stack([present[v.name] for v in self.diffusion.variables.volumes]).all(0)
-        if not self.config.model.linear_components or not whole.any():
+        if not self.model.linear_components or not whole.any():
             return None
         both = [self._encode(values, torch.full_like(whole, mirror)) for mirror in (False, True)]
-        components = min(self.config.model.linear_components, int(whole.sum()) // PEOPLE_PER_COMPONENT)
+        components = min(self.model.linear_components, int(whole.sum()) // PEOPLE_PER_COMPONENT)
         with one_thread():
             return LinearDenoiser.fit(
                 self.diffusion,
@@ -242,7 +264,7 @@ class JointTask(Task):
             clean, present: the rows.
             generators: of levels and noise, one per row.
         """
-        levels = self.diffusion.draw_times(generators, volumes_move=self.late)
+        levels = self.diffusion.draw_times(generators, volumes_move=self.model.scalars == "late")
         noised = self.diffusion.noise(clean, present, levels, generators)
         outputs = denoiser(noised.z, noised.t)
         if self.linear is not None:
@@ -292,7 +314,7 @@ class JointTask(Task):
             states["denoiser"],
             self.config.vae,
             self.config.scalars or None,
-            model=self.config.model,
+            model=self.model,
             diffusion=self.config.diffusion,
             schema=self.schema,
             latent=self.latent,
