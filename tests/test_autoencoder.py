@@ -108,6 +108,7 @@ def test_a_shortcut_starts_as_the_principal_components_of_blocks() -> None:
     torch.testing.assert_close(mean, torch.ones(3), rtol=1e-4, atol=0)
     assert torch.equal(network.down.weight, shortcut(3, volumes).down.weight)
     assert squared_error(shortcut(8, volumes), volumes) < 1e-6  # with all components nothing is lost
+    assert squared_error(shortcut(11, volumes), volumes) < 1e-6  # nor with more channels than a block has voxels
 
 
 def test_a_shortcut_reads_details_of_a_block_from_its_neighbours() -> None:

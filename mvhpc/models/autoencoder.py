@@ -73,7 +73,8 @@ class Autoencoder(nn.Module):
         """Set the shortcut: principal components of blocks of voxels, and the regression of blocks on the latents of
         3 x 3 x 3 neighbours, which leaves no edges between blocks.
 
-        Each channel has a mean square of 1, so that none is lost in the posterior's noise.
+        Each channel has a mean square of 1, so that none is lost in the posterior's noise; channels beyond the voxels
+        of a block are 0.
 
         Args:
             volumes: (H, W, D) each, float32. Their mean is not removed, and is most of the first component.
@@ -85,11 +86,12 @@ class Autoencoder(nn.Module):
             moments += blocks.T @ blocks
             count += len(blocks)
         squares, vectors = torch.linalg.eigh(moments / count)  # from the smallest on
-        vectors = vectors.flip(1)[:, : self.latent_channels].T  # (C, f^3)
+        vectors = vectors.flip(1)[:, : self.latent_channels].T  # (R, f^3), R the smaller of C and f^3
         largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
         vectors = vectors * largest.sign()  # a vector and its opposite are both right
         scale = squares.flip(0)[: self.latent_channels, None].clamp_min(1e-12).sqrt()
-        self.down.weight.copy_((vectors / scale).view_as(self.down.weight))
+        self.down.weight.zero_()
+        self.down.weight[: len(vectors)] = (vectors / scale).view(len(vectors), 1, edge, edge, edge).float()
 
         inputs = self.latent_channels * 27
         squares = torch.zeros(inputs, inputs, dtype=torch.float64)
