@@ -1,5 +1,6 @@
 """Data for the fault benchmark, the record of a fault, and the comparison with a reference run."""
 
+import hashlib
 import random
 import subprocess
 import time
@@ -17,6 +18,7 @@ from mvhpc.inference.encode import EncodeConfig
 from mvhpc.inference.encode import run as encode
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import JointModel, load, save_autoencoder
+from mvhpc.models.model_folder import read_weights as read_file
 from mvhpc.runs.folder import Run
 from mvhpc.runs.journal import read
 from mvhpc.training.scalars import ScalarsConfig
@@ -133,7 +135,8 @@ def bits(run: Path) -> dict[str, str]:
     newest = max((run / "checkpoints").glob("step-*"))
     states = {f"{newest.name}/{p.relative_to(newest)}": digest(read_weights(p)) for p in newest.rglob("*.pt")}
     model = load(run / "model", kind=JointModel)
-    return states | {f"model/{name}": entry["sha256"] for name, entry in model.meta["networks"].items()}
+    files = {name: read_file(model.folder, model.meta, name) for name in model.meta["networks"]}
+    return states | {f"model/{name}": hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
 def audit(run: Path, whole: Path, rolled_back: list[tuple[float, float]] = []) -> tuple[int, str]:  # noqa: B006

@@ -35,10 +35,6 @@ class VariableNetwork(nn.Module):
         self.channels = sum(v.shape[0] for v in self.volumes)
         self.masked_level, self.embedding = masked_level, embedding
 
-    def queries(self, z: Values) -> int:
-        """Q: how many rows of scalars there are for each row of volumes."""
-        return len(z[self.scalars[0].name]) // len(z[self.volumes[0].name]) if self.scalars else 1
-
     def image(self, z: Values, t: Values) -> Tensor:
         """All volumes as channels, masked ones as zeros: (B, sum C, h, w, d)."""
         image = torch.cat([z[v.name] * self.visible(v.name, t, 5) for v in self.volumes], 1)

@@ -59,7 +59,7 @@ class ScalarPredictor(VariableNetwork):
         Returns:
             By scalar, as :meth:`predict`.
         """
-        n = self.queries(z)
+        n = len(z[self.scalars[0].name]) // len(z[self.volumes[0].name])  # Q
         features = self.encode(z, t).repeat_interleave(n, 0)
         volumes = {v.name for v in self.volumes}
         levels = {name: x.repeat_interleave(n) if name in volumes else x for name, x in t.items()}
