@@ -193,7 +193,7 @@ STAGES: dict[str, Stage] = {
             command="calibrate",
             examples=("mvhpc calibrate --model runs/scalars --data new-site --out runs/scalars-new-site",),
             flags={
-                "model": "run folder of a model of scalars",
+                "model": "run folder of stage scalars or joint",
                 "data": "packed people of the new site, with labels",
                 "split": SPLIT,
                 "site": "name of the site (default: that of the folder of the data)",

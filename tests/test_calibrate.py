@@ -89,3 +89,14 @@ def test_the_stage_writes_a_model_that_names_its_site(trained: Path, packed: Pat
     with pytest.raises(ConfigError, match="calibrated for clinic already"):
         again = {**values, "model": str(tmp_path / "new"), "out": str(tmp_path / "twice")}
         execute(plan("calibrate", load_config(CalibrateConfig, "calibrate", "default", (), again)))
+
+
+def test_the_model_of_scalars_of_a_joint_model_is_calibrated_as_by_itself(
+    tiny_model: Path, tiny_scalars: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    written = []
+    for number, model in enumerate((tiny_model, tiny_scalars)):
+        values = {"model": str(model), "data": str(tiny_dataset), "out": str(tmp_path / f"{number}"), "split": "all"}
+        execute(plan("calibrate", load_config(CalibrateConfig, "calibrate", "default", (), values)))
+        written.append({file.name: file.read_bytes() for file in (tmp_path / f"{number}").iterdir()})
+    assert written[0] == written[1] and len(written[0]) > 2

@@ -15,8 +15,8 @@ from mvhpc.config import ConfigError, Device, Tracking, at_least
 from mvhpc.diffusion.laws import Law, join, take
 from mvhpc.inference.sampler import set_threads
 from mvhpc.inference.scalar_inputs import read_inputs
-from mvhpc.models.bundle import load
-from mvhpc.models.scalar_bundle import ScalarsModel, save_calibrated
+from mvhpc.models.bundle import load_model_of_scalars
+from mvhpc.models.scalar_bundle import save_calibrated
 from mvhpc.models.scalar_stack import StackPosterior
 from mvhpc.models.site_calibration import FEWEST, SiteCalibration, calibrate_site
 from mvhpc.models.training_people import TrainingPeople
@@ -59,7 +59,7 @@ def run(config: CalibrateConfig, run: Run) -> dict[str, Any]:
         FileExistsError: ``config.out`` exists.
     """
     set_threads(config.compute)
-    model = load(config.model, resolve_device(config.compute.device), kind=ScalarsModel)
+    model = load_model_of_scalars(config.model, resolve_device(config.compute.device))
     if model.meta["site"]:
         raise ConfigError(
             f"{config.model} is calibrated for {model.meta['site']['name']} already; give the model that was trained"
@@ -102,5 +102,5 @@ def run(config: CalibrateConfig, run: Run) -> dict[str, Any]:
         training = TrainingPeople.read(model.meta)
         if training.recorded:
             training = training.and_of(dataset.index, keys)
-        save_calibrated(config.model, part, site, training)
+        save_calibrated(model, part, site, training)
     return summary

@@ -13,7 +13,7 @@ from torch import Tensor
 from mvhpc import config
 from mvhpc.models.linear_member import LinearMember
 from mvhpc.models.loading import load_weights
-from mvhpc.models.model_folder import model_folder, read_manifest, read_weights, save_networks, to_bytes
+from mvhpc.models.model_folder import read_weights, save_networks, to_bytes
 from mvhpc.models.scalar_stack import Mixing, ScalarStack, build_encoders
 from mvhpc.models.site_calibration import SiteCalibration
 from mvhpc.models.training_people import TrainingPeople
@@ -155,21 +155,20 @@ def load_scalars(folder: Path, meta: dict[str, Any], device: torch.device | str)
     return ScalarsModel(stack, schema, meta["channels"], model.spacing, typical, meta["grid"], meta, folder)
 
 
-def save_calibrated(source: str | Path, folder: Path, site: Mapping[str, Any], training: TrainingPeople) -> None:
+def save_calibrated(model: ScalarsModel, folder: Path, site: Mapping[str, Any], training: TrainingPeople) -> None:
     """Write a copy of a model of scalars that is calibrated for a site.
 
     Args:
-        source: a run folder of stage ``scalars``, or its ``model`` folder.
+        model: by itself, or as a part of a joint model.
         folder: the ``model`` folder to write.
         site: for ``model.json``: name and people of the site and, under ``scalars``, the calibrations.
         training: from whom the model and its calibration learnt.
 
     Raises:
-        ModelError: no sound model of scalars at ``source``.
+        ModelError: a missing or damaged file.
     """
-    source = model_folder(source)
-    meta = read_manifest(source, "scalars")
-    networks = {name: read_weights(source, meta, name) for name in meta["networks"]}
+    meta = model.meta
+    networks = {name: read_weights(model.folder, meta, name) for name in meta["networks"]}
     kept = {key: value for key, value in meta.items() if key not in ("networks", "format")}
     if training.recorded:
         kept["training"] = training.to_dict()
