@@ -70,7 +70,7 @@ def test_what_is_wrong_is_named(preset: str, overrides: list[str], message: str)
 def test_the_message_says_what_was_renamed_or_removed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"`encoder\.readers` is called encoder\.ensemble_members now"):
         load_config(ScalarsConfig, "scalars", "demo", ["out=o", "data=d", "encoder.readers=2"])
-    with pytest.raises(ConfigError, match="`predict_by` is no key any more: a joint model predicts by.*leave it out"):
+    with pytest.raises(ConfigError, match=r"`predict_by` is no key any more: a joint model predicts by.*leave it out"):
         load_config(PipelineConfig, "pipeline", "demo", ["predict_by=joint"])
     file = tmp_path / "project.yaml"
     file.write_text("preset: demo\npredict_by: joint\n")
