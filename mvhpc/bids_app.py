@@ -111,7 +111,7 @@ def predict_scans(request: Request, model: ScalarsModel | None = None) -> tuple[
     check_query(model.schema, given, want)
     out = request.out
     out.mkdir(parents=True, exist_ok=True)
-    schema = _known_part(model.schema, request)
+    schema = _known_part(model.schema, request, given)
     recipe = Recipe.from_dict(model.meta["recipe"]) if model.meta["recipe"] else None
     reasons: dict[str, str] = {}
     files_before = _listed(out / SCANS)
@@ -177,13 +177,19 @@ def _set_aside(request: Request, facts: Mapping[str, Any], other_scans: bool) ->
         rename_aside([path for path in (table, sidecar(table), *pages) if path.is_file()])
 
 
-def _known_part(schema: Schema, request: Request) -> Schema:
-    """The model's volumes, and those of its scalars that the table of participants has."""
+def _known_part(schema: Schema, request: Request, given: Sequence[str]) -> Schema:
+    """The model's volumes, and those of its scalars that the table of participants has, with all that are given."""
     source = request.source
     table = source / "participants.tsv" if source.is_dir() else source
     columns = read_sheet(table).columns if table.is_file() else []
     wanted = {v.column: v.synonyms for v in schema.scalars}
     named = {*columns, *column_names(columns, wanted, request.rename, table).values()}
+    for v in schema.scalars:
+        if v.name in given and v.column not in named:
+            raise ConfigError(
+                f"{v.name} is given, and {table} has no column {v.column!r}; name the table's by --rename "
+                f"COLUMN={v.column}"
+            )
     specs = schema.to_dict()
     return Schema.from_dict({v.name: specs[v.name] for v in schema if v.kind == "volume" or v.column in named})
 
