@@ -8,6 +8,7 @@ import pytest
 from mvhpc.cli import main
 from mvhpc.config import CONFIGS, ConfigError, fingerprint, load_config, to_yaml
 from mvhpc.inference.generate import GenerateConfig
+from mvhpc.inference.predictor import PredictConfig
 from mvhpc.pipeline.plan import PipelineConfig
 from mvhpc.stages import STAGES
 from mvhpc.training.joint import JointConfig
@@ -65,6 +66,12 @@ def test_fingerprint_sees_every_value() -> None:
 def test_what_is_wrong_is_named(preset: str, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(JointConfig, "joint", preset, overrides)
+
+
+def test_a_variable_is_given_or_wanted() -> None:
+    paths = ["out=o", "model=m", "data=d"]
+    with pytest.raises(ConfigError, match="sex is both given and wanted"):
+        load_config(PredictConfig, "predict", "default", [*paths, "given=image,sex", "want=sex"])
 
 
 def test_the_message_says_what_was_renamed_or_removed(tmp_path: Path) -> None:
