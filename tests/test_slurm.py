@@ -278,7 +278,8 @@ def test_one_line_trains_the_joint_stage_of_the_project_on_four_nodes(
     """``submit.py --stage joint --nodes 4`` after the first five stages, typed within another job."""
     shutil.copytree(first_stages, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "random.py").write_text("raise SystemExit('a script of the user, no module of Python')")
+    for name in ("random", "signal", "numpy", "mvhpc"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a script of the user')")
     for name, value in {"JOB_ID": "4711", "NTASKS": "1", "MEM_PER_CPU": "1", "MEM_PER_NODE": "1"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)  # of the other job
     line = ("--stage", "joint", "--nodes", "4")
