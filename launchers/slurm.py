@@ -134,7 +134,11 @@ def script(submitter: "submitit.SlurmExecutor") -> str:
 
 
 def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT_S)
+    filters = ("SQUEUE_", "SINFO_")  # a user's own view, as SQUEUE_PARTITION, which would hide jobs
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(filters)}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT_S
+    )
     if done.returncode != 0:
         if "Invalid job id" in done.stderr:
             return ""

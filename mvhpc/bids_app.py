@@ -9,7 +9,7 @@ import csv
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,11 @@ from mvhpc.models.scalar_stack import StackPosterior
 from mvhpc.runs.folder import identity
 from mvhpc.runtime.devices import one_thread, resolve_device
 from mvhpc.variables import Categorical, Continuous
+from shards.__main__ import ENTITIES, RENAME, OneLineParser, pairs
 from shards.errors import DataError, TooManyRejects
 from shards.files import atomic_file, rename_aside
 from shards.pack import pack
-from shards.participants import ID, PATH, SESSION, Reject, read_table
+from shards.participants import ID, MASK, PATH, SESSION, Reject, read_table
 from shards.participants import Row as Visit
 from shards.preprocess.derivative import result_files
 from shards.preprocess.recipe import MNI, Recipe
@@ -67,6 +68,9 @@ class Request:
         want: variables to predict; every scalar that is not given where empty.
         workers: processes of the preprocessing; 0 for one per core.
         device: ``auto``, ``cpu`` or ``cuda``.
+        entities, rename: see :func:`shards.participants.read_table`.
+        keep_suspect: answer for scans that fail quality control too, and flag them.
+        template, weights: files that the recipe names by their SHA-256, see :func:`shards.preprocess.run.preprocess`.
     """
 
     source: Path
@@ -77,6 +81,11 @@ class Request:
     want: Sequence[str] = ()
     workers: int = 0
     device: str = "auto"
+    entities: Mapping[str, str] = field(default_factory=dict)
+    rename: Mapping[str, str] = field(default_factory=dict)
+    keep_suspect: bool = False
+    template: Path | None = None
+    weights: Path | None = None
 
 
 def predict_scans(request: Request, model: ScalarsModel | None = None) -> tuple[list[Row], list[str]]:
@@ -102,14 +111,19 @@ def predict_scans(request: Request, model: ScalarsModel | None = None) -> tuple[
     check_query(model.schema, given, want)
     out = request.out
     out.mkdir(parents=True, exist_ok=True)
-    schema = _known_part(model.schema, request.source)
+    schema = _known_part(model.schema, request, given)
+    recipe = Recipe.from_dict(model.meta["recipe"]) if model.meta["recipe"] else None
     reasons: dict[str, str] = {}
-    keys = _list_scans(request, schema, out / SCANS, reasons)
+    files_before = _listed(out / SCANS)
+    keys = _list_scans(request, schema, recipe, out / SCANS, reasons)
+    files = _listed(out / SCANS)
     source = out / SCANS
-    if model.meta["recipe"]:
+    if recipe:
         source = out / DERIVATIVE
+        options: dict[str, Any] = {"template": request.template, "weights": request.weights, "device": request.device}
+        options |= {"workers": request.workers, "keep_suspect": request.keep_suspect}
         try:
-            preprocess(out / SCANS, source, Recipe.from_dict(model.meta["recipe"]), workers=request.workers)
+            preprocess(out / SCANS, source, recipe, **options)
         except DataError:
             if not (source / "rejected.tsv").is_file():
                 raise
@@ -138,7 +152,8 @@ def predict_scans(request: Request, model: ScalarsModel | None = None) -> tuple[
         "recipe": model.meta["recipe"],
         "versions": versions(networks=False),
     }
-    _set_aside(request, facts)
+    other_scans = any(files.get(key) != file for key, file in files_before.items())
+    _set_aside(request, facts, other_scans)
     write_predictions(out / TABLE, answered, model.schema, facts)
     nobody = [Answer(name, model.schema[name].unit or "") for name in want]
     pages = [subjects.get(key) or Subject(key, nobody, [reasons[key]]) for key in keys]
@@ -146,8 +161,8 @@ def predict_scans(request: Request, model: ScalarsModel | None = None) -> tuple[
     return answered, want
 
 
-def _set_aside(request: Request, facts: Mapping[str, Any]) -> None:
-    """Rename table and pages of another query in the folder: of other variables, participants or another model."""
+def _set_aside(request: Request, facts: Mapping[str, Any], other_scans: bool) -> None:
+    """Rename table and pages of another query in the folder: of other variables, scans or another model."""
     table = request.out / TABLE
     if not table.is_file():
         return
@@ -157,26 +172,50 @@ def _set_aside(request: Request, facts: Mapping[str, Any]) -> None:
     with contextlib.suppress(OSError, ValueError, KeyError):  # a table of another program
         frame, before = read_predictions(table)
         keys_before = frame["key"].tolist()
-    if any(before.get(key) != facts.get(key) for key in keys):
+    if other_scans or any(before.get(key) != facts.get(key) for key in keys):
         pages = [request.out / f"{name}.html" for name in ("index", *keys_before)]
         rename_aside([path for path in (table, sidecar(table), *pages) if path.is_file()])
 
 
-def _known_part(schema: Schema, source: Path) -> Schema:
-    """The model's volumes, and those of its scalars that the table of participants has."""
+def _known_part(schema: Schema, request: Request, given: Sequence[str]) -> Schema:
+    """The model's volumes, and those of its scalars that the table of participants has, with all that are given."""
+    source = request.source
     table = source / "participants.tsv" if source.is_dir() else source
     columns = read_sheet(table).columns if table.is_file() else []
-    named = {*columns, *column_names(columns, {v.column: v.synonyms for v in schema.scalars}, {}, table).values()}
+    wanted = {v.column: v.synonyms for v in schema.scalars}
+    named = {*columns, *column_names(columns, wanted, request.rename, table).values()}
+    for v in schema.scalars:
+        if v.name in given and v.column not in named:
+            raise ConfigError(
+                f"{v.name} is given, and {table} has no column {v.column!r}; name the table's by --rename "
+                f"COLUMN={v.column}"
+            )
     specs = schema.to_dict()
     return Schema.from_dict({v.name: specs[v.name] for v in schema if v.kind == "volume" or v.column in named})
 
 
-def _list_scans(request: Request, schema: Schema, path: Path, reasons: dict[str, str]) -> list[str]:
+def _listed(path: Path) -> dict[str, str]:
+    """Key -> file of the scans of the last query in the folder; empty where there was none."""
+    if not path.is_file():
+        return {}
+    return {"_".join(filter(None, (row[ID], row[SESSION]))): row[PATH] for _, row in read_sheet(path).rows}
+
+
+def _list_scans(
+    request: Request, schema: Schema, recipe: Recipe | None, path: Path, reasons: dict[str, str]
+) -> list[str]:
     """Write the scans to a CSV for the preprocessing; return all keys, and add the reasons of unusable rows."""
     volumes = schema.volumes
     if len(volumes) != 1:
         raise ConfigError(f"{request.model} has {len(volumes)} volumes; preprocessing takes T1-weighted scans alone")
-    table = read_table(request.source, schema)
+    image, specs = volumes[0].name, schema.to_dict()
+    masks = []
+    if recipe and "brain" in recipe.steps and recipe.brain == MASK:  # masks lie beside the scans, or in a column
+        masks, specs[MASK] = [MASK], {"kind": "volume", "suffix": MASK}
+        specs[image] |= {"column": PATH}
+    table = read_table(request.source, Schema.from_dict(specs), entities=request.entities, rename=request.rename)
+    for note in table.notes:
+        print(f"note: {note}", file=sys.stderr)
     wanted = {label.removeprefix("sub-") for label in request.labels}
     found = {row.key.partition("_")[0].removeprefix("sub-") for row in table.rows}
     if unknown := sorted(wanted - found):
@@ -184,13 +223,13 @@ def _list_scans(request: Request, schema: Schema, path: Path, reasons: dict[str,
     rows = [r for r in table.rows if not wanted or r.key.partition("_")[0].removeprefix("sub-") in wanted]
     with atomic_file(path) as part, part.open("w", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow([ID, SESSION, PATH, *(v.column for v in schema.scalars)])
+        writer.writerow([ID, SESSION, PATH, *masks, *(v.column for v in schema.scalars)])
         for row in rows:
             if isinstance(row, Visit):
                 session = row.key[len(row.subject) + 1 :]
-                file = row.files[volumes[0].name].absolute()
+                files = [row.files[name].absolute() if name in row.files else MISSING for name in (image, *masks)]
                 values = (MISSING if row.values[v.name] is None else row.values[v.name] for v in schema.scalars)
-                writer.writerow([row.subject, session, file, *values])
+                writer.writerow([row.subject, session, *files, *values])
     reasons |= {row.key: row.reason for row in rows if isinstance(row, Reject)}
     return [row.key for row in rows]
 
@@ -214,8 +253,9 @@ def _answer(
     packed = request.out / PACKED
     shutil.rmtree(packed, ignore_errors=True)
     options: dict[str, Any] = {"schema": schema, "spacing": model.grid["spacing"], "shape": model.grid["shape"]}
+    options |= {"workers": request.workers, "keep_suspect": request.keep_suspect}
     try:
-        pack(source, packed, **options, max_rejects="100%", fractions=(0, 0, 1), workers=request.workers)
+        pack(source, packed, **options, max_rejects="100%", fractions=(0, 0, 1))
     except TooManyRejects:
         return {}, {}, []
     finally:
@@ -316,37 +356,58 @@ def summary(rows: Sequence[Row], want: Sequence[str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``mvhpc-app``, with the command line of BIDS Apps; returns the exit status."""
-    parser = argparse.ArgumentParser("mvhpc-app", description=__doc__)
+    parser = OneLineParser("mvhpc-app", description=__doc__)
     parser.add_argument("bids_dir", type=Path)
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("analysis_level", choices=["participant"])
     _add_options(parser)
-    parser.add_argument("--participant-label", "--participant_label", nargs="+", default=[], metavar="LABEL")
     options = parser.parse_args(arguments)
-    return _run(options, options.bids_dir, options.output_dir, options.participant_label)
+    return _run(options, options.bids_dir, options.output_dir)
 
 
 def predict_command(arguments: Sequence[str]) -> int:
     """``mvhpc predict --bids``; returns the exit status."""
-    parser = argparse.ArgumentParser("mvhpc predict", description=__doc__)
-    parser.add_argument("--bids", type=Path, required=True, metavar="FOLDER", help="BIDS folder of raw scans")
+    parser = OneLineParser("mvhpc predict", description=__doc__)
+    parser.add_argument("--bids", type=Path, required=True, metavar="FOLDER", help="BIDS folder or CSV of raw scans")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of the results")
     _add_options(parser)
+    if {"-h", "--help"}.intersection(arguments):  # --bids --help too
+        parser.print_help()
+        return 0
     options = parser.parse_args(arguments)
-    return _run(options, options.bids, options.out, ())
+    return _run(options, options.bids, options.out)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="FOLDER", help="run folder of stage scalars or joint")
     parser.add_argument("--given", default="", metavar="A,B", help="known variables (default: the scan)")
     parser.add_argument("--want", default="", metavar="A,B", help="variables to predict (default: all others)")
+    parser.add_argument("--participant-label", "--participant_label", nargs="+", default=[], metavar="LABEL")
+    parser.add_argument("--entities", type=pairs, default={}, metavar="KEY=VALUE,...", help=ENTITIES)
+    parser.add_argument("--rename", type=pairs, default={}, metavar="COLUMN=NAME,...", help=RENAME)
+    parser.add_argument("--keep-suspect", action="store_true", help="answer for scans that fail quality control too")
+    parser.add_argument("--template", type=Path, metavar="FILE", help="that of the model's preprocessing, if a file")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="of HD-BET, if the model's preprocessing used it")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0 for one per core")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
 
 
-def _run(options: argparse.Namespace, bids: Path, out: Path, labels: Sequence[str]) -> int:
-    given, want = ([name for name in text.split(",") if name] for text in (options.given, options.want))
-    request = Request(bids, out, options.model, labels, given, want, options.workers, options.device)
+def _run(options: argparse.Namespace, bids: Path, out: Path) -> int:
+    request = Request(
+        bids,
+        out,
+        options.model,
+        labels=options.participant_label,
+        given=_names(options.given),
+        want=_names(options.want),
+        workers=options.workers,
+        device=options.device,
+        entities=options.entities,
+        rename=options.rename,
+        keep_suspect=options.keep_suspect,
+        template=options.template,
+        weights=options.weights,
+    )
     try:
         rows, want = predict_scans(request)
     except (ConfigError, DataError) as error:
@@ -354,3 +415,7 @@ def _run(options: argparse.Namespace, bids: Path, out: Path, labels: Sequence[st
         return 2
     print(f"{summary(rows, want)}\nsee {out / TABLE} and {out / 'index.html'}")
     return 0
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -4,21 +4,17 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import NoReturn
 
 from mvhpc.config import CONFIGS, keys_without_default
 from mvhpc.stages import STAGES, Stage
-from shards.__main__ import make_parser
+from shards.__main__ import OneLineParser, make_parser
 
 GROUP = "train"  # commands of two words
 ELSEWHERE = "mvhpc.commands"  # entry points of commands that are no part of this package
 
 
-class Parser(argparse.ArgumentParser):
-    """Prints errors in one line, and shows options as required that may also be given as key=value."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+class Parser(OneLineParser):
+    """Shows options as required that may also be given as key=value."""
 
     def format_help(self) -> str:
         for action in self._actions:

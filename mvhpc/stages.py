@@ -170,6 +170,7 @@ STAGES: dict[str, Stage] = {
                 "mvhpc predict --model runs/joint --data runs/packed --given image,sex --want age --out age.tsv",
                 "mvhpc predict --model runs/joint --data runs/packed --given image --want age,sex --draws 100 "
                 "--out both.tsv",
+                "mvhpc predict --bids raw --model runs/joint --out answers     raw scans: mvhpc predict --bids --help",
             ),
             flags={
                 "model": "run folder of a model of scalars, a joint model or a baseline",

@@ -69,17 +69,18 @@ examples:
 """
 
 
+RENAME = "columns of the table under the schema's names, as gender=sex"
 ENTITIES = "of the volumes' names in a BIDS folder, as space=MNI152NLin2009cAsym,desc=preproc"
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """Prints errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def _pairs(text: str) -> dict[str, str]:
+def pairs(text: str) -> dict[str, str]:
     """``a=b,c=d`` as a mapping."""
     pairs = [part.strip().partition("=") for part in text.split(",") if part.strip()]
     if any(not (name and equals and value) for name, equals, value in pairs) or len({p[0] for p in pairs}) < len(pairs):
@@ -90,7 +91,7 @@ def _pairs(text: str) -> dict[str, str]:
 def make_parser() -> argparse.ArgumentParser:
     """The options of all commands."""
     style = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(
+    parser = OneLineParser(
         prog="shards",
         description="Pack brain volumes and clinical data into verified shards for fast random access.",
         epilog=EXAMPLES,
@@ -138,7 +139,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--keep-suspect", action="store_true", default=None, help="keep and flag scans that fail quality control"
     )
     preprocess.add_argument("--suffix", metavar="SUFFIX", help="of the scans in a BIDS folder; default T1w")
-    preprocess.add_argument("--entities", type=_pairs, metavar="KEY=VALUE,...", help=ENTITIES)
+    preprocess.add_argument("--entities", type=pairs, metavar="KEY=VALUE,...", help=ENTITIES)
     preprocess.add_argument("--weights", metavar="FILE", help="zip file of HD-BET's weights")
     preprocess.add_argument("--weights-sha256", metavar="HASH", help="its SHA-256, as published")
     preprocess.add_argument(
@@ -170,10 +171,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--keep-suspect", action="store_true", default=None, help="pack and flag scans that fail quality control"
     )
 
-    pack.add_argument("--entities", type=_pairs, metavar="KEY=VALUE,...", help=ENTITIES)
-    pack.add_argument(
-        "--rename", type=_pairs, metavar="COLUMN=NAME,...", help="columns of the table under the schema's names"
-    )
+    pack.add_argument("--entities", type=pairs, metavar="KEY=VALUE,...", help=ENTITIES)
+    pack.add_argument("--rename", type=pairs, metavar="COLUMN=NAME,...", help=RENAME)
 
     split = command("split", "record another split, or cross-validation folds, in a packed data set", SPLIT)
     split.add_argument("out", metavar="OUT", type=Path)

@@ -167,10 +167,13 @@ def pack(
         if len(rejects) > allowed or not packed:
             listed = writer.folder / REJECTED
             write_bytes(listed, listing)
+            count = f"{len(rejects)} of {len(table.rows)} rows are faulty ({max_rejects} allowed)"
+            remedy = "Correct them, or raise the limit: complete shards are then reused"
+            if not packed:
+                count, remedy = f"none of {len(table.rows)} rows can be packed", "Correct them"
             raise TooManyRejects(
-                f"{len(rejects)} of {len(table.rows)} rows are faulty ({max_rejects} allowed), first "
-                f"{_one_line(rejects[0]['key'])}: {_one_line(rejects[0]['reason'])}; all are listed in {listed}. "
-                "Correct them, or raise the limit: complete shards are then reused"
+                f"{count}, first {_one_line(rejects[0]['key'])}: {_one_line(rejects[0]['reason'])}; all are listed in "
+                f"{listed}. {remedy}"
             )
         if split_column:
             part = {row.key: row.part for row in rows if row.part}

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -143,6 +143,10 @@ class _Columns:
             self._notes[f"column {old!r} is read as {new!r}"] = None
         return sheet.renamed(names), names
 
+    def add_notes(self, notes: Iterable[str]) -> None:
+        """Add messages for the user, each once."""
+        self._notes |= dict.fromkeys(notes)
+
     def check_used(self, source: Path) -> None:
         """Refuse a column to rename that no table has."""
         if self.unused:
@@ -227,7 +231,7 @@ def _read_csv(path: Path, schema: Schema, group: str, split_column: str, names: 
     sheet, renamed = names.name(path, read_sheet(path))
     sidecar = path.with_suffix(".json")  # of a TSV, as BIDS has it
     description = read_description(sidecar, renamed) if path.suffix == ".tsv" else {}
-    check_units(sidecar, description, schema)
+    names.add_notes(check_units(path, description, schema, renamed))
     volumes = schema.volumes
     columns = {v.name: v.column for v in volumes}
     if len(volumes) == 1 and volumes[0].column not in sheet.columns:
@@ -272,7 +276,7 @@ def _read_bids(
     if group:
         require_column(sheet.columns, group, path)
     description = read_description(folder / "participants.json", renamed)
-    check_units(folder / "participants.json", description, schema)
+    names.add_notes(check_units(path, description, schema, renamed))
     sessions_known: set[str] = set()
     reader = _Reader(path, schema, group, split_column)
     folders = {p.name[4:].lstrip("0"): p.name for p in folder.glob("sub-*")}  # label without leading zeros -> name
@@ -290,7 +294,7 @@ def _read_bids(
             sessions, renamed = names.name(table, read_sheet(table))
             for sidecar in (folder / "sessions.json", table.with_suffix(".json")):
                 of_sessions = {**of_sessions, **read_description(sidecar, renamed)}
-                check_units(sidecar, of_sessions, schema)
+            names.add_notes(check_units(table, of_sessions, schema, renamed))
             require_column(sessions.columns, SESSION, table)
             sessions_known.update(sessions.columns)
             digest.update(sessions.text.encode())
@@ -316,8 +320,9 @@ def _read_bids(
                 return matches[0]
 
             own = {k: v for k, v in by_session.get(session, {}).items() if k != SESSION and not missing(v)}
-            why = functools.partial(_why_none, folder, subject, schema, folders, entities)
-            described = {**description, **{column: entry for column, entry in of_sessions.items() if column in own}}
+            why = functools.partial(_why_none, folder, subject, session, schema, folders, entities)
+            own_names = {*own, *map(str.casefold, own)}
+            described = {**description, **{c: entry for c, entry in of_sessions.items() if c in own_names}}
             reader.add(line, {**cells, **own, SESSION: session}, find, why, described)
     for variable in schema.scalars:
         if variable.column not in sessions_known:
@@ -337,7 +342,12 @@ def _read_bids(
 
 
 def _why_none(
-    folder: Path, subject: str, schema: Schema, folders: Mapping[str, str], entities: Mapping[str, str]
+    folder: Path,
+    subject: str,
+    session: str,
+    schema: Schema,
+    folders: Mapping[str, str],
+    entities: Mapping[str, str],
 ) -> str:
     """The most likely reason why a BIDS folder has no volume of a subject, and what to do."""
     if not (folder / subject).is_dir():
@@ -345,7 +355,8 @@ def _why_none(
         zeros = f", but {same}: write the id with its zeros in participants.tsv" if same else ""
         return f"; there is no folder {subject}{zeros}"
     chosen = "".join(f"_{key}-{value}*" for key, value in entities.items())
-    wanted = " or ".join(f"anat/*{chosen}_{v.suffix}.nii.gz" for v in schema.volumes)
+    place = f"{session}/anat" if session else "anat"
+    wanted = " or ".join(f"{place}/*{chosen}_{v.suffix}.nii.gz" for v in schema.volumes)
     suffixes = tuple(f"_{v.suffix}".casefold() for v in schema.volumes)
     files = (p for p in (folder / subject).rglob("*.*") if p.suffix != ".json")
     near = [p for p in files if p.name.partition(".")[0].casefold().endswith(suffixes)]

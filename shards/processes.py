@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ def process_pool(
         workers: number of processes.
         start: called with ``arguments`` in each process first.
     """
+    os.environ["PYTHONSAFEPATH"] = "1"  # or a signal.py in the working folder would be taken for Python's own
     context = multiprocessing.get_context("spawn")  # fork is unsafe where the caller has threads
     pool = _Pool(workers, context, initializer=_start, initargs=(start, arguments))
     try:

@@ -19,6 +19,9 @@ TIME_UNITS = {
     "weeks": {"week", "weeks", "wk", "wks"},
     "days": {"day", "days", "d"},
 }
+STATED = re.compile(r"(?:\bin |[(\[])(\w+)")  # "age in months", "age (months)"
+NOT = {"not", "non", "no", "nor", "neither"}
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "  ": "spaces"}
 UNKNOWN = MISSING | {"missing", "unknown", "not available", "not reported", "not known"}  # meanings of a level
 Description = Mapping[str, Mapping[str, Any]]  # column -> its entry in a sidecar
 
@@ -63,13 +66,14 @@ def read_sheet(path: Path) -> Sheet:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from error
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     commas = path.suffix.casefold() == ".csv"
     quoting: Any = {"delimiter": ",", "strict": True} if commas else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     reader = csv.reader(io.StringIO(text, newline=""), **quoting)
     rows = []
     try:
         columns = [c.strip() for c in next(reader, [])]
+        _check_separator(path, columns, "commas" if commas else "tabs")
         for cells in reader:
             if any("\n" in cell or "\r" in cell for cell in cells):
                 raise DataError(
@@ -78,7 +82,7 @@ def read_sheet(path: Path) -> Sheet:
                 )
             if any(cells[len(columns) :]):
                 raise DataError(f"{path}: line {reader.line_num} has more cells than there are columns")
-            if any(cells):
+            if any(map(str.strip, cells)):
                 if len(cells) < len(columns):
                     raise DataError(
                         f"{path}: line {reader.line_num} has {len(cells)} cells of {len(columns)} columns; write n/a "
@@ -91,6 +95,15 @@ def read_sheet(path: Path) -> Sheet:
         if count > 1:
             raise DataError(f"{path}: two columns named {column!r}")
     return Sheet(columns, rows, text)
+
+
+def _check_separator(path: Path, columns: list[str], wanted: str) -> None:
+    """Refuse an empty table, and one whose columns are separated by something else than ``wanted``."""
+    if not any(columns):
+        raise DataError(f"{path}: no names of columns in the first line")
+    found = [name for separator, name in SEPARATORS.items() if separator in columns[0]]
+    if len(columns) == 1 and found:
+        raise DataError(f"{path}: the columns are separated by {found[0]}; save the table with {wanted} between them")
 
 
 def missing(cell: str) -> bool:
@@ -138,6 +151,9 @@ def read_description(path: Path, names: Mapping[str, str]) -> dict[str, Mapping[
         path: of the JSON file.
         names: see :func:`column_names`.
 
+    Returns:
+        Column -> its entry, also under the column's name in lower case: see :func:`entry_of`.
+
     Raises:
         DataError: not such a description.
     """
@@ -146,25 +162,52 @@ def read_description(path: Path, names: Mapping[str, str]) -> dict[str, Mapping[
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         entries = {str(name): entry for name, entry in content.items() if isinstance(entry, Mapping)}
-        return {names.get(name, name): entry for name, entry in entries.items()}
+        folded = {name.casefold(): new.casefold() for name, new in names.items()}
+        lower = {folded.get(name.casefold(), name.casefold()): entry for name, entry in entries.items()}
+        return lower | {names.get(name, name): entry for name, entry in entries.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: not a description of columns as BIDS has it ({error})") from error
 
 
-def check_units(path: Path, description: Description, schema: Schema) -> None:
-    """Refuse a table whose description gives a variable another unit of time than the schema.
+def entry_of(column: str, description: Description) -> Mapping[str, Any]:
+    """What a sidecar says of a column, whose name may have other capitals there."""
+    return description.get(column) or description.get(column.casefold()) or {}
+
+
+def check_units(path: Path, description: Description, schema: Schema, names: Mapping[str, str]) -> list[str]:
+    """Refuse a table that has a variable in another unit of time than the schema.
+
+    The unit is that of ``Units`` in the sidecar, else that of ``Description`` ("age in months"), else that of the
+    column's own name (``age_months``).
+
+    Args:
+        path: of the table.
+        description: of its columns.
+        schema: the variables.
+        names: see :func:`column_names`.
+
+    Returns:
+        A note for each unit that is not known, and is taken for the schema's.
 
     Raises:
         DataError: naming the column and both units.
     """
+    notes = []
     for v in schema.scalars:
-        unit = str(description.get(v.column, {}).get("Units", ""))
-        theirs, ours = (_time_unit(word) for word in (unit, v.unit or ""))
+        ours = _time_unit(v.unit or "")
+        entry = {str(key).casefold(): str(text) for key, text in entry_of(v.column, description).items()}
+        stated = entry.get("units") or entry.get("unit") or ""
+        of_text = " ".join(STATED.findall(entry.get("description", "")))
+        of_name = " ".join(_parts(old) for old, new in names.items() if new == v.column)
+        theirs = _time_unit(stated) if stated else _time_unit(of_text) or _time_unit(of_name)
         if theirs and ours and theirs != ours:
             raise DataError(
                 f"{path}: column {v.column!r} is in {theirs}, the schema has {v.name} in {ours}; convert the column, "
                 "or give the schema that unit and a range in it"
             )
+        if ours and stated and not theirs:
+            notes.append(f"column {v.column!r} has the unit {stated[:40]!r} in its JSON, which is read as {ours}")
+    return notes
 
 
 def parse_cell(variable: Variable, cell: str, description: Description) -> Value:
@@ -173,11 +216,13 @@ def parse_cell(variable: Variable, cell: str, description: Description) -> Value
     Raises:
         ValueError: as :meth:`shards.schema.Variable.parse`, or a word and its level that contradict each other.
     """
-    levels = description.get(variable.column, {}).get("Levels")
-    level = levels.get(cell.strip()) if isinstance(levels, Mapping) else None
+    levels = entry_of(variable.column, description).get("Levels")
+    codes = (cell.strip(), re.sub(r"\.0+$", "", cell.strip()))  # 1.0, which programs write where values are missing
+    level = next((levels[code] for code in codes if code in levels), None) if isinstance(levels, Mapping) else None
     text = str(level.get("Description", "")) if isinstance(level, Mapping) else str(level or "")
     known = variable.words()
-    meanings = {known[w] for w in _words(text) if w in known}
+    words = _words(text)
+    meanings = {known[w] for w in words if w in known} if NOT.isdisjoint(words) else set()
     if len(meanings) != 1:
         return None if text.strip().casefold() in UNKNOWN - {""} else variable.parse(cell)
     (meaning,) = meanings
@@ -188,15 +233,23 @@ def parse_cell(variable: Variable, cell: str, description: Description) -> Value
 
 
 def _words(text: str) -> list[str]:
-    """The text itself, else its words of three letters and more."""
+    """The text itself, else its words of two letters and more."""
     whole = text.strip().casefold()
-    return [whole, *(word for word in re.findall(r"\w+", whole) if len(word) > 2)]
+    return [whole, *(word for word in re.findall(r"\w+", whole) if len(word) > 1)]
 
 
-def _time_unit(unit: str) -> str:
-    """``years`` for ``Year``, ``yrs``, ...; '' for what is no unit of time."""
-    word = unit.strip().casefold().rstrip(".")
-    return next((name for name, words in TIME_UNITS.items() if word in words), "")
+def _parts(name: str) -> str:
+    """The words of a column's name: ``age_months`` and ``AgeMonths`` have two."""
+    return " ".join(re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name))
+
+
+def _time_unit(text: str) -> str:
+    """``years`` for ``Year``, ``yrs``, ``in year(s)``, ...; '' for what names no unit of time, or several."""
+    words = re.findall(r"[^\W\d_]+", text.casefold())
+    if len(words) > 1:  # letters alone may be anything
+        words = [word for word in words if len(word) > 1]
+    found = {name for name, known in TIME_UNITS.items() if not known.isdisjoint(words)}
+    return found.pop() if len(found) == 1 else ""
 
 
 def require_column(columns: Iterable[str], wanted: str, path: Path, remedy: str = "") -> None:

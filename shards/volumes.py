@@ -22,7 +22,7 @@ from scipy import ndimage
 from shards.box import extent, touched
 from shards.files import sha256
 from shards.headers import affine_mm, compare_forms
-from shards.qc.figures import background, measure
+from shards.qc.figures import background, measure, tissue_bounds
 
 PERCENTILE = 99.5  # of the foreground is scaled to 1
 FAINT = 1e-3  # of bright tissue
@@ -292,6 +292,8 @@ def _parse(raw: bytes, voxels: bytes = b"") -> tuple[Any, dict[str, float]]:
         raise ValueError("the file is a pointer whose content was not fetched (git annex get, git lfs pull)")
     kind = {348: nib.Nifti1Pair, 540: nib.Nifti2Pair} if voxels else {348: nib.Nifti1Image, 540: nib.Nifti2Image}
     kind[MGH] = nib.MGHImage
+    if not raw:
+        raise ValueError("the file is empty; copy or download it again")
     size = next((n for n in kind if n in (int.from_bytes(raw[:4], order) for order in ("little", "big"))), 0)
     if not size:
         raise ValueError("not a NIfTI file, nor one of FreeSurfer (.mgz)")
@@ -336,7 +338,8 @@ def _parse(raw: bytes, voxels: bytes = b"") -> tuple[Any, dict[str, float]]:
 def _voxels(image: Any) -> NDArray[np.float32]:
     """Scaled voxel values, (X, Y, Z), contiguous, so that sums do not depend on the file's orientation."""
     try:
-        voxels = np.ascontiguousarray(image.get_fdata(dtype=np.float32))
+        with np.errstate(over="ignore"):  # counted as infinite below
+            voxels = np.ascontiguousarray(image.get_fdata(dtype=np.float32))
     except Exception:
         raise ValueError("voxels cannot be read: damaged or truncated file") from None
     bad = voxels.size - int(np.isfinite(voxels).sum())
@@ -369,9 +372,8 @@ def _rescale(voxels: NDArray[np.float32]) -> NDArray[np.float32]:
     background (0, -1024, 0 among negative values); in a volume with noise in the air it removes almost nothing. What
     differs from it by less than a thousandth of the bright tissue is background too: interpolation leaves it there.
 
-    Percentile 0 leaves out what no tissue has: values below the background where they are few (interpolation beside
-    edges), and values that lie below the 0.5 percentile by more than the range of the percentiles 0.5 to 99.5 (dead
-    pixels, overflow).
+    The percentiles leave out what no tissue has: values below the background where they are few (interpolation beside
+    edges), and those outside of :func:`shards.qc.figures.tissue_bounds` (dead pixels, spikes, overflows).
     """
     if voxels.min() == voxels.max():
         raise ValueError(f"constant volume: all voxels are {voxels.flat[0]:g}")
@@ -379,11 +381,11 @@ def _rescale(voxels: NDArray[np.float32]) -> NDArray[np.float32]:
     strength = np.abs(voxels - np.float32(empty))
     foreground = strength > FAINT * np.percentile(strength[strength > 0], PERCENTILE)
     values = voxels[foreground]
-    low, high = (float(p) for p in np.percentile(values, (100 - PERCENTILE, PERCENTILE)))
-    bound = low - (high - low) if high > low else -math.inf
+    lowest, highest = tissue_bounds(values)
     if (values < empty).mean() < RINGING:
-        bound = max(bound, empty)
-    low = float(values[values >= bound].min())
+        lowest = max(lowest, empty)
+    tissue = values[(values >= lowest) & (values <= highest)]
+    low, high = float(tissue.min()), float(np.percentile(tissue, PERCENTILE))
     if not high > low:
         raise ValueError(f"constant volume: the foreground has no contrast (all {low:g})")
     scaled = np.clip((voxels - low) / (high - low), 0, 1)

@@ -32,6 +32,12 @@ def test_the_verdict_is_that_of_the_paired_differences(skill: float, better: boo
     assert ("NOT better than predicting the mean" in found.text()) != better
 
 
+def test_rounding_is_no_gain() -> None:
+    true = list(np.linspace(20, 80, 50))
+    found = compare(table([50.0 + 1e-5 * np.sign(x - 50) for x in true], true), [50.0] * 50, SCHEMA["age"])
+    assert found is not None and found.gain.low > 0 and not found.better
+
+
 def test_categories_are_compared_with_the_most_frequent_class() -> None:
     true = ["F"] * 70 + ["M"] * 30
     everybody = compare(table(["F"] * 100, true, "sex"), ["F"] * 100, SCHEMA["sex"])

@@ -84,6 +84,43 @@ def test_answers_to_another_query_are_set_aside(home: Path, results: Path) -> No
         assert (folder / f"{name}.old-1").read_bytes() == before[name] != (folder / name).read_bytes()
 
 
+def test_options_choose_files_and_columns_and_keep_suspects(
+    home: Path, results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = shutil.copytree(home / "raw", home / "derived")
+    anat = raw / "sub-0001" / "anat"
+    (anat / "sub-0001_T1w.nii.gz").rename(anat / "sub-0001_desc-preproc_T1w.nii.gz")
+    nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.int16), np.eye(4)), anat / "sub-0001_desc-brain_T1w.nii.gz")
+    (raw / "participants.tsv").write_text("participant_id\tgeschlecht\nsub-0001\tF\nsub-labels\tM\n")
+    command = ["predict", "--bids", str(raw), "--out", str(home / "derived-out"), "--model", str(home / "scalars")]
+    command += ["--given", "image,sex", "--want", "age", "--workers", "1"]
+    assert mvhpc_main(command) == 2 and "sex" in capsys.readouterr().err
+    command += ["--rename", "geschlecht=sex"]
+    assert mvhpc_main(command) == 0
+    found = table(home / "derived-out" / "predictions.tsv")
+    assert found["age"].isna().all() and "choose by --entities" in found.loc["sub-0001", "flag"]
+    (raw / "sub-labels" / "anat" / "sub-labels_T1w.nii.gz").rename(
+        raw / "sub-labels" / "anat" / "sub-labels_desc-preproc_T1w.nii.gz"
+    )
+    assert mvhpc_main([*command, "--entities", "desc=preproc"]) == 0
+    found = table(home / "derived-out" / "predictions.tsv")
+    assert found.loc["sub-0001", "age"] > 0 and np.isnan(found.loc["sub-labels", "age"])
+    assert mvhpc_main(["predict", "--bids", "--help"]) == 0
+    help_text = capsys.readouterr().out
+    assert all(f"--{name}" in help_text for name in ("entities", "rename", "keep-suspect", "participant-label"))
+
+
+def test_answers_about_other_scans_are_set_aside(home: Path, results: Path) -> None:
+    folder = shutil.copytree(results, home / "elsewhere-out")
+    before = (folder / "predictions.tsv").read_bytes()
+    command = ["predict", "--bids", str(home / "raw"), "--out", str(folder), "--model", str(home / "scalars")]
+    assert mvhpc_main(command) == 0  # the same scans
+    assert not (folder / "predictions.tsv.old-1").exists()
+    other = shutil.copytree(home / "raw", home / "elsewhere")  # other people who have the same labels
+    assert mvhpc_main([*command[:2], str(other), *command[3:]]) == 0
+    assert (folder / "predictions.tsv.old-1").read_bytes() == before
+
+
 def test_what_cannot_be_answered_says_why(results: Path) -> None:
     row = table(results / "predictions.tsv").loc["sub-labels"]
     assert pd.isna(row["age"]) and pd.isna(row["sex"]) and row["flag"] != "ok"

@@ -8,6 +8,7 @@ import pytest
 from mvhpc.cli import main
 from mvhpc.config import CONFIGS, ConfigError, fingerprint, load_config, to_yaml
 from mvhpc.inference.generate import GenerateConfig
+from mvhpc.inference.predictor import PredictConfig
 from mvhpc.pipeline.plan import PipelineConfig
 from mvhpc.stages import STAGES
 from mvhpc.training.joint import JointConfig
@@ -67,11 +68,21 @@ def test_what_is_wrong_is_named(preset: str, overrides: list[str], message: str)
         load_config(JointConfig, "joint", preset, overrides)
 
 
-def test_the_message_says_what_was_renamed_or_removed() -> None:
+def test_a_variable_is_given_or_wanted() -> None:
+    paths = ["out=o", "model=m", "data=d"]
+    with pytest.raises(ConfigError, match="sex is both given and wanted"):
+        load_config(PredictConfig, "predict", "default", [*paths, "given=image,sex", "want=sex"])
+
+
+def test_the_message_says_what_was_renamed_or_removed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"`encoder\.readers` is called encoder\.ensemble_members now"):
         load_config(ScalarsConfig, "scalars", "demo", ["out=o", "data=d", "encoder.readers=2"])
-    with pytest.raises(ConfigError, match="`predict_by` is no key any more: a joint model predicts by"):
+    with pytest.raises(ConfigError, match=r"`predict_by` is no key any more: a joint model predicts by.*leave it out"):
         load_config(PipelineConfig, "pipeline", "demo", ["predict_by=joint"])
+    file = tmp_path / "project.yaml"
+    file.write_text("preset: demo\npredict_by: joint\n")
+    with pytest.raises(ConfigError, match=rf"{file}: `predict_by` is no key .*; delete its line from {file}"):
+        load_config(PipelineConfig, "pipeline", str(file))
 
 
 @pytest.mark.parametrize(

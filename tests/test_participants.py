@@ -66,16 +66,65 @@ def test_a_row_with_a_cell_too_few_or_too_many_is_refused(tmp_path: Path, name: 
 
 
 @pytest.mark.parametrize(
-    ("unit", "accepted"), [("months", False), ("Day", False), ("yr", True), ("years", True), ("?", True)]
+    ("entry", "accepted"),
+    [
+        *(({"Units": unit}, True) for unit in ("yr", "years", "Year(s)", "in years", "")),
+        *(({"Units": unit}, False) for unit in ("months", "Month(s)", "age in months", "Day", "gestational weeks")),
+        ({"units": "months"}, False),
+        ({"Unit": ["months"]}, False),
+        ({"Description": "Age at the scan, in months"}, False),
+        ({"Description": "Age (months)"}, False),
+        ({"Description": "Age in months", "Units": "years"}, True),
+        ({"Description": "age at the visit that took place in May"}, True),
+    ],
 )
-def test_the_unit_of_the_table_is_that_of_the_schema(tmp_path: Path, unit: str, accepted: bool) -> None:
+@pytest.mark.parametrize("column", ["age", "Age"])
+def test_the_unit_of_the_table_is_that_of_the_schema(tmp_path: Path, entry: dict, accepted: bool, column: str) -> None:
     source = tree(tmp_path, ["ok\t84\tF"])
-    (source / "participants.json").write_text(json.dumps({"age": {"Units": unit}, "sex": {"Levels": {"F": "female"}}}))
+    (source / "participants.json").write_text(json.dumps({column: entry, "sex": {"Levels": {"F": "female"}}}))
     if accepted:
-        assert ages(read_table(source, SCHEMA).rows) == [84]
+        found = read_table(source, SCHEMA)
+        assert ages(found.rows) == [84] and found.notes == []
     else:
         with pytest.raises(DataError, match=r"column 'age' is in .*, the schema has age in years"):
             read_table(source, SCHEMA)
+
+
+def test_a_unit_is_told_by_the_name_of_a_column_or_noted(tmp_path: Path) -> None:
+    (tmp_path / "x.nii").write_bytes(b"")
+    for column in ("age_months", "AgeInMonths", "age (days)"):
+        (tmp_path / "s.csv").write_text(f"participant_id,path,{column},sex\np,x.nii,84,F\n")
+        with pytest.raises(DataError, match=r"column 'age' is in (months|days), the schema has age in years"):
+            read_table(tmp_path / "s.csv", SCHEMA, rename={column: "age"})
+    source = tree(tmp_path, ["ok\t84\tF"])
+    (source / "participants.json").write_text(json.dumps({"age": {"Units": "decades"}}))
+    assert read_table(source, SCHEMA).notes == [
+        "column 'age' has the unit 'decades' in its JSON, which is read as years"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "words"),
+    [
+        ("participants.tsv", "participant_id,age,sex", "separated by commas; save the table with tabs"),
+        ("participants.tsv", "participant_id   age   sex", "separated by spaces; save the table with tabs"),
+        ("x.csv", "participant_id;age;sex", "separated by semicolons; save the table with commas"),
+        ("x.csv", "participant_id\tage\tsex", "separated by tabs; save the table with commas"),
+        ("x.csv", "", "no names of columns"),
+    ],
+)
+def test_other_separators_are_named(tmp_path: Path, name: str, header: str, words: str) -> None:
+    (tmp_path / name).write_text(f"{header}\n")
+    with pytest.raises(DataError, match=words):
+        read_sheet(tmp_path / name)
+
+
+@pytest.mark.parametrize("between", ["\r", "\r\n", "\n   \n", "\n\t\t\n"])
+def test_ends_of_lines_and_empty_lines_do_not_matter(tmp_path: Path, between: str) -> None:
+    (tmp_path / "x.tsv").write_bytes(between.join(["\ufeffparticipant_id\tage\tsex", "a\t31\tF"]).encode())
+    assert [cells for _, cells in read_sheet(tmp_path / "x.tsv").rows] == [
+        {"participant_id": "a", "age": "31", "sex": "F"}
+    ]
 
 
 def test_a_table_is_needed_for_scalars_alone(tmp_path: Path) -> None:
@@ -102,6 +151,7 @@ def test_a_csv_without_sessions_becomes_a_table_of_participants(tmp_path: Path, 
         ("sub-01/anat/sub-01_t1w.nii.gz", "01", r"looked for .*, found sub-01/anat/sub-01_t1w.nii.gz"),
         ("sub-01/anat/sub-01_T1w.json", "01", r"looked for anat/\*_T1w.nii.gz in sub-01"),
         ("sub-01/anat/sub-01_T2w.nii.gz", "01", r"looked for anat/\*_T1w.nii.gz in sub-01"),
+        ("sub-01/ses-1/sub-01_ses-1_T1w.nii.gz", "01", r"looked for ses-1/anat/\*_T1w.nii.gz, found sub-01/ses-1/sub"),
     ],
 )
 def test_a_missing_file_is_explained(tmp_path: Path, there: str, listed: str, reason: str) -> None:
@@ -173,6 +223,9 @@ def test_renaming_holds_for_a_csv_and_for_sessions(tmp_path: Path) -> None:
     [
         ({"1": "male", "2": "female"}, "1", "M"),
         ({"1": {"Description": "Female participant"}}, "1", "F"),
+        ({"1": "male", "2": "female"}, "2.0", "F"),
+        ({"1": "not male"}, "1", "sex: unknown category '1'"),
+        ({"1": "male to female"}, "1", "sex: unknown category '1'"),
         ({"M": "man", "F": "woman"}, "F", "F"),
         ({"F": "F: female"}, "F", "F"),
         ({"9": "not reported"}, "9", None),

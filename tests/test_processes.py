@@ -3,8 +3,11 @@
 import multiprocessing.context
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -34,6 +37,16 @@ def test_ctrl_c_while_a_process_starts(number: int, monkeypatch: pytest.MonkeyPa
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(started) == number + 1 and not any(map(psutil.pid_exists, started))
+
+
+@pytest.mark.parametrize("name", ["signal", "socket", "numpy"])
+def test_scripts_of_the_user_are_no_modules_of_python(tmp_path: Path, name: str) -> None:
+    (tmp_path / f"{name}.py").write_text("raise SystemExit('a script of the user, no module of Python')")
+    script = "from shards.processes import process_pool\nwith process_pool(1) as pool: print(pool.submit(int).result())"
+    command = [sys.executable, "-P", "-c", script]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("0\n", 0), done.stderr
 
 
 @pytest.mark.parametrize("milliseconds", range(0, 60, 5))

@@ -164,7 +164,7 @@ BAD_FILES: list[tuple[str, Callable[[Path], None], str]] = [
     ("damaged", _flip, "damaged gzip"),
     ("short", _shorten, "truncated: too short"),
     ("text", lambda p: p.write_text("hello"), "not a NIfTI file"),
-    ("empty", lambda p: p.write_bytes(b""), "not a NIfTI file"),
+    ("empty", lambda p: p.write_bytes(b""), "the file is empty"),
     ("4d", _rewrite(lambda v: np.stack([v, v], -1)), "4D volume"),
     ("nan", _rewrite(lambda v: np.where(v == v.max(), np.nan, v)), "NaN or infinite"),
     ("constant", _rewrite(lambda v: np.full_like(v, 3)), "constant volume: all voxels are 3"),

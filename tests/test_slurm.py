@@ -19,6 +19,7 @@ from launchers import jobs
 from launchers.allocation import Allocation, Assignment
 from launchers.process import ManagedProcess
 from launchers.site import load_site, minutes
+from launchers.slurm import state
 from mvhpc.config import ConfigError, load_config, to_dict
 from mvhpc.data_stages import PackConfig
 from mvhpc.runs.folder import read_record
@@ -119,6 +120,13 @@ def test_a_job_that_slurm_refuses_costs_one_line(slurm: SlurmCluster, tmp_path: 
 
 
 @pytest.mark.slow
+def test_filters_of_the_users_own_view_hide_no_job(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = slurm.run("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true").strip()
+    monkeypatch.setenv("SQUEUE_PARTITION", "urgent")
+    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
+    assert state(job).startswith("pending")
+
+
 def test_cancel_cleans_up_and_the_lock_of_a_dead_job_is_taken_over(slurm: SlurmCluster, tmp_path: Path) -> None:
     run = tmp_path / "scans.run"
     stage = ["--stage", "phantom", "--time", "10", f"out={tmp_path}/scans", "subjects=9999"]
@@ -270,7 +278,8 @@ def test_one_line_trains_the_joint_stage_of_the_project_on_four_nodes(
     """``submit.py --stage joint --nodes 4`` after the first five stages, typed within another job."""
     shutil.copytree(first_stages, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "random.py").write_text("raise SystemExit('a script of the user, no module of Python')")
+    for name in ("random", "signal", "numpy", "mvhpc"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a script of the user')")
     for name, value in {"JOB_ID": "4711", "NTASKS": "1", "MEM_PER_CPU": "1", "MEM_PER_NODE": "1"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)  # of the other job
     line = ("--stage", "joint", "--nodes", "4")

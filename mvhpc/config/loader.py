@@ -173,16 +173,17 @@ def _merge(kind: type, node: Any, source: str, layer: Any) -> Any:
         return node
     except ConfigKeyError as error:
         key = str(getattr(error, "full_key", None) or getattr(error, "key", ""))
-        raise ConfigError(f"{source}: {_unknown(key, list(_keys(kind)))}") from error
+        raise ConfigError(f"{source}: {_unknown(key, list(_keys(kind)), source)}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
 
 
-def _unknown(key: str, known: Sequence[str]) -> str:
+def _unknown(key: str, known: Sequence[str], source: str) -> str:
     """The message for an unknown key: what became of it, or the nearest key."""
     last = key.rpartition(".")[2]
     if last in REMOVED:
-        return f"`{key}` is no key any more: {REMOVED[last]}; delete it"
+        remedy = f"delete its line from {source}" if Path(source).suffix in {".yaml", ".yml"} else "leave it out"
+        return f"`{key}` is no key any more: {REMOVED[last]}; {remedy}"
     names = RENAMED.get(last, ())
     renamed = next((k for k in known if k.rpartition(".")[2] in names), None)
     return f"`{key}` is called {renamed} now" if renamed else nearest(key, known, "key")

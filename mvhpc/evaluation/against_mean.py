@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from mvhpc.evaluation.metrics import Estimate, absolute_errors, hits, mean_over_subjects
 from shards.schema import Variable
 
+ROUNDING = 1e-3  # of the constant prediction's score
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -30,8 +32,8 @@ class Comparison:
 
     @property
     def better(self) -> bool:
-        """Whether the interval of the gain lies above zero."""
-        return self.gain.low > 0
+        """Whether the interval of the gain lies above zero, by more than rounding."""
+        return self.gain.low > ROUNDING * abs(self.constant.value)
 
     @property
     def yardstick(self) -> str:

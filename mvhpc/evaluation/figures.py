@@ -234,14 +234,15 @@ def predicted_against_true(
         interval: 5 % and 95 % quantile, each (N,); NaN draws no bar.
         path: PNG file.
         name, unit: of the variable.
-        note: text in the corner.
+        note: text above.
     """
-    figure = Figure(figsize=(4.2, 4.2), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(4.2, 4.7), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     ax = figure.add_subplot()
     known = np.isfinite(true) & np.isfinite(predicted)
     true, predicted, start, end = (values[known] for values in (true, predicted, *interval))
-    low, high = float(min(true.min(), predicted.min())), float(max(true.max(), predicted.max()))
+    shown = np.concatenate([true, predicted, start, end])
+    low, high = float(np.nanmin(shown)), float(np.nanmax(shown))
     margin = 0.06 * ((high - low) or 1.0)
     limits = (low - margin, high + margin)
     ax.plot(limits, limits, color=FAINT, lw=1, zorder=0)
@@ -259,10 +260,9 @@ def predicted_against_true(
     )
     slope = least_squares_line(ax, true, predicted, "#c4572e")
     if slope is not None:
-        ax.lines[-1].set_label(f"least squares, slope {slope:.2f}")
-        ax.legend(loc="lower right", frameon=False, fontsize=8)
+        note += f"\nline of least squares: slope {round(slope, 2) + 0.0:.2f}"  # no minus zero
     label = f"{name} ({unit})" if unit else name
     ax.set(xlim=limits, ylim=limits, xlabel=f"true {label}", ylabel=f"predicted {label}", aspect="equal")
-    ax.text(0.03, 0.97, note, transform=ax.transAxes, va="top", size=9)
+    ax.set_title(note.strip(), loc="left", size=9)
     ax.spines[["top", "right"]].set_visible(False)
     save(figure, path)

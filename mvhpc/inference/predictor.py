@@ -47,6 +47,8 @@ class PredictConfig:
     def __post_init__(self) -> None:
         at_least(1, {"samples": self.samples, "batch": self.batch})
         at_least(0, {"draws": self.draws})
+        if both := sorted({*self.given} & {*self.want}):  # before a job is submitted
+            raise ConfigError(f"{', '.join(both)} is both given and wanted; name each variable once")
 
 
 def check_query(schema: Schema, given: Sequence[str], want: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from mvhpc.runtime.scratch import scratch_folder, temporary_folder
 from mvhpc.runtime.watchdog import STOP_FILE, Interrupted
 from shards.cpus import available_cores
 
+HOME = Path(__file__).resolve().parent.parent.parent  # of the packages
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
 COLLECTIVE_TIMEOUT_S = 1800
 # Words in the errors that a worker raises because another one died; such a run is retried.
@@ -208,7 +209,11 @@ def ray_session(workers: int, logs: Path) -> Iterator[None]:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token())
     import ray
+    from ray.job_config import JobConfig
 
+    job = JobConfig()
+    if Path.cwd() != HOME:  # Ray would let workers import from there, where a numpy.py would be taken for the package
+        job._py_driver_sys_path = _Empty()
     quiet = logging.getLogger("ray")
     level = quiet.level
     with contextlib.ExitStack() as stack:
@@ -220,7 +225,8 @@ def ray_session(workers: int, logs: Path) -> Iterator[None]:
                 "_temp_dir": str(stack.enter_context(temporary_folder())),
             }
         try:
-            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+            options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "job_config": job}
+            ray.init(address=address or "local", **options, **local)
             quiet.setLevel(logging.ERROR)
             yield
         except Interrupted:
@@ -233,6 +239,13 @@ def ray_session(workers: int, logs: Path) -> Iterator[None]:
         finally:
             ray.shutdown()
             quiet.setLevel(level)
+
+
+class _Empty(list[str]):
+    """A list that stays empty."""
+
+    def extend(self, values: Iterable[str]) -> None:
+        """Nothing."""
 
 
 def quiet_ray_data() -> None:

@@ -12,7 +12,7 @@ from shards.files import lock_file, sha256, write_bytes, write_text
 from shards.participants import PATH, Reject, Row, read_table
 from shards.preprocess.derivative import versions
 from shards.preprocess.pool import map_processes
-from shards.preprocess.recipe import DESCRIPTION, Recipe, describe, read_derivative
+from shards.preprocess.recipe import DESCRIPTION, MNI, Recipe, describe, read_derivative
 from shards.preprocess.registration import load_template
 from shards.preprocess.requirements import check_packages, check_weights, find_device
 from shards.preprocess.subject import Job, Outcome
@@ -86,8 +86,7 @@ def preprocess(
             that can be processed.
     """
     out = Path(out)
-    if template is not None:
-        recipe = replace(recipe, template=sha256(Path(template)), space=_space(Path(template)))
+    recipe = _with_template(recipe, Path(template) if template is not None else None)
     check_packages(recipe)
     weights = Path(weights) if weights is not None else None
     check_weights(recipe, weights)
@@ -138,6 +137,22 @@ def preprocess(
         rejected=len(rejects),
         notes=table.notes,
     )
+
+
+def _with_template(recipe: Recipe, template: Path | None) -> Recipe:
+    """The recipe with the hash and the label of a template file; a recipe that has a hash keeps it."""
+    if template is None:
+        if recipe.template != MNI and "registration" in recipe.steps:
+            raise DataError(
+                f"scans are registered to a template file with SHA-256 {recipe.template}: give it with --template"
+            )
+        return recipe
+    own = sha256(template)
+    if recipe.template == MNI:
+        return replace(recipe, template=own, space=_space(template))
+    if own != recipe.template:
+        raise DataError(f"{template}: SHA-256 is {own}, that of the recipe's template {recipe.template}")
+    return recipe
 
 
 def _schema(suffix: str, recipe: Recipe) -> Schema:

@@ -19,6 +19,7 @@ LEVEL = 0.2  # of the bright tissue, above which a voxel belongs to the outline;
 CLEAR = 9.0  # mm from the outline, beyond which an extracted brain has no signal
 FAINT = 0.01  # of bright tissue; less is what interpolation or a network leaves in an empty background
 INSIDE = 8.0  # mm below the surface, where no scalp, skull or rim of a mask is
+BULK, BEYOND = (5, 95), 5  # percentiles of tissue; how many times their range lies below and above what tissue can have
 FEW = 30  # voxels; medians and percentiles of fewer are not taken
 HOUNSFIELD = -900.0  # a background below is air in Hounsfield units; magnitudes of MR are not negative
 RAYS, RAY_STEP, RAY_DEPTH = 800, 1.5, 30.0  # rays into the upper half of the outline; mm
@@ -32,6 +33,17 @@ def background(voxels: NDArray[np.float32]) -> float:
     """
     values, counts = np.unique(_faces(voxels), return_counts=True)
     return float(values[counts.argmax()])
+
+
+def tissue_bounds(values: NDArray[np.float32]) -> tuple[float, float]:
+    """The values within which tissue lies; beyond are dead pixels, spikes and overflows.
+
+    Args:
+        values: of the foreground, not empty.
+    """
+    low, high = (float(p) for p in np.percentile(values, BULK))
+    reach = BEYOND * (high - low)
+    return (low - reach, high + reach) if reach else (-np.inf, np.inf)
 
 
 def measure(voxels: NDArray[np.float32], affine: NDArray[np.float64]) -> dict[str, float]:
@@ -55,12 +67,14 @@ def measure(voxels: NDArray[np.float32], affine: NDArray[np.float64]) -> dict[st
     signal = voxels - np.float32(empty)
     strength = np.abs(signal)
     if strength.any():
+        most = np.float32(tissue_bounds(strength[strength > 0])[1])
+        signal, strength = np.clip(signal, -most, most), np.minimum(strength, most)
         bright = float(np.percentile(strength[strength > 0], 99))
         foreground = strength > FAINT * bright
         figures["empty_faces"] = 1 - float(_faces(foreground).mean())
         figures["negative"] = float((voxels < min(empty, 0.0) - 0.02 * bright).sum() / foreground.sum())
         figures["flat"] = _flat(voxels, foreground)
-        figures |= _shape(signal, foreground, zooms)
+        figures |= _shape(signal / np.float32(bright), foreground, zooms)
     return {name: float(f"{value:.4g}") for name, value in figures.items() if np.isfinite(value)}
 
 

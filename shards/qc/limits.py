@@ -55,8 +55,8 @@ LIMITS = (
           "12 mm are the coarsest phantoms; the white matter under a gyrus is 10 mm wide", heads=True),
     Limit("unoriented", 0, 0.5, "image", "the header does not say how the scan lies (the codes of sform and qform are "
           "0): left and right may be exchanged", "NIfTI: code 0 means unknown coordinates", heads=True, rejects=False),
-    Limit("header_sizes", 0, 0.1, "image", "pixdim differs from the sform's voxel sizes by {:.0%}; the sform is used",
-          "rounding and calibration stay below", heads=True, rejects=False),
+    Limit("header_sizes", 0, 0.02, "image", "pixdim differs from the sform's voxel sizes by {:.0%}; the sform is used",
+          "rounding and calibration stay below; 0.000 measured", heads=True, rejects=False),
     Limit("header_degrees", 0, 20, "image", "qform and sform are turned against each other by {:.0f} degrees; the "
           "sform is used", "heads in a scanner are tilted by 20 degrees at most", heads=True, rejects=False),
     Limit("height_mm", 70, INF, "image", "only {:.0f} mm from bottom to top: a slab, or a part of a brain",
