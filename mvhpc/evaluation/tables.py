@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,10 +147,26 @@ class Table:
         rule = "   ".join("-" * width for width in widths)
         return "\n".join([line(self.header), rule, *map(line, self.rows)])
 
+    def latex(self) -> str:
+        """A ``tabular`` for LaTeX with the package booktabs."""
+        lines = [" & ".join(map(_latex, cells)) + r" \\" for cells in [self.header, *self.rows]]
+        columns = "l" + "r" * (len(self.header) - 1)
+        body = [lines[0], r"\midrule", *lines[1:]]
+        return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}"])
+
     def markdown(self) -> str:
         """A table for a Markdown page."""
         rule = ["---"] + ["---:"] * (len(self.header) - 1)
         return "\n".join("| " + " | ".join(cells) + " |" for cells in [self.header, rule, *self.rows])
+
+
+LATEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "–": "--", "<": "$<$", ">": "$>$", "~": r"\textasciitilde{}"}
+
+
+def _latex(cell: str) -> str:
+    """A cell's text with LaTeX's special characters escaped; a hyphen before a digit becomes a minus sign."""
+    text = "".join(LATEX.get(c, "\\" + c if c in "&%$#_{}" else c) for c in cell)
+    return re.sub(r"(?<![\w])-(?=\d)", "$-$", text)
 
 
 def scoreboard(
