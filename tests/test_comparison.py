@@ -11,7 +11,7 @@ from mvhpc.evaluation.answers import Answers, read_answers
 from mvhpc.evaluation.calibration import SHARES, calibrated_error, inside, reliability
 from mvhpc.evaluation.comparison import Comparison
 from mvhpc.evaluation.comparisons import compare_all
-from mvhpc.evaluation.paper_tables import digits_of, score_text, table_1
+from mvhpc.evaluation.paper_tables import digits_of, retest, score_text, table_1
 from mvhpc.evaluation.systematic import between_visits, corrected, error_line, group_order, groups_of, slope
 from mvhpc.evaluation.tables import Table
 from mvhpc.inference.law_cells import law_cells
@@ -212,3 +212,17 @@ def test_latex_is_escaped_and_has_a_column_for_each() -> None:
     assert text[4] == r"x\_1 & 4.5 $\pm$ 3 \\" and text[5] == r"y & $-$2 \\"
     age = Schema.from_dict({"age": {"kind": "continuous", "range": [0, 120]}})["age"]
     assert (digits_of(age), digits_of(SCHEMA["height"])) == (2, 4)
+
+
+def test_visits_are_in_the_table_of_retests_alone() -> None:
+    keys = ["sub-a_ses-1", "sub-a_ses-2", "sub-b_ses-1", "sub-b_ses-2", "sub-c"]
+    frame = pd.DataFrame({"key": keys, "subject": [key.split("_")[0] for key in keys]})
+    number = Answers(
+        "m", SCHEMA["height"], ("scan",), frame.assign(value=[1.0, 1.5, 2, 2, 1], true=[1.0, 1.25, 2, 2, 1])
+    )
+    words = Answers("m", SCHEMA["blood"], ("scan",), frame.assign(value=list("AAB0A"), true=list("AABBA")))
+    result = retest([number, words])
+    assert result is not None
+    assert [row[3].split(" ")[0] for row in result.text.rows] == ["0.1250", "0.500"]
+    assert result.numbers["people"].tolist() == [2, 2]
+    assert retest([Answers("m", SCHEMA["height"], (), number.frame[4:])]) is None

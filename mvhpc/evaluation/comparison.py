@@ -109,15 +109,16 @@ def draw_figures(comparison: Comparison, results: Sequence[Result], folder: Path
     """Draw all figures to ``folder``; their names, in order."""
     folder.mkdir()
     wanted: dict[str, Callable[[Path], None]] = {}
+    colour = figures.colours(comparison.methods)
     groups = next((result.numbers for result in results if result.name == "groups"), None)
     for v in comparison.variables:
         name, first = v.name, comparison.headline(v.name)
-        wanted[f"scores-{name}"] = partial(figures.scores, v, comparison.of(name), comparison.methods)
+        wanted[f"scores-{name}"] = partial(figures.scores, v, comparison.of(name), colour)
         laws = [a for a in first if a.has("confidence" if a.category else "pit")]
         if laws and v.kind == "categorical":
             wanted[f"reliability-{name}"] = partial(figures.reliability_of_category, v, laws)
         elif laws:
-            wanted[f"calibration-{name}"] = partial(figures.calibration_of_number, v, laws)
+            wanted[f"calibration-{name}"] = partial(figures.calibration_of_number, v, laws, colour)
         if first and v.kind != "categorical":
             wanted[f"predicted-{name}"] = partial(figures.against_truth, v, first)
         if groups is not None and (groups["variable"] == name).any():
@@ -126,7 +127,7 @@ def draw_figures(comparison: Comparison, results: Sequence[Result], folder: Path
                 by: group_order(own[own["by"] == by]["group"].tolist(), comparison.schema[by])
                 for by in dict.fromkeys(own["by"])
             }
-            wanted[f"groups-{name}"] = partial(figures.groups, own, v, orders)
+            wanted[f"groups-{name}"] = partial(figures.groups, own, v, orders, colour)
     for name, figure in wanted.items():
         figure(folder / f"{name}.png")
     return list(wanted)

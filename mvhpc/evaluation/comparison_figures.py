@@ -21,10 +21,11 @@ from shards.schema import Variable
 ACROSS = 4  # panels in a row
 PANEL = 2.3  # inches
 GRID = "#e3e5e8"
+Colours = Mapping[str, str]  # method -> colour
 
 
-def colours(methods: Sequence[str]) -> dict[str, str]:
-    """A colour for each method."""
+def colours(methods: Sequence[str]) -> Colours:
+    """A colour for each method, the same in all figures."""
     palette = colormaps["tab10"].colors  # type: ignore[attr-defined]
     return {name: palette[i % len(palette)] for i, name in enumerate(methods)}
 
@@ -40,20 +41,19 @@ def _plain(ax: Axes) -> None:
     ax.tick_params(labelsize=8)
 
 
-def scores(variable: Variable, answers: Sequence[Answers], methods: Sequence[str], path: Path) -> None:
+def scores(variable: Variable, answers: Sequence[Answers], colour: Colours, path: Path) -> None:
     """Errors or accuracies with 95 % intervals: methods in rows, one panel for each choice of given variables.
 
     Args:
         variable: the wanted one.
         answers: of this variable.
-        methods: rows, the first on top.
+        colour: of each method; rows in this order.
         path: PNG file.
     """
     givens = list(dict.fromkeys(a.given for a in answers))
-    rows = [name for name in methods if any(a.method == name for a in answers)]
+    rows = [name for name in colour if any(a.method == name for a in answers)]
     figure = _figure(2.2 + 2.1 * len(givens), 1.0 + 0.3 * len(rows))
     axes = figure.subplots(1, len(givens), sharex=True, sharey=True, squeeze=False)[0]
-    colour = colours(methods)
     for ax, given in zip(axes, givens):
         _plain(ax)
         ax.set_title(f"given {label(given)}", size=9)
@@ -71,12 +71,13 @@ def scores(variable: Variable, answers: Sequence[Answers], methods: Sequence[str
     save(figure, path)
 
 
-def calibration_of_number(variable: Variable, answers: Sequence[Answers], path: Path) -> None:
+def calibration_of_number(variable: Variable, answers: Sequence[Answers], colour: Colours, path: Path) -> None:
     """Histogram of the PIT values of each method, flat if its distributions hold, and the coverage of intervals.
 
     Args:
         variable: a number.
         answers: of methods with predicted distributions, at least one, to one query.
+        colour: of each method.
         path: PNG file.
     """
     figure, axes = _panels(len(answers) + 1)
@@ -92,15 +93,16 @@ def calibration_of_number(variable: Variable, answers: Sequence[Answers], path: 
         ax.set_title(a.method, size=8)
         ax.set_xlabel("PIT", size=8)
     ax = axes[len(answers)]
-    ax.plot([40, 100], [40, 100], color=FAINT, lw=1)
-    colour = colours([a.method for a in answers])
+    for place, share in enumerate(SHARES):
+        ax.plot([place - 0.45, place + 0.45], [share, share], color=FAINT, lw=1)
     for k, a in enumerate(answers):
         found = [mean_over_subjects(inside(a.column("pit"), share), a.subjects) for share in SHARES]
         y = 100 * np.array([f.value for f in found])
         ends = 100 * np.array([[f.value - f.low, f.high - f.value] for f in found]).T
-        x = np.array(SHARES) + 0.8 * (k - (len(answers) - 1) / 2)
+        x = np.arange(len(SHARES)) + 0.7 * ((k + 0.5) / len(answers) - 0.5)
         ax.errorbar(x, y, np.nan_to_num(ends), fmt="o", ms=4, lw=1.2, color=colour[a.method], label=a.method)
-    ax.set(xticks=SHARES, ylim=(min(40, ax.get_ylim()[0]), 102))
+    ax.set_xticks(range(len(SHARES)), [str(share) for share in SHARES])
+    ax.set_ylim(min(40, ax.get_ylim()[0]), 102)
     ax.set_xlabel("interval, %", size=8)
     ax.set_ylabel("holds the truth, %", size=8)
     ax.legend(fontsize=6, frameon=False, loc="lower right")
@@ -138,17 +140,19 @@ def reliability_of_category(variable: Variable, answers: Sequence[Answers], path
     save(figure, path)
 
 
-def groups(numbers: pd.DataFrame, variable: Variable, orders: Mapping[str, Sequence[str]], path: Path) -> None:
+def groups(
+    numbers: pd.DataFrame, variable: Variable, orders: Mapping[str, Sequence[str]], colour: Colours, path: Path
+) -> None:
     """Error or accuracy of each method in groups of people, one panel for each scalar that makes groups.
 
     Args:
         numbers: of the table ``groups``, of this variable.
         variable: the wanted one.
         orders: scalar -> its groups in order.
+        colour: of each method.
         path: PNG file.
     """
     methods = list(dict.fromkeys(numbers["method"]))
-    colour = colours(methods)
     widths = [max(2, len(groups)) for groups in orders.values()]
     figure = _figure(1.8 + 0.62 * sum(widths), 3.2)
     axes = figure.subplots(1, len(orders), sharey=True, squeeze=False, width_ratios=widths)[0]
@@ -186,8 +190,8 @@ def against_truth(variable: Variable, answers: Sequence[Answers], path: Path) ->
         path: PNG file.
     """
     figure, axes = _panels(len(answers), equal=True)
-    true = np.concatenate([a.column("true") for a in answers])
-    low, high = float(np.nanmin(true)), float(np.nanmax(true))
+    both = np.concatenate([a.column(name) for a in answers for name in ("true", "value")])
+    low, high = float(np.nanmin(both)), float(np.nanmax(both))
     margin = 0.08 * ((high - low) or 1.0)
     limits = (low - margin, high + margin)
     for ax, a in zip(axes, answers):

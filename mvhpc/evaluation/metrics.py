@@ -28,9 +28,10 @@ class Estimate:
         """``4.50 [4.10, 4.93]``, or ``4.50`` without an interval."""
         if not np.isfinite(self.value):
             return "-"
-        text = f"{self.value:.{digits}f}"
-        if np.isfinite(self.low):
-            text += f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+        value, low, high = (round(x, digits) + 0.0 for x in self.interval)  # without a minus before zeros
+        text = f"{value:.{digits}f}"
+        if np.isfinite(low):
+            text += f" [{low:.{digits}f}, {high:.{digits}f}]"
         return text
 
 

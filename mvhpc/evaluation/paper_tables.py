@@ -168,7 +168,13 @@ def table_2(variable: Variable, givens: Sequence[tuple[str, ...]], answers: Sequ
     title = f"{variable.name[:1].upper()}{variable.name[1:]}, whatever is given"
     note = "Mean sample variance: of the predicted distributions, squared units, mean over visits."
     numbers = _frame([numbers_of(a) for a in answers])
-    return Result(f"table-2-{variable.name}", title, Table(header, rows), numbers, note)
+    return Result(
+        f"table-2-{variable.name}",
+        title,
+        Table(header, rows, 2),
+        numbers,
+        note if any(a.has("sd") for a in answers) else "",
+    )
 
 
 def comparisons(variable: Variable, givens: Sequence[tuple[str, ...]], answers: Sequence[Answers]) -> Result | None:
@@ -199,7 +205,7 @@ def comparisons(variable: Variable, givens: Sequence[tuple[str, ...]], answers: 
         "95 %; p is adjusted for their number (max-t bootstrap over people)."
     )
     name = variable.name
-    return Result(f"comparisons-{name}", f"Every two methods: {name}", Table(header, rows), _frame(numbers), note)
+    return Result(f"comparisons-{name}", f"Every two methods: {name}", Table(header, rows, 3), _frame(numbers), note)
 
 
 def calibration(answers: Sequence[Answers]) -> Result | None:
@@ -222,7 +228,7 @@ def calibration(answers: Sequence[Answers]) -> Result | None:
         "In 50 % to 95 %: how often the truth lies in the central interval of that probability. Calibration error: "
         f"expected calibration error in {BINS} bins; beside it, that of as many people of a calibrated model."
     )
-    return Result("calibration", "Calibration", Table(header, rows), _frame(numbers), note)
+    return Result("calibration", "Calibration", Table(header, rows, 3), _frame(numbers), note)
 
 
 def by_group(
@@ -257,7 +263,7 @@ def by_group(
         return None
     header = ["method", "measure", "by", "group", "score", "mean signed error", "people"]
     note = "Given everything else. Mean signed error: predicted less true."
-    return Result("groups", "Error by group", Table(header, rows), _frame(numbers), note)
+    return Result("groups", "Error by group", Table(header, rows, 4), _frame(numbers), note)
 
 
 def dependence(answers: Sequence[Answers], fitted: Mapping[tuple[str, str, tuple[str, ...]], Answers]) -> Result | None:
@@ -296,7 +302,7 @@ def dependence(answers: Sequence[Answers], fitted: Mapping[tuple[str, str, tuple
         "the line of the validation part's errors; it uses the true value, so corrected predictions are none and have "
         "no error of their own. Models of scalars have learnt from the validation part, where their slope is flatter."
     )
-    return Result("dependence", "Error on the true value", Table(header, rows), _frame(numbers), note)
+    return Result("dependence", "Error on the true value", Table(header, rows, 3), _frame(numbers), note)
 
 
 def retest(answers: Sequence[Answers]) -> Result | None:
@@ -320,7 +326,7 @@ def retest(answers: Sequence[Answers]) -> Result | None:
         "Of people with several visits. Numbers: mean absolute difference of the errors of consecutive visits, which "
         "leaves out what a person ages. Categories: how often the answer changes."
     )
-    return Result("retest", "Test and retest", Table(header, rows), _frame(numbers), note)
+    return Result("retest", "Test and retest", Table(header, rows, 3), _frame(numbers), note)
 
 
 def _codes(answers: Answers) -> Floats:

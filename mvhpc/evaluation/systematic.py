@@ -24,8 +24,11 @@ def slope(true: Floats, errors: Floats, subjects: Sequence[str]) -> Estimate:
     def statistic(sums: Floats) -> Floats:
         n, sx, sy, sxx, sxy = np.moveaxis(sums, -1, 0)
         varied = n * sxx - sx * sx
-        return np.where(varied > 0, (n * sxy - sx * sy) / np.where(varied > 0, varied, 1), np.nan)
+        steep = (n * sxy - sx * sy) / np.where(varied > 0, varied, 1)
+        return np.where(varied > 0, steep, everybody)  # a sample of one person only has no slope
 
+    known = np.isfinite(x) & np.isfinite(errors)
+    everybody = float(np.polyfit(x[known], errors[known], 1)[0]) if np.unique(x[known]).size > 1 else np.nan
     return over_subjects(np.stack([np.ones_like(x), x, errors, x * x, x * errors], 1), statistic, subjects)
 
 

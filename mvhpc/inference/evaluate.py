@@ -37,6 +37,7 @@ from mvhpc.runs.folder import ANY_SPLIT, GENERATION, Run, identity
 from shards.dataset import Dataset, open_dataset
 from shards.files import atomic_folder, write_text
 
+RELIABLE = 20  # people, the fewest for a bootstrap
 COLUMNS = ("measure", "value")  # that the table of generation must have
 
 
@@ -157,6 +158,10 @@ def compare(config: EvaluateConfig, dataset: Dataset, methods: Sequence[Method],
         for answers in mean_answers(members, dataset, queries, keys):
             comparison.add(comparison.found, answers)
     comparison.notes.insert(0, _people(comparison, dataset, part, list(by_split)))
+    if (people := len({s for a in comparison.found.values() for s in a.subjects})) < RELIABLE:
+        comparison.notes.append(
+            f"warning: {people} people; bootstrap intervals of fewer than {RELIABLE} are too narrow"
+        )
     if not held_out:
         comparison.notes.append(
             f"no {LINEAR}, and no correction of slopes: these are fitted to the training and validation part of the "

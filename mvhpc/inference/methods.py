@@ -211,5 +211,5 @@ def mean_answers(
         kind = schema[want].kind
         known = [m for m in methods if want in m.schema and m.schema[want].kind == kind]
         constant = next((c for m in known if (c := m.training.constant(want)) is not None), None)
-        if not given and constant is not None:
+        if constant is not None:
             yield read_reference(MEAN, dataset, (want, given), keys, [{want: constant}] * len(keys))
