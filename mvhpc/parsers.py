@@ -70,7 +70,8 @@ def _stage_command(stage: Stage) -> Command:
         for name, text in stage.flags.items():
             place = name == "out" or stage.inputs.get(name)
             note = " (required)" if name in required else " (default: the project's)" if place else ""
-            option = parser.add_argument(f"--{name}", help=f"{text}{note}")
+            several = {"nargs": "+"} if name in stage.lists else {}
+            option = parser.add_argument(f"--{name}", help=f"{text}{note}", **several)  # type: ignore[arg-type]
             option.needed = name in required  # type: ignore[attr-defined]
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the configuration")
 

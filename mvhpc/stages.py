@@ -17,11 +17,12 @@ class Stage:
         run: ``module:function`` of ``run(config, run) -> summary``; empty for a stage that trains ``task``.
         inputs: configuration key -> the stage that makes this input; empty if no stage does.
         out: path of its result below a project's root. ``{split}`` is the folder of a cross-validation fold,
-            ``{query}`` the name of a query.
+            ``{query}`` the name of a query, ``{name}`` that of a baseline's network.
         help: one line.
         command: words after ``mvhpc``; empty for stages of the ``shards`` command.
         examples: complete commands.
         flags: flag -> help; a flag sets the configuration key of its name.
+        lists: the flags that take several words.
         files: ``module:function`` of ``files(config) -> paths`` of the files of its result, where there are several.
         task: ``module:class`` of a :class:`mvhpc.training.task.Task`, for a stage that trains; else empty. The output
             folder of such a stage is its run folder, and it resumes from checkpoints.
@@ -37,6 +38,7 @@ class Stage:
     command: str = ""
     examples: tuple[str, ...] = ()
     flags: Mapping[str, str] = field(default_factory=dict)
+    lists: tuple[str, ...] = ()
     files: str = ""
     task: str = ""
     uses_nodes: bool = False
@@ -151,10 +153,13 @@ STAGES: dict[str, Stage] = {
             run="",
             task="mvhpc.training.baseline:BaselineTask",
             inputs={"data": "pack"},
-            out="{split}baselines/{query}",
-            help="train a DenseNet121 for a single query, for comparison",
+            out="{split}baselines/{name}/{query}",
+            help="train a network for a single query, for comparison: DenseNet121, ViT or BRAID",
             command="train baseline",
-            examples=("mvhpc train baseline data=runs/packed want=age given=[image,sex] out=runs/densenet-age",),
+            examples=(
+                "mvhpc train baseline name=vit want=age given=[image,sex]",
+                "mvhpc train baseline data=runs/packed want=age given=[image,sex] out=runs/densenet-age",
+            ),
             uses_nodes=True,
         ),
         Stage(
@@ -183,6 +188,27 @@ STAGES: dict[str, Stage] = {
                 "out": "TSV file to write, one row per subject",
             },
             uses_nodes=True,
+        ),
+        Stage(
+            "evaluate",
+            config="mvhpc.inference.evaluate:EvaluateConfig",
+            run="mvhpc.inference.evaluate:run",
+            inputs={"runs": "", "data": "pack"},
+            out="evaluation",
+            help="compare trained models: the paper's tables, with intervals, calibration and figures",
+            command="evaluate",
+            examples=(
+                "mvhpc evaluate --runs runs/joint runs/baselines/*/* --data runs/packed --split test --out comparison",
+                "mvhpc evaluate --runs runs/ours runs/theirs --names ours theirs --data new-site --out new-site",
+            ),
+            flags={
+                "runs": "run folders of stages scalars, joint and baseline",
+                "names": "their rows, one for each run; runs of one name are folds of one row",
+                "data": DATA,
+                "split": PART,
+                "out": "folder of tables and figures to write",
+            },
+            lists=("runs", "names"),
         ),
         Stage(
             "calibrate",

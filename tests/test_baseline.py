@@ -207,6 +207,57 @@ def test_a_category_is_answered_by_chances(data: Path, tmp_path: Path, monkeypat
     assert found["accuracy"].tolist() == (frame["group"] == frame["group_true"])[:2].astype(float).tolist()
 
 
+def small_network(name: str, data: Path, tmp_path: Path, *overrides: str) -> BaselineTask:
+    """A task whose ViT or BRAID is small."""
+    few = ["vit.hidden=24", "vit.layers=2", "vit.heads=2", "vit.mlp=48", "braid.depth=10", "braid.width=0.125"]
+    return BaselineTask(config(data, tmp_path, f"name={name}", *few, *overrides))
+
+
+@pytest.mark.parametrize("name", ["vit", "braid"])
+def test_other_networks_learn_the_law_and_are_stored_whole(data: Path, tmp_path: Path, name: str) -> None:
+    """The group, worth 25 points, is in no voxel; a missing one counts as none of the groups."""
+    task = small_network(name, data, tmp_path, "training.epochs=30")
+    summary = train(task, task.config, tmp_path)
+    assert summary["validation/mae"] < 7
+    model = load(tmp_path, kind=BaselineModel)
+    assert model.name == name and model.meta["network"]["settings"]
+    predictor = open_predictor(query(tmp_path, data, tmp_path))
+    assert isinstance(predictor, BaselinePredictor) and predictor.method != "3D DenseNet121"
+    voxels, values, present = predictor.inputs(predictor.dataset.keys("validation"))
+    prediction = predictor.predict(voxels, values, present)
+    truth = [predictor.dataset.values(key)["level"] for key in predictor.dataset.keys("validation")]
+    assert np.abs(prediction.numpy() - truth).mean() == pytest.approx(summary["validation/mae"], rel=1e-3)
+    unknown = {name: torch.zeros_like(there) for name, there in present.items()}
+    scrambled = {"group": 1 - values["group"], "level": values["level"] + 7}
+    assert torch.equal(predictor.predict(voxels, scrambled, unknown), predictor.predict(voxels, values, unknown))
+    assert not torch.equal(predictor.predict(voxels, values, unknown), prediction)
+
+
+def test_a_vit_is_not_bounded_and_braid_joins_scalars_before_a_linear_layer(data: Path, tmp_path: Path) -> None:
+    vit = small_network("vit", data, tmp_path).networks["baseline"]
+    assert not any(isinstance(part, nn.Tanh) for part in vit.modules())
+    task = small_network("braid", data, tmp_path, "want=group", "given=[scan,level]")
+    network, batch = task.networks["baseline"].eval(), task.load([0, 1, 2])
+    x, present = batch["voxels"].float(), batch["present"]
+    with torch.no_grad():
+        low, middle, high = (network(x, {"level": torch.full((3, 1), level)}, present) for level in (-1.0, 0.0, 1.0))
+    torch.testing.assert_close(high - middle, middle - low)  # linear in the level, whatever the scan
+    torch.testing.assert_close((high - low)[0], (high - low)[1])
+    assert (high - low).abs().min() > 1e-4 and not torch.equal(low[0], low[1])
+
+
+def test_settings_that_no_network_has_are_refused(data: Path, tmp_path: Path) -> None:
+    for words, overrides in (
+        ("Did you mean 'braid'", ["name=brai"]),
+        ("braid.depth=11", ["braid.depth=11"]),
+        ("vit.hidden=25 does not divide", ["vit.hidden=25", "vit.heads=2"]),
+        ("not divided evenly by vit.patch=5", ["name=vit", "vit.patch=5"]),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            BaselineTask(config(data, tmp_path, *overrides))
+    assert config(data, tmp_path, "name=vit", "optimizer.lr=0").learning_rates["vit"] > 0
+
+
 def test_mirroring_is_left_to_right_and_the_samples_own(data: Path, tmp_path: Path) -> None:
     seen = []
 

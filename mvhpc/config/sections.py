@@ -144,6 +144,26 @@ class EncoderConfig:
 
 
 @dataclass
+class ViTConfig:
+    """3D vision transformer (MONAI ViT): ``layers`` blocks of width ``hidden`` on cubes of ``patch`` voxels."""
+
+    patch: int
+    hidden: int
+    layers: int
+    heads: int
+    mlp: int
+    dropout: float
+
+
+@dataclass
+class ResNetConfig:
+    """3D ResNet (MONAI) of a depth, whose channels are multiplied by ``width``."""
+
+    depth: int  # 10 | 18 | 34 | 50 | 101 | 152 | 200
+    width: float
+
+
+@dataclass
 class DiffusionConfig:
     """The forward processes and the parameterisations."""
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 Floats = NDArray[np.float64]
+RANKED = 19  # draws, the fewest whose ranks give quantiles from 5 to 95 %
 
 
 def quantiles(draws: Floats, shares: Sequence[float]) -> Floats:
@@ -30,6 +31,24 @@ def quantiles(draws: Floats, shares: Sequence[float]) -> Floats:
         return np.quantile(draws, shares, axis=1, method="weibull").T
     reach = math.sqrt(1 + 1 / m) * draws.std(1, ddof=1)  # (N,)
     return draws.mean(1)[:, None] + reach[:, None] * student.ppf(shares, m - 1)
+
+
+def pit(draws: Floats, truth: Floats) -> Floats:
+    """Probability integral transform (N,): the predicted probability of a value below the truth, as :func:`quantiles`.
+
+    By the ranks of the draws, or of few by Student's t.
+
+    Args:
+        draws: (N, M), M of at least 2.
+        truth: (N,); NaN gives NaN.
+    """
+    m = draws.shape[1]
+    if m >= RANKED:
+        ranks = (np.sort(draws, 1) < truth[:, None]).sum(1) + (np.sort(draws, 1) <= truth[:, None]).sum(1) + 1
+        return np.where(np.isfinite(truth), ranks / (2 * (m + 1)), np.nan)
+    sd = draws.std(1, ddof=1)
+    reach = math.sqrt(1 + 1 / m) * np.maximum(sd, np.finfo(float).tiny)
+    return np.asarray(student.cdf((truth - draws.mean(1)) / reach, m - 1))
 
 
 def crps(draws: Floats, truth: Floats) -> Floats:

@@ -1,11 +1,13 @@
 """Errors of predictions, with intervals from a bootstrap over subjects."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import bootstrap
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -26,18 +28,19 @@ class Estimate:
         """``4.50 [4.10, 4.93]``, or ``4.50`` without an interval."""
         if not np.isfinite(self.value):
             return "-"
-        text = f"{self.value:.{digits}f}"
-        if np.isfinite(self.low):
-            text += f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+        value, low, high = (round(x, digits) + 0.0 for x in self.interval)  # without a minus before zeros
+        text = f"{value:.{digits}f}"
+        if np.isfinite(low):
+            text += f" [{low:.{digits}f}, {high:.{digits}f}]"
         return text
 
 
-def absolute_errors(predicted: ArrayLike, true: ArrayLike) -> NDArray[np.float64]:
+def absolute_errors(predicted: ArrayLike, true: ArrayLike) -> Floats:
     """|predicted - true| per row (N,), NaN where either is missing."""
     return np.abs(np.asarray(predicted, float) - np.asarray(true, float))
 
 
-def hits(predicted: Sequence[str | None], true: Sequence[str | None]) -> NDArray[np.float64]:
+def hits(predicted: Sequence[str | None], true: Sequence[str | None]) -> Floats:
     """1.0 where the class is right, 0.0 where it is wrong, NaN where either is missing: (N,)."""
     return np.array(
         [float(p == t) if isinstance(p, str) and isinstance(t, str) else np.nan for p, t in zip(predicted, true)]
@@ -51,10 +54,7 @@ def mean_over_subjects(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Estimate:
-    """Mean of per-row values and its percentile bootstrap interval (Efron & Tibshirani 1993, chapter 13).
-
-    The bootstrap draws subjects, so that several rows of one person (sessions, repeated folds) do not make the
-    interval too narrow.
+    """Mean of per-row values and its percentile bootstrap interval, see :func:`over_subjects`.
 
     Args:
         values: (N,) errors or hits; NaN rows are left out.
@@ -66,19 +66,49 @@ def mean_over_subjects(
     Returns:
         The mean over rows, its interval, and the number of subjects.
     """
-    rows: NDArray[np.float64] = np.asarray(values, float)
-    names = np.arange(len(rows)) if subjects is None else np.asarray(subjects)
-    known = np.isfinite(rows)
+    rows: Floats = np.asarray(values, float)[:, None]
+    return over_subjects(
+        np.concatenate([rows, np.ones_like(rows)], 1), _ratio, subjects, confidence, resamples=resamples, seed=seed
+    )
+
+
+def _ratio(sums: Floats) -> Floats:
+    return sums[..., 0] / sums[..., 1]
+
+
+def over_subjects(
+    rows: ArrayLike,
+    statistic: Callable[[Floats], Floats],
+    subjects: Sequence[str] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Estimate:
+    """A statistic of sums over rows and its percentile bootstrap interval (Efron & Tibshirani 1993, chapter 13).
+
+    The bootstrap draws subjects, so that several rows of one person (sessions, repeated folds) do not make the
+    interval too narrow.
+
+    Args:
+        rows: (N, K); rows with a NaN are left out.
+        statistic: of the sums of the K columns, (..., K) -> (...).
+        subjects, confidence, resamples, seed: as in :func:`mean_over_subjects`.
+
+    Returns:
+        The statistic of all rows, its interval, and the number of subjects.
+    """
+    table: Floats = np.asarray(rows, float)
+    names = np.arange(len(table)) if subjects is None else np.asarray(subjects)
+    known = np.isfinite(table).all(1)
     if not known.any():
         return Estimate(np.nan, np.nan, np.nan, 0)
-    _, owner = np.unique(names[known], return_inverse=True)
-    total, count = np.bincount(owner, weights=rows[known]), np.bincount(owner).astype(float)  # (subjects,)
-    mean = float(total.sum() / count.sum())
-    if len(total) < 2:
-        return Estimate(mean, np.nan, np.nan, len(total))
+    sums, count = per_subject(table[known], names[known]), len(np.unique(names[known]))
+    value = float(statistic(sums.sum(0)))
+    if count < 2:
+        return Estimate(value, np.nan, np.nan, count)
     interval = bootstrap(
-        (total, count),
-        lambda t, c, axis: t.sum(axis) / c.sum(axis),
+        tuple(sums.T),
+        lambda *columns, axis: statistic(np.stack([column.sum(axis) for column in columns], -1)),
         paired=True,
         vectorized=True,
         confidence_level=confidence,
@@ -87,4 +117,12 @@ def mean_over_subjects(
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Estimate(mean, float(interval.low), float(interval.high), len(total))
+    return Estimate(value, float(interval.low), float(interval.high), count)
+
+
+def per_subject(rows: Floats, subjects: Sequence[str] | NDArray[np.generic]) -> Floats:
+    """The sums of rows (N, K) over each subject, (S, K), subjects sorted by name."""
+    names, owner = np.unique(np.asarray(subjects), return_inverse=True)
+    sums: Floats = np.zeros((len(names), rows.shape[1]))
+    np.add.at(sums, owner, rows)
+    return sums

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,26 +131,44 @@ def subject_of(key: str) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text under a header; the first column is aligned left, the others right."""
+    """Cells of text under a header; the first ``left`` columns are aligned left, the others right."""
 
     header: list[str]
     rows: list[list[str]]
+    left: int = 1
 
     def text(self) -> str:
         """Aligned columns for a terminal."""
         widths = [max(map(len, column)) for column in zip(self.header, *self.rows)]
 
         def line(cells: list[str]) -> str:
-            rest = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:]))
-            return "   ".join([cells[0].ljust(widths[0]), *rest]).rstrip()
+            names = [cell.ljust(width) for cell, width in zip(cells[: self.left], widths)]
+            rest = (cell.rjust(width) for cell, width in zip(cells[self.left :], widths[self.left :]))
+            return "   ".join([*names, *rest]).rstrip()
 
         rule = "   ".join("-" * width for width in widths)
         return "\n".join([line(self.header), rule, *map(line, self.rows)])
 
+    def latex(self) -> str:
+        """A ``tabular`` for LaTeX with the package booktabs."""
+        lines = [" & ".join(map(_latex, cells)) + r" \\" for cells in [self.header, *self.rows]]
+        columns = "l" * self.left + "r" * (len(self.header) - self.left)
+        body = [lines[0], r"\midrule", *lines[1:]]
+        return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}"])
+
     def markdown(self) -> str:
         """A table for a Markdown page."""
-        rule = ["---"] + ["---:"] * (len(self.header) - 1)
+        rule = ["---"] * self.left + ["---:"] * (len(self.header) - self.left)
         return "\n".join("| " + " | ".join(cells) + " |" for cells in [self.header, rule, *self.rows])
+
+
+LATEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "–": "--", "<": "$<$", ">": "$>$", "~": r"\textasciitilde{}"}
+
+
+def _latex(cell: str) -> str:
+    """A cell's text with LaTeX's special characters escaped; a hyphen before a digit becomes a minus sign."""
+    text = "".join(LATEX.get(c, "\\" + c if c in "&%$#_{}" else c) for c in cell)
+    return re.sub(r"(?<![\w])-(?=\d)", "$-$", text)
 
 
 def scoreboard(

@@ -12,6 +12,7 @@ from mvhpc.evaluation.tables import label, subject_of
 from mvhpc.inference.flags import row_flag
 from mvhpc.inference.prediction_tables import Row, class_cells
 from mvhpc.inference.predictor import PredictConfig
+from mvhpc.models.baseline import TITLES
 from mvhpc.models.bundle import BaselineModel
 from mvhpc.models.training_people import TrainingPeople
 from mvhpc.records import check_data, read_people, scalar_values
@@ -38,7 +39,7 @@ class BaselinePredictor:
         ConfigError: another query, joint draws, or data on another grid.
     """
 
-    method, calls = "DenseNet121", 1
+    calls = 1
 
     def __init__(self, config: PredictConfig, model: BaselineModel) -> None:
         if config.draws:
@@ -47,7 +48,7 @@ class BaselinePredictor:
             )
         self.device = next(model.network.parameters()).device
         self.precision = resolve_precision(config.compute.precision, self.device)
-        self.model, self.dataset = model, open_dataset(config.data)
+        self.model, self.dataset, self.method = model, open_dataset(config.data), TITLES[model.name]
         self.schema, self.given, self.want = model.schema, model.given, model.want
         if sorted(config.given) != sorted(self.given) or list(config.want) != [self.want]:
             raise ConfigError(

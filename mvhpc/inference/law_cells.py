@@ -14,9 +14,9 @@ from mvhpc.variables import Categorical, Continuous, Scalar, Value, Variable
 
 
 def law_cells(variable: Scalar, law: Law, truth: Sequence[Value]) -> list[Row]:
-    """For each of B people, of a category its probabilities; of a number mean, SD, quantiles and CRPS.
+    """For each of B people, of a category its probabilities; of a number mean, SD, quantiles, CRPS and PIT.
 
-    Mean and quantiles are clipped to the schema's range; SD and CRPS are those of the law as it is.
+    Mean and quantiles are clipped to the schema's range; SD, CRPS and PIT are those of the law as it is.
 
     Args:
         variable: what was predicted.
@@ -35,8 +35,9 @@ def law_cells(variable: Scalar, law: Law, truth: Sequence[Value]) -> list[Row]:
     columns |= {f"{name}_q{q:02d}": variable.snap(variable.decode(points[:, i])) for i, q in enumerate(QUANTILES)}
     encoded = variable.encode(truth).to(device)[:, 0].double()  # 0 where missing
     columns[f"{name}_crps"] = crps(law, encoded) * scale
+    columns[f"{name}_pit"] = law.cdf(encoded)
     rows: list[Row] = [dict(zip(columns, cells)) for cells in zip(*(c.tolist() for c in columns.values()))]
-    return [row if x is not None else row | {f"{name}_crps": None} for row, x in zip(rows, truth)]
+    return [row if x is not None else row | {f"{name}_crps": None, f"{name}_pit": None} for row, x in zip(rows, truth)]
 
 
 def decode_draws(variable: Variable, drawn: Tensor, subjects: int) -> list[list[Any]]:

@@ -63,5 +63,7 @@ def _of_number(v: Variable) -> dict[str, dict[str, Any]]:
     texts = {v.name: f"mean of {law}", f"{v.name}_sd": f"standard deviation of {law}"}
     texts |= {f"{v.name}_q{q:02d}": f"{q} % quantile of {law}" for q in QUANTILES}
     texts[f"{v.name}_crps"] = f"continuous ranked probability score of {law}, for the recorded value"
+    below = f"probability that {law} gives to less than the recorded value, 0 to 1"
     texts[f"{v.name}_true"] = f"recorded {v.name}"
-    return {column: {"Description": text, "Units": v.unit or NONE} for column, text in texts.items()}
+    found = {column: {"Description": text, "Units": v.unit or NONE} for column, text in texts.items()}
+    return found | {f"{v.name}_pit": {"Description": below, "Units": NONE}}

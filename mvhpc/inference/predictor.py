@@ -156,8 +156,11 @@ class Predictor:
             return [{name: mean, f"{name}_sd": None} for mean in means]
         truth = np.array([true_value(self.dataset, key, self.schema[name]) for key in keys], float)  # NaN where missing
         points = variable.snap(torch.from_numpy(ensembles.quantiles(chains, [q / 100 for q in QUANTILES])))  # (B, 5)
-        scores = [None if np.isnan(x) else x for x in ensembles.crps(chains, truth).tolist()]
+        scores, below = (
+            [None if np.isnan(x) else x for x in measure(chains, truth).tolist()]
+            for measure in (ensembles.crps, ensembles.pit)
+        )
         columns = {name: means, f"{name}_sd": chains.std(1, ddof=1).tolist()}
         columns |= {f"{name}_q{q:02d}": points[:, i].tolist() for i, q in enumerate(QUANTILES)}
-        columns[f"{name}_crps"] = scores
+        columns |= {f"{name}_crps": scores, f"{name}_pit": below}
         return [dict(zip(columns, cells)) for cells in zip(*columns.values())]

@@ -269,6 +269,7 @@ class BaselineModel:
         scalars: encodings of the query's scalars.
         schema: of the data it was trained on.
         network: the network.
+        name: of the network: densenet, vit or braid.
         given: variables of its input; volumes in the order of its channels.
         want: the scalar that it predicts.
         grid: ``spacing`` (mm), ``shape`` (voxels) and ``affine`` (4 x 4) of the volumes.
@@ -278,6 +279,7 @@ class BaselineModel:
     scalars: Variables
     schema: Schema
     network: Baseline
+    name: str
     given: list[str]
     want: str
     grid: dict[str, Any]
@@ -290,6 +292,8 @@ def save_baseline(
     *,
     given: Sequence[str],
     want: str,
+    name: str,
+    settings: config.ViTConfig | config.ResNetConfig | None,
     schema: Schema,
     intervals: Mapping[str, Sequence[float]],
     grid: Mapping[str, Any],
@@ -302,6 +306,7 @@ def save_baseline(
         folder: the ``model`` folder.
         network: full state of the network, stored bit for bit.
         given, want: its query.
+        name, settings: of the network, see :class:`~mvhpc.models.baseline.Baseline`.
         schema: of the variables.
         intervals: number -> what becomes [-1, 1]; the schema's range where not named.
         grid: ``spacing``, ``shape`` and ``affine`` of the volumes.
@@ -312,6 +317,7 @@ def save_baseline(
         "kind": "baseline",
         "given": list(given),
         "want": want,
+        "network": {"name": name, "settings": dataclasses.asdict(settings) if settings else None},
         "schema": schema.to_dict(),
         "intervals": {name: list(interval) for name, interval in intervals.items()},
         "grid": dict(grid),
@@ -324,9 +330,15 @@ def save_baseline(
 def _baseline(folder: Path, meta: dict[str, Any], device: torch.device | str) -> BaselineModel:
     schema, given, want = Schema.from_dict(meta["schema"]), meta["given"], meta["want"]
     scalars = scalars_of(schema, [*given, want], meta["intervals"])
-    network = Baseline(scalars, given, want)
+    of = meta.get("network", {"name": "densenet"})  # earlier versions had no other
+    kinds: dict[str, type[config.ViTConfig | config.ResNetConfig]] = {
+        "vit": config.ViTConfig,
+        "braid": config.ResNetConfig,
+    }
+    settings = kinds[of["name"]](**of["settings"]) if of["name"] in kinds else None
+    network = Baseline(scalars, given, want, settings, meta["grid"]["shape"])
     load_weights(network, folder, meta, "baseline", device)
-    return BaselineModel(scalars, schema, network, given, want, meta["grid"], meta)
+    return BaselineModel(scalars, schema, network, of["name"], given, want, meta["grid"], meta)
 
 
 LOADERS: dict[str, Callable[[Path, dict[str, Any], torch.device | str], Any]] = {

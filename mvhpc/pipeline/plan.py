@@ -93,12 +93,12 @@ class Pipeline:
             return {key: maker for key, maker in STAGES[stage].inputs.items() if maker != "scalars"}
         return STAGES[stage].inputs
 
-    def place(self, stage: str, split: str, query: str = "") -> Path:
-        """Path of a stage's result, for one split and, if it depends on one, a query."""
+    def place(self, stage: str, split: str, query: str = "", name: str = "") -> Path:
+        """Path of a stage's result, for one split and, if it depends on them, a query and a network's name."""
         if stage == "phantom":
             return self.source
         folder = "" if self.splits[split] == self.root else f"{self.splits[split].name}/"
-        return self.root / STAGES[stage].out.format(split=folder, query=query)
+        return self.root / STAGES[stage].out.format(split=folder, query=query, name=name)
 
     def predictions(self, split: str, query: Query) -> Path:
         """The TSV file of the predictions for one query."""
@@ -118,7 +118,8 @@ class Pipeline:
         if stage == "pack":
             values["folds"] = self.config.folds
         elif "split_name" in fields:
-            values["split_name"] = split
+            if "{split}" in entry.out:  # otherwise the stage is about all splits
+                values["split_name"] = split
         elif "split" in fields:
             values["split"] = split
         return values

@@ -66,14 +66,14 @@ class Request:
         stage: the stage.
         preset: a preset of the stage or a YAML file; None: the project's, else ``default``.
         overrides: ``key=value``.
-        flags: key -> text.
+        flags: key -> text, or words.
         root: of the project; None: see :func:`find_root`.
     """
 
     stage: Stage
     preset: str | None
     overrides: Sequence[str]
-    flags: Mapping[str, str]
+    flags: Mapping[str, str | list[str]]
     root: str | None = None
 
     def sets(self, key: str) -> bool:
@@ -115,8 +115,8 @@ class Request:
     def _split(self, project: Pipeline) -> str:
         if len(project.splits) == 1:
             return next(iter(project.splits))
-        words = dict(override.partition("=")[::2] for override in self.overrides) | dict(self.flags)
-        named = words.get("split_name", words.get("split", ""))
+        words = {**dict(override.partition("=")[::2] for override in self.overrides), **self.flags}
+        named = str(words.get("split_name", words.get("split", "")))
         if named in project.splits or self.stage.out.find("{split}") < 0:
             return named if named in project.splits else list(project.splits)[-1]
         key = "split_name" if self.stage.name in {"predict", "translate"} else "split"
@@ -164,7 +164,7 @@ class Configured:
         if "{query}" in self.stage.out:
             want = [self.config.want] if isinstance(self.config.want, str) else self.config.want
             query = query_name(want, self.config.given)
-        return str(self.project.place(self.stage.name, self.split, query))
+        return str(self.project.place(self.stage.name, self.split, query, getattr(self.config, "name", "")))
 
     def plan(self) -> PlannedStage:
         """The stage with the identity of its result.

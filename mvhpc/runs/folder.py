@@ -14,6 +14,9 @@ from mvhpc.runs.journal import Journal
 from shards.files import lock_file
 from shards.index import Index
 
+ANY_SPLIT = "auto"  # as the name of a split: of each model, its own
+GENERATION = "generation.tsv"  # in a run folder: what was measured of volumes that its model has drawn
+
 
 class Run:
     """What a stage writes beside its result.
@@ -41,7 +44,7 @@ def identity(path: str | Path, split: str = "default") -> str:
 
     Args:
         path: of packed data, a trained model, a BIDS tree or a file.
-        split: of packed data, the recorded split that counts; the other ones do not.
+        split: of packed data, the recorded split that counts; the other ones do not. :data:`ANY_SPLIT`: all count.
 
     Raises:
         FileNotFoundError: naming the path, where nothing is there.
@@ -49,6 +52,8 @@ def identity(path: str | Path, split: str = "default") -> str:
     path = Path(path)
     if (path / "index.json").is_file():
         index = Index.load(path)
+        if split == ANY_SPLIT:
+            return fingerprint(index.digest, {name: recorded.assignment for name, recorded in index.splits.items()})
         recorded = index.splits.get(split)
         return fingerprint(index.digest, recorded.assignment if recorded else {})
     for model in (path / "model" / "model.json", path / "model.json", path):

@@ -1,4 +1,4 @@
-"""Training of the baseline: a DenseNet121 for a single query (paper, section 4.2)."""
+"""Training of a baseline: a network for a single query (paper, section 4.2)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils._pytree import tree_map_only
 
-from mvhpc.config import Compute, ConfigError, Optimizer, Tracking, Training, choose
+from mvhpc.config import Compute, ConfigError, Optimizer, ResNetConfig, Tracking, Training, ViTConfig, choose
 from mvhpc.diffusion.joint import Batch
-from mvhpc.models.baseline import SMALLEST, Baseline, scalars_of
+from mvhpc.models.baseline import SMALLEST, TITLES, Baseline, scalars_of
 from mvhpc.models.bundle import save_baseline
 from mvhpc.models.training_people import TrainingPeople
 from mvhpc.records import read_people, scalar_values, true_value, volume_shape
@@ -28,6 +28,7 @@ from shards.schema import Schema
 
 LARGER = 4  # size of the batches of `refresh`, in training batches; without gradients they need less memory
 BATCHES = 8  # number of batches of `refresh`
+DEPTHS = (10, 18, 34, 50, 101, 152, 200)  # of MONAI's ResNets
 
 
 @dataclass
@@ -35,15 +36,31 @@ class BaselineConfig:
     """`mvhpc train baseline`."""
 
     out: str
+    name: str  # of the network: densenet | vit | braid
     data: str
     split: str
     want: str  # the one scalar it predicts
-    given: list[str]  # volumes, and scalars as further input channels
+    given: list[str]  # volumes and scalars
     flip: float  # probability of mirroring left and right in training
+    vit: ViTConfig
+    braid: ResNetConfig
+    learning_rates: dict[str, float]  # by network, where optimizer.lr is 0
     optimizer: Optimizer
     training: Training
     compute: Compute
     tracking: Tracking
+
+    def __post_init__(self) -> None:
+        choose(self.name, list(TITLES), "network")
+        if self.braid.depth not in DEPTHS:
+            raise ConfigError(f"braid.depth={self.braid.depth}: take one of {', '.join(map(str, DEPTHS))}")
+        if self.vit.hidden % self.vit.heads:
+            raise ConfigError(f"vit.hidden={self.vit.hidden} does not divide evenly among vit.heads={self.vit.heads}")
+
+    @property
+    def network(self) -> ViTConfig | ResNetConfig | None:
+        """The settings of the network; None: DenseNet121 has none."""
+        return self.vit if self.name == "vit" else self.braid if self.name == "braid" else None
 
 
 class BaselineTask(Task):
@@ -65,11 +82,7 @@ class BaselineTask(Task):
         check_query(self.schema, config)
         self.volumes = [name for name in config.given if self.schema[name].kind == "volume"]
         shape = volume_shape(self.dataset, self.volumes)
-        if min(shape) < SMALLEST:
-            raise ConfigError(
-                f"data={config.data}: volumes of {shape} voxels are too small for a DenseNet121, which halves them "
-                f"five times; pack at least {SMALLEST} voxels per axis"
-            )
+        check_shape(config, shape)
         if config.training.batch < 2 * config.training.accumulate:
             raise ConfigError(
                 f"training.batch={config.training.batch} with training.accumulate={config.training.accumulate}: batch "
@@ -91,8 +104,10 @@ class BaselineTask(Task):
         }
         self.samples, self.validation = len(self.train), len(self.others)
         torch.manual_seed(config.training.seed)  # the layers' initial weights
-        self.networks: dict[str, nn.Module] = {"baseline": Baseline(self.scalars, config.given, config.want)}
-        self.learning_rates = {"baseline": config.optimizer.lr}
+        self.networks: dict[str, nn.Module] = {
+            "baseline": Baseline(self.scalars, config.given, config.want, config.network, shape)
+        }
+        self.learning_rates = {"baseline": config.optimizer.lr or config.learning_rates[config.name]}
 
     @classmethod
     def check(cls, config: BaselineConfig) -> None:
@@ -130,7 +145,7 @@ class BaselineTask(Task):
         return {"loss": loss}
 
     def refresh(self, networks: dict[str, nn.Module], rank: int, world: int) -> None:
-        """Recompute the batch normalisation's statistics from a few batches larger than those of training.
+        """Recompute the batch normalisation's statistics, where there is any, from batches larger than training's.
 
         Running statistics are those of layers whose inputs were normalised by small batches. In evaluation they are
         not, and the error grows with every layer (Wu and Johnson 2021, "Rethinking Batch in BatchNorm", section 3).
@@ -172,11 +187,31 @@ class BaselineTask(Task):
             states["baseline"],
             given=self.config.given,
             want=self.config.want,
+            name=self.config.name,
+            settings=self.config.network,
             schema=self.schema,
             intervals=self.intervals,
             grid=self.dataset.index.grid,
             training=TrainingPeople.of(self.dataset.index, people, self.schema, rows),
             extra={"validation": metrics},
+        )
+
+
+def check_shape(config: BaselineConfig, shape: Sequence[int]) -> None:
+    """Check that a network takes volumes of ``shape``, (H, W, D).
+
+    Raises:
+        ConfigError: too few voxels for a DenseNet121, or an axis that a ViT's patches do not divide.
+    """
+    if config.name == "densenet" and min(shape) < SMALLEST:
+        raise ConfigError(
+            f"data={config.data}: volumes of {tuple(shape)} voxels are too small for a DenseNet121, which halves them "
+            f"five times; pack at least {SMALLEST} voxels per axis"
+        )
+    if config.name == "vit" and any(size % config.vit.patch for size in shape):
+        raise ConfigError(
+            f"data={config.data}: volumes of {tuple(shape)} voxels are not divided evenly by vit.patch="
+            f"{config.vit.patch}; take a patch that divides them"
         )
 
 

@@ -1,0 +1,210 @@
+"""Stage ``evaluate``: any trained models side by side on the people of one packed data set.
+
+Every model is asked every query that it takes: each scalar given everything else, the volumes, the other scalars, and
+nothing (the paper's tables 1 and 2). Beside them stand a linear reading of the same volumes, fitted to the training
+part, and predicting the mean. Models of one name are one row: the folds of a cross-validation, each asked about the
+test part of its own split.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mvhpc.config import ConfigError, Device, Sampling, Tracking, Workers, at_least, to_dict
+from mvhpc.evaluation.comparison import Comparison, draw_figures, make_tables, page, write_result
+from mvhpc.inference.linear_floor import LinearFloor
+from mvhpc.inference.methods import (
+    LINEAR,
+    MEAN,
+    Method,
+    ask,
+    linear_answers,
+    mean_answers,
+    open_methods,
+    queries_of,
+)
+from mvhpc.inference.prediction_tables import DESCRIPTION, derivative
+from mvhpc.inference.predictor import PredictConfig
+from mvhpc.inference.sampler import set_threads
+from mvhpc.inference.selection import few
+from mvhpc.records import choose_part, subjects, true_value
+from mvhpc.runs.folder import ANY_SPLIT, GENERATION, Run, identity
+from shards.dataset import Dataset, open_dataset
+from shards.files import atomic_folder, write_text
+
+RELIABLE = 20  # people, the fewest for a bootstrap
+COLUMNS = ("measure", "value")  # that the table of generation must have
+
+
+@dataclass
+class EvaluateConfig:
+    """`mvhpc evaluate`: tables and figures of several models."""
+
+    out: str  # a folder
+    runs: list[str]  # run folders
+    names: list[str]  # their rows; empty: what they are
+    data: str
+    split: str  # train | validation | test | all | auto
+    split_name: str  # which recorded split; auto: that of each model
+    samples: int  # chains per subject, for models whose U-Net predicts scalars
+    batch: int
+    seed: int
+    sampling: Sampling
+    compute: Device
+    tracking: Tracking
+
+    def __post_init__(self) -> None:
+        at_least(1, {"samples": self.samples, "batch": self.batch})
+        choose_part(self.split, auto=True)
+
+    def predictions(self) -> PredictConfig:
+        """The configuration of predictions, but for model and query."""
+        device = Workers(**to_dict(self.compute), workers=1)
+        return PredictConfig(
+            out="",
+            model="",
+            data=self.data,
+            split=self.split,
+            split_name=self.split_name,
+            given=[],
+            want=[],
+            samples=self.samples,
+            draws=0,
+            batch=self.batch,
+            seed=self.seed,
+            sampling=self.sampling,
+            compute=device,
+            tracking=self.tracking,
+        )
+
+
+def run(config: EvaluateConfig, run: Run) -> dict[str, Any]:
+    """Stage ``evaluate``: write tables (TSV, Markdown, LaTeX), figures and ``results.md`` to ``config.out``.
+
+    Returns:
+        How many people, methods and queries there are.
+
+    Raises:
+        ConfigError: no runs, a run that predicts nothing, an unknown part or split, an empty part, or data that do not
+            fit a model.
+        IntegrityError: a damaged volume, with its record.
+    """
+    set_threads(config.predictions().compute)
+    dataset = open_dataset(config.data)
+    methods = open_methods(config.runs, config.names)
+    comparison = compare(config, dataset, methods, run.folder / "answers")
+    schema = dataset.index.schema
+    results = list(
+        make_tables(comparison, read_generation(methods), lambda key, name: true_value(dataset, key, schema[name]))
+    )
+    with atomic_folder(Path(config.out)) as folder:
+        for result in results:
+            write_result(folder / "tables", result)
+        everything = comparison.table()
+        everything.to_csv(folder / "answers.tsv", sep="\t", index=False, na_rep="n/a", float_format="%.6g")
+        drawn = draw_figures(comparison, results, folder / "figures")
+        write_text(folder / "results.md", page(results, drawn, comparison.notes))
+        models = [{"run": Path(m.path).name, "method": m.name, "model": identity(m.path)} for m in methods]
+        made = derivative("Comparison of models", models=models, data=dataset.index.digest, seed=config.seed)
+        write_text(folder / DESCRIPTION, json.dumps(made, indent=1))
+    for note in comparison.notes:
+        print(f"evaluate: {note}", file=sys.stderr)
+    print(f"\n{results[0].text.text()}\n{results[0].note}\n", file=sys.stderr)
+    people = {s for a in comparison.found.values() for s in a.subjects}
+    return {"people": len(people), "methods": len(comparison.methods), "queries": len(comparison.queries)}
+
+
+def compare(config: EvaluateConfig, dataset: Dataset, methods: Sequence[Method], folder: Path) -> Comparison:
+    """Ask every method every query that it takes.
+
+    Args:
+        config: of the stage.
+        dataset: packed data.
+        methods: trained models.
+        folder: where answers are kept for the next comparison.
+    """
+    queries = queries_of(dataset.index.schema, methods)
+    own = any(m.training.recorded and m.training.data == dataset.index.digest for m in methods)
+    part = config.split if config.split != "auto" else "test" if own else "all"
+    comparison = Comparison(dataset.index.schema, [*dict.fromkeys(m.name for m in methods), LINEAR, MEAN], queries)
+    settings = config.predictions()
+    by_split: dict[str, list[Method]] = {}
+    for method in methods:
+        known = method.split if method.split in dataset.index.splits else "default"
+        by_split.setdefault(known if config.split_name == ANY_SPLIT else config.split_name, []).append(method)
+    held_out = own and part == "test"
+    sloped = [q for q in queries if q[1] and dataset.index.schema[q[0]].kind != "categorical"]
+    for split, members in by_split.items():
+        keys = subjects(dataset, part, split)
+        others = dataset.keys("validation", split) if held_out else []
+        for method in members:
+            comparison.notes += _learnt(method, dataset, keys)
+            for query in filter(method.answers, queries):
+                comparison.add(comparison.found, ask(method, settings, query, dataset, keys, folder))
+            for query in filter(method.answers, sloped if others else ()):
+                comparison.add(comparison.fitted, ask(method, settings, query, dataset, others, folder))
+        if train := dataset.keys("train", split) if held_out else []:
+            print(f"{LINEAR}: fitting to {len(train)} visits", file=sys.stderr)
+            floor = LinearFloor(dataset, train)
+            for answers in linear_answers(floor, queries, keys):
+                comparison.add(comparison.found, answers)
+            for answers in linear_answers(floor, sloped, others) if others else ():
+                comparison.add(comparison.fitted, answers)
+        for answers in mean_answers(members, dataset, queries, keys):
+            comparison.add(comparison.found, answers)
+    comparison.notes.insert(0, _people(comparison, dataset, part, list(by_split)))
+    if (people := len({s for a in comparison.found.values() for s in a.subjects})) < RELIABLE:
+        comparison.notes.append(
+            f"warning: {people} people; bootstrap intervals of fewer than {RELIABLE} are too narrow"
+        )
+    if not held_out:
+        comparison.notes.append(
+            f"no {LINEAR}, and no correction of slopes: these are fitted to the training and validation part of the "
+            "data that the models were trained on, and other people are evaluated here"
+        )
+    return comparison
+
+
+def _people(comparison: Comparison, dataset: Dataset, part: str, splits: Sequence[str]) -> str:
+    frames = [a.frame for a in comparison.found.values()]
+    keys = {key for frame in frames for key in frame["key"]}
+    people = {subject for frame in frames for subject in frame["subject"]}
+    of = f"{'split' if len(splits) == 1 else 'splits'} {', '.join(splits)}"
+    return f"{len(people)} people with {len(keys)} visits, the {part} part of the {of} of {dataset.folder.name}"
+
+
+def _learnt(method: Method, dataset: Dataset, keys: Sequence[str]) -> list[str]:
+    """A warning where a model learnt from people whom it is asked about."""
+    learnt = method.training.learnt(dataset.index)
+    known = [key for key in keys if key in learnt]
+    if not method.training.recorded:
+        return [f"warning: {method.name} does not say from whom it learnt, so some of these people may be among them"]
+    if not known:
+        return []
+    return [
+        f"warning: {method.name} learnt from {len(known)} of these {len(keys)} visits ({few(known)}): its scores look "
+        "better than those of new people"
+    ]
+
+
+def read_generation(methods: Sequence[Method]) -> dict[str, pd.DataFrame]:
+    """By row, what ``generation.tsv`` in a run folder says of volumes that its model has drawn.
+
+    Raises:
+        ConfigError: a table without the columns ``measure`` and ``value``.
+    """
+    found = {}
+    for method in methods:
+        path = Path(method.path) / GENERATION
+        if not path.is_file():
+            continue
+        frame = pd.read_csv(path, sep="\t", na_values=["n/a"])
+        if lacking := [name for name in COLUMNS if name not in frame]:
+            raise ConfigError(f"{path}: no column {' and no column '.join(lacking)}; it needs {' and '.join(COLUMNS)}")
+        found[method.name] = frame
+    return found
