@@ -1,6 +1,7 @@
 """The predictor of a configuration, by the kind of its model."""
 
 from mvhpc.inference.baseline_predictor import BaselinePredictor
+from mvhpc.inference.groups import GroupedPredictor
 from mvhpc.inference.predictor import PredictConfig, Predictor
 from mvhpc.inference.scalars_predictor import ScalarsPredictor
 from mvhpc.models.bundle import BaselineModel, JointModel, load
@@ -9,7 +10,7 @@ from mvhpc.models.scalar_bundle import ScalarsModel
 from mvhpc.runtime.devices import resolve_device
 
 
-def open_predictor(config: PredictConfig) -> Predictor | BaselinePredictor | ScalarsPredictor:
+def open_predictor(config: PredictConfig) -> GroupedPredictor:
     """Load the model of ``config`` and make it ready for its query.
 
     Raises:
