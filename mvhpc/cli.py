@@ -126,7 +126,7 @@ def _run(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from mvhpc.export import export
 
-    print(f"step {export(Path(options.source), Path(options.out))} written to {options.out}")
+    print(f"{export(Path(options.source), Path(options.out))} is written to {options.out}")
     return 0
 
 
