@@ -18,7 +18,7 @@ from mvhpc.inference.generate import GenerateConfig, draw_people
 from mvhpc.inference.open_predictor import open_predictor
 from mvhpc.inference.predictor import PredictConfig
 from mvhpc.inference.sampler import Sampler, parse_given
-from mvhpc.models.bundle import JointModel, load_model_of_scalars
+from mvhpc.models.bundle import BaselineModel, JointModel, load_model_of_scalars
 from mvhpc.models.bundle import load as load_model
 from mvhpc.models.model_folder import ModelError
 from mvhpc.models.scalar_bundle import ScalarsModel
@@ -32,7 +32,8 @@ SUBJECT = "sub-scan"
 
 @dataclass(frozen=True)
 class Model:
-    """A trained model: of scalars, which answers questions about people, or joint, which draws synthetic ones too.
+    """A trained model: of scalars, which answers questions about people, or joint, which draws synthetic ones too; or a
+    baseline, which answers one query about people of a packed data set.
 
     Attributes:
         path: its run folder.
@@ -144,7 +145,7 @@ class Model:
 
 
 def load(path: str | Path, device: str = "auto") -> Model:
-    """Open a model of scalars or a joint model.
+    """Open a model of scalars, a joint model or a baseline.
 
     Args:
         path: its run folder, or the ``model`` folder in it.
@@ -154,6 +155,6 @@ def load(path: str | Path, device: str = "auto") -> Model:
         ModelError: no such model, one of another kind, or a damaged one.
     """
     model = load_model(path, resolve_device(device))
-    if not isinstance(model, ScalarsModel | JointModel):
-        raise ModelError(f"{path}: give the run folder of stage scalars or joint")
+    if not isinstance(model, ScalarsModel | JointModel | BaselineModel):
+        raise ModelError(f"{path}: give the run folder of stage scalars or joint, or of a baseline")
     return Model(str(path), device, model.schema)

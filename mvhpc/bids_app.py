@@ -28,6 +28,7 @@ from mvhpc.inference.scalar_inputs import read_inputs
 from mvhpc.inference.scalars_predictor import ScalarsPredictor
 from mvhpc.inference.selection import Selection
 from mvhpc.models.bundle import load_model_of_scalars
+from mvhpc.models.known_answer import check_known_answer
 from mvhpc.models.scalar_bundle import ScalarsModel
 from mvhpc.models.scalar_stack import StackPosterior
 from mvhpc.runs.folder import identity
@@ -106,6 +107,7 @@ def predict_scans(request: Request, model: ScalarsModel | None = None) -> tuple[
         DataError: a source that cannot be read, or a missing package.
     """
     model = model or load_model_of_scalars(request.model, resolve_device(request.device))
+    check_known_answer(request.model, model)
     given = list(request.given) or [v.name for v in model.variables.volumes]
     want = list(request.want) or [v.name for v in model.variables.scalars if v.name not in given]
     check_query(model.schema, given, want)

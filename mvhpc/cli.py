@@ -96,7 +96,7 @@ def _stage(stage: Stage, options: argparse.Namespace) -> int:
 def _left(stage: Stage, out: Path) -> str:
     """What is left of an interrupted stage."""
     if not stage.trains:
-        return "the same command begins anew"
+        return "the same command continues" if stage.resumes else "the same command begins anew"
     from mvhpc.checkpoints.manifest import resumption
 
     return resumption(out)
@@ -126,7 +126,7 @@ def _run(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from mvhpc.export import export
 
-    print(f"step {export(Path(options.source), Path(options.out))} written to {options.out}")
+    print(f"{export(Path(options.source), Path(options.out))} is written to {options.out}")
     return 0
 
 

@@ -27,6 +27,7 @@ class Stage:
         task: ``module:class`` of a :class:`mvhpc.training.task.Task`, for a stage that trains; else empty. The output
             folder of such a stage is its run folder, and it resumes from checkpoints.
         uses_nodes: whether it can run on several nodes.
+        resumes: whether it continues where it was interrupted, though it trains nothing.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Stage:
     files: str = ""
     task: str = ""
     uses_nodes: bool = False
+    resumes: bool = False
 
     @property
     def trains(self) -> bool:
@@ -188,6 +190,7 @@ STAGES: dict[str, Stage] = {
                 "out": "TSV file to write, one row per subject",
             },
             uses_nodes=True,
+            resumes=True,
         ),
         Stage(
             "evaluate",

@@ -172,18 +172,18 @@ def test_a_checkpoint_exports_to_what_training_wrote(trained: tuple[Path, dict[s
     """A finished run that is started again returns the same at once."""
     folder, summary = trained
     checkpoint = folder / "checkpoints" / f"step-{int(summary['best_step']):08d}"
-    assert main(["export", str(checkpoint), "--out", str(tmp_path / "model")]) == 0
+    assert main(["export", str(checkpoint), str(tmp_path / "export")]) == 0
     files = {path.name: path.read_bytes() for path in (folder / "model").iterdir()}
-    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == files
+    assert {path.name: path.read_bytes() for path in (tmp_path / "export" / "model").iterdir()} == files
     settings = load_config(BaselineConfig, "baseline", str(folder / "config.yaml"))
     assert train(BaselineTask(settings), settings, folder) == summary
     assert isinstance(load(folder), BaselineModel)
     with pytest.raises(ModelError, match="of the kind baseline;"):
         load(folder, kind=JointModel)
-    weights = next((tmp_path / "model").glob("*.safetensors"))
+    weights = next((tmp_path / "export" / "model").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(ModelError, match=weights.name):
-        load(tmp_path / "model")
+        load(tmp_path / "export")
 
 
 def test_a_category_is_answered_by_chances(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

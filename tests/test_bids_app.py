@@ -17,6 +17,7 @@ from shards.pack import pack
 from shards.phantom.make import make_phantoms
 from shards.preprocess.recipe import Recipe
 from shards.preprocess.run import preprocess
+from tests.test_bundle import start_bundle
 
 pytest.importorskip("ants")
 pytest.importorskip("nilearn")
@@ -141,6 +142,19 @@ def test_single_scans_from_python_have_the_same_answers(home: Path, results: Pat
     assert again["age"] is not None and again["age"] != other["age"]
     with pytest.raises(ValueError, match="need their affine"):
         model.predict(image.get_fdata())
+
+
+@pytest.mark.slow
+def test_monai_starts_the_exported_model_on_a_raw_scan(home: Path, results: Path, tmp_path: Path) -> None:
+    """With the recipe of the preprocessing, from another folder than the bundle's."""
+    assert mvhpc_main(["export", str(home / "scalars"), str(tmp_path / "bundle")]) == 0
+    scan = next((home / "raw" / "sub-0001" / "anat").glob("*.nii.gz"))
+    start_bundle(tmp_path / "bundle", "--scan", str(scan), "--output", str(tmp_path / "answer.json"))
+    answer = json.loads((tmp_path / "answer.json").read_text())
+    expected = table(results / "predictions.tsv").loc["sub-0001"]
+    assert answer["age"] == pytest.approx(expected["age"], rel=1e-4) and answer["flag"] == expected["flag"]
+    recipe = json.loads((tmp_path / "bundle" / "configs" / "recipe.json").read_text())
+    assert Recipe.from_dict(recipe) == RECIPE
 
 
 def test_an_unknown_participant_is_refused(home: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:

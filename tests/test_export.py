@@ -65,11 +65,11 @@ def test_the_model_of_a_checkpoint_is_what_training_exported(
     for stage, summary in runs.items():
         run, step = tmp_path / stage, int(summary["best_step"])
         checkpoint = run / "checkpoints" / f"step-{step:08d}"
-        assert main(["export", str(checkpoint), "--out", str(tmp_path / f"{stage}-model")]) == 0
-        assert f"step {step} written" in capsys.readouterr().out
+        assert main(["export", str(checkpoint), str(tmp_path / f"{stage}-model")]) == 0
+        assert f"the model of step {step} is written" in capsys.readouterr().out
         best = [name for name in networks[stage] if step == best_step(run, SCORES[name])]
         assert best, "the step is the best of some network"
-        ours, theirs = content(tmp_path / f"{stage}-model"), content(run / "model")
+        ours, theirs = content(tmp_path / f"{stage}-model" / "model"), content(run / "model")
         if best == networks[stage]:
             assert ours == theirs
         if stage == "joint":
@@ -78,8 +78,9 @@ def test_the_model_of_a_checkpoint_is_what_training_exported(
             assert len(known.names) == len([*data.keys("train"), *data.keys("validation")]) == len(known.scans)
         for name in best:
             assert {file for file in ours if file.startswith(name)} == {f for f in theirs if f.startswith(name)}
-        assert main(["export", str(run), "--out", str(tmp_path / f"{stage}-last")]) == 0
-        assert main(["export", str(run), "--out", str(tmp_path / f"{stage}-last")]) == 1
+        assert main(["export", str(run), str(tmp_path / f"{stage}-best")]) == 0
+        assert content(tmp_path / f"{stage}-best" / "model") == theirs
+        assert main(["export", str(run), str(tmp_path / f"{stage}-best")]) == 1
         assert "exists already" in capsys.readouterr().err
     spelt = {**places, "latents": f"{tiny_latents.parent}/../{tiny_latents.parent.name}/{tiny_latents.name}"}
     again = load_config(JointConfig, "joint", "default", [*SHORT, "ema=0.9"], {**SMALL_JOINT, **spelt})
@@ -91,7 +92,8 @@ def test_the_model_of_a_checkpoint_is_what_training_exported(
         execute(plan("joint", other))
     assert config.read_text() == trained and read_record(tmp_path / "joint")["status"] == "finished"
     config.write_text(to_yaml(other))
-    assert main(["export", str(tmp_path / "joint"), "--out", str(tmp_path / "other")]) == 2
+    newest = max((tmp_path / "joint" / "checkpoints").glob("step-*"))
+    assert main(["export", str(newest), str(tmp_path / "other")]) == 2
     assert "trained with scaling=sd, not range" in capsys.readouterr().err
-    assert main(["export", str(tiny_latents), "--out", str(tmp_path / "nothing")]) == 2
-    assert "neither a checkpoint" in capsys.readouterr().err
+    assert main(["export", str(tiny_latents), str(tmp_path / "nothing")]) == 2
+    assert "no model there, no checkpoint" in capsys.readouterr().err

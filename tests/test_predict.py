@@ -1,21 +1,31 @@
 """Predictions do not depend on how they were computed, and every bad query is refused with its reason."""
 
 import json
+import os
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 from scipy import stats
 
 from mvhpc.config import ConfigError, load_config
 from mvhpc.evaluation.tables import constant_predictions, read_predictions, scoreboard
 from mvhpc.inference import predict
+from mvhpc.inference.answers import Answered
 from mvhpc.inference.open_predictor import open_predictor
+from mvhpc.inference.parquet import read_rows
 from mvhpc.inference.predictor import PredictConfig
+from mvhpc.inference.ray_pool import Pool
+from mvhpc.inference.rows import ROWS
+from mvhpc.inference.scalars_predictor import ScalarsPredictor
 from mvhpc.runs.folder import Run
+from mvhpc.runtime.ray_cluster import ray_session
 from shards.dataset import open_dataset
 from shards.schema import Schema
 
@@ -77,22 +87,27 @@ def test_mean_and_sd_are_those_of_the_chains(tiny_early, tiny_dataset, tmp_path)
     assert len(set(inside)) == len(inside) > 6
 
 
-def test_rows_do_not_depend_on_the_batch(tiny_early, tiny_dataset, tmp_path) -> None:
-    tables = []
-    for batch in (1, 5, 12):
-        config = configuration(
-            tiny_early, tiny_dataset, tmp_path / f"{batch}.tsv", given=["image", "age"], want=["sex"], batch=batch
-        )
-        answer(config, tmp_path / "run")
-        both = configuration(
-            tiny_early, tiny_dataset, tmp_path / f"age{batch}.tsv", given=["sex"], want=["age"], batch=batch
-        )
-        answer(both, tmp_path / "run")
-        tables.append((read_predictions(config.out)[0], read_predictions(both.out)[0]))
-    for sex, age in tables[1:]:
-        assert sex.equals(tables[0][0])
-        columns = ["age", "age_sd", "age_q05", "age_q50", "age_q95"]
-        assert age[columns].to_numpy(float) == pytest.approx(tables[0][1][columns].to_numpy(float), rel=1e-4)
+def content(out: str | Path) -> list[bytes]:
+    """The bytes of a table and of its rows in full precision."""
+    return [Path(out).with_suffix(end).read_bytes() for end in (".tsv", ".parquet")]
+
+
+@pytest.mark.parametrize(("given", "want"), [(["image", "age"], "sex"), (["sex"], "age")])
+def test_no_bit_of_a_row_depends_on_the_batch_the_order_or_the_threads(
+    tiny_early, tiny_dataset, tmp_path, given, want
+) -> None:
+    config = configuration(tiny_early, tiny_dataset, tmp_path / "a.tsv", given=given, want=[want])
+    answer(config, tmp_path / "run")
+    first = content(config.out)
+    for values in ({"batch": 1}, {"batch": 5, "compute.threads": 3}):
+        again = configuration(tiny_early, tiny_dataset, tmp_path / "b.tsv", given=given, want=[want], **values)
+        answer(again, tmp_path / "run")
+        assert content(again.out) == first
+    predictor = open_predictor(config)
+    rows = {row["key"]: row for row in read_rows(tmp_path / "a.parquet")}
+    keys = predictor.dataset.keys()
+    for some in (keys[::-1], keys[3:5], keys[:1]):
+        assert predictor(some) == [rows[key] for key in some]
 
 
 EXACT = {"sampling.conditioning": "auto"}
@@ -136,6 +151,79 @@ def test_a_model_calibrated_on_few_says_so(tiny_model, tiny_dataset, tmp_path, c
         assert ("do not rely on its intervals" in capsys.readouterr().err) == (people < 20)
 
 
+def copy_of(data: Path, folder: Path) -> Path:
+    """A copy of a packed data set, to be damaged."""
+    return Path(shutil.copytree(data, folder))
+
+
+def damage(data: Path, key: str) -> None:
+    """Change a voxel of a packed volume."""
+    stored = zarr.open_group(data / "data.zarr", mode="r+")["image"]
+    place = open_dataset(data).record(key).offsets["image"]
+    stored[place, 8, 8, 8] = 0.5 - float(stored[place, 8, 8, 8])
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_early"])
+def test_a_subject_that_fails_is_reported_and_stops_nobody(request, model, tiny_dataset, tmp_path, capsys) -> None:
+    data = copy_of(tiny_dataset, tmp_path / "packed")
+    values = {"given": ["image"], "want": ["age"], **(EXACT if model == "tiny_model" else {})}
+    config = configuration(request.getfixturevalue(model), data, tmp_path / "a.tsv", **values)
+    answer(config, tmp_path / "run")
+    before = {row["key"]: row for row in read_rows(tmp_path / "a.parquet")}
+    damage(data, "sub-05")
+    summary, lines = answer(config, tmp_path / "run")
+    after = {row["key"]: row for row in read_rows(tmp_path / "a.parquet")}
+    assert list(after) == list(before) == [line[0] for line in lines[1:]]
+    failed = after.pop("sub-05")
+    assert failed["flag"].startswith("failed: ") and "sub-05 image is damaged" in failed["flag"]
+    assert {failed[name] for name in failed.keys() - {"key", "subject", "flag"}} == {None}
+    assert after == {key: row for key, row in before.items() if key != "sub-05"}
+    assert summary["failed"] == 1 and summary["answered"] == 11
+    assert "1 of 12 failed: sub-05" in capsys.readouterr().err
+    _, description = read_predictions(config.out)
+    assert failed["flag"] in {group["reason"] for group in description["answered"]["left_out"]}
+
+
+def test_an_interrupted_query_continues_and_another_one_begins_anew(
+    tiny_model, tiny_dataset, tmp_path, monkeypatch
+) -> None:
+    query = {"given": ["image"], "want": ["age", "sex"], "draws": 3, **EXACT}
+    config = configuration(tiny_model, tiny_dataset, tmp_path / "a.tsv", **query)
+    answer(config, tmp_path / "whole")
+    first = content(config.out)
+    answered: list[str] = []
+    own = ScalarsPredictor.answer
+
+    def spy(self: Any, keys: Any, inputs: Any) -> Any:
+        if len(answered) == limit:
+            raise KeyboardInterrupt
+        answered.extend(keys)
+        return own(self, keys, inputs)
+
+    monkeypatch.setattr(ScalarsPredictor, "answer", spy)
+    monkeypatch.setattr("mvhpc.inference.row_store.EVERY_S", 0.0)
+    monkeypatch.setattr("mvhpc.inference.row_store.SHARE", 0.0)
+    again = configuration(tiny_model, tiny_dataset, tmp_path / "b.tsv", **query)
+    limit = 4
+    with pytest.raises(KeyboardInterrupt):
+        answer(again, tmp_path / "run")
+    live = (tmp_path / "run" / ROWS / "rows.tsv").read_text().splitlines()
+    assert [line.split("\t")[0] for line in live] == ["participant_id", *answered[: len(live) - 1]]
+    assert len(live) > 1
+    answered, limit = [], 99
+    answer(again, tmp_path / "run")
+    assert content(again.out) == first and len(answered) == 12 - (len(live) - 1)
+    assert not (tmp_path / "run" / ROWS).exists()
+    limit = 4
+    answered = []
+    with pytest.raises(KeyboardInterrupt):
+        answer(again, tmp_path / "run")
+    other = configuration(tiny_model, tiny_dataset, tmp_path / "b.tsv", **query | {"draws": 2})
+    answered, limit = [], 99
+    answer(other, tmp_path / "run")
+    assert len(answered) == 12 and len(read_rows(tmp_path / "b.parquet")[0]["draws"]["age"]) == 2
+
+
 @pytest.mark.slow
 def test_two_workers_write_what_one_writes(tiny_model, tiny_dataset, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tiny_dataset.parent)  # workers read relative paths from where the driver is
@@ -153,8 +241,37 @@ def test_two_workers_write_what_one_writes(tiny_model, tiny_dataset, tmp_path, m
             **{"compute.workers": workers, "compute.threads": 1},
         )
         answer(config, tmp_path / "run")
-        written.append([Path(config.out).with_suffix(end).read_bytes() for end in (".tsv", ".draws.tsv")])
+        written.append([*content(config.out), Path(config.out).with_suffix(".draws.tsv").read_bytes()])
     assert written[0] == written[1]
+
+
+class Mortal:
+    """A worker that is killed at some subjects: at ``once`` the first time, at ``always`` every time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def ready(self) -> None: ...
+
+    def answer(self, keys: list[str]) -> Iterator[Answered]:
+        for part in (keys[i : i + 2] for i in range(0, len(keys), 2)):
+            if "always" in part or ("once" in part and not (self.folder / "once").exists()):
+                (self.folder / part[0]).touch()
+                (self.folder / "once").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield Answered([{"key": key, "length": len(key)} for key in part])
+
+
+@pytest.mark.slow
+def test_subjects_of_workers_that_die_are_answered_once_and_one_that_kills_them_has_failed(tmp_path) -> None:
+    import ray
+
+    keys = [*(f"sub-{i:02d}" for i in range(9)), "once", *(f"sub-{i:02d}" for i in range(9, 18)), "always", "sub-18"]
+    with ray_session(2, tmp_path):
+        start = ray.remote(Mortal).options(num_cpus=1, max_restarts=0).remote
+        found = list(Pool(lambda: start(tmp_path), 2, 2).answer([keys[i : i + 7] for i in range(0, len(keys), 7)]))
+    assert sorted(row["key"] for one in found for row in one.rows) == sorted({*keys} - {"always"})
+    assert [one.failed for one in found if one.failed] == [{"always": "its worker died 3 times"}]
 
 
 @pytest.mark.parametrize(

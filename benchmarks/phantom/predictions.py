@@ -104,9 +104,9 @@ def densenet(root: Path, keys: Sequence[str], want: str, given: Sequence[str], b
     predicted = torch.cat([predictor.predict(*part) for part in people])
     seconds = (time.monotonic() - start) / len(keys)
     with FlopCounterMode(display=False) as counter:
-        predictor.predict(*predictor.inputs(keys[:1]))
+        predictor.predict(*predictor.inputs(keys[: predictor.group]))
     point = predicted.numpy() if want == "age" else predicted[:, 1].numpy()
-    return Prediction(point, calls=1, flops=counter.get_total_flops(), seconds=seconds)
+    return Prediction(point, calls=1, flops=counter.get_total_flops() // predictor.group, seconds=seconds)
 
 
 def ours(

@@ -4,13 +4,13 @@ One row per subject. A wanted number has its mean, SD and quantiles, a category 
 most probable one; where the true number is recorded, the CRPS of the predicted distribution too. From chains these are
 estimates: intervals cover as often as they say if the chains are exact; a category has the classes' frequencies and
 the most frequent (the paper's majority vote, section 4.2). A baseline takes the one query it was trained for, and
-predicts a number alone or class probabilities. Noise is a function of (seed, key, chain), so a row does not depend on
-the batch or the worker.
+predicts a number alone or class probabilities. Noise is a function of (seed, key, chain), and network calls have one
+size (:mod:`mvhpc.inference.groups`), so that no bit of a row depends on the batch, the order or the worker. An
+interrupted query continues from the rows on disk.
 """
 
+import shutil
 import sys
-import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,40 +22,41 @@ from mvhpc.evaluation.against_mean import compare
 from mvhpc.evaluation.figures import predicted_against_true
 from mvhpc.evaluation.tables import coverage, label, read_predictions, score
 from mvhpc.inference.open_predictor import open_predictor
-from mvhpc.inference.prediction_tables import Row, without_answer, write_predictions
+from mvhpc.inference.parquet import write_parquet
+from mvhpc.inference.prediction_tables import without_answer, write_predictions
 from mvhpc.inference.predictor import PredictConfig
-from mvhpc.inference.ray_pool import map_batches
-from mvhpc.inference.sampler import set_threads, versions
+from mvhpc.inference.rows import ROWS, answer_everybody
+from mvhpc.inference.sampler import versions
 from mvhpc.inference.scalars_predictor import ScalarsPredictor
 from mvhpc.inference.selection import Selection
 from mvhpc.models.training_people import TrainingPeople
 from mvhpc.runs.folder import Run, identity
-from shards.progress import Progress
 from shards.schema import Variable
 
 RELIABLE = 20  # held-out people, the fewest for calibration
 
 
 def run(config: PredictConfig, run: Run) -> dict[str, Any]:
-    """Stage ``predict``: write ``config.out`` (TSV) and its description (JSON beside it).
+    """Stage ``predict``: write ``config.out`` (TSV), its description (JSON) and its rows in full precision (Parquet).
 
-    With several workers Ray Data distributes the batches; the rows are the same.
+    With several workers there is a Ray actor per device; the rows are the same. While the query is being answered, its
+    rows are in ``rows`` in the run folder. A subject that fails has a row without answers and with the reason.
 
     Returns:
         For each wanted variable the mean absolute error or accuracy with its 95 % interval; for a number with a
         predicted distribution also the coverage of its 90 % interval and the mean CRPS; the same score of predicting
-        the mean or the most frequent class, and the gain over it; how many were answered and left out; and subjects per
-        second.
+        the mean or the most frequent class, and the gain over it; how many were answered, left out and failed; and
+        subjects per second.
 
     Raises:
-        ConfigError: a query that the model does not take, data on another grid, or an empty part.
+        ConfigError: a query that the model does not take, data on another grid, an empty part, or nobody could be
+            answered.
     """
     out = Path(config.out)
     if out.suffix != ".tsv":
         raise ConfigError(f"out={config.out}: predictions are a table, name it with .tsv")
     if out.is_dir():
         raise ConfigError(f"out={config.out} is a folder; name a TSV file")
-    set_threads(config.compute)
     predictor = open_predictor(config)
     dataset, schema = predictor.dataset, predictor.schema
     selection = Selection.of(dataset, config.split, config.split_name, predictor.training)
@@ -70,27 +71,10 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
             file=sys.stderr,
         )
     selection.warn(query)
-    batches = [keys[i : i + config.batch] for i in range(0, len(keys), config.batch)]
-    start = time.monotonic()
-    predictions: Iterable[list[Row]]
-    if config.compute.workers > 1:
-        predictions = map_batches(config, batches, run.folder / "logs")
-    else:
-        predictions = map(predictor, batches)
-    rows: dict[str, Row] = {}
-    with Progress(query, len(keys), "subject") as bar:
-        for predicted in predictions:
-            rows |= {str(row["key"]): row for row in predicted}
-            bar.update(len(predicted))
-    seconds = time.monotonic() - start
-    unanswered = without_answer(rows.values(), config.want)
-    print(f"{query}: {selection.words(unanswered)}", file=sys.stderr)
-
     description = {
         "given": config.given,
         "want": config.want,
         "part": part,
-        "answered": selection.describe(unanswered),
         "warnings": selection.warnings,
         "split": config.split_name,
         "model": identity(config.model),
@@ -100,15 +84,23 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
         "seed": config.seed if config.draws or predictor.facts["samples"] else None,
         "versions": versions(networks=not isinstance(predictor, ScalarsPredictor)),
     }
+    rows, failed, rate = answer_everybody(config, predictor, keys, query, description, run)
+    unanswered = without_answer(rows.values(), config.want)
+    print(f"{query}: {selection.words(unanswered)}", file=sys.stderr)
+    description["answered"] = selection.describe(unanswered)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_predictions(out, [rows[key] for key in keys], schema, description)
+    table = [rows[key] for key in keys]
+    write_parquet(out.with_suffix(".parquet"), table, schema, config.want)
+    write_predictions(out, table, schema, description)
+    shutil.rmtree(run.folder / ROWS)
 
     summary: dict[str, Any] = {
         "subjects": len(keys),
         "answered": len(keys) - len(unanswered),
         "left_out": sum(map(len, selection.left_out.values())) + len(unanswered),
+        "failed": len(failed),
         "network_calls": calls,
-        "system/samples_per_second": len(keys) / seconds,
+        "system/samples_per_second": rate,
     }
     frame, _ = read_predictions(out)
     for name in config.want:

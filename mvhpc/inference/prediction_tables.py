@@ -1,7 +1,7 @@
 """Rows of predictions, and the BIDS derivative that they are written to."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def write_predictions(path: Path, rows: Sequence[Row], schema: Schema, descripti
             others are described.
     """
     drawn, want = path.with_suffix(".draws.tsv"), list(description["want"])
-    columns = [*IDS, *(name for name in rows[0] if name not in ("key", "subject", "draws"))]
+    columns = _columns(rows[0])
     used = [*description["given"], *want]
     facts = {key: value for key, value in description.items() if value is not None}
     variables = {name: spec for name, spec in schema.to_dict().items() if name in used}
@@ -47,11 +47,31 @@ def write_predictions(path: Path, rows: Sequence[Row], schema: Schema, descripti
     if "draws" in rows[0]:
         names = list(rows[0]["draws"])
         write_text(sidecar(drawn), json.dumps(describe_draws(schema, names), indent=1))
-        draws = ((*_ids(row), i, *values) for row in rows for i, values in enumerate(zip(*row["draws"].values())))
+        draws = ((*ids(row), i, *values) for row in rows for i, values in enumerate(zip(*row["draws"].values())))
         write_rows(drawn, [*IDS, "draw", *names], draws)
     if not (path.parent / DESCRIPTION).exists():
         write_text(path.parent / DESCRIPTION, json.dumps(derivative("Predictions from brain scans"), indent=1))
-    write_rows(path, columns, ([*_ids(row), *(row[name] for name in columns[len(IDS) :])] for row in rows))
+    with atomic_file(path) as part, part.open("w") as stream:
+        stream.writelines(tsv_lines(rows))
+
+
+def ids(row: Row) -> tuple[str, str | None]:
+    """``participant_id`` and ``session_id``; None without sessions."""
+    subject = subject_of(row["key"])
+    return subject, row["key"][len(subject) + 1 :] or None
+
+
+def tsv_lines(rows: Sequence[Row], header: bool = True) -> Iterator[str]:
+    """The lines of a table of predictions; rows have the same columns, at least one."""
+    columns = _columns(rows[0])
+    if header:
+        yield "\t".join(columns) + "\n"
+    for row in rows:
+        yield "\t".join(map(_cell, [*ids(row), *(row[name] for name in columns[len(IDS) :])])) + "\n"
+
+
+def _columns(row: Row) -> list[str]:
+    return [*IDS, *(name for name in row if name not in ("key", "subject", "draws"))]
 
 
 def derivative(name: str, **made: Any) -> dict[str, Any]:
@@ -69,7 +89,7 @@ def files(config: Any) -> list[Path]:
     """The files of the predictions of a configuration: the table and what lies beside it."""
     path = Path(config.out)
     drawn = path.with_suffix(".draws.tsv")
-    return [path, sidecar(path), drawn, sidecar(drawn)]
+    return [path, sidecar(path), path.with_suffix(".parquet"), drawn, sidecar(drawn)]
 
 
 def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -82,12 +102,6 @@ def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
 def without_answer(rows: Iterable[Row], want: Sequence[str]) -> dict[str, str]:
     """Key -> reason, of the rows without any answer."""
     return {row["key"]: row["flag"] for row in rows if all(row[name] is None for name in want)}
-
-
-def _ids(row: Row) -> tuple[str, str | None]:
-    """``participant_id`` and ``session_id``; None without sessions."""
-    subject = subject_of(row["key"])
-    return subject, row["key"][len(subject) + 1 :] or None
 
 
 def _cell(value: float | str | None) -> str:

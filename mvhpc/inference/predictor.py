@@ -1,5 +1,6 @@
 """Predictions for the subjects of a data set by a joint model whose U-Net predicts scalars: from chains."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,10 +13,11 @@ from mvhpc.diffusion.joint import Batch
 from mvhpc.evaluation import ensembles
 from mvhpc.evaluation.tables import subject_of
 from mvhpc.inference.flags import row_flag
+from mvhpc.inference.groups import GroupedPredictor, group_size, take_rows
 from mvhpc.inference.law_cells import decode_draws
 from mvhpc.inference.prediction_columns import QUANTILES
 from mvhpc.inference.prediction_tables import Row, class_cells
-from mvhpc.inference.sampler import Sampler, read_given
+from mvhpc.inference.sampler import Sampler, Voxels, encode_given, read_voxels
 from mvhpc.models.bundle import JointModel
 from mvhpc.models.training_people import TrainingPeople
 from mvhpc.records import check_data, check_names, scalar_values, true_value
@@ -23,6 +25,8 @@ from mvhpc.runtime.randomness import generator
 from mvhpc.variables import Categorical, Continuous
 from shards.dataset import open_dataset
 from shards.schema import Schema
+
+WIDTH = 64  # voxels of a volume that a U-Net needs as much memory for as for a voxel of its latent
 
 
 @dataclass
@@ -38,7 +42,7 @@ class PredictConfig:
     want: list[str]
     samples: int  # chains per subject, for models whose U-Net predicts scalars
     draws: int  # joint draws per subject of a model of scalars, into NAME.draws.tsv
-    batch: int
+    batch: int  # subjects that a worker takes at a time
     seed: int
     sampling: Sampling
     compute: Workers
@@ -68,7 +72,7 @@ def check_query(schema: Schema, given: Sequence[str], want: Sequence[str]) -> No
             )
 
 
-class Predictor:
+class Predictor(GroupedPredictor):
     """Answers one query about any subjects of one data set by a joint model.
 
     A given variable that a subject lacks is unknown for this subject.
@@ -77,13 +81,6 @@ class Predictor:
         config: data, query and sampling.
         model: a joint model on the device to use; it is the predictor's from now on, see
             :class:`~mvhpc.inference.sampler.Sampler`.
-
-    Attributes:
-        dataset, schema: of the data; of the model.
-        training: from whom the model learnt.
-        method: how predictions are made: clean or repaint.
-        calls: network calls per subject.
-        facts: how predictions were made, for the description of their table.
 
     Raises:
         ConfigError: a query that the model does not take, or data on another grid.
@@ -101,19 +98,25 @@ class Predictor:
         self.model, self.dataset, self.schema = model, open_dataset(config.data), model.schema
         check_query(self.schema, self.given, self.want)
         check_data(model.grid, self.schema, self.dataset, self.given, self.want)
+        latents = sum(math.prod(v.shape[1:]) for v in model.variables.volumes)
+        self.group = group_size(self.sampler.device, WIDTH * latents * config.samples)
         self.calls = self.sampler.calls(self.given, self.want) * config.samples
         self.facts = {"samples": config.samples, "sampling": to_dict(self.sampler.sampling)}
         self.training = TrainingPeople.read(model.meta)
         self.learnt = self.training.learnt(self.dataset.index)
 
-    @torch.inference_mode()
-    def __call__(self, keys: Sequence[str]) -> list[Row]:
-        """Predictions, one row per subject, in order.
+    def read(self, keys: Sequence[str]) -> Voxels:
+        """The given volumes.
 
         Raises:
             IntegrityError: a damaged volume, with its record.
         """
-        given, present = read_given(self.sampler, self.dataset, keys, self.given)
+        return read_voxels(self.dataset, keys, self.schema, self.given)
+
+    @torch.inference_mode()
+    def answer(self, keys: Sequence[str], inputs: Voxels) -> list[Row]:
+        """Predictions, one row per subject, in order."""
+        given, present = encode_given(self.sampler, self.dataset, keys, self.given, inputs)
         cells = self._chains(keys, given, present)
         rows: list[Row] = []
         for i, key in enumerate(keys):
@@ -130,12 +133,14 @@ class Predictor:
     def _chains(self, keys: Sequence[str], given: Batch, present: Batch) -> dict[str, list[Row]]:
         """Cells from chains, by wanted variable, one row per subject."""
         n = self.config.samples
+        full, (given, present) = _repeat_last(keys, self.group), take_rows((given, present), 0, self.group)
         drawn = self.sampler(
             {name: value.repeat_interleave(n, 0) for name, value in given.items()},
-            [generator(self.config.seed, "predict", key, chain) for key in keys for chain in range(n)],
+            [generator(self.config.seed, "predict", key, chain) for key in full for chain in range(n)],
             {name: there.repeat_interleave(n) for name, there in present.items()},
             want=self.want,
         )
+        drawn = {name: x[: len(keys) * n] for name, x in drawn.items()}
         rows: dict[str, list[Row]] = {}
         for name in self.want:
             variable, chains = (
@@ -164,3 +169,7 @@ class Predictor:
         columns |= {f"{name}_q{q:02d}": points[:, i].tolist() for i, q in enumerate(QUANTILES)}
         columns |= {f"{name}_crps": scores, f"{name}_pit": below}
         return [dict(zip(columns, cells)) for cells in zip(*columns.values())]
+
+
+def _repeat_last(keys: Sequence[str], size: int) -> list[str]:
+    return [*keys, *[keys[-1]] * (size - len(keys))]

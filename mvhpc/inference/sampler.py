@@ -121,8 +121,36 @@ class Sampler:
             )
 
 
-@torch.inference_mode()
+Voxels = dict[str, list[Tensor | None]]  # volume -> its voxels (H, W, D) float32 of each record, None where missing
+
+
 def read_given(sampler: Sampler, dataset: Dataset, keys: Sequence[str], names: Sequence[str]) -> tuple[Batch, Batch]:
+    """Encoded values of the given variables, and in which rows they are present; as :func:`encode_given`.
+
+    Raises:
+        ConfigError: a category that the model does not have, with its record.
+        IntegrityError: a damaged volume, with its record.
+    """
+    return encode_given(sampler, dataset, keys, names, read_voxels(dataset, keys, sampler.model.schema, names))
+
+
+def read_voxels(dataset: Dataset, keys: Sequence[str], schema: Schema, names: Sequence[str]) -> Voxels:
+    """The volumes among ``names`` of some records.
+
+    Raises:
+        IntegrityError: a damaged volume, with its record.
+    """
+
+    def one(key: str, name: str) -> Tensor | None:
+        return torch.from_numpy(dataset.read(key, name).astype(np.float32)) if dataset.has(key, name) else None
+
+    return {v.name: [one(key, v.name) for key in keys] for v in schema.volumes if v.name in names}
+
+
+@torch.inference_mode()
+def encode_given(
+    sampler: Sampler, dataset: Dataset, keys: Sequence[str], names: Sequence[str], voxels: Voxels
+) -> tuple[Batch, Batch]:
     """Encoded values of the given variables, and in which rows they are present.
 
     Args:
@@ -130,31 +158,28 @@ def read_given(sampler: Sampler, dataset: Dataset, keys: Sequence[str], names: S
         dataset: packed volumes.
         keys: of B records.
         names: of the given variables.
+        voxels: of the volumes among them, of :func:`read_voxels`.
 
     Returns:
         By variable: clean encoded values (B, C, h, w, d), (B, 1) or int64 (B,); presence (B,) bool.
 
     Raises:
         ConfigError: a category that the model does not have, with its record.
-        IntegrityError: a damaged volume, with its record.
     """
     schema, variables = sampler.model.schema, sampler.model.variables
     rows = [scalar_values(dataset, key, schema, names) for key in keys]
     given, present = variables.encode_scalars(rows)
     for volume in variables.volumes:
         if volume.name in names:
-            latents = [_latent(sampler, dataset, key, volume) for key in keys]
+            latents = [None if x is None else _latent(sampler, x, volume) for x in voxels[volume.name]]
             absent = torch.zeros(1, *volume.shape, device=sampler.device)
             given[volume.name] = torch.cat([absent if z is None else z for z in latents])  # (B, C, h, w, d)
             present[volume.name] = torch.tensor([z is not None for z in latents])
     return {name: given[name] for name in names}, {name: present[name] for name in names}
 
 
-def _latent(sampler: Sampler, dataset: Dataset, key: str, variable: Volume) -> Tensor | None:
+def _latent(sampler: Sampler, voxels: Tensor, variable: Volume) -> Tensor:
     """The latent (1, C, h, w, d) of one volume; encoded alone, so that it does not depend on the batch."""
-    if not dataset.has(key, variable.name):
-        return None
-    voxels = torch.from_numpy(dataset.read(key, variable.name).astype(np.float32))  # (H, W, D)
     return sampler.model.encode(variable.name, voxels[None, None].to(sampler.device))
 
 

@@ -8,10 +8,11 @@ from torch import Tensor
 from mvhpc.config import ConfigError
 from mvhpc.evaluation.tables import subject_of
 from mvhpc.inference.flags import recipe_flag, row_flag
+from mvhpc.inference.groups import GroupedPredictor
 from mvhpc.inference.law_cells import decode_draws, law_cells
 from mvhpc.inference.prediction_tables import Row
 from mvhpc.inference.predictor import PredictConfig, check_query
-from mvhpc.inference.scalar_inputs import check_channels, read_inputs
+from mvhpc.inference.scalar_inputs import Inputs, check_channels, read_inputs
 from mvhpc.models.scalar_bundle import ScalarsModel
 from mvhpc.models.scalar_stack import StackPosterior
 from mvhpc.models.training_people import TrainingPeople
@@ -24,7 +25,7 @@ from shards.dataset import open_dataset
 from shards.qc.limits import explain
 
 
-class ScalarsPredictor:
+class ScalarsPredictor(GroupedPredictor):
     """Answers one query about any subjects of one data set.
 
     A given variable that a subject lacks is unknown for this subject. A subject that lacks everything given has no
@@ -34,18 +35,12 @@ class ScalarsPredictor:
         config: data and query.
         model: a model of scalars.
 
-    Attributes:
-        dataset, schema: of the data; of the model.
-        training: from whom the model learnt.
-        method: how predictions are made.
-        calls: network calls per subject.
-        facts: how predictions were made, for the description of their table.
-
     Raises:
         ConfigError: a query that the model does not take, or data on another grid or without its tissue maps.
     """
 
     method, calls = "stacking", 1
+    group = 1  # a person is read much longer than predicted
 
     def __init__(self, config: PredictConfig, model: ScalarsModel) -> None:
         if config.sampling.conditioning != "auto" or config.sampling.guidance != 1:
@@ -67,17 +62,21 @@ class ScalarsPredictor:
         self.learnt = self.training.learnt(self.dataset.index)
         self.common_flags = recipe_flag(model.meta["recipe"], self.dataset.index.provenance.get("recipe"))
 
-    @torch.inference_mode()
-    @one_thread()  # a row does not depend on the number of threads
-    def __call__(self, keys: Sequence[str]) -> list[Row]:
-        """Predictions, one row per subject, in order; joint draws under the key ``draws``, values by variable.
+    def read(self, keys: Sequence[str]) -> Inputs:
+        """Pooled volumes, encoded scalars, and which of them are known.
 
         Raises:
             IntegrityError: a damaged volume, with its record.
         """
+        return read_inputs(self.model, self.dataset, keys, self.given)
+
+    @torch.inference_mode()
+    @one_thread()  # a row does not depend on the number of threads
+    def answer(self, keys: Sequence[str], inputs: Inputs) -> list[Row]:
+        """Predictions, one row per subject, in order; joint draws under the key ``draws``, values by variable."""
         model, n = self.model, len(keys)
         rows = [scalar_values(self.dataset, key, self.schema, self.given) for key in keys]
-        pooled, values, known = read_inputs(model, self.dataset, keys, self.given)
+        pooled, values, known = inputs
         posterior = StackPosterior(model.stack, pooled, values, known)
         cells = {}
         for name, law in posterior.laws(self.want).items():
