@@ -20,7 +20,7 @@ import pandas as pd
 from mvhpc.config import ConfigError
 from mvhpc.evaluation.against_mean import compare
 from mvhpc.evaluation.figures import predicted_against_true
-from mvhpc.evaluation.tables import coverage, label, read_predictions, score
+from mvhpc.evaluation.tables import coverage, label, read_predictions, score, sidecar
 from mvhpc.inference.open_predictor import open_predictor
 from mvhpc.inference.prediction_tables import Row, without_answer, write_predictions
 from mvhpc.inference.predictor import PredictConfig
@@ -102,6 +102,8 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     write_predictions(out, [rows[key] for key in keys], schema, description)
+    for table in (out, sidecar(out)):
+        run.keep(table, "predictions")
 
     summary: dict[str, Any] = {
         "subjects": len(keys),
