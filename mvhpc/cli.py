@@ -130,6 +130,16 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace) -> int:
+    from mvhpc.pipeline.report import write_report  # imports torch
+
+    root = Path(options.root)
+    out = Path(options.out) if options.out else root / "report.html"
+    write_report(root, out)
+    print(f"written to {out}")
+    return 0
+
+
 def _mlflow_sync(options: argparse.Namespace) -> int:
     from mvhpc.runs.mlflow_store import PATIENCE
     from mvhpc.runs.mlflow_sync import sync
@@ -159,6 +169,7 @@ def _completion(options: argparse.Namespace) -> int:
 HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "export": _export,
+    "report": _report,
     "mlflow-sync": _mlflow_sync,
     "dashboard": _dashboard,
     "completion": _completion,

@@ -183,13 +183,16 @@ def execute(planned: PlannedStage) -> dict[str, Any]:
                 stage.name,
                 config,
                 folder,
+                name=stage.run_name(config),
                 fingerprint=planned.fingerprint,
                 inputs=dict(planned.inputs),
                 data=getattr(config, "latents", None) or getattr(config, "data", None),
+                model=config.model if "model" in stage.inputs else None,
             )
             with tracker:
                 summary = run_stage(stage, config, run)
                 run.journal.write("summary", metrics=summary)
+                tracker.trained = _trained(planned, summary) if stage.trains else {}
                 # Before the slow MLflow, so that the stage counts as finished if the process is killed there.
                 planned.mark_finished(summary, time.monotonic() - start)
         except BaseException:
@@ -210,6 +213,18 @@ def run_stage(stage: Stage, config: Any, run: Run) -> dict[str, Any]:
         return dict(run_training(stage.task, config, run))
     summary: dict[str, Any] = resolve(stage.run)(config, run)
     return summary
+
+
+def _trained(planned: PlannedStage, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The model of a training, as MLflow registers it; nothing for a model that does not predict from a scan."""
+    from mvhpc.inference.model_signature import describe_model  # imports torch
+
+    described = describe_model(planned.folder / "model")
+    if not described or "validation/loss" not in summary:
+        return {}
+    data = "+".join(planned.inputs[key] for key in ("latents", "data") if key in planned.inputs)
+    name = "-".join(planned.out.resolve().parts[-2:])
+    return {"name": name, "path": "model", "data": data, "score": summary["validation/loss"], **described}
 
 
 def _starts(folder: Path) -> int:

@@ -98,6 +98,11 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="DIR", help="folder to write")
 
 
+def _report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("root", metavar="RUN", help="folder of a pipeline, the root of `mvhpc run`")
+    parser.add_argument("--out", metavar="FILE", help="HTML file to write (default: report.html in that folder)")
+
+
 def _mlflow_sync(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", metavar="RUN_FOLDER")
     parser.add_argument("--uri", default="", help="tracking URI (default: that of each run's configuration)")
@@ -128,6 +133,13 @@ COMMANDS: dict[str, Command] = {
         "a run that has not ended, the model is made on this machine, whatever the number of workers.",
         ("mvhpc export runs/joint model", "mvhpc export runs/joint/checkpoints/step-00001000 model"),
         _export,
+    ),
+    "report": Command(
+        "write what a pipeline found, on one HTML page",
+        "Write one HTML page that loads nothing: results, pictures, calibration, error by group, data sheet, model "
+        "card and provenance of a complete pipeline.",
+        ("mvhpc report runs/demo", "mvhpc report runs/demo --out report.html"),
+        _report,
     ),
     "mlflow-sync": Command(
         "send metrics of run folders to an MLflow store",

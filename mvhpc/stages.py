@@ -1,8 +1,9 @@
 """The table of stages, read by the command line, ``submit.py``, the pipeline, export, fingerprints and run folders."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mvhpc.runtime.importing import resolve
 
@@ -59,6 +60,29 @@ class Stage:
         """Folder of configuration, journal and log: the output of a stage that trains, else ``OUT.run`` beside it."""
         path = Path(out)
         return path if self.trains else path.with_name(path.name + ".run")
+
+    def run_name(self, config: Any) -> str:
+        """A short name of a run: ``vae``, ``age | image, sex``, ``vae (fold-2)``, ``generate (women70)``.
+
+        A result in the place that a project has for it is not named.
+        """
+        want = getattr(config, "want", ())
+        want, given = [want] if isinstance(want, str) else list(want), list(getattr(config, "given", ()))
+        name, query = self.name, query_name(want, given)
+        if "{query}" in self.out:
+            name = f"{', '.join(want)} | {', '.join(given) or 'nothing'}"
+            name = name if self.name == "predict" else f"{self.name}: {name}"
+        out, usual = Path(config.out), Path(self.out.format(split="", query=query))
+        if out.parts[-len(usual.parts) :] != usual.parts:
+            return f"{name} ({out.name.removesuffix(usual.suffix)})"
+        above = out.parts[-len(usual.parts) - 1 : -len(usual.parts)]
+        fold = next((part for part in above if part.startswith("fold-")), "")
+        return f"{name} ({fold})" if fold and "{split}" in self.out else name
+
+
+def query_name(want: Sequence[str], given: Sequence[str]) -> str:
+    """The file name of a query's predictions: ``age-given-image-sex``."""
+    return f"{'-'.join(want)}-given-{'-'.join(given) or 'nothing'}"
 
 
 DATA = "packed data set"

@@ -23,7 +23,7 @@ LAYERS = [
     ["pipeline", "export", "bids_app"],
     ["parsers"],
     ["api", "cli"],
-    ["__main__"],
+    ["__main__", "pyfunc"],
 ]
 ONLY = {  # slow or optional libraries, and who may import them
     "ray": {"mvhpc.runtime.ray_cluster", "mvhpc.runtime.ray_subjects", "mvhpc.inference.ray_pool"},

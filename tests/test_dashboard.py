@@ -94,7 +94,7 @@ def test_dashboard_needs_its_password_and_takes_what_was_kept_for_it(
         sync(runs / "packed.run")
         client = store_client(address)
         run = synced(runs / "packed.run")["run_id"]
-        assert [m.step for m in client.get_metric_history(run, "train/loss")] == [0, 1, 2]
+        assert [m.step for m in client.get_metric_history(run, "loss/total")] == [0, 1, 2]
         assert [p.read_bytes() for p in (store / "mlartifacts").rglob("x.png")] == [PNG]
     finally:
         server.send_signal(signal.SIGINT)

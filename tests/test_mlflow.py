@@ -53,7 +53,8 @@ def track(root: Path, uri: str = "", seed: int = 0) -> Tracker:
     }
     config = load_config(PackConfig, "pack", values=values)
     inputs = {"source": "abc123"}
-    return Tracker("pack", config, root / "packed.run", fingerprint=fingerprint(seed), inputs=inputs)
+    folder = root / "packed.run"
+    return Tracker("pack", config, folder, name="pack", fingerprint=fingerprint(seed), inputs=inputs)
 
 
 def losses(root: Path, steps: range, shift: float = 0.0) -> None:
@@ -64,7 +65,7 @@ def losses(root: Path, steps: range, shift: float = 0.0) -> None:
         journal.write("metrics", step=step, metrics={"train/loss": 1 / (step + 1) + shift, "train/lr": 1e-3})
 
 
-def history(root: Path, name: str = "train/loss") -> list[tuple[int, float]]:
+def history(root: Path, name: str = "loss/total") -> list[tuple[int, float]]:
     """What the store beside the run folder has of a metric."""
     client = store_client(f"sqlite:///{root / 'mlflow.db'}")
     run = synced(root / "packed.run")["run_id"]
@@ -98,7 +99,8 @@ def test_every_point_once_over_failure_resume_and_lost_notes(tmp_path: Path) -> 
         figure.write_bytes(PNG)
         journal.write("artifact", step=4, path="figures/x.png")
         journal.write("metrics", step=4, metrics={"validation/loss of état?": float("nan")})
-        journal.write("summary", metrics={"subjects": 6, "note": "text is no metric"})
+        scores = {"test/age_mae": 7.5, "test/age_mae_low": 6.0, "test/age_mae_high": 9.25}
+        journal.write("summary", metrics={"subjects": 6, "note": "text is no metric", **scores})
     expected = [(s, 1 / (s + 1) + (100 if s > 2 else 0)) for s in range(5)]
     assert history(tmp_path) == expected
     assert synced(folder)["run_id"] == first
@@ -114,8 +116,9 @@ def test_every_point_once_over_failure_resume_and_lost_notes(tmp_path: Path) -> 
 
     run = client.get_run(first)
     assert run.info.status == "FINISHED"
-    assert run.info.run_name == "pack: packed"
-    assert run.data.metrics["summary/subjects"] == 6
+    assert run.info.run_name == "pack" and "error" not in run.data.tags
+    assert run.data.tags["summary.subjects"] == "6" and run.data.metrics["test/age_mae"] == 7.5
+    assert run.data.tags["test/age_mae"] == "7.5 [6, 9.25]" and "test/age_mae_low" not in run.data.metrics
     assert run.data.params["spacing"] == "2.0"
     assert run.data.tags["input.source"] == "abc123"
     assert run.data.tags["output"] == identity(tmp_path / "packed")
@@ -183,7 +186,7 @@ def test_server_killed_and_started_again_and_a_second_store_have_every_point_onc
 
     def steps() -> list[int]:
         run = synced(folder).get("run_id")
-        return [m.step for m in client.get_metric_history(run, "train/loss")] if run else []
+        return [m.step for m in client.get_metric_history(run, "loss/total")] if run else []
 
     server = serve(store, port)
     try:
@@ -212,7 +215,7 @@ def test_server_killed_and_started_again_and_a_second_store_have_every_point_onc
     assert {path: path.read_text() for path in before} == before
     second = store_client(other)
     (run,) = second.search_runs([second.get_experiment_by_name("laws").experiment_id])
-    assert [m.step for m in second.get_metric_history(run.info.run_id, "train/loss")] == list(range(10))
+    assert [m.step for m in second.get_metric_history(run.info.run_id, "loss/total")] == list(range(10))
     assert run.info.status == "FINISHED"
     assert main(["mlflow-sync", str(store)]) == 2
 
@@ -342,7 +345,7 @@ def test_two_processes_that_sync_one_run_create_it_once(tmp_path: Path) -> None:
     runs = client.search_runs([client.get_experiment_by_name("laws").experiment_id])
     assert sorted(run.data.tags["identity"] for run in runs) == sorted(read_state(f)["identity"] for f in folders)
     for folder in folders:
-        points = client.get_metric_history(synced(folder)["run_id"], "train/loss")
+        points = client.get_metric_history(synced(folder)["run_id"], "loss/total")
         assert [point.step for point in points] == [0, 1, 2]
 
 

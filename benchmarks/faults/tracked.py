@@ -17,7 +17,8 @@ from pathlib import Path
 from benchmarks.faults.processes import Victim, killed
 from benchmarks.faults.trials import Fault, apply, audit, keys, record_verdict
 from mvhpc.runs.journal import read, unseen
-from mvhpc.runs.mlflow_store import as_metrics, store_client
+from mvhpc.runs.mlflow_names import translate
+from mvhpc.runs.mlflow_store import store_client
 from mvhpc.runs.mlflow_sync import synced
 from tests.test_mlflow import serve
 
@@ -69,7 +70,7 @@ class Server:
 def missing(run: Path, uri: str) -> str:
     """A message on the first metric whose points are not in the store exactly once; empty if all are."""
     expected: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for event in unseen(map(as_metrics, read(run))):
+    for event in unseen(translate(read(run))):
         for name, value in event.get("metrics", {}).items() if event["event"] == "metrics" else ():
             expected[re.sub(r"[^\w\-. :/]", "_", name)].append((event["step"], float(value)))
     client = store_client(uri)

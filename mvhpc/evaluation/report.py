@@ -1,23 +1,18 @@
 """HTML pages of predictions: one per scan, and one of the group. Each is a single file that loads nothing."""
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jinja2
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from mvhpc.evaluation.figures import views
+from mvhpc.evaluation.page import inline, render
 from shards.files import write_text
 
-PAGES = Path(__file__).parent / "pages"
 MASK, TEMPLATE, LINE, FILL = "#ff5a4f", "#5aa2ff", "#1f5fa8", "#cfe0f3"
 
 
@@ -98,33 +93,14 @@ def write_pages(folder: Path, subjects: Sequence[Subject], about: str) -> None:
             for a in subject.answers
         ]
         brain = "" if subject.volume is None else _brain_picture(subject.volume, subject.mask, subject.template)
-        page = _render("subject.html", subject=subject, answers=answers, brain=brain, about=about)
+        page = render("subject.html", subject=subject, answers=answers, brain=brain, about=about)
         write_text(folder / f"{subject.key}.html", page)
     rows = [
         {"key": s.key, "texts": [a.text() for a in s.answers], "flags": "; ".join(s.flags) or "ok"} for s in subjects
     ]
     names = [a.name for a in subjects[0].answers] if subjects else []
     flagged = sum(bool(s.flags) for s in subjects)
-    write_text(folder / "index.html", _render("group.html", rows=rows, names=names, flagged=flagged, about=about))
-
-
-def _render(page: str, **values: object) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PAGES), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    css = (PAGES / "page.css").read_text()
-    return environment.get_template(page).render(css=css, **values)
-
-
-def _inline(figure: Figure, kind: str) -> str:
-    """A figure as a ``data:`` URL."""
-    FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    metadata = {"Date": None} if kind == "svg" else None
-    with matplotlib.rc_context({"svg.hashsalt": "mvhpc"}):  # the same page has the same bytes
-        figure.savefig(buffer, format=kind, dpi=110, facecolor=figure.get_facecolor(), metadata=metadata)
-    mime = {"svg": "image/svg+xml", "png": "image/png"}[kind]
-    return f"data:{mime};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    write_text(folder / "index.html", render("group.html", rows=rows, names=names, flagged=flagged, about=about))
 
 
 def _brain_picture(
@@ -142,7 +118,7 @@ def _brain_picture(
                 cut = views(np.asarray(outline, np.float32))[plane]
                 if cut.max() > 0.5 > cut.min():
                     ax.contour(cut, levels=[0.5], colors=[colour], linewidths=0.9)
-    return _inline(figure, "png")
+    return inline(figure, "png")
 
 
 def _answer_picture(answer: Answer) -> str:
@@ -157,7 +133,7 @@ def _answer_picture(answer: Answer) -> str:
         _draw_probabilities(ax, answer.probabilities)
     else:
         _draw_density(ax, answer)
-    return _inline(figure, "svg")
+    return inline(figure, "svg")
 
 
 def _draw_probabilities(ax: Axes, probabilities: Mapping[str, float]) -> None:

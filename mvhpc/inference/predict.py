@@ -20,7 +20,7 @@ import pandas as pd
 from mvhpc.config import ConfigError
 from mvhpc.evaluation.against_mean import compare
 from mvhpc.evaluation.figures import predicted_against_true
-from mvhpc.evaluation.tables import coverage, label, read_predictions, score
+from mvhpc.evaluation.tables import coverage, label, read_predictions, score, sidecar
 from mvhpc.inference.open_predictor import open_predictor
 from mvhpc.inference.parquet import write_parquet
 from mvhpc.inference.prediction_tables import without_answer, write_predictions
@@ -93,6 +93,8 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
     write_parquet(out.with_suffix(".parquet"), table, schema, config.want)
     write_predictions(out, table, schema, description)
     shutil.rmtree(run.folder / ROWS)
+    for file in (out, sidecar(out)):
+        run.keep(file, "predictions")
 
     summary: dict[str, Any] = {
         "subjects": len(keys),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mvhpc.config import CONFIGS, flatten, load_config
-from mvhpc.stages import STAGES
+from mvhpc.stages import STAGES, query_name
 from shards.schema import Schema
 
 
@@ -23,11 +23,6 @@ class Query:
     def name(self) -> str:
         """Its name in files: ``age-given-image-sex``."""
         return query_name(self.want, self.given)
-
-
-def query_name(want: Sequence[str], given: Sequence[str]) -> str:
-    """The file name of a query's predictions: ``age-given-image-sex``."""
-    return f"{'-'.join(want)}-given-{'-'.join(given) or 'nothing'}"
 
 
 @dataclass

@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 
 from mvhpc.config import CONFIGS, ConfigError, flatten, flatten_override, keys_without_default, load_config, to_yaml
 from mvhpc.execute import PlannedStage, plan
-from mvhpc.pipeline.plan import Pipeline, PipelineConfig, query_name
+from mvhpc.pipeline.plan import Pipeline, PipelineConfig
 from mvhpc.runs.folder import read_record
-from mvhpc.stages import STAGES, Stage
+from mvhpc.stages import STAGES, Stage, query_name
 from shards.files import write_text
 
 RUNS = Path("runs")

@@ -4,10 +4,11 @@ import sys
 import time
 from typing import Any
 
-from mvhpc.config import ConfigError
+from mvhpc.config import ConfigError, to_dict
 from mvhpc.execute import PlannedStage, execute, plan, reconcile, set_aside
 from mvhpc.pipeline.plan import Pipeline, PipelineConfig
 from mvhpc.pipeline.project import record_project
+from mvhpc.runs.pipeline_run import PipelineRun
 
 
 def do(planned: PlannedStage, label: str = "", numbers: bool = True) -> dict[str, Any] | None:
@@ -60,10 +61,23 @@ def run_pipeline(config: PipelineConfig) -> Pipeline:
     record_project(config)
     steps = list(pipeline.steps())
     start = time.monotonic()
-    for number, (stage, step) in enumerate(steps, 1):
-        do(plan(stage, step), f"[{number}/{len(steps)}] {stage:9s} ")
-    from mvhpc.pipeline.summary import summarize  # imports torch, which other commands do not need
+    tracking = steps[0][1].tracking
+    values = {key: value for key, value in to_dict(config).items() if key not in {"root", "source"}}
+    with PipelineRun(pipeline.root, values, tracking.uri, tracking.experiment) as tracked:
+        found: dict[str, dict[str, Any]] = {}
+        for number, (stage, step) in enumerate(steps, 1):
+            planned = plan(stage, step)
+            done = do(planned, f"[{number}/{len(steps)}] {stage:9s} ")
+            tracked.changed |= done is not None
+            if stage == "predict" and not config.folds:  # of folds the table has the results over all of them
+                found.setdefault(" and ".join(step.given) or "nothing", {}).update(done or planned.summary())
+        from mvhpc.pipeline.summary import summarize  # imports torch, which other commands do not need
 
-    print(summarize(pipeline))
+        print(summarize(pipeline))
+        if tracked.changed:
+            tracked.results(found)
+            tracked.run.keep(pipeline.root / "results.md", "results")
+            for picture in sorted((pipeline.root / "figures").glob("*.png")):
+                tracked.run.keep(picture, "figures")
     print(f"complete after {time.monotonic() - start:.0f} s", file=sys.stderr)
     return pipeline

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from mvhpc.config import ConfigError
-from mvhpc.runs.mlflow_store import ENVIRONMENT, SQLITE, store_client
+from mvhpc.runs.mlflow_store import ENVIRONMENT, SQLITE, save_view, store_client
 from mvhpc.runs.mlflow_sync import catch_up
 from shards.files import write_text
 
@@ -46,9 +46,10 @@ def dashboard(store: str, port: int = 5000) -> None:
         print(f"{folder}: its store lacks something still ({reason})", file=sys.stderr)
     for number in (signal.SIGINT, signal.SIGTERM):  # both raise here, so that the server is ended too
         signal.signal(number, signal.default_int_handler)
+    newest, view = _newest(database)
     new = not (_private(database) / "password").exists()
     with contextlib.suppress(KeyboardInterrupt), serve(database, port) as (address, password):
-        page = f"{address}/#/experiments/{_newest(database)}?workflowType=machine_learning"
+        page = f"{address}/#/experiments/{newest}/runs?workflowType=machine_learning&viewStateShareKey={view}"
         shown = password if new else f"the one in {_private(database) / 'password'}"
         print(f"{page}   user: {USER}   password: {shown}\nCtrl-C ends it.", flush=True)
         while True:
@@ -102,10 +103,11 @@ def serve(database: Path, port: int) -> Iterator[tuple[str, str]]:
         _end(server)
 
 
-def _newest(database: Path) -> str:
-    """The experiment that was written to last."""
+def _newest(database: Path) -> tuple[str, str]:
+    """The experiment that was written to last, and the key of its view, which is made anew."""
     client = store_client(f"{SQLITE}{database.resolve()}")
-    return client.search_experiments(max_results=1, order_by=["last_update_time DESC"])[0].experiment_id
+    newest = client.search_experiments(max_results=1, order_by=["last_update_time DESC"])[0].experiment_id
+    return newest, save_view(client, newest)
 
 
 def _private(database: Path) -> Path:

@@ -38,6 +38,15 @@ class Run:
         yield path
         self.journal.write("artifact", step=step, path=str(path.relative_to(self.folder)))
 
+    def keep(self, path: Path, folder: str) -> None:
+        """Let MLflow have a file of the result.
+
+        Args:
+            path: of the file, anywhere.
+            folder: that MLflow puts it into.
+        """
+        self.journal.write("artifact", step=0, path=os.path.relpath(path, self.folder), folder=folder)
+
 
 def identity(path: str | Path, split: str = "default") -> str:
     """A digest of an input's content, independent of its name.

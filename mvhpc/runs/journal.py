@@ -1,8 +1,9 @@
 """The journal of a run: one JSON object per line, appended by rank 0 and followed by the screen and MLflow.
 
 Readers may end, lag or start again without touching the run. Events: ``start`` (step, total), ``metrics`` (step,
-metrics), ``artifact`` (step, path relative to the run folder), ``warning`` (step, text: a failure that the run went on
-after), ``note`` (text for the screen: what is being done), ``summary`` (metrics of the whole stage), ``end`` (step).
+metrics), ``artifact`` (step, path relative to the run folder, folder in MLflow where it is another one), ``warning``
+(step, text: a failure that the run went on after), ``note`` (text for the screen: what is being done), ``summary``
+(metrics of the whole stage), ``end`` (step).
 """
 
 import contextlib

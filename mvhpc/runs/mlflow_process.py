@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from mvhpc.runs.mlflow_store import explain, open_databases
-from mvhpc.runs.mlflow_sync import catch_up, record_end, sync
+from mvhpc.runs.mlflow_sync import catch_up, record_end, record_kill, sync
 
 PERIOD_S = 3.0  # between two replays
 MAX_LOAD = 0.05  # of one core and of the store
@@ -47,8 +47,10 @@ def replay(folder: Path, attempt: str) -> None:
     while not last:
         last = over.wait(pause)
         if last:
-            killed = {"status": "KILLED", "outcome": {"error": "killed"}}
-            record_end(folder, attempt, json.loads(lines[0]) if lines[0] else killed)
+            if lines[0]:
+                record_end(folder, attempt, json.loads(lines[0]))
+            else:
+                record_kill(folder, attempt)
         start = time.monotonic()
         try:
             sync(folder)

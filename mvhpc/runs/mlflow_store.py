@@ -4,15 +4,18 @@ Every request may be repeated. ``state`` is the content of a run folder's ``trac
 :mod:`mvhpc.runs.mlflow_sync`.
 """
 
+import json
 import os
 import re
 import socket
 import sqlite3
+import tempfile
 import textwrap
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import yaml
 
 from mvhpc.config import flatten
@@ -22,7 +25,12 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SQLITE = "sqlite:///"
+PARENT = "mlflow.parentRunId"
+BEST = "best"  # alias of a registered model's version
 PATIENCE_S = 300.0  # for another process that creates the tables of a store
+ERROR = "error"  # tag of a run that failed: the name of the exception
+VIEW, VIEWED = "mvhpc-results", 200  # key of the dashboard's view; newest runs whose metrics are its columns
+RESULTS = ("_mae", "_accuracy", "_in_90")  # ends of the names of the metrics that are columns
 METRICS, PARAMETERS = 1000, 100  # per request, MLflow's limits
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # seconds; by default a request may take 120, and is repeated five times
@@ -65,22 +73,24 @@ def _connect(uri: str) -> "MlflowClient":
         return MlflowClient(uri)
 
 
-def open_run(client: "MlflowClient", uri: str, state: dict[str, Any]) -> dict[str, str]:
+def open_run(client: "MlflowClient", uri: str, state: dict[str, Any], parent: str) -> dict[str, str]:
     """Experiment and run of ``state``, found by name and identity, created where they are missing.
 
-    Only one process at a time may call this for one run: MLflow cannot search and create in one step.
+    Only one process at a time may call this for one run: MLflow cannot search and create in one step. ``parent`` is the
+    run that a new run is nested in, or empty.
 
     Returns:
         ``experiment_id`` and ``run_id``.
     """
     experiment = _open_experiment(client, uri, state["experiment"])
     found = client.search_runs([experiment], f"tags.identity = '{state['identity']}'", max_results=1)
-    run = found[0] if found else _create_run(client, experiment, state)
+    run = found[0] if found else _create_run(client, experiment, state, parent)
     return {"experiment_id": experiment, "run_id": run.info.run_id}
 
 
-def _create_run(client: "MlflowClient", experiment: str, state: dict[str, Any]) -> Any:
-    return client.create_run(experiment, state["start_time"], {"identity": state["identity"]}, state["run_name"])
+def _create_run(client: "MlflowClient", experiment: str, state: dict[str, Any], parent: str) -> Any:
+    tags = {"identity": state["identity"]} | ({PARENT: parent} if parent else {})
+    return client.create_run(experiment, state["start_time"], tags, state["run_name"])
 
 
 def _open_experiment(client: "MlflowClient", uri: str, name: str) -> str:
@@ -121,30 +131,34 @@ def describe(client: "MlflowClient", run_id: str, experiment_id: str, state: dic
         _tag(client, run_id, {"mlflow.note.content": "Made from " + ", ".join(links)})
 
 
-def as_metrics(event: dict[str, Any]) -> dict[str, Any]:
-    """The summary of a stage as metrics of step 0; any other event as it is."""
-    if event["event"] != "summary":
-        return event
-    metrics = {f"summary/{k.replace('/', '_')}": v for k, v in event["metrics"].items() if isinstance(v, int | float)}
-    return event | {"event": "metrics", "step": 0, "metrics": metrics}
-
-
 def send_events(client: "MlflowClient", run_id: str, folder: Path, events: list[dict[str, Any]]) -> None:
-    """Send the metrics and the figures of journal events; ``folder`` is the run folder."""
+    """Send the metrics, tags and files of journal events with MLflow's names; ``folder`` is the run folder."""
     from mlflow.entities import Metric
 
     points = [
-        Metric(re.sub(r"[^\w\-. :/]", "_", name), float(value), int(1000 * event["time"]), event["step"])
+        Metric(_allowed(name), float(value), int(1000 * event["time"]), event["step"])
         for event in events
         if event["event"] == "metrics"
         for name, value in event["metrics"].items()
     ]
     for i in range(0, len(points), METRICS):
         client.log_batch(run_id, metrics=points[i : i + METRICS])
-    figures = dict.fromkeys(event["path"] for event in events if event["event"] == "artifact")
-    for path in map(Path, figures):
+    tags = [event["tags"] for event in events if event["event"] == "tags"]
+    if tags:
+        _tag(client, run_id, {_allowed(name): text for each in tags for name, text in each.items()})
+    files = {event["path"]: event.get("folder", "") for event in events if event["event"] == "artifact"}
+    for path, target in files.items():
         if (folder / path).is_file():
-            client.log_artifact(run_id, str(folder / path), path.parent.as_posix() if path.parent.name else None)
+            client.log_artifact(run_id, str(folder / path), target or _parent(path))
+
+
+def _allowed(name: str) -> str:
+    """A name with the characters that MLflow takes."""
+    return re.sub(r"[^\w\-. :/]", "_", name)
+
+
+def _parent(path: str) -> str | None:
+    return str(Path(path).parent) if "/" in path else None
 
 
 def send_status(client: "MlflowClient", run_id: str, state: dict[str, Any]) -> None:
@@ -152,9 +166,98 @@ def send_status(client: "MlflowClient", run_id: str, state: dict[str, Any]) -> N
     if state["status"] == "RUNNING":
         client.update_run(run_id, status="RUNNING")
         return
+    if ERROR not in state["outcome"] and ERROR in client.get_run(run_id).data.tags:  # of an earlier start
+        client.delete_tag(run_id, ERROR)
     _tag(client, run_id, state["outcome"])
     _log_datasets(client, run_id, state["datasets"])
     client.set_terminated(run_id, state["status"], state["end_time"])
+
+
+def remove_run(client: "MlflowClient", run_id: str) -> None:
+    """Move a run to the store's bin."""
+    client.delete_run(run_id)
+
+
+def log_model(client: "MlflowClient", run_id: str, experiment_id: str, folder: Path, model: dict[str, Any]) -> None:
+    """Store a model that ``mlflow.pyfunc.load_model`` opens, register it as a new version, and find the best one.
+
+    Only a module of this package is named in it: nothing of the store is executed, and nothing is unpickled. The alias
+    ``best`` is given to the version of the lowest score among those of the same data.
+
+    Args:
+        client: of the store.
+        run_id: run that trained the model.
+        experiment_id: its experiment.
+        folder: the run folder.
+        model: ``name`` of the registered model; ``path`` of its folder, relative to the run folder; ``loader``, a
+            module with ``_load_pyfunc``; ``signature`` as MLflow's ``ModelSignature.to_dict``; ``example``, column ->
+            value; ``requirements``; ``data``, identity of the data and the split; ``score``, smaller is better.
+    """
+    name, tags = model["name"], {"data": model["data"], "score": f"{model['score']:.8g}"}
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name)
+    if client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
+        return
+    stored = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+    for half in (m for m in stored if m.status != "READY"):  # of a process that was killed
+        client.delete_logged_model(half.model_id)
+    logged = next((m for m in stored if m.status == "READY"), None)
+    logged = logged or _upload_model(client, run_id, experiment_id, folder, model, tags)
+    # A database is asked by this process, which looks "models:/" up in its own default store.
+    local = client.tracking_uri.startswith(SQLITE)
+    source = logged.artifact_location if local else f"models:/{logged.model_id}"
+    client.create_model_version(name, source, run_id, tags=tags, model_id=None if local else logged.model_id)
+    versions = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get("data") == model["data"]]
+    best = min(versions, key=lambda v: (float(v.tags["score"]), -int(v.version)))
+    client.set_registered_model_alias(name, BEST, best.version)
+
+
+def _upload_model(
+    client: "MlflowClient", run_id: str, experiment_id: str, folder: Path, model: dict[str, Any], tags: dict[str, str]
+) -> Any:
+    """Store a model as an output of its run; see :func:`log_model`."""
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.models import Model, ModelSignature
+    from mlflow.pyfunc import save_model
+
+    logged = client.create_logged_model(experiment_id, name=model["name"], source_run_id=run_id, tags=tags)
+    with tempfile.TemporaryDirectory(dir=folder) as parent:
+        path = Path(parent) / "model"
+        save_model(
+            path,
+            loader_module=model["loader"],
+            data_path=str(folder / model["path"]),
+            signature=ModelSignature.from_dict(model["signature"]),
+            input_example=pd.DataFrame([model["example"]]),
+            pip_requirements=model["requirements"],
+            mlflow_model=Model(
+                artifact_path=logged.artifact_location,
+                run_id=run_id,
+                model_uuid=logged.model_id,
+                model_id=logged.model_id,
+            ),
+        )
+        client.log_model_artifacts(logged.model_id, str(path))
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    return client.finalize_logged_model(logged.model_id, "READY")
+
+
+def save_view(client: "MlflowClient", experiment_id: str) -> str:
+    """Save the view of an experiment that the dashboard opens: runs with their results as columns, as they are now.
+
+    MLflow keeps a view as a tag of the experiment, and lists it in the menu "Views".
+
+    Returns:
+        Its key, for ``viewStateShareKey`` of a link.
+    """
+    runs = client.search_runs([experiment_id], max_results=VIEWED)
+    found = sorted({name for run in runs for name in run.data.metrics}, key=lambda name: (" given " in name, name))
+    results = [name for end in RESULTS for name in found if name.partition(" given ")[0].endswith(end)]
+    columns = [f"metrics.`{name}`" for name in [*results, "validation/loss"]]
+    state = json.dumps({"selectedColumns": columns, "runsHiddenMode": "FIRST_20_RUNS"})
+    view = {"name": "Results", "createdAt": 0, "updatedAt": 0, "state": state}
+    client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{VIEW}", json.dumps(view))
+    return VIEW
 
 
 def _tag(client: "MlflowClient", run_id: str, tags: dict[str, str]) -> None:

@@ -21,12 +21,14 @@ from typing import Any
 
 from mvhpc.config import ConfigError
 from mvhpc.runs.journal import read, unseen
+from mvhpc.runs.mlflow_names import translate
 from mvhpc.runs.mlflow_store import (
     SQLITE,
-    as_metrics,
     describe,
     explain,
+    log_model,
     open_run,
+    remove_run,
     send_events,
     send_status,
     store_client,
@@ -35,6 +37,7 @@ from mvhpc.runs.mlflow_store import (
 from shards.files import lock_file, write_text
 
 STATE = "tracking.json"
+REFUSED = "REFUSED"  # status of a stage that did not begin, since its question or input was refused: no run of MLflow
 LOCK = ".tracking.lock"
 PATIENCE_S = 60.0  # for another process that brings the same run up to date
 
@@ -139,12 +142,24 @@ def record_end(folder: Path, attempt: str, ending: dict[str, Any]) -> None:
     Args:
         folder: the run folder.
         attempt: which start of the stage ended; where it was started again meanwhile, nothing is written.
-        ending: ``status`` (of MLflow), ``outcome`` (tags), and ``datasets`` that the stage wrote.
+        ending: ``status`` (of MLflow, or :data:`REFUSED`), ``outcome`` (tags), ``datasets`` that the stage wrote, and
+            ``model``, see :func:`mvhpc.runs.mlflow_store.log_model`.
     """
     state = read_state(folder)
     if state["attempt"] == attempt:
         datasets = state["datasets"] + ending.get("datasets", [])
         write_state(folder, state | ending | {"end_time": int(1000 * time.time()), "datasets": datasets})
+
+
+def record_kill(folder: Path, attempt: str) -> None:
+    """Write into ``tracking.json`` that a stage was killed, and with it the pipeline that had started it."""
+    killed = {"status": "KILLED", "outcome": {"error": "killed"}}
+    parent = read_state(folder).get("parent")
+    record_end(folder, attempt, killed)
+    if parent:
+        above = folder / parent["folder"]
+        if read_state(above).get("status") == "RUNNING":
+            record_end(above, parent["attempt"], killed)
 
 
 def relative_store(uri: str, folder: Path) -> str:
@@ -168,10 +183,17 @@ def absolute_store(store: str, folder: Path) -> str:
 
 def _send(folder: Path, state: dict[str, Any], store: str) -> None:
     uri, note = absolute_store(store, folder), _synced_file(folder, store)
-    client, done = store_client(uri), synced(folder, store)
+    done = synced(folder, store)
+    if state["status"] == REFUSED:
+        if done:
+            remove_run(store_client(uri), done["run_id"])
+            note.unlink()
+        return
+    parent = _send_parent(folder, state, uri)
+    client = store_client(uri)
     if not done:
         done = {"identity": state["identity"], "described": False, "events_sent": 0, "attempt": "", "status": ""}
-        done |= open_run(client, uri, state)
+        done |= open_run(client, uri, state, parent)
         _write(note, done)
     run = done["run_id"]
     client.get_run(run)  # raises where the store does not have it any more
@@ -179,18 +201,37 @@ def _send(folder: Path, state: dict[str, Any], store: str) -> None:
         describe(client, run, done["experiment_id"], state)
         done["described"] = True
         _write(note, done)
-    events = list(unseen(map(as_metrics, read(folder)[state["first_event"] :])))
+    events = list(unseen(translate(read(folder)[state["first_event"] :])))
     if len(events) > done["events_sent"]:
         send_events(client, run, folder, events[done["events_sent"] :])
         done["events_sent"] = len(events)
         _write(note, done)
     if not _knows_status(done, state):
+        if state.get("model"):
+            log_model(client, run, done["experiment_id"], folder, state["model"])
         send_status(client, run, state)
         done |= {"attempt": state["attempt"], "status": state["status"]}
         _write(note, done)
 
 
+def _send_parent(folder: Path, state: dict[str, Any], uri: str) -> str:
+    """Bring the run of the pipeline that a stage belongs to up to date; return its identity there, or nothing."""
+    if not state.get("parent"):
+        return ""
+    parent = Path(os.path.normpath(folder.resolve() / state["parent"]["folder"]))
+    if not (parent / STATE).is_file():  # moved or removed
+        return ""
+    store = relative_store(uri, parent)
+    found, known = read_state(parent), synced(parent, store)
+    if not known or not _knows_status(known, found):
+        sync(parent, uri)
+    run: str = synced(parent, store).get("run_id", "")
+    return run
+
+
 def _knows_status(done: dict[str, Any], state: dict[str, Any]) -> bool:
+    if state["status"] == REFUSED:
+        return not done
     return (done.get("attempt"), done.get("status")) == (state["attempt"], state["status"])
 
 

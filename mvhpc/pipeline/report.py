@@ -1,0 +1,329 @@
+"""`mvhpc report`: what a finished pipeline found, from whom and how, on one HTML page that loads nothing."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from mvhpc.config import ConfigError, to_yaml
+from mvhpc.evaluation.groups import Point, by_group, coverages, group_of, probability_points, quantile_points
+from mvhpc.evaluation.page import inline, inline_file, render
+from mvhpc.evaluation.tables import Table, label, read_predictions, score
+from mvhpc.pipeline.plan import Pipeline, Query
+from mvhpc.pipeline.project import FILE, open_project
+from mvhpc.pipeline.summary import table_of_results
+from mvhpc.runs.folder import read_record
+from mvhpc.runs.mlflow_sync import read_state
+from mvhpc.stages import STAGES
+from shards.dataset import Dataset, open_dataset
+from shards.files import write_text
+from shards.index import PARTS
+from shards.pack import REJECTED
+from shards.schema import Variable
+from shards.sheets import read_sheet
+
+LINE, FAINT = "#14708a", "#a9d3de"
+COLOURS = {"train": "#14708a", "validation": "#8a8f98", "test": "#c4572e"}
+PICTURES = {  # below the pipeline's figures: title and what is seen
+    "people": ("Synthetic people", "Drawn from the joint model without anything given (figure B.1 of the paper)."),
+    "inpainted-half": (
+        "A half filled in",
+        "Half of a test scan is given, the other half is drawn (figure B.2 of the paper).",
+    ),
+    "reconstruction": ("Reconstruction", "Validation scans, and what the autoencoder keeps of them."),
+    "drawn-over": ("One person over the range", "The same noise with other values given."),
+    "ventricles-over": ("Fluid deep inside the brain", "Real test people beside drawn ones."),
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with a text, a picture and a table; each may be empty."""
+
+    title: str
+    text: str = ""
+    picture: str = ""
+    table: Table | None = None
+    alt: str = field(default="")
+
+
+def write_report(root: Path, out: Path) -> None:
+    """Write the page of a pipeline.
+
+    Args:
+        root: of the project.
+        out: HTML file.
+
+    Raises:
+        ConfigError: no project there, or one whose stages are not complete.
+    """
+    if not (root / FILE).is_file():
+        raise ConfigError(f"{root}: no project (it has no {FILE}); give the folder of `mvhpc run`, its root")
+    pipeline = open_project(root)
+    _check_complete(pipeline)
+    dataset = open_dataset(pipeline.place("pack", list(pipeline.splits)[-1]))
+    (results, verdicts), predictions = table_of_results(pipeline), _predictions(pipeline)
+    people = len({record.subject for record in dataset.index.records})
+    about = f"Preset {pipeline.config.preset}, {people} people" + (
+        f", every one tested once in {pipeline.config.folds} folds" if pipeline.config.folds else ""
+    )
+    page = render(
+        "study.html",
+        title=root.resolve().name,
+        about=about,
+        results=results,
+        verdicts=verdicts,
+        pictures=_pictures(pipeline),
+        predictions=[s for query, frame in predictions for s in _predicted(query, frame, dataset)],
+        data=_data_sheet(dataset, pipeline),
+        card=_model_card(pipeline),
+        stages=_stages(pipeline),
+        versions=_versions(pipeline),
+        shards=_shards(dataset),
+        digest=dataset.index.digest,
+        project=to_yaml(dataclasses.replace(pipeline.config, root=root.name, source=Path(pipeline.config.source).name)),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, page)
+
+
+def _steps(pipeline: Pipeline) -> list[tuple[str, Path, Path]]:
+    """Name, result and run folder of each stage."""
+    return [
+        (STAGES[stage].run_name(config), Path(config.out), STAGES[stage].run_folder(config.out))
+        for stage, config in pipeline.steps()
+    ]
+
+
+def _check_complete(pipeline: Pipeline) -> None:
+    missing = [name for name, _, folder in _steps(pipeline) if read_record(folder).get("status") != "finished"]
+    if missing:
+        raise ConfigError(
+            f"{pipeline.root}: not complete: {', '.join(missing)}; run `mvhpc run --config {pipeline.root / FILE}`"
+        )
+
+
+def _predictions(pipeline: Pipeline) -> list[tuple[Query, pd.DataFrame]]:
+    """Each query that is given something, and its predictions over all splits."""
+    found = []
+    for query in pipeline.config.queries:
+        frames = [read_predictions(pipeline.predictions(split, query))[0] for split in pipeline.splits]
+        if query.given:
+            found.append((query, pd.concat(frames, ignore_index=True)))
+    return found
+
+
+def _predicted(query: Query, frame: pd.DataFrame, dataset: Dataset) -> list[Section]:
+    """Calibration and error by group of each variable of a query."""
+    schema = dataset.index.schema
+    found = []
+    for variable in (schema[name] for name in query.want):
+        total = score(frame, variable)
+        if total is None or not total.n:
+            continue
+        kind = "accuracy" if variable.kind == "categorical" else f"mean absolute error ({variable.unit or 'no unit'})"
+        rows = [["all", str(total.n), total.format(2)]]
+        for by in schema.scalars:
+            values = {record.key: record.values.get(by.name) for record in dataset.index.records}
+            groups = {key: g for key, value in values.items() if (g := group_of(by, value)) is not None}
+            for group, estimate in by_group(frame, variable, groups).items():
+                rows.append([f"{by.name} {group}", str(estimate.n), estimate.format(2)])
+        covered = coverages(frame, variable.name)
+        text = "; ".join(f"{100 * e.value:.0f} % of the true values in the {p} % interval" for p, e in covered.items())
+        points = (
+            probability_points(frame, variable.name, variable.classes)
+            if variable.kind == "categorical"
+            else quantile_points(frame, variable.name)
+        )
+        found.append(
+            Section(
+                f"{variable.name} given {label(query.given)}",
+                f"{text}." if text else "",
+                _calibration_picture(points, variable) if points else "",
+                Table(["group", "people", kind], rows),
+                f"Calibration of {variable.name}",
+            )
+        )
+    return found
+
+
+def _calibration_picture(points: Sequence[Point], variable: Variable) -> str:
+    """Predicted against observed frequencies, with 95 % intervals, and the diagonal."""
+    figure = Figure(figsize=(4.2, 4.2), layout="constrained")
+    ax = figure.subplots()
+    ax.plot([0, 1], [0, 1], color="#8a8f98", lw=1)
+    x, y = [p.predicted for p in points], [p.observed.value for p in points]
+    low, high = (
+        [max(0.0, s * (p.observed.interval[i] - p.observed.value)) for p in points] for i, s in ((1, -1), (2, 1))
+    )
+    bars = np.nan_to_num([low, high])
+    ax.errorbar(x, y, yerr=bars, fmt="o-", ms=5, color=LINE, ecolor=FAINT, elinewidth=2)
+    predicted = "probability" if variable.kind == "categorical" else "quantile"
+    observed = "how often the class was true" if variable.kind == "categorical" else "true values at or below it"
+    ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel=f"predicted {predicted}", ylabel=observed, aspect="equal")
+    ax.spines[["top", "right"]].set_visible(False)
+    return inline(figure, "svg")
+
+
+def _pictures(pipeline: Pipeline) -> list[Section]:
+    """The pictures of the pipeline, those of the paper first."""
+    files = sorted((pipeline.root / "figures").glob("*.png"))
+    found = []
+    for start, (title, text) in PICTURES.items():
+        found += [Section(title, text, inline_file(file), alt=title) for file in files if file.stem.startswith(start)]
+    return found
+
+
+def _data_sheet(dataset: Dataset, pipeline: Pipeline) -> list[Section]:
+    """Who is in the data: parts, numbers, classes, missing values, flags, and who was rejected and why."""
+    index, split = dataset.index, list(pipeline.splits)[-1]
+    parts = index.split(split).assignment
+    scans = Counter(parts.values())
+    people = {part: len({r.subject for r in index.records if parts.get(r.key) == part}) for part in PARTS}
+    rows = [["people", *(str(people[part]) for part in PARTS)], ["scans", *(str(scans[part]) for part in PARTS)]]
+    for variable in index.schema.scalars:
+        by_part = {p: [r.values.get(variable.name) for r in index.records if parts.get(r.key) == p] for p in PARTS}
+        rows += _scalar_rows(variable, list(by_part.values()))
+    for variable in index.schema.volumes:
+        missing = [sum(variable.name not in r.checksums for r in index.records if parts.get(r.key) == p) for p in PARTS]
+        rows.append([f"{variable.name}, missing", *map(str, missing)])
+    note = f"Parts of the split {split!r}; nobody is in two of them."
+    found = [Section("Who", note, table=Table(["", *PARTS], rows))]
+    found += [
+        Section(f"{v.name[0].upper()}{v.name[1:]}", "", picture, alt=f"Histogram of {v.name}")
+        for v in index.schema.scalars
+        if v.kind != "categorical" and (picture := _histogram(v, dataset, parts))
+    ]
+    flags = Counter(flag for record in index.records for flag in record.flags)
+    if flags:
+        table = Table(["limit of quality control", "scans"], [[name, str(n)] for name, n in flags.most_common()])
+        found.append(Section("Flagged, and kept", "", table=table))
+    sheet = read_sheet(dataset.folder / REJECTED)
+    reasons = Counter(cells["reason"] for _, cells in sheet.rows)
+    table = Table(["reason", "rows"], [[reason, str(n)] for reason, n in reasons.most_common()])
+    text = f"{len(sheet.rows)} of {index.provenance['rows']} rows of the source were rejected" + (
+        f"; {dataset.folder.name}/{REJECTED} names them." if sheet.rows else "."
+    )
+    return [*found, Section("Rejected", text, table=table if sheet.rows else None)]
+
+
+def _scalar_rows(variable: Variable, parts: Sequence[Sequence[Any]]) -> list[list[str]]:
+    """Rows of the data sheet about one scalar; values by part."""
+    known = [[v for v in values if v is not None] for values in parts]
+    missing = [f"{variable.name}, missing", *(str(len(v) - len(k)) for v, k in zip(parts, known))]
+    if variable.kind == "categorical":
+        return [*([f"{variable.name} {c}", *(str(k.count(c)) for k in known)] for c in variable.classes), missing]
+    unit = f" ({variable.unit})" if variable.unit else ""
+    cells = [f"{np.mean(k):.1f}, {min(k):g} to {max(k):g}" if k else "-" for k in known]
+    return [[f"{variable.name}{unit}: mean, range", *cells], missing]
+
+
+def _histogram(variable: Variable, dataset: Dataset, parts: dict[str, str]) -> str:
+    """Histogram of a number, a colour for each part; nothing where nobody has it."""
+    records = dataset.index.records
+    values = [
+        [float(x) for r in records if parts.get(r.key) == p and (x := r.values.get(variable.name)) is not None]
+        for p in PARTS
+    ]
+    if not any(values):
+        return ""
+    figure = Figure(figsize=(6.5, 2.4), layout="constrained")
+    ax = figure.subplots()
+    ax.hist(values, bins=20, stacked=True, label=PARTS, color=[COLOURS[p] for p in PARTS])
+    ax.set(xlabel=f"{variable.name} ({variable.unit})" if variable.unit else variable.name, ylabel="scans")
+    ax.legend(frameon=False, fontsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    return inline(figure, "svg")
+
+
+def _model_card(pipeline: Pipeline) -> list[tuple[str, str]]:
+    """What the model is for, what it knows and does not know: (heading, text)."""
+    split = list(pipeline.splits)[-1]
+    meta = json.loads((pipeline.place("joint", split) / "model" / "model.json").read_text())
+    schema, training, grid = meta["schema"], meta.get("training") or {}, meta["grid"]
+    names = [f"{name} ({spec['kind']})" for name, spec in schema.items()]
+    known = training.get("variables", {})
+    ranges = [
+        f"{name} {facts['range'][0]:g} to {facts['range'][1]:g} {schema[name].get('unit', '')}".rstrip()
+        for name, facts in known.items()
+        if "range" in facts
+    ]
+    classes = [
+        f"{name} " + ", ".join(f"{c} ({n})" for c, n in facts["classes"].items())
+        for name, facts in known.items()
+        if "classes" in facts
+    ]
+    return [
+        (
+            "Intended use",
+            "Research on groups of people: predicting scalars of a brain scan with an interval, drawing synthetic "
+            "scans, filling in missing parts. It is no medical device, and no basis for a decision about one person.",
+        ),
+        ("Variables", ", ".join(names)),
+        ("Learnt from", f"{len(training.get('names', ()))} people of the training and validation part"),
+        ("Knows", "; ".join([*ranges, *classes]) or "not recorded"),
+        ("Calibrated on", _calibrated(pipeline, split)),
+        ("Scans", f"{' x '.join(map(str, grid['shape']))} voxels of {grid['spacing']:g} mm; {_recipe(meta)}"),
+        (
+            "Limits",
+            "Scans of another scanner, sequence or preprocessing, and people outside of these ranges, are answered "
+            "with a flag and are not covered by the figures on this page. Groups with few people have wide intervals. "
+            "An error that differs between groups is passed on to whatever uses the answers.",
+        ),
+    ]
+
+
+def _recipe(meta: dict[str, Any]) -> str:
+    recipe = meta.get("recipe")
+    if not recipe:
+        return "packed as they came, without preprocessing"
+    return f"preprocessed by {', '.join(recipe['steps'])}"
+
+
+def _calibrated(pipeline: Pipeline, split: str) -> str:
+    """On how many people the answers were calibrated, and for which site."""
+    for stage in ("scalars", "joint"):
+        path = pipeline.place(stage, split) / "model" / "model.json"
+        meta = json.loads(path.read_text()) if path.is_file() else {}
+        if people := meta.get("extra", {}).get("calibrated on"):
+            site = meta.get("site")
+            return f"{people} held-out people" + (f", and for the site {site['name']}" if site else "")
+    return "nothing: the intervals are those of the sampler"
+
+
+def _stages(pipeline: Pipeline) -> Table:
+    """Each stage with its identity and duration."""
+    rows = []
+    for name, _, folder in _steps(pipeline):
+        record = read_record(folder)
+        rows.append([name, record["fingerprint"], f"{record['seconds']:.0f}", _inputs(record)])
+    return Table(["stage", "fingerprint", "seconds", "inputs"], rows)
+
+
+def _inputs(record: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in record["inputs"].items()) or "none"
+
+
+def _versions(pipeline: Pipeline) -> Table:
+    """Versions of packages and the commit; several where stages were run by several of them."""
+    found: dict[str, dict[str, None]] = {}
+    for _, _, folder in _steps(pipeline):
+        for name, value in read_state(folder).get("tags", {}).items():
+            if name.startswith("version.") or name == "mlflow.source.git.commit":
+                found.setdefault(name.removeprefix("version.").replace("mlflow.source.git.commit", "commit"), {})[
+                    value
+                ] = None
+    return Table(["package", "version"], [[name, ", ".join(values)] for name, values in sorted(found.items())])
+
+
+def _shards(dataset: Dataset) -> Table:
+    """Every file of the packed data with its size and hash."""
+    rows = [[path, f"{file['bytes']:,}", file["sha256"]] for path, file in sorted(dataset.index.files.items())]
+    return Table(["file", "bytes", "SHA-256"], rows)
