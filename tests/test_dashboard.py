@@ -20,8 +20,12 @@ from mvhpc.runs.mlflow_sync import sync, synced
 from tests.test_mlflow import PNG, losses, track
 
 
-def test_a_server_is_waited_for_until_it_answers_in_http() -> None:
-    """Not HTTP, nothing at all, and an error are no answer; and a probe can never connect to itself."""
+@pytest.mark.parametrize("proxy", ["", "http://127.0.0.1:9"])
+def test_a_server_is_waited_for_until_it_answers_in_http(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not HTTP, nothing at all, and an error are no answer; a probe can never connect to itself, and asks no proxy."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, proxy)
+    monkeypatch.delenv("no_proxy", raising=False)
     answers = [b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"", b"HTTP/1.1 503 Not yet\r\nContent-Length: 0\r\n\r\n"]
     answers += [b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"]
     peers = []

@@ -90,7 +90,7 @@ def test_the_unit_of_the_table_is_that_of_the_schema(tmp_path: Path, entry: dict
             read_table(source, SCHEMA)
 
 
-def test_a_unit_comes_from_the_name_of_a_column_or_is_noted(tmp_path: Path) -> None:
+def test_a_unit_stands_in_the_name_of_a_column_or_is_noted(tmp_path: Path) -> None:
     (tmp_path / "x.nii").write_bytes(b"")
     for column in ("age_months", "AgeInMonths", "age (days)"):
         (tmp_path / "s.csv").write_text(f"participant_id,path,{column},sex\np,x.nii,84,F\n")
