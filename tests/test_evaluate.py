@@ -161,16 +161,13 @@ def test_the_queries_are_those_of_table_2_and_of_the_baselines(tiny_dataset: Pat
     ("values", "words"),
     [
         ({"names": ["one"]}, "names: 1 names of 2 runs"),
-        ({"names": ["one", "one"]}, "have one name and one split"),
         ({"runs": ["a", "a"]}, "runs: a is named twice"),
-        ({"runs": []}, "name the run folders"),
+        ({"split": "tset"}, "Did you mean 'test'"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(
-    tiny_scalars: Path, tiny_early: Path, values: dict[str, Any], words: str
-) -> None:
+def test_rows_are_checked_before_anything_is_set_aside(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        open_methods(**{"runs": [str(tiny_scalars), str(tiny_early)], "names": [], **values})
+        load_config(EvaluateConfig, "evaluate", values={"out": "o", "data": "d", "runs": ["a", "b"]} | values)
     assert words in str(refused.value)
 
 
@@ -181,8 +178,10 @@ def test_runs_are_checked_and_distinguished(
         open_methods([str(tiny_vae)], [])
     copies = [str(tiny_scalars), str(tiny_scalars / "model")]
     assert [m.name for m in open_methods(copies, [])] == [f"model of scalars, {path}" for path in copies]
-    with pytest.raises(ConfigError, match="Did you mean 'test'"):
-        evaluate(tiny_dataset, tmp_path / "x", [tiny_scalars], split="tset")
+    with pytest.raises(ConfigError, match="have one name and one split"):
+        open_methods(copies, ["one", "one"])
+    with pytest.raises(ConfigError, match="name the run folders"):
+        open_methods([], [])
     with pytest.raises(ConfigError, match=r"runs=.*nowhere: no such file"):
         evaluate(tiny_dataset, tmp_path / "x", [tiny_scalars, tmp_path / "nowhere"])
     (tiny_scalars / "generation.tsv").write_text("name\tvalue\n")
