@@ -1,11 +1,13 @@
 """Stage ``evaluate``: every model is asked what it can answer, once, and everything stands in the tables."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
 from mvhpc.config import ConfigError, load_config
 from mvhpc.evaluation.tables import read_predictions
@@ -18,6 +20,7 @@ from mvhpc.parsers import parser_of
 from mvhpc.training.baseline import BaselineConfig
 from mvhpc.training.scalars import ScalarsConfig
 from shards.dataset import open_dataset
+from shards.split import record_split
 from tests.conftest import SMALL_SCALARS
 
 OURS, PAPER, VIT = "model of scalars", "the chains", "3D ViT (MSE)"
@@ -212,3 +215,26 @@ def test_a_sex_predicted_as_a_number_is_scored_as_a_class(
     own = sex[sex["given"] == "image,age"]
     assert first.loc[OURS, "sex_accuracy"] == pytest.approx((own["value"] == own["true"]).mean())
     assert np.isnan(first.loc[MEAN, "sex_accuracy"])
+
+
+def test_folds_are_one_row_each_asked_about_its_own_test_part(
+    tiny_dataset: Path, tiny_scalars: Path, tmp_path: Path
+) -> None:
+    """The runs are copies of one model, which says who learnt; here it counts who is asked about whom."""
+    data = shutil.copytree(tiny_dataset, tmp_path / "packed")
+    names = record_split(data, None, 2, 0, None, None)
+    runs = []
+    for name in names:
+        runs.append(shutil.copytree(tiny_scalars, tmp_path / name))
+        settings = OmegaConf.load(runs[-1] / "config.yaml")
+        settings.split = name
+        OmegaConf.save(settings, runs[-1] / "config.yaml")
+    evaluate(data, tmp_path / "folds", runs)
+    answers = pd.read_csv(tmp_path / "folds" / "answers.tsv", sep="\t")
+    for method in (OURS, LINEAR, MEAN):
+        own = answers[(answers["method"] == method) & (answers["variable"] == "age") & (answers["given"] == "image")]
+        assert sorted(own["key"]) == sorted(k for k in open_dataset(data).keys("all") if k != "sub-03")  # who has no age
+    page = (tmp_path / "folds" / "results.md").read_text()
+    assert "12 people with 12 visits, the test part of the splits fold-1-of-2, fold-2-of-2" in page
+    evaluate(data, tmp_path / "first", runs[:1], split_name=names[1])
+    assert "the test part of the split fold-2-of-2" in (tmp_path / "first" / "results.md").read_text()
