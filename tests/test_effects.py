@@ -45,6 +45,8 @@ def configuration(stage: str, folder: Path) -> Any:
         if field.name in {"given", "want"}:
             values[field.name] = {"age": "70"} if "dict" in str(field.type) else ["age"]
             values[field.name] = "image" if field.type is str else values[field.name]
+        elif field.name == "runs":
+            values[field.name] = [str(folder / "run")]
         elif (
             field.name in {"out", "data", "source", "vae", "latents", "scalars", "model", "image", "mask"}
             and field.type is str
@@ -120,7 +122,7 @@ def test_finished_training_stays_finished(stage: str, tmp_path: Path) -> None:
     for key, state in (("log_every", "finished"), ("keep", "finished"), ("checkpoint_every", "finished")):
         setattr(config.training, key, getattr(config.training, key) + 1)
         assert plan(stage, config).state() == state
-    config.optimizer.lr *= 2
+    config.optimizer.lr += 1e-3
     assert plan(stage, config).state() == "changed"
 
 

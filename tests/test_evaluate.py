@@ -1,11 +1,13 @@
 """Stage ``evaluate``: every model is asked what it can answer, once, and everything stands in the tables."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
 from mvhpc.config import ConfigError, load_config
 from mvhpc.evaluation.tables import read_predictions
@@ -18,6 +20,7 @@ from mvhpc.parsers import parser_of
 from mvhpc.training.baseline import BaselineConfig
 from mvhpc.training.scalars import ScalarsConfig
 from shards.dataset import open_dataset
+from shards.split import record_split
 from tests.conftest import SMALL_SCALARS
 
 OURS, PAPER, VIT = "model of scalars", "the chains", "3D ViT (MSE)"
@@ -161,16 +164,13 @@ def test_the_queries_are_those_of_table_2_and_of_the_baselines(tiny_dataset: Pat
     ("values", "words"),
     [
         ({"names": ["one"]}, "names: 1 names of 2 runs"),
-        ({"names": ["one", "one"]}, "have one name and one split"),
         ({"runs": ["a", "a"]}, "runs: a is named twice"),
-        ({"runs": []}, "name the run folders"),
+        ({"split": "tset"}, "Did you mean 'test'"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(
-    tiny_scalars: Path, tiny_early: Path, values: dict[str, Any], words: str
-) -> None:
+def test_rows_are_checked_before_anything_is_set_aside(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        open_methods(**{"runs": [str(tiny_scalars), str(tiny_early)], "names": [], **values})
+        load_config(EvaluateConfig, "evaluate", values={"out": "o", "data": "d", "runs": ["a", "b"]} | values)
     assert words in str(refused.value)
 
 
@@ -181,8 +181,10 @@ def test_runs_are_checked_and_distinguished(
         open_methods([str(tiny_vae)], [])
     copies = [str(tiny_scalars), str(tiny_scalars / "model")]
     assert [m.name for m in open_methods(copies, [])] == [f"model of scalars, {path}" for path in copies]
-    with pytest.raises(ConfigError, match="Did you mean 'test'"):
-        evaluate(tiny_dataset, tmp_path / "x", [tiny_scalars], split="tset")
+    with pytest.raises(ConfigError, match="have one name and one split"):
+        open_methods(copies, ["one", "one"])
+    with pytest.raises(ConfigError, match="name the run folders"):
+        open_methods([], [])
     with pytest.raises(ConfigError, match=r"runs=.*nowhere: no such file"):
         evaluate(tiny_dataset, tmp_path / "x", [tiny_scalars, tmp_path / "nowhere"])
     (tiny_scalars / "generation.tsv").write_text("name\tvalue\n")
@@ -213,3 +215,26 @@ def test_a_sex_predicted_as_a_number_is_scored_as_a_class(
     own = sex[sex["given"] == "image,age"]
     assert first.loc[OURS, "sex_accuracy"] == pytest.approx((own["value"] == own["true"]).mean())
     assert np.isnan(first.loc[MEAN, "sex_accuracy"])
+
+
+def test_folds_are_one_row_each_asked_about_its_own_test_part(
+    tiny_dataset: Path, tiny_scalars: Path, tmp_path: Path
+) -> None:
+    """The runs are copies of one model, which says who learnt; here it counts who is asked about whom."""
+    data = shutil.copytree(tiny_dataset, tmp_path / "packed")
+    names = record_split(data, None, 2, 0, None, None)
+    runs = []
+    for name in names:
+        runs.append(shutil.copytree(tiny_scalars, tmp_path / name))
+        settings = OmegaConf.load(runs[-1] / "config.yaml")
+        settings.split = name
+        OmegaConf.save(settings, runs[-1] / "config.yaml")
+    evaluate(data, tmp_path / "folds", runs)
+    answers = pd.read_csv(tmp_path / "folds" / "answers.tsv", sep="\t")
+    for method in (OURS, LINEAR, MEAN):
+        own = answers[(answers["method"] == method) & (answers["variable"] == "age") & (answers["given"] == "image")]
+        assert sorted(own["key"]) == sorted(k for k in open_dataset(data).keys("all") if k != "sub-03")  # who has no age
+    page = (tmp_path / "folds" / "results.md").read_text()
+    assert "12 people with 12 visits, the test part of the splits fold-1-of-2, fold-2-of-2" in page
+    evaluate(data, tmp_path / "first", runs[:1], split_name=names[1])
+    assert "the test part of the split fold-2-of-2" in (tmp_path / "first" / "results.md").read_text()

@@ -91,6 +91,7 @@ def make_tables(
     """
     variables = comparison.variables
     headline = [comparison.headline(v.name) for v in variables]
+    volumes = {v.name for v in comparison.schema.volumes}
     everything = [a for v in variables for a in comparison.of(v.name)]
     yield paper_tables.table_1(comparison.methods, headline, generation)
     for v in variables:
@@ -100,7 +101,7 @@ def make_tables(
         paper_tables.calibration(everything),
         paper_tables.by_group(headline, comparison.schema.scalars, values),
         paper_tables.dependence(everything, comparison.fitted),
-        paper_tables.retest(everything),
+        paper_tables.retest([a for a in everything if volumes & {*a.given}]),
     ]
     yield from (result for result in others if result is not None)
 

@@ -105,7 +105,8 @@ def calibration_of_number(variable: Variable, answers: Sequence[Answers], colour
     ax.set_ylim(min(40, ax.get_ylim()[0]), 102)
     ax.set_xlabel("interval, %", size=8)
     ax.set_ylabel("holds the truth, %", size=8)
-    ax.legend(fontsize=6, frameon=False, loc="lower right")
+    handles, names = ax.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=7, frameon=False)
     figure.suptitle(
         f"{variable.name} given {label(answers[0].given)}; bands: where 95 % of calibrated bars lie", size=9
     )

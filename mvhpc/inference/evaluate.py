@@ -61,6 +61,10 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         at_least(1, {"samples": self.samples, "batch": self.batch})
         choose_part(self.split, auto=True)
+        if twice := [path for path in self.runs if self.runs.count(path) > 1]:
+            raise ConfigError(f"runs: {twice[0]} is named twice")
+        if self.names and len(self.names) != len(self.runs):
+            raise ConfigError(f"names: {len(self.names)} names of {len(self.runs)} runs; give one for each, or none")
 
     def predictions(self) -> PredictConfig:
         """The configuration of predictions, but for model and query."""
@@ -157,6 +161,8 @@ def compare(config: EvaluateConfig, dataset: Dataset, methods: Sequence[Method],
                 comparison.add(comparison.fitted, answers)
         for answers in mean_answers(members, dataset, queries, keys):
             comparison.add(comparison.found, answers)
+    answering = {m.name for m in methods} | {method for method, *_ in comparison.found}
+    comparison.methods = [name for name in comparison.methods if name in answering]
     comparison.notes.insert(0, _people(comparison, dataset, part, list(by_split)))
     if (people := len({s for a in comparison.found.values() for s in a.subjects})) < RELIABLE:
         comparison.notes.append(

@@ -98,15 +98,10 @@ def open_methods(runs: Sequence[str], names: Sequence[str]) -> list[Method]:
         names: their rows, one each; none: what they are, with the folder where two are the same.
 
     Raises:
-        ConfigError: no runs, one that is named twice, another number of names than of runs, two models of one name
-            and split, or an autoencoder.
+        ConfigError: no runs, two models of one name and split, or an autoencoder.
     """
     if not runs:
         raise ConfigError("runs: name the run folders to compare")
-    if twice := [path for path in runs if runs.count(path) > 1]:
-        raise ConfigError(f"runs: {twice[0]} is named twice")
-    if names and len(names) != len(runs):
-        raise ConfigError(f"names: {len(names)} names of {len(runs)} runs; give one for each, or none")
     found = [Method.open(path, name) for path, name in zip(runs, names or [""] * len(runs))]
     same = [[m.path for m in found if (m.name, m.split, m.query) == (n.name, n.split, n.query)] for n in found]
     if names and any(len(paths) > 1 for paths in same):

@@ -12,6 +12,7 @@ from mvhpc.variables import Categorical, Scalar, Variables
 from shards.schema import Schema
 
 SMALLEST = 29  # voxels per axis that DenseNet121 needs; fewer leave nothing after five halvings
+SD_FLOOR = 0.1  # of a voxel's SD, in units of the largest one
 TITLES = {"densenet": "3D DenseNet121", "vit": "3D ViT", "braid": "BRAID"}  # name of a network -> in tables
 
 
@@ -31,7 +32,8 @@ class Baseline(nn.Module):
 
     - ``densenet``: 3D DenseNet121 (Huang et al. 2017). Scalars are input channels.
     - ``vit``: 3D vision transformer (Dosovitskiy et al. 2021) whose linear head reads the class token. Scalars are
-      input channels. MONAI's default, a tanh after the head, is left out: it bounds numbers and logits to [-1, 1].
+      input channels; volumes are standardised voxel by voxel. MONAI's default, a tanh after the head, is left out: it
+      bounds numbers and logits to [-1, 1].
     - ``braid``: 3D ResNet (He et al. 2016) whose features are joined by the scalars before the last linear layer
       (Gao et al. 2025, BRAID).
 
@@ -46,6 +48,9 @@ class Baseline(nn.Module):
         shape: (H, W, D) of the volumes, for a ViT.
     """
 
+    voxel_mean: Tensor | None
+    voxel_sd: Tensor | None
+
     def __init__(
         self,
         scalars: Variables,
@@ -58,14 +63,31 @@ class Baseline(nn.Module):
         self.conditioning: list[Scalar] = [v for v in scalars.scalars if v.name in given]
         volumes, width = len(given) - len(self.conditioning), sum(map(_width, self.conditioning))
         outputs = _width(next(v for v in scalars.scalars if v.name == want))
+        self.register_buffer("voxel_mean", None)  # of the volumes, (V, H, W, D), where they are standardised
+        self.register_buffer("voxel_sd", None)
         self.head: nn.Linear | None = None  # after the scalars are joined, where they are no channels
         if isinstance(settings, ViTConfig):
             self.network = _vit(volumes + width, outputs, settings, shape)
+            self.voxel_mean, self.voxel_sd = torch.zeros(volumes, *shape), torch.ones(volumes, *shape)
         elif settings is None:
             self.network = _densenet(volumes + width, outputs)
         else:
             self.network, features = _resnet(volumes, settings)
             self.head = nn.Linear(features + width, outputs)
+
+    @property
+    def standardizes(self) -> bool:
+        """Whether volumes are standardised before the network, see :meth:`standardize`."""
+        return self.voxel_mean is not None
+
+    def standardize(self, voxels: Tensor) -> None:
+        """Take the mean and the SD of each voxel over some volumes (N, V, H, W, D), N of at least 2.
+
+        People differ in a tenth of the intensities: without this, a ViT on a few hundred of them sees the mean brain
+        only and predicts the mean.
+        """
+        sd, self.voxel_mean = torch.std_mean(voxels.float(), 0)
+        self.voxel_sd = sd.clamp(min=SD_FLOOR * float(sd.max()))  # no noise where nobody differs
 
     def forward(self, voxels: Tensor, values: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor:
         """Predict the wanted scalar.
@@ -89,6 +111,8 @@ class Baseline(nn.Module):
         """The inputs of :meth:`forward` as input channels of the network, (B, C, H, W, D)."""
         if self.head is not None:
             return voxels
+        if self.voxel_mean is not None and self.voxel_sd is not None:
+            voxels = (voxels - self.voxel_mean) / self.voxel_sd
         rows = self._scalars(values, present)
         return torch.cat([voxels, *(x[:, :, None, None, None].expand(-1, -1, *voxels.shape[2:]) for x in rows)], 1)
 

@@ -27,6 +27,7 @@ from shards.order import Order
 from shards.schema import Schema
 
 LARGER = 4  # size of the batches of `refresh`, in training batches; without gradients they need less memory
+STANDARDIZED = 128  # people whose volumes give the mean and the SD of each voxel
 BATCHES = 8  # number of batches of `refresh`
 DEPTHS = (10, 18, 34, 50, 101, 152, 200)  # of MONAI's ResNets
 
@@ -104,9 +105,11 @@ class BaselineTask(Task):
         }
         self.samples, self.validation = len(self.train), len(self.others)
         torch.manual_seed(config.training.seed)  # the layers' initial weights
-        self.networks: dict[str, nn.Module] = {
-            "baseline": Baseline(self.scalars, config.given, config.want, config.network, shape)
-        }
+        network = Baseline(self.scalars, config.given, config.want, config.network, shape)
+        if network.standardizes and len(self.train) > 1:
+            order = Order(self.samples, min(self.samples, STANDARDIZED), config.training.seed)
+            network.standardize(self._read([self.train[i] for i in order.part(0, 0, 1)])[0])
+        self.networks: dict[str, nn.Module] = {"baseline": network}
         self.learning_rates = {"baseline": config.optimizer.lr or config.learning_rates[config.name]}
 
     @classmethod
