@@ -105,6 +105,7 @@ class Forked:
         self._process = self.context.Process(target=target, args=arguments)
         self._process.start()
         self.kill, self.terminate = self._process.kill, self._process.terminate
+        self.pid = self._process.pid
 
     def poll(self) -> int | None:
         return self._process.exitcode

@@ -92,7 +92,6 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
     table = [rows[key] for key in keys]
     write_parquet(out.with_suffix(".parquet"), table, schema, config.want)
     write_predictions(out, table, schema, description)
-    shutil.rmtree(run.folder / ROWS)
     for file in (out, sidecar(out)):
         run.keep(file, "predictions")
 
@@ -124,6 +123,7 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
                 bars = "\nbars: 90 % intervals" if np.isfinite(low).any() else ""
                 note = f"given {label(config.given)}, n = {result.n}\nMAE {result.format(2)}{bars}"
                 predicted_against_true(true, mean, (low, high), path, name, variable.unit or "", note)
+    shutil.rmtree(run.folder / ROWS)
     return summary
 
 
