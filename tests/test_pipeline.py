@@ -1,13 +1,17 @@
 """The whole pipeline, small: every stage for real, then again."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from mvhpc.config import load_config
+from mvhpc.cli import main
+from mvhpc.config import ConfigError, load_config
 from mvhpc.pipeline.plan import PipelineConfig
+from mvhpc.pipeline.report import write_report
 from mvhpc.pipeline.run import run_pipeline
+from mvhpc.runs.mlflow_store import store_client
 
 SMALL = {
     "queries": [{"want": ["age"], "given": ["image", "sex"]}, {"want": ["sex"], "given": []}],
@@ -36,6 +40,45 @@ def configuration(root: Path, **changes: dict) -> PipelineConfig:
     return load_config(PipelineConfig, "pipeline", "demo", (), {"root": str(root), **SMALL, **changes})
 
 
+def check_store(root: Path) -> None:
+    """One run of the pipeline has those of all stages below it, the results and pictures; models are registered."""
+    client = store_client(f"sqlite:///{root / 'mlflow.db'}")
+    above, *below = sorted(client.search_runs(["1"]), key=lambda run: run.info.run_name != root.name)
+    names = ["age | image, sex", "encode", "generate", "joint", "pack", "phantom", "scalars", "sex | nothing", "vae"]
+    assert sorted(run.info.run_name for run in below) == names
+    assert {run.data.tags["mlflow.parentRunId"] for run in below} == {above.info.run_id}
+    assert {run.info.status for run in (above, *below)} == {"FINISHED"}
+    assert set(above.data.metrics) >= {"test/age_mae given image and sex", "test/sex_accuracy given nothing"}
+    groups = {name.partition("/")[0] for run in below for name in run.data.metrics}
+    assert groups == {"loss", "optimizer", "system", "test", "validation"}
+    files = {f.path for folder in ("results", "figures") for f in client.list_artifacts(above.info.run_id, folder)}
+    assert {"results/results.md", "figures/inpainted-half.png", "figures/people.png"} <= files
+    (predict,) = (run for run in below if run.info.run_name == "age | image, sex")
+    tables = {file.path for file in client.list_artifacts(predict.info.run_id, "predictions")}
+    assert tables == {f"predictions/age-given-image-sex.{end}" for end in ("tsv", "json")}
+    assert {model.name for model in client.search_registered_models()} == {f"{root.name}-joint", f"{root.name}-scalars"}
+
+
+def check_report(root: Path, out: Path) -> None:
+    """The page has every part, agrees with ``results.md``, loads nothing and names no folder of this machine."""
+    assert main(["report", str(root), "--out", str(out)]) == 0
+    page = out.read_text()
+    for cell in (root / "results.md").read_text().splitlines()[2].strip("| ").split(" | "):
+        assert f">{cell}<" in page
+    for text in ("figure B.1", "figure B.2", "Calibrated on", "Intended use", "rows of the source were rejected"):
+        assert text in page
+    index = json.loads((root / "packed" / "index.json").read_text())
+    assert all(file["sha256"] in page for file in index["files"].values())
+    assert "<script" not in page and str(root.parent) not in page
+    assert not re.findall(r"(?:src|href)=.(?!data:|#)", page)
+    (root / "joint" / "stage.json").rename(root / "stage.json")
+    with pytest.raises(ConfigError, match="not complete: joint"):
+        write_report(root, out)
+    (root / "stage.json").rename(root / "joint" / "stage.json")
+    with pytest.raises(ConfigError, match=r"no project .*project\.yaml"):
+        write_report(root / "joint", out)
+
+
 @pytest.mark.slow
 def test_pipeline_from_nothing_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All stages leave what they promise; run again each is reused; a changed one and what depends on it are not."""
@@ -57,6 +100,8 @@ def test_pipeline_from_nothing_and_again(tmp_path: Path, capsys: pytest.CaptureF
     assert stages == ["phantom", "pack", "scalars", "vae", "encode", "joint", "predict", "predict", "generate"]
     weights = (root / "joint" / "model" / "model.json").read_bytes()
 
+    check_store(root)
+    check_report(root, tmp_path / "report.html")
     run_pipeline(configuration(root))
     assert capsys.readouterr().err.count("reused") == len(stages)
 

@@ -74,7 +74,11 @@ def coverages(frame: pd.DataFrame, name: str) -> dict[int, Estimate]:
 
 
 def probability_points(frame: pd.DataFrame, name: str, classes: Sequence[str]) -> list[Point]:
-    """Predicted probabilities of all classes in :data:`BINS` bins, and how often the class was the true one."""
+    """Predicted probabilities of all classes in :data:`BINS` bins, and how often the class was the true one.
+
+    Of two classes the first alone counts: the other one says the same.
+    """
+    classes = classes[:1] if len(classes) == 2 else classes
     columns = [f"{name}_p_{c}" for c in classes]
     if not set(columns) <= set(frame):
         return []

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from mvhpc.config import ConfigError, to_yaml
 from mvhpc.evaluation.groups import Point, by_group, coverages, group_of, probability_points, quantile_points
 from mvhpc.evaluation.page import inline, inline_file, render
-from mvhpc.evaluation.tables import Table, label, read_predictions, score
+from mvhpc.evaluation.tables import Table, label, read_predictions, score, subject_of
 from mvhpc.pipeline.plan import Pipeline, Query
 from mvhpc.pipeline.project import FILE, open_project
 from mvhpc.pipeline.summary import table_of_results
@@ -206,12 +206,19 @@ def _data_sheet(dataset: Dataset, pipeline: Pipeline) -> list[Section]:
         table = Table(["limit of quality control", "scans"], [[name, str(n)] for name, n in flags.most_common()])
         found.append(Section("Flagged, and kept", "", table=table))
     sheet = read_sheet(dataset.folder / REJECTED)
-    reasons = Counter(cells["reason"] for _, cells in sheet.rows)
+    reasons = Counter(_anonymous(cells["reason"], cells["key"]) for _, cells in sheet.rows)
     table = Table(["reason", "rows"], [[reason, str(n)] for reason, n in reasons.most_common()])
     text = f"{len(sheet.rows)} of {index.provenance['rows']} rows of the source were rejected" + (
         f"; {dataset.folder.name}/{REJECTED} names them." if sheet.rows else "."
     )
     return [*found, Section("Rejected", text, table=table if sheet.rows else None)]
+
+
+def _anonymous(reason: str, key: str) -> str:
+    """A reason without the key and the subject that it may name."""
+    for name in (key, subject_of(key)):
+        reason = reason.replace(name, "SUBJECT") if name else reason
+    return reason
 
 
 def _scalar_rows(variable: Variable, parts: Sequence[Sequence[Any]]) -> list[list[str]]:

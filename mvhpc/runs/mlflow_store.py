@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 SQLITE = "sqlite:///"
 PARENT = "mlflow.parentRunId"
-BEST = "best"  # alias of a registered model's version
+BEST, SCORE = "best", "validation_loss"  # alias and tag of a registered model's version
 PATIENCE_S = 300.0  # for another process that creates the tables of a store
 ERROR = "error"  # tag of a run that failed: the name of the exception
 VIEW, VIEWED = "mvhpc-results", 200  # key of the dashboard's view; newest runs whose metrics are its columns
-RESULTS = ("_mae", "_accuracy", "_in_90")  # ends of the names of the metrics that are columns
+RESULTS = ("_mae", "_accuracy", "_in_90", "validation/loss")  # ends of the names of the metrics that are columns
 METRICS, PARAMETERS = 1000, 100  # per request, MLflow's limits
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # seconds; by default a request may take 120, and is repeated five times
@@ -193,7 +193,7 @@ def log_model(client: "MlflowClient", run_id: str, experiment_id: str, folder: P
             module with ``_load_pyfunc``; ``signature`` as MLflow's ``ModelSignature.to_dict``; ``example``, column ->
             value; ``requirements``; ``data``, identity of the data and the split; ``score``, smaller is better.
     """
-    name, tags = model["name"], {"data": model["data"], "score": f"{model['score']:.8g}"}
+    name, tags = model["name"], {"data": model["data"], SCORE: f"{model['score']:.8g}"}
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     if client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
@@ -208,7 +208,7 @@ def log_model(client: "MlflowClient", run_id: str, experiment_id: str, folder: P
     source = logged.artifact_location if local else f"models:/{logged.model_id}"
     client.create_model_version(name, source, run_id, tags=tags, model_id=None if local else logged.model_id)
     versions = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get("data") == model["data"]]
-    best = min(versions, key=lambda v: (float(v.tags["score"]), -int(v.version)))
+    best = min(versions, key=lambda v: (float(v.tags[SCORE]), -int(v.version)))
     client.set_registered_model_alias(name, BEST, best.version)
 
 
@@ -251,9 +251,8 @@ def save_view(client: "MlflowClient", experiment_id: str) -> str:
         Its key, for ``viewStateShareKey`` of a link.
     """
     runs = client.search_runs([experiment_id], max_results=VIEWED)
-    found = sorted({name for run in runs for name in run.data.metrics}, key=lambda name: (" given " in name, name))
-    results = [name for end in RESULTS for name in found if name.partition(" given ")[0].endswith(end)]
-    columns = [f"metrics.`{name}`" for name in [*results, "validation/loss"]]
+    found = {name for run in runs for name in run.data.metrics}
+    columns = [f"metrics.`{name}`" for name in sorted(found) if name.endswith(RESULTS)]
     state = json.dumps({"selectedColumns": columns, "runsHiddenMode": "FIRST_20_RUNS"})
     view = {"name": "Results", "createdAt": 0, "updatedAt": 0, "state": state}
     client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{VIEW}", json.dumps(view))

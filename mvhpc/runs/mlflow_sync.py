@@ -207,7 +207,7 @@ def _send(folder: Path, state: dict[str, Any], store: str) -> None:
         done["events_sent"] = len(events)
         _write(note, done)
     if not _knows_status(done, state):
-        if state.get("model"):
+        if state.get("model") and state["status"] == "FINISHED":
             log_model(client, run, done["experiment_id"], folder, state["model"])
         send_status(client, run, state)
         done |= {"attempt": state["attempt"], "status": state["status"]}
