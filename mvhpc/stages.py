@@ -220,6 +220,30 @@ STAGES: dict[str, Stage] = {
             },
         ),
         Stage(
+            "evaluate-generation",
+            config="mvhpc.inference.generation_comparison:EvaluateGenerationConfig",
+            run="mvhpc.inference.evaluate_generation:run",
+            inputs={"model": "joint", "data": "pack", "drawn": "", "features": ""},
+            out="{split}generation",
+            help="measure the quality of drawn volumes beside real ones: FID, diversity, copies, age and sex",
+            command="evaluate-generation",
+            examples=(
+                "mvhpc evaluate-generation --features runs/densenet-age --out quality",
+                "mvhpc evaluate-generation --features squeezenet1_1-b8a52dc0.pth --out quality-squeezenet",
+                "mvhpc evaluate-generation --data runs/packed --drawn synthetic --features runs/densenet-age "
+                "--out quality-synthetic",
+            ),
+            flags={
+                "model": JOINT_MODEL,
+                "data": DATA,
+                "drawn": "BIDS tree of drawn people, in place of drawing one for each real person",
+                "features": "run folder of a baseline that reads the volume alone, or a file of weights",
+                "split": f"the real people: {SPLIT}",
+                "count": "number of people (default: all of the part)",
+                "out": "folder to write",
+            },
+        ),
+        Stage(
             "translate",
             config="mvhpc.inference.translate:TranslateConfig",
             run="mvhpc.inference.translate:run",

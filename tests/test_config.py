@@ -13,7 +13,8 @@ from mvhpc.stages import STAGES
 from mvhpc.training.joint import JointConfig
 from mvhpc.training.scalars import ScalarsConfig
 
-MANDATORY = {"out", "data", "source", "vae", "latents", "scalars", "model", "image", "mask", "given", "want"}
+INPUTS = {"data", "features", "source", "vae", "latents", "scalars", "model", "image", "mask"}
+MANDATORY = INPUTS | {"out", "given", "want"}
 PRESETS = [(p.parent.name, p.stem) for p in sorted(CONFIGS.glob("*/*.yaml")) if p.parent.name in STAGES]
 JOINT = ["out=o", "latents=l", "vae=v", "scalars=s"]
 

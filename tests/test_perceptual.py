@@ -11,10 +11,10 @@ from mvhpc.models.perceptual import (
     HEADS_SHA256,
     TAPS,
     SqueezeLPIPS,
-    WeightsError,
     load_lpips,
     slice_distance,
 )
+from mvhpc.models.weight_files import WeightsError
 from mvhpc.runtime.randomness import generator
 
 

@@ -12,7 +12,8 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from mvhpc.config import CONFIGS, ConfigError, load_config
 from mvhpc.evaluation.similarity import psnr, ssim
 from mvhpc.models.bundle import load
-from mvhpc.models.perceptual import SqueezeLPIPS, WeightsError
+from mvhpc.models.perceptual import SqueezeLPIPS
+from mvhpc.models.weight_files import WeightsError
 from mvhpc.training.loop import train
 from mvhpc.training.vae import (
     Discriminator,

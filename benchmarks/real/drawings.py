@@ -5,7 +5,7 @@
 One brain is drawn for the age and sex of each person of the test part. A reader, ridge regression on voxels of real
 scans of the training and validation part, reads real and drawn brains. Sharpness is the mean square of what a Gaussian
 of one voxel removes, in slices of each plane inside the brain, drawn over real. With ``--picture`` real brains stand
-over drawn ones of the same age and sex.
+over drawn ones of the same age and sex. `mvhpc evaluate-generation` measures this and more, with intervals.
 """
 
 import argparse
@@ -21,47 +21,16 @@ from sklearn.preprocessing import StandardScaler
 
 from mvhpc.config import load_config
 from mvhpc.evaluation.figures import gallery, slices
-from mvhpc.inference.generate import GenerateConfig, decode
+from mvhpc.evaluation.sharpness import PLANES, sharpness
+from mvhpc.inference.drawn_volumes import draw_for_records
+from mvhpc.inference.generate import GenerateConfig
 from mvhpc.inference.sampler import Sampler
-from mvhpc.runtime.randomness import generator
-from shards.dataset import Dataset, open_dataset
+from shards.dataset import open_dataset
 
 STRENGTHS = np.logspace(-1, 6, 15)
-PLANES = ("sagittal", "coronal", "axial")
 SMOOTHING = 1.0  # voxels, of what the reader reads
-BRAIN = 0.1  # intensity
 SHOWN = 6
 Floats = NDArray[np.float32]
-
-
-def draw(sampler: Sampler, dataset: Dataset, keys: list[str]) -> list[Floats]:
-    """A volume for the scalars of each record, with noise of its own."""
-    variables = sampler.model.variables
-    rows = [dataset.values(key) for key in keys]
-    encoded, present = variables.encode_scalars(rows)
-    volume = variables.volumes[0].name
-    drawn = []
-    for i in range(0, len(keys), 16):
-        part = slice(i, i + 16)
-        given = {name: x[part] for name, x in encoded.items()}
-        there = {name: x[part] for name, x in present.items()}
-        noise = [generator(0, "drawings", key) for key in keys[part]]
-        latents = sampler(given, noise, there, want=[volume])[volume]
-        drawn += [decode(sampler, volume, z[None]) for z in latents]
-    return drawn
-
-
-def sharpness(volumes: list[Floats]) -> NDArray[np.float64]:
-    """Mean over volumes of the energy of fine detail in each plane, (3,)."""
-    energies = []
-    for x in volumes:
-        inside = gaussian_filter(x, 2) > BRAIN
-        row = []
-        for axis in range(3):
-            sigma = [0.0 if a == axis else 1.0 for a in range(3)]
-            row.append(float(np.square(x - gaussian_filter(x, sigma))[inside].mean()))
-        energies.append(row)
-    return np.mean(energies, 0)
 
 
 def main() -> None:
@@ -73,7 +42,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the stage generate")
     options = parser.parse_intermixed_args()
     values: dict[str, Any] = {"model": options.model, "out": "unused"}
-    sampler = Sampler.of(load_config(GenerateConfig, "generate", "default", options.overrides, values))
+    config = load_config(GenerateConfig, "generate", "default", options.overrides, values)
+    sampler = Sampler.of(config)
     dataset, volume = open_dataset(options.data), sampler.model.variables.volumes[0].name
 
     def people(*parts: str) -> list[str]:
@@ -92,7 +62,7 @@ def main() -> None:
     def values_of(of: list[str], name: str) -> list[Any]:
         return [dataset.values(key)[name] for key in of]
 
-    real, drawn = read(keys), draw(sampler, dataset, keys)
+    real, drawn = read(keys), list(draw_for_records(sampler, dataset, keys, volume, config.seed, config.batch))
     known, x, y = features(read(seen)), features(real), features(drawn)
     age, truth = np.array(values_of(seen, "age"), float), np.array(values_of(keys, "age"), float)
     reader = make_pipeline(StandardScaler(with_std=False), RidgeCV(STRENGTHS)).fit(known, age)
@@ -108,7 +78,8 @@ def main() -> None:
     print(f"| mean absolute difference, years | {errors[0]:.1f} | {errors[1]:.1f} |")
     right = [float((of_sex.predict(part) == sexes).mean()) for part in (x, y)]
     print(f"| sex read is that asked for | {right[0]:.2f} | {right[1]:.2f} |")
-    for plane, a, b in zip(PLANES, sharpness(real), sharpness(drawn), strict=True):
+    detail = [np.mean([sharpness(x) for x in volumes], 0) for volumes in (real, drawn)]
+    for plane, a, b in zip(PLANES, *detail, strict=True):
         print(f"| sharpness, {plane} | 1 | {b / a:.2f} |")
     if options.picture:
         rows = [[slices(v) for v in part[:SHOWN]] for part in (real, drawn)]

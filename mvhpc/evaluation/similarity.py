@@ -1,5 +1,7 @@
 """Similarity of two volumes."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,29 @@ def ssim(x: Tensor, y: Tensor, inside: Tensor | None = None) -> Tensor:
     if inside is not None and edge:
         inside = inside[:, :, edge:-edge, edge:-edge, edge:-edge]
     return _mean(similarity, inside)
+
+
+SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # weights of MS-SSIM, the finest first (Wang et al. 2003)
+
+
+def scales(shape: Sequence[int], width: int = 11) -> int:
+    """At how many scales, each half of the one before, a window of ``width`` voxels fits; at most five."""
+    return max((k for k in range(1, len(SCALES) + 1) if min(shape) >> (k - 1) >= width), default=1)
+
+
+def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Multi-scale structural similarity (B,) of volumes (B, 1, H, W, D) in [0, 1] (Wang et al. 2003, in 3D).
+
+    Window as in :func:`ssim`; at as many scales as fit, their weights scaled to sum to 1.
+    """
+    from monai.metrics.regression import compute_ms_ssim  # MONAI takes seconds to import
+
+    width = min(11, *((n - 1) // 2 * 2 + 1 for n in x.shape[2:]))
+    weights = SCALES[: scales(x.shape[2:], width)]
+    total = sum(weights)
+    return compute_ms_ssim(
+        x, y, spatial_dims=3, kernel_size=[width] * 3, kernel_sigma=1.5, weights=[w / total for w in weights]
+    )[:, 0]
 
 
 def _mean(values: Tensor, inside: Tensor | None) -> Tensor:

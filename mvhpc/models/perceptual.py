@@ -5,15 +5,13 @@ Compute nodes have no internet access, so nothing is downloaded: the configurati
 SHA-256 is checked.
 """
 
-import hashlib
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mvhpc.config import ConfigError
+from mvhpc.models.weight_files import read_weight_file
 
 BACKBONE_SHA256 = "b8a52dc049b60e4b6ab68ad0df457362afab8b6304b2febdc1650a5dab4d7e7b"
 HEADS_SHA256 = "4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76"
@@ -34,10 +32,6 @@ SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # LPIPS 0.1: Ima
 SMALLEST = 17  # pixels; a smaller input is empty after the third pooling
 
 
-class WeightsError(ConfigError):
-    """A weight file of the perceptual network is missing or has another hash than expected."""
-
-
 class Fire(nn.Module):
     """SqueezeNet's block: a 1x1 squeeze, then 1x1 and 3x3 expansions in parallel (Iandola et al. 2016)."""
 
@@ -52,6 +46,20 @@ class Fire(nn.Module):
         return F.relu(torch.cat([self.expand1x1(x), self.expand3x3(x)], 1))
 
 
+def squeezenet() -> nn.Sequential:
+    """Convolutions of SqueezeNet 1.1, numbered as torchvision's ``features``: (N, 3, h, w) to (N, 512, ., .)."""
+    layers: dict[int, nn.Module] = {0: nn.Conv2d(3, 64, 3, stride=2), 1: nn.ReLU()}
+    layers |= {n: nn.MaxPool2d(3, stride=2, ceil_mode=True) for n in (2, 5, 8)}
+    layers |= {n: Fire(*sizes) for n, sizes in SQUEEZE.items()}
+    return nn.Sequential(*(layers[n] for n in sorted(layers)))
+
+
+def squeezenet_layers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of :func:`squeezenet` in the file of torchvision's SqueezeNet 1.1."""
+    prefix = "features."
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
 class SqueezeLPIPS(nn.Module):
     """LPIPS of images: weighted squared differences of unit-normalised features, averaged over space.
 
@@ -63,10 +71,7 @@ class SqueezeLPIPS(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        layers: dict[int, nn.Module] = {0: nn.Conv2d(3, 64, 3, stride=2), 1: nn.ReLU()}
-        layers |= {n: nn.MaxPool2d(3, stride=2, ceil_mode=True) for n in (2, 5, 8)}
-        layers |= {n: Fire(*sizes) for n, sizes in SQUEEZE.items()}
-        self.features = nn.Sequential(*(layers[n] for n in sorted(layers)))
+        self.features = squeezenet()
         self.heads = nn.ParameterList([torch.zeros(1, c, 1, 1) for c in TAPS.values()])
         self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1))
@@ -124,16 +129,6 @@ def slice_distance(lpips: SqueezeLPIPS, a: Tensor, b: Tensor, share: float, draw
     return total
 
 
-def _read(path: str, key: str, expected: str) -> dict[str, Tensor]:
-    if not path or not Path(path).is_file():
-        raise WeightsError(f"{key}={path!r}: no such file.\n{HOW_TO_GET}")
-    with Path(path).open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        raise WeightsError(f"{key}={path}: its SHA-256 is {found}, not {expected}.\n{HOW_TO_GET}")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def load_lpips(
     backbone: str, heads: str, backbone_sha256: str = BACKBONE_SHA256, heads_sha256: str = HEADS_SHA256
 ) -> SqueezeLPIPS:
@@ -148,12 +143,9 @@ def load_lpips(
         WeightsError: a file is missing or has another hash; the message says how to get it or train without it.
     """
     network = SqueezeLPIPS()
-    features = _read(backbone, "loss.backbone", backbone_sha256)
-    prefix = "features."
-    network.features.load_state_dict(
-        {name.removeprefix(prefix): value for name, value in features.items() if name.startswith(prefix)}
-    )
-    weights = _read(heads, "loss.heads", heads_sha256)
+    features = read_weight_file(backbone, "loss.backbone", backbone_sha256, HOW_TO_GET)
+    network.features.load_state_dict(squeezenet_layers(features))
+    weights = read_weight_file(heads, "loss.heads", heads_sha256, HOW_TO_GET)
     for n, head in enumerate(network.heads):
         head.data.copy_(weights[f"lin{n}.model.1.weight"])
     return network.eval().requires_grad_(False)

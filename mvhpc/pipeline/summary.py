@@ -10,8 +10,8 @@ from mvhpc.config import load_config
 from mvhpc.evaluation.against_mean import Comparison, compare
 from mvhpc.evaluation.tables import Table, constant_predictions, label, read_predictions, scoreboard
 from mvhpc.inference.inpaint import InpaintConfig, inpaint_half
+from mvhpc.inference.pictures import draw_over_number, fluid_of_dataset, fluid_of_tree, fluid_over_number
 from mvhpc.inference.sampler import Sampler
-from mvhpc.pipeline.pictures import draw_over_number, fluid_of_dataset, fluid_of_tree, fluid_over_number
 from mvhpc.pipeline.plan import Pipeline
 from mvhpc.stages import STAGES
 from shards.dataset import open_dataset

@@ -1,5 +1,6 @@
 """Pictures of what a joint model knows: one person at several ages, and ventricles over age, real beside drawn."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,10 @@ QUANTILES = (0.02, 1 / 3, 2 / 3, 0.98)  # of the training people's values
 Points = list[tuple[float, float]]  # value of the variable, ml
 
 
-def draw_over_number(sampler: Sampler, dataset: Dataset, split: str, path: Path, seed: int = 0) -> None:
-    """Draw one person at four values of the first number, with the same noise, in each class of the first category.
+def draw_over_number(
+    sampler: Sampler, dataset: Dataset, split: str, path: Path, seed: int = 0, at: Sequence[float] = ()
+) -> None:
+    """Draw one person at some values of the first number, with the same noise, in each class of the first category.
 
     Args:
         sampler: of a joint model.
@@ -32,15 +35,19 @@ def draw_over_number(sampler: Sampler, dataset: Dataset, split: str, path: Path,
         split: of the data set.
         path: PNG file.
         seed: of the noise.
+        at: values of the number; those within the training part's range are taken. Fewer than two of them: the
+            quantiles :data:`QUANTILES` of the training part instead.
     """
     schema = sampler.model.schema
     number = next(v for v in schema.scalars if v.kind != "categorical")
     category = next((v for v in schema.scalars if v.kind == "categorical"), None)
-    known = [dataset.values(key)[number.name] for key in dataset.keys("train", split)]
-    quantiles = np.quantile([float(v) for v in known if v is not None], QUANTILES)
+    recorded = [dataset.values(key)[number.name] for key in dataset.keys("train", split)]
+    known = [float(v) for v in recorded if v is not None]
+    within = [v for v in at if min(known) <= v <= max(known)]
+    chosen = within if len(within) > 1 else np.quantile(known, QUANTILES).tolist()
     variable = sampler.model.variables[number.name]
     assert isinstance(variable, Continuous)
-    values = variable.snap(torch.tensor([float(f"{v:.2g}") for v in quantiles])).tolist()
+    values = variable.snap(torch.tensor([float(f"{v:.2g}") for v in chosen])).tolist()
     classes = category.classes if category else ("",)
     given: list[dict[str, float | str]] = [
         {number.name: value} | ({category.name: name} if category else {}) for name in classes for value in values
@@ -52,7 +59,7 @@ def draw_over_number(sampler: Sampler, dataset: Dataset, split: str, path: Path,
     images = [slices(decode(sampler, volume, drawn[i : i + 1])) for i in range(len(given))]
     lines = [" ".join(f"{name} {number.name} {v:g} {number.unit}".split()) for name in classes for v in values]
     cut = [slice(i, i + len(values)) for i in range(0, len(given), len(values))]
-    title = f"one person (the same noise) at four values of {number.name}"
+    title = f"one person (the same noise) at {len(values)} values of {number.name}"
     gallery([images[s] for s in cut], path, [lines[s] for s in cut], title=title, spacing=sampler.model.grid["spacing"])
 
 
