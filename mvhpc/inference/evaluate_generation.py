@@ -156,8 +156,9 @@ def _readings(
         known = (readable, who.recorded(who.readable, variable))
         true = who.recorded(who.keys, variable)
         reading = ridge_reading(variable, known, (drawn.voxels, wanted), (real.voxels, true))
-        if reading:
-            yield reading
+        if reading is None:
+            continue
+        yield reading
         if isinstance(network, VolumeFeatures) and network.model.want == variable.name:
             parts: list[list[Any]] = []
             for measures, values in ((drawn, wanted), (real, true)):
