@@ -275,7 +275,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "evaluate-generation",
-            config="mvhpc.inference.evaluate_generation:EvaluateGenerationConfig",
+            config="mvhpc.inference.generation_comparison:EvaluateGenerationConfig",
             run="mvhpc.inference.evaluate_generation:run",
             inputs={"model": "joint", "data": "pack", "drawn": "", "features": ""},
             out="{split}generation",

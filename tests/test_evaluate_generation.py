@@ -15,7 +15,7 @@ import torch
 from mvhpc.config import ConfigError, load_config
 from mvhpc.execute import execute, plan
 from mvhpc.inference import evaluate_generation
-from mvhpc.inference.evaluate_generation import EvaluateGenerationConfig
+from mvhpc.inference.generation_comparison import EvaluateGenerationConfig
 from mvhpc.models.baseline import Baseline, scalars_of
 from mvhpc.models.bundle import BaselineModel, load, save_baseline
 from mvhpc.models.feature_networks import SliceFeatures, VolumeFeatures

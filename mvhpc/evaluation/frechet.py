@@ -17,7 +17,7 @@ from mvhpc.evaluation.metrics import Estimate
 
 CONFIDENCE = 0.95
 SIZES = 8  # numbers of people of an extrapolation, from half of them to all
-REPEATS = 10  # random halves, and random subsets of each size
+REPEATS = 20  # random halves, and random subsets of each size
 FEWEST = 10  # people; of fewer no interval means anything
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -27,9 +27,10 @@ Planes = Sequence[NDArray[np.floating]]
 def frechet_distance(x: Floats, y: Floats, wx: NDArray | None = None, wy: NDArray | None = None) -> float:
     """|mean difference|² + tr(Cx + Cy - 2 (Cx Cy)^½), C the covariances.
 
-    With Cx = A'A and Cy = B'B, the trace of the root is the sum of the singular values of A B', which exist and are
-    accurate where the covariances are singular, that is for fewer samples than features. A root of the product of the
-    covariances (pytorch-fid, MONAI's ``FIDMetric``) is neither there.
+    With Cx = A'A and Cy = B'B, the trace of the root is the sum of the singular values of A B', which are real, and
+    cheap for fewer samples than features: 1 ms for 100 samples of 256 features. The root of the product of the
+    covariances (pytorch-fid, MONAI's ``FIDMetric``) agrees to 2e-7 there, may become complex, and takes 700 times as
+    long.
 
     Args:
         x: (N, F); y: (M, F).

@@ -104,18 +104,18 @@ def distance_rows(
     rows = []
     for i, plane in enumerate(names):
         limits = [float(lines[side].limit[i]) for side in ("drawn", "real")]
-        shift = limits[0] - found[i].value
+        shift, digits = limits[0] - found[i].value, 3 if floor[i].value < 1 else 1
         moved = Estimate(limits[0], found[i].low + shift, found[i].high + shift, sets.people)
         rows += [
-            Row(key, name, plane, found[i], digits=3),
-            Row(f"{key}_half", f"{name} at half of n", plane, half[i], floor[i], 3),
+            Row(key, name, plane, found[i], digits=digits),
+            Row(f"{key}_half", f"{name} at half of n", plane, half[i], floor[i], digits),
             Row(
                 f"{key}_extrapolated",
                 f"{name}, extrapolated",
                 plane,
                 moved,
                 Estimate(limits[1], np.nan, np.nan, sets.people // 2),
-                3,
+                digits,
             ),
         ]
     return rows, lines

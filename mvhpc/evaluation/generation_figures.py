@@ -46,6 +46,7 @@ def extrapolation(lines: Mapping[str, Extrapolation], name: str, path: Path) -> 
     sizes = sorted({int(line.sizes[i]) for line in lines.values() for i in (0, -1)}, reverse=True)
     ax.set_xticks([0, *(1 / size for size in sizes)], ["∞", *map(str, sizes)])
     ax.axhline(0, color=FAINT, lw=0.8, zorder=0)
+    ax.set_ylim(top=1.3 * max(line.values[:, -1].max() for line in lines.values()))  # room for the legend
     ax.set(xlabel="people (at distances of 1 / n)", ylabel=name, xlim=(0, None))
     ax.legend(frameon=False, fontsize=8, loc="upper left")
     save(figure, path)
@@ -72,11 +73,9 @@ def readings(reading: Reading, path: Path) -> None:
         ax.plot(limits, limits, color=FAINT, lw=1, zorder=0)
         ax.scatter(x, y, s=18, color=colour, marker=marker, edgecolor="white", linewidth=0.4)
         least_squares_line(ax, x, y, colour)
-        ax.set(xlim=limits, ylim=limits, aspect="equal", xlabel=label, title=title)
-        ax.title.set_fontsize(10)
-        error = np.abs(x - y).mean()
-        note = f"mean difference {error:.1f}, correlation {np.corrcoef(x, y)[0, 1]:.2f}"
-        ax.text(0.03, 0.98, note, transform=ax.transAxes, va="top", size=8)
+        note = f"mean difference {np.abs(x - y).mean():.1f}, correlation {np.corrcoef(x, y)[0, 1]:.2f}"
+        ax.set(xlim=limits, ylim=limits, aspect="equal", xlabel=label)
+        ax.set_title(f"{title}: {note}", fontsize=8)
     axes[0].set_ylabel(f"{name} read by {reading.reader}{unit}")
     save(figure, path)
 
