@@ -16,6 +16,17 @@ USES = {
     "baseline": "mvhpc predict --model {0} --data PACKED --given {1} --want {2} --out answers.tsv",
     "autoencoder": "mvhpc encode vae={0} data=PACKED out=latents",
 }
+INTENDED_USE = (
+    "Research on groups of people: predicting scalars of a brain scan with an interval, drawing synthetic scans, "
+    "filling in missing parts. It is no medical device, and no answer is a diagnosis."
+)
+LIMITS = (
+    "Scans of another scanner or preprocessing than those of the training get worse answers: see the column `flag`, "
+    "and `mvhpc calibrate` with labelled people of the site.",
+    "Values, classes and contrasts that the training did not have are extrapolated.",
+    "Predictions of numbers are drawn towards the mean of the training.",
+    "Errors differ between groups, and are passed on to whatever uses the answers.",
+)
 
 
 def model_card(meta: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> str:
@@ -35,7 +46,7 @@ def _lines(meta: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> Iterato
     yield f"Kind `{kind}`: {KINDS[kind]}. Written by mvhpc {version('mvhpc')}."
     if meta.get("given") is not None:
         yield f"It answers one query: {meta['want']} given {', '.join(meta['given']) or 'nothing'}."
-    yield from ["", "## Use", "", "Research only. It is not a medical device, and no answer is a diagnosis.", ""]
+    yield from ["", "## Use", "", INTENDED_USE, ""]
     use = USES[kind].format("THIS_FOLDER", ",".join(meta.get("given", [])), meta.get("want"))
     yield from ["```", use, "```", ""]
     if kind != "autoencoder":
@@ -48,10 +59,7 @@ def _lines(meta: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> Iterato
         yield from _variables(schema, (meta.get("training") or {}).get("variables", {}))
     yield from _data(meta, recipe)
     yield from ["## Limits", ""]
-    yield "- Scans of another scanner or recipe than those of the training get worse answers; see the column `flag`,"
-    yield "  and `mvhpc calibrate` with labelled people of the site."
-    yield "- Ages, classes and contrasts that the training did not have are extrapolated; the table says which it had."
-    yield "- Predictions of age are drawn towards the mean of the training."
+    yield from (f"- {text}" for text in LIMITS)
     if figures := _figures(meta):
         yield from ["", "## Figures of the training", "", "| figure | value |", "|---|---:|", *figures]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from mvhpc.config import ConfigError, to_yaml
-from mvhpc.evaluation.groups import Point, by_group, coverages, group_of, probability_points, quantile_points
+from mvhpc.evaluation import comparison_figures
+from mvhpc.evaluation.answers import Answers, read_answers
+from mvhpc.evaluation.calibration import SHARES
 from mvhpc.evaluation.page import inline, inline_file, render
-from mvhpc.evaluation.tables import Table, label, read_predictions, score, subject_of
+from mvhpc.evaluation.paper_tables import by_group, calibration_of_number, measure, score_of
+from mvhpc.evaluation.tables import Table, label, read_predictions, subject_of
+from mvhpc.models.model_card import INTENDED_USE, LIMITS
 from mvhpc.pipeline.plan import Pipeline, Query
 from mvhpc.pipeline.project import FILE, open_project
 from mvhpc.pipeline.summary import table_of_results
@@ -29,7 +34,6 @@ from shards.pack import REJECTED
 from shards.schema import Variable
 from shards.sheets import read_sheet
 
-LINE, FAINT = "#14708a", "#a9d3de"
 COLOURS = {"train": "#14708a", "validation": "#8a8f98", "test": "#c4572e"}
 PICTURES = {  # below the pipeline's figures: title and what is seen
     "people": ("Synthetic people", "Drawn from the joint model without anything given (figure B.1 of the paper)."),
@@ -123,53 +127,45 @@ def _predictions(pipeline: Pipeline) -> list[tuple[Query, pd.DataFrame]]:
 def _predicted(query: Query, frame: pd.DataFrame, dataset: Dataset) -> list[Section]:
     """Calibration and error by group of each variable of a query."""
     schema = dataset.index.schema
+    values = {record.key: record.values for record in dataset.index.records}
     found = []
     for variable in (schema[name] for name in query.want):
-        total = score(frame, variable)
-        if total is None or not total.n:
+        recorded = frame.assign(recorded=frame[f"{variable.name}_true"])
+        answers = read_answers("model", variable, query.given, recorded, variable)
+        total = score_of(answers)
+        if not total.n:
             continue
-        kind = "accuracy" if variable.kind == "categorical" else f"mean absolute error ({variable.unit or 'no unit'})"
         rows = [["all", str(total.n), total.format(2)]]
-        for by in schema.scalars:
-            values = {record.key: record.values.get(by.name) for record in dataset.index.records}
-            groups = {key: g for key, value in values.items() if (g := group_of(by, value)) is not None}
-            for group, estimate in by_group(frame, variable, groups).items():
-                rows.append([f"{by.name} {group}", str(estimate.n), estimate.format(2)])
-        covered = coverages(frame, variable.name)
-        text = "; ".join(f"{100 * e.value:.0f} % of the true values in the {p} % interval" for p, e in covered.items())
-        points = (
-            probability_points(frame, variable.name, variable.classes)
-            if variable.kind == "categorical"
-            else quantile_points(frame, variable.name)
-        )
-        found.append(
-            Section(
-                f"{variable.name} given {label(query.given)}",
-                f"{text}." if text else "",
-                _calibration_picture(points, variable) if points else "",
-                Table(["group", "people", kind], rows),
-                f"Calibration of {variable.name}",
-            )
-        )
+        groups = by_group([[answers]], schema.scalars, lambda key, name: values[key].get(name))
+        for _, _, by, group, score, _, people in groups.text.rows if groups else ():
+            rows.append([f"{by} {group}", people, score])
+        table = Table(["group", "people", measure(variable)], rows)
+        title, picture = f"{variable.name} given {label(query.given)}", _calibration_picture(answers)
+        found.append(Section(title, _covered(answers), picture, table, f"Calibration of {variable.name}"))
     return found
 
 
-def _calibration_picture(points: Sequence[Point], variable: Variable) -> str:
-    """Predicted against observed frequencies, with 95 % intervals, and the diagonal."""
-    figure = Figure(figsize=(4.2, 4.2), layout="constrained")
-    ax = figure.subplots()
-    ax.plot([0, 1], [0, 1], color="#8a8f98", lw=1)
-    x, y = [p.predicted for p in points], [p.observed.value for p in points]
-    low, high = (
-        [max(0.0, s * (p.observed.interval[i] - p.observed.value)) for p in points] for i, s in ((1, -1), (2, 1))
-    )
-    bars = np.nan_to_num([low, high])
-    ax.errorbar(x, y, yerr=bars, fmt="o-", ms=5, color=LINE, ecolor=FAINT, elinewidth=2)
-    predicted = "probability" if variable.kind == "categorical" else "quantile"
-    observed = "how often the class was true" if variable.kind == "categorical" else "true values at or below it"
-    ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel=f"predicted {predicted}", ylabel=observed, aspect="equal")
-    ax.spines[["top", "right"]].set_visible(False)
-    return inline(figure, "svg")
+def _covered(answers: Answers) -> str:
+    """How often central intervals hold the truth; nothing without predicted distributions."""
+    if not answers.has("pit"):
+        return ""
+    row = calibration_of_number(answers)
+    parts = (f"{100 * float(row[f'coverage_{share}'] or 0):.0f} % in the {share} % interval" for share in SHARES)
+    return f"True values: {', '.join(parts)}."
+
+
+def _calibration_picture(answers: Answers) -> str:
+    """The figure of the predicted distributions or probabilities; nothing without them."""
+    if not answers.has("confidence" if answers.category else "pit"):
+        return ""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "calibration.png"
+        if answers.category:
+            comparison_figures.reliability_of_category(answers.variable, [answers], path)
+        else:
+            colour = comparison_figures.colours([answers.method])
+            comparison_figures.calibration_of_number(answers.variable, [answers], colour, path)
+        return inline_file(path)
 
 
 def _pictures(pipeline: Pipeline) -> list[Section]:
@@ -268,22 +264,13 @@ def _model_card(pipeline: Pipeline) -> list[tuple[str, str]]:
         if "classes" in facts
     ]
     return [
-        (
-            "Intended use",
-            "Research on groups of people: predicting scalars of a brain scan with an interval, drawing synthetic "
-            "scans, filling in missing parts. It is no medical device, and no basis for a decision about one person.",
-        ),
+        ("Intended use", INTENDED_USE),
         ("Variables", ", ".join(names)),
         ("Learnt from", f"{len(training.get('names', ()))} people of the training and validation part"),
         ("Knows", "; ".join([*ranges, *classes]) or "not recorded"),
         ("Calibrated on", _calibrated(pipeline, split)),
         ("Scans", f"{' x '.join(map(str, grid['shape']))} voxels of {grid['spacing']:g} mm; {_recipe(meta)}"),
-        (
-            "Limits",
-            "Scans of another scanner, sequence or preprocessing, and people outside of these ranges, are answered "
-            "with a flag and are not covered by the figures on this page. Groups with few people have wide intervals. "
-            "An error that differs between groups is passed on to whatever uses the answers.",
-        ),
+        ("Limits", " ".join(LIMITS)),
     ]
 
 
