@@ -29,6 +29,7 @@ from shards.preprocess.images import Volume, ants_library, resample
 from shards.preprocess.recipe import Recipe
 from shards.preprocess.registration import FLIP, load_template, register, transform_bytes
 from shards.preprocess.run import preprocess
+from shards.preprocess.scan import preprocess_scan
 from shards.preprocess.tissue import tissue_maps
 from shards.volumes import read
 
@@ -312,6 +313,33 @@ def test_a_suspect_scan_is_rejected_or_kept_with_its_flags(brain: tuple[Volume, 
     assert "image.preprocess.brain.width_mm" in record.flags
     with pytest.raises(DataError, match="no scan could be processed"):  # what was kept is judged again
         preprocess(tmp_path / "source", tmp_path / "out", QUICK, workers=1)
+
+
+@pytest.mark.parametrize("value", [-32768, 32767])
+def test_a_dead_voxel_changes_itself_alone(brain: tuple[Volume, Tissues], tmp_path: Path, value: int) -> None:
+    recipe = Recipe(steps=("brain", "bias", "tissue"))
+    dead = brain[0].voxels.copy()
+    dead[24, 24, 24] = value
+    results = [
+        preprocess_scan(save(tmp_path / f"{i}.nii", brain[0].like(voxels)), recipe, None, None)
+        for i, voxels in enumerate((brain[0].voxels, dead))
+    ]
+    inside = results[0].mask.voxels > 0
+    assert results[1].flags == results[0].flags and (results[0].mask.voxels == results[1].mask.voxels).all()
+    for name in ("GM", "WM", "CSF"):
+        a, b = (result.tissue[name].voxels[inside] for result in results)
+        assert np.abs(a - b).mean() < 0.01
+    a, b = (result.image.voxels[inside] for result in results)
+    assert np.corrcoef(a, b)[0, 1] > 0.99 and abs(np.median(a) / np.median(b) - 1) < 0.02
+
+
+def test_a_recipe_with_a_template_of_its_own_needs_its_file(source: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(QUICK, template="0" * 64)
+    with pytest.raises(DataError, match=r"template file with SHA-256 0000.*--template"):
+        preprocess(source, tmp_path / "out", recipe, workers=1)
+    (tmp_path / "other.nii").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"other.nii: SHA-256 is .*, that of the recipe's template 0000"):
+        preprocess(source, tmp_path / "out", recipe, workers=1, template=tmp_path / "other.nii")
 
 
 # --- packing ---------------------------------------------------------------------------------------------------------

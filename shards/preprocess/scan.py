@@ -12,7 +12,7 @@ from shards.preprocess.extraction import extracted_mask
 from shards.preprocess.images import Volume, resample
 from shards.preprocess.recipe import Recipe
 from shards.preprocess.registration import Template
-from shards.qc.figures import background, measure
+from shards.qc.figures import background, measure, tissue_bounds
 from shards.qc.limits import T1W, verdict, violated
 from shards.qc.registered import compare
 from shards.volumes import read
@@ -70,10 +70,11 @@ def preprocess_scan(
         ValueError: the scan cannot be used or fails quality control; the message gives the reason without the path.
     """
     scan = read(path)
-    head = Volume(scan.voxels, scan.affine)
+    head = Volume(_without_outliers(scan.voxels, scan.voxels != background(scan.voxels)), scan.affine)
     judge = _Judge(suffix, keep_suspect)
     judge.add(scan.figures(), head=True)
     mask, extraction = _brain(head, recipe, extract, mask_file)
+    head = head.like(_without_outliers(head.voxels, mask.voxels > 0))
     low = min(0.0, float(head.voxels[mask.voxels > 0].min()))
     brain = head.like(np.where(mask.voxels > 0, head.voxels - low, 0))
     if "bias" in recipe.steps:
@@ -92,6 +93,16 @@ def preprocess_scan(
     fit = compare(image.voxels, mask.voxels > 0, template.brain.voxels, template.mask.voxels > 0, recipe.registration)
     judge.add(fit | {"volume_ratio": 1 / abs(float(np.linalg.det(matrix[:3, :3])))})
     return Result(image, mask, maps, matrix, extraction, judge.figures, judge.flags, judge.suspect)
+
+
+def _without_outliers(voxels: NDArray[np.float32], inside: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """The same with dead pixels, spikes and overflows inside of a mask cut to the lowest or highest tissue there."""
+    values = voxels[inside]
+    if not values.size:
+        return voxels
+    lowest, highest = tissue_bounds(values)
+    tissue = values[(values >= lowest) & (values <= highest)]
+    return np.where(inside, np.clip(voxels, tissue.min(), tissue.max()), voxels)
 
 
 class _Judge:
