@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from mvhpc.config import ConfigError, Device, Sampling, Tracking, Workers, at_least, to_dict
+from mvhpc.config import ConfigError, Device, Sampling, Tracking, at_least, flatten, load_config, to_dict
 from mvhpc.evaluation.comparison import Comparison, draw_figures, make_tables, page, write_result
 from mvhpc.inference.linear_floor import LinearFloor
 from mvhpc.inference.methods import (
@@ -68,23 +68,10 @@ class EvaluateConfig:
 
     def predictions(self) -> PredictConfig:
         """The configuration of predictions, but for model and query."""
-        device = Workers(**to_dict(self.compute), workers=1)
-        return PredictConfig(
-            out="",
-            model="",
-            data=self.data,
-            split=self.split,
-            split_name=self.split_name,
-            given=[],
-            want=[],
-            samples=self.samples,
-            draws=0,
-            batch=self.batch,
-            seed=self.seed,
-            sampling=self.sampling,
-            compute=device,
-            tracking=self.tracking,
-        )
+        own = {"data": self.data, "samples": self.samples, "batch": self.batch, "seed": self.seed}
+        nested = flatten({"sampling": to_dict(self.sampling), "compute": to_dict(self.compute)})
+        unset = {"out": "", "model": "", "given": [], "want": []}
+        return load_config(PredictConfig, "predict", values={**unset, **own, **nested})
 
 
 def run(config: EvaluateConfig, run: Run) -> dict[str, Any]:
