@@ -14,13 +14,13 @@ from typing import Any
 
 from mvhpc.checkpoints.compatibility import check_newest
 from mvhpc.config import ConfigError, decisive, fingerprint, to_yaml
-from mvhpc.runs.folder import GENERATION, Run, exclusive, identity, read_record
+from mvhpc.runs.folder import Run, exclusive, identity, read_record
 from mvhpc.runs.journal import read
 from mvhpc.runs.tracker import Tracker
 from mvhpc.runtime.importing import resolve
 from mvhpc.runtime.interrupts import no_interrupt_is_lost
 from mvhpc.stages import STAGES, Stage
-from shards.files import free_suffix, is_complete, rename_aside, sha256, write_bytes, write_text
+from shards.files import free_suffix, is_complete, rename_aside, write_bytes, write_text
 from shards.schema import Schema
 
 # Not moved when an outdated result is set aside: the launcher's files, the lock, and answers of models (`evaluate`).
@@ -138,8 +138,7 @@ def plan(name: str, config: Any) -> PlannedStage:
             continue
         try:
             found = [identity(path, split) for path in (paths if several else [paths])]
-            beside = [sha256(file) for path in paths if several and (file := Path(path) / GENERATION).is_file()]
-            inputs[key] = fingerprint(found, beside) if several else found[0]
+            inputs[key] = fingerprint(found) if several else found[0]
         except FileNotFoundError:
             missing[key] = next(path for path in paths if not Path(path).exists()) if several else paths
             inputs[key] = recorded.get(key, "")

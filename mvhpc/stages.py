@@ -62,17 +62,19 @@ class Stage:
         return path if self.trains else path.with_name(path.name + ".run")
 
     def run_name(self, config: Any) -> str:
-        """A short name of a run: ``vae``, ``age | image, sex``, ``vae (fold-2)``, ``generate (women70)``.
+        """A short name of a run: ``vae``, ``age | image, sex``, ``vit: age | image``, ``vae (fold-2)``,
+        ``generate (women70)``.
 
         A result in the place that a project has for it is not named.
         """
         want = getattr(config, "want", ())
         want, given = [want] if isinstance(want, str) else list(want), list(getattr(config, "given", ()))
-        name, query = self.name, query_name(want, given)
+        name, query = getattr(config, "name", self.name), query_name(want, given)
+        usual = Path(self.out.format(split="", query=query, name=name))
         if "{query}" in self.out:
-            name = f"{', '.join(want)} | {', '.join(given) or 'nothing'}"
-            name = name if self.name == "predict" else f"{self.name}: {name}"
-        out, usual = Path(config.out), Path(self.out.format(split="", query=query))
+            text = f"{', '.join(want)} | {', '.join(given) or 'nothing'}"
+            name = text if self.name == "predict" else f"{name}: {text}"
+        out = Path(config.out)
         if out.parts[-len(usual.parts) :] != usual.parts:
             return f"{name} ({out.name.removesuffix(usual.suffix)})"
         above = out.parts[-len(usual.parts) - 1 : -len(usual.parts)]
@@ -220,7 +222,7 @@ STAGES: dict[str, Stage] = {
             "evaluate",
             config="mvhpc.inference.evaluate:EvaluateConfig",
             run="mvhpc.inference.evaluate:run",
-            inputs={"runs": "", "data": "pack"},
+            inputs={"runs": "", "generation": "", "data": "pack"},
             out="evaluation",
             help="compare trained models: the paper's tables, with intervals, calibration and figures",
             command="evaluate",
@@ -231,11 +233,12 @@ STAGES: dict[str, Stage] = {
             flags={
                 "runs": "run folders of stages scalars, joint and baseline",
                 "names": "their rows, one for each run; runs of one name are folds of one row",
+                "generation": "results of `mvhpc evaluate-generation` of these models, for the FID in table 1",
                 "data": DATA,
                 "split": PART,
                 "out": "folder of tables and figures to write",
             },
-            lists=("runs", "names"),
+            lists=("runs", "names", "generation"),
         ),
         Stage(
             "calibrate",

@@ -1,5 +1,6 @@
 """Stage ``evaluate``: every model is asked what it can answer, once, and everything stands in the tables."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from mvhpc.config import ConfigError, load_config
+from mvhpc.evaluation.generation import Row
+from mvhpc.evaluation.metrics import Estimate
 from mvhpc.evaluation.tables import read_predictions
 from mvhpc.execute import execute, plan
 from mvhpc.inference import methods
@@ -17,6 +20,7 @@ from mvhpc.inference.evaluate import EvaluateConfig
 from mvhpc.inference.methods import LINEAR, MEAN, Method, open_methods, queries_of
 from mvhpc.inference.predictor import PredictConfig
 from mvhpc.parsers import parser_of
+from mvhpc.runs.folder import identity
 from mvhpc.training.baseline import BaselineConfig
 from mvhpc.training.scalars import ScalarsConfig
 from shards.dataset import open_dataset
@@ -54,6 +58,17 @@ def evaluate(data: Path, out: Path, runs: list[Path], **values: Any) -> dict[str
     return execute(plan("evaluate", load_config(EvaluateConfig, "evaluate", "default", (), places | few | values)))
 
 
+def drawn_volumes(model: Path, folder: Path) -> Path:
+    """What `mvhpc evaluate-generation` writes of a model, with an FID of 10.94."""
+    rows = [
+        Row("fid", "FID", plane, Estimate(value, 9.0, 12.0, 20)) for plane, value in (("axial", 9), ("mean", 10.94))
+    ]
+    folder.mkdir()
+    recipe = {"Distance": "FID", "Model": identity(model)}
+    (folder / "generation.json").write_text(json.dumps({"rows": [row.to_dict() for row in rows], "recipe": recipe}))
+    return folder
+
+
 def table(folder: Path, name: str) -> pd.DataFrame:
     """The numbers of one table."""
     return pd.read_csv(folder / "tables" / f"{name}.tsv", sep="\t", na_values=["n/a"], keep_default_na=False)
@@ -63,9 +78,8 @@ def table(folder: Path, name: str) -> pd.DataFrame:
 def compared(tiny_dataset: Path, tiny_scalars: Path, tiny_early: Path, vit: Path) -> Path:
     """The folder of a comparison of three kinds of models."""
     out = vit.parent / "comparison"
-    (tiny_early / "generation.tsv").write_text("measure\tvalue\tlow\thigh\nFID\t10.94\tn/a\tn/a\n")
-    evaluate(tiny_dataset, out, [tiny_scalars, tiny_early, vit], names=[OURS, PAPER, VIT])
-    (tiny_early / "generation.tsv").unlink()
+    drawn = drawn_volumes(tiny_early, out.parent / "quality")
+    evaluate(tiny_dataset, out, [tiny_scalars, tiny_early, vit], names=[OURS, PAPER, VIT], generation=[str(drawn)])
     return out
 
 
@@ -187,10 +201,11 @@ def test_runs_are_checked_and_distinguished(
         open_methods([], [])
     with pytest.raises(ConfigError, match=r"runs=.*nowhere: no such file"):
         evaluate(tiny_dataset, tmp_path / "x", [tiny_scalars, tmp_path / "nowhere"])
-    (tiny_scalars / "generation.tsv").write_text("name\tvalue\n")
-    with pytest.raises(ConfigError, match=r"generation.tsv: no column measure; it needs measure and value"):
-        evaluate(tiny_dataset, tmp_path / "y", [tiny_scalars])
-    (tiny_scalars / "generation.tsv").unlink()
+    with pytest.raises(ConfigError, match=r"generation.json: no result of `mvhpc evaluate-generation`"):
+        evaluate(tiny_dataset, tmp_path / "y", [tiny_scalars], generation=[str(tiny_vae)])
+    drawn = drawn_volumes(tiny_vae, tmp_path / "quality")
+    with pytest.raises(ConfigError, match=r"generation.json: its volumes were drawn by a model that is not among"):
+        evaluate(tiny_dataset, tmp_path / "z", [tiny_scalars], generation=[str(drawn)])
 
 
 def test_several_runs_are_words_of_one_option() -> None:

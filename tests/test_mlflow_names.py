@@ -69,9 +69,9 @@ def test_a_scalar_without_a_curve_is_no_chart() -> None:
         ("predict", "runs/demo/predictions/age-given-nothing.tsv", {"given": []}, "age | nothing"),
         (
             "baseline",
-            "runs/demo/baselines/age-given-image",
-            {"want": "age", "given": ["image"]},
-            "baseline: age | image",
+            "runs/demo/baselines/vit/age-given-image",
+            {"name": "vit", "want": "age", "given": ["image"]},
+            "vit: age | image",
         ),
         ("generate", "runs/demo/women70", {"given": {"sex": "F"}}, "generate (women70)"),
         ("inpaint", "runs/demo/inpainted.nii.gz", {"given": {}}, "inpaint"),

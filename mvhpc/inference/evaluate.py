@@ -33,12 +33,13 @@ from mvhpc.inference.predictor import PredictConfig
 from mvhpc.inference.sampler import set_threads
 from mvhpc.inference.selection import few
 from mvhpc.records import choose_part, subjects, true_value
-from mvhpc.runs.folder import ANY_SPLIT, GENERATION, Run, identity
+from mvhpc.runs.folder import ANY_SPLIT, Run, identity
 from shards.dataset import Dataset, open_dataset
 from shards.files import atomic_folder, write_text
 
 RELIABLE = 20  # people, the fewest for a bootstrap
-COLUMNS = ("measure", "value")  # that the table of generation must have
+GENERATION = "generation.json"  # in a result of `mvhpc evaluate-generation`
+MEAN_OF_PLANES = "mean"
 
 
 @dataclass
@@ -48,6 +49,7 @@ class EvaluateConfig:
     out: str  # a folder
     runs: list[str]  # run folders
     names: list[str]  # their rows; empty: what they are
+    generation: list[str]  # results of evaluate-generation of these models
     data: str
     split: str  # train | validation | test | all | auto
     split_name: str  # which recorded split; auto: that of each model
@@ -90,9 +92,8 @@ def run(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     methods = open_methods(config.runs, config.names)
     comparison = compare(config, dataset, methods, run.folder / "answers")
     schema = dataset.index.schema
-    results = list(
-        make_tables(comparison, read_generation(methods), lambda key, name: true_value(dataset, key, schema[name]))
-    )
+    generation = read_generation(config.generation, methods)
+    results = list(make_tables(comparison, generation, lambda key, name: true_value(dataset, key, schema[name])))
     with atomic_folder(Path(config.out)) as folder:
         for result in results:
             write_result(folder / "tables", result)
@@ -185,19 +186,29 @@ def _learnt(method: Method, dataset: Dataset, keys: Sequence[str]) -> list[str]:
     ]
 
 
-def read_generation(methods: Sequence[Method]) -> dict[str, pd.DataFrame]:
-    """By row, what ``generation.tsv`` in a run folder says of volumes that its model has drawn.
+def read_generation(folders: Sequence[str], methods: Sequence[Method]) -> dict[str, pd.DataFrame]:
+    """By row, the FID of its model: ``measure``, ``value``, ``low`` and ``high``.
+
+    Args:
+        folders: results of ``mvhpc evaluate-generation``.
+        methods: trained models.
 
     Raises:
-        ConfigError: a table without the columns ``measure`` and ``value``.
+        ConfigError: no such result, one of another model, or two of one row.
     """
-    found = {}
-    for method in methods:
-        path = Path(method.path) / GENERATION
-        if not path.is_file():
-            continue
-        frame = pd.read_csv(path, sep="\t", na_values=["n/a"])
-        if lacking := [name for name in COLUMNS if name not in frame]:
-            raise ConfigError(f"{path}: no column {' and no column '.join(lacking)}; it needs {' and '.join(COLUMNS)}")
-        found[method.name] = frame
+    names = {identity(method.path): method.name for method in methods}
+    found: dict[str, pd.DataFrame] = {}
+    for path in (Path(folder) / GENERATION for folder in folders):
+        try:
+            content = json.loads(path.read_text())
+            recipe, rows = content["recipe"], content["rows"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"{path}: no result of `mvhpc evaluate-generation`") from error
+        name = names.get(recipe["Model"])
+        if name is None:
+            raise ConfigError(f"{path}: its volumes were drawn by a model that is not among the runs")
+        if name in found:
+            raise ConfigError(f"{path}: a second result of the row {name!r}; leave one out")
+        row = next(r for r in rows if r["label"] == recipe["Distance"] and r["plane"] in ("", MEAN_OF_PLANES))
+        found[name] = pd.DataFrame([{"measure": row["label"], **row["drawn"]}])
     return found

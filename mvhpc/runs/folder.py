@@ -15,7 +15,6 @@ from shards.files import lock_file
 from shards.index import Index
 
 ANY_SPLIT = "auto"  # as the name of a split: of each model, its own
-GENERATION = "generation.tsv"  # in a run folder: what was measured of volumes that its model has drawn
 
 
 class Run:
