@@ -20,8 +20,8 @@ from mvhpc.inference.predictor import PredictConfig
 from mvhpc.runtime.devices import resolve_device
 from mvhpc.runtime.ray_cluster import WorkerError, ray_session
 
-DEATHS = 3  # of workers at one subject, after which it has failed
-FRUITLESS = 10  # deaths in succession without any row
+DEATHS = 5  # of workers in succession at one subject alone, after which it has failed
+FRUITLESS = 10  # deaths in succession without any row, for each worker
 PATIENCE_S = 600.0  # without a worker
 
 
@@ -93,7 +93,8 @@ class Pool:
         self.open: dict[Any, list[str]] = {}  # of these, what answers -> keys that it has not answered
         self.queue: deque[list[str]] = deque()
         self.deaths: Counter[str] = Counter()
-        self.fruitless = 0
+        self.alone: dict[str, int] = {}  # subjects that are predicted alone -> deaths of their workers since then
+        self.workers, self.fruitless, self.fruitful = workers, 0, False
         for _ in range(workers):
             self._new_worker()
 
@@ -128,24 +129,32 @@ class Pool:
                     if found is None:
                         idle.append(self.waiting.pop(source))
                         continue
-                    self.fruitless = 0
+                    self.fruitless, self.fruitful = 0, True
                     answered = {*(row["key"] for row in found.rows), *found.failed}
                     self.open[source] = [key for key in self.open[source] if key not in answered]
                     yield found
 
     def _died(self, keys: list[str], error: Exception) -> Iterator[Answered]:
-        """Replace a worker. The group it was at comes last, and at its second death one by one."""
+        """Replace a worker. The group it was at comes last, and after a second death one by one, at once."""
         self.fruitless += 1
-        if self.fruitless >= FRUITLESS:
-            raise WorkerError(f"{FRUITLESS} workers died in succession without a row: {' '.join(f'{error}'.split())}")
+        if self.fruitless >= FRUITLESS * self.workers:
+            reason = " ".join(f"{error}".split())
+            raise WorkerError(f"{self.fruitless} workers died in succession without a row; the last one: {reason}")
         self._new_worker()
         suspects, rest = keys[: self.group], keys[self.group :]
         if rest:
             self.queue.appendleft(rest)
         self.deaths.update(suspects)
-        failed = {key: f"its worker died {DEATHS} times" for key in suspects if self.deaths[key] >= DEATHS}
-        if failed:
-            yield Answered([], failed)
-        suspects = [key for key in suspects if key not in failed]
-        again = any(self.deaths[key] > 1 for key in suspects)
-        self.queue.extend([[key] for key in suspects] if again else [suspects] if suspects else [])
+        if len(suspects) == 1 and suspects[0] in self.alone:
+            (key,) = suspects
+            self.alone[key] += 1
+            if self.alone[key] < DEATHS:
+                self.queue.appendleft([key])
+            else:
+                self.fruitless = 0 if self.fruitful else self.fruitless
+                yield Answered([], {key: f"its worker died {DEATHS} times"})
+        elif any(self.deaths[key] > 1 for key in suspects) or len(suspects) == 1:
+            self.alone.update(dict.fromkeys(suspects, 0))
+            self.queue.extendleft([key] for key in suspects)
+        elif suspects:
+            self.queue.append(suspects)
