@@ -232,9 +232,7 @@ def test_a_sex_predicted_as_a_number_is_scored_as_a_class(
     assert np.isnan(first.loc[MEAN, "sex_accuracy"])
 
 
-def test_folds_are_one_row_each_with_its_own_test_part(
-    tiny_dataset: Path, tiny_scalars: Path, tmp_path: Path
-) -> None:
+def test_folds_are_one_row_each_with_its_own_test_part(tiny_dataset: Path, tiny_scalars: Path, tmp_path: Path) -> None:
     """The runs are copies of one model, which says who learnt; here it counts who is asked about whom."""
     data = shutil.copytree(tiny_dataset, tmp_path / "packed")
     names = record_split(data, None, 2, 0, None, None)

@@ -316,9 +316,8 @@ def test_subjects_of_workers_that_die_are_answered_once_and_one_that_kills_them_
     ],
 )
 def test_a_bad_query_is_refused_with_its_reason(tiny_early, tiny_dataset, tmp_path, values, words) -> None:
-    config = configuration(tiny_early, tiny_dataset, tmp_path / "a.tsv", **values)
     with pytest.raises(ConfigError, match=words):
-        predict.run(config, Run(tmp_path))
+        predict.run(configuration(tiny_early, tiny_dataset, tmp_path / "a.tsv", **values), Run(tmp_path))
     assert not list(tmp_path.glob("a.*"))
 
 

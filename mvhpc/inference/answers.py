@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mvhpc.config import ConfigError
 from mvhpc.inference.groups import GroupedPredictor
 from mvhpc.inference.prediction_tables import Row
 from shards.cpus import available_cores
@@ -88,6 +89,8 @@ def _group(predictor: GroupedPredictor, keys: Sequence[str], inputs: Any) -> Ans
         if isinstance(inputs, Exception):
             raise inputs
         return Answered(predictor.answer(keys, inputs))
+    except ConfigError:  # of the query, not of a subject
+        raise
     except Exception as error:
         if len(keys) == 1:
             return Answered([], {keys[0]: " ".join(f"{error}".split()) or type(error).__name__})

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from mvhpc.inference.prediction_tables import Row
 from mvhpc.models.training_people import TrainingPeople
+from mvhpc.runtime.devices import one_thread
 from shards.dataset import Dataset
 from shards.schema import Schema
 
@@ -89,7 +90,8 @@ class GroupedPredictor(ABC):
         Raises:
             IntegrityError, ConfigError: as :meth:`read`.
         """
-        return list(self._rows(keys))
+        with one_thread():
+            return list(self._rows(keys))
 
     def _rows(self, keys: Sequence[str]) -> Iterator[Row]:
         for part in self.groups(keys):
