@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
+SAFE_PATH = "PYTHONSAFEPATH"
+
 
 @contextlib.contextmanager
 def process_pool(
@@ -20,13 +22,27 @@ def process_pool(
         workers: number of processes.
         start: called with ``arguments`` in each process first.
     """
-    os.environ["PYTHONSAFEPATH"] = "1"  # or a signal.py in the working folder would be taken for Python's own
     context = multiprocessing.get_context("spawn")  # fork is unsafe where the caller has threads
     pool = _Pool(workers, context, initializer=_start, initargs=(start, arguments))
     try:
-        yield pool
+        with _safe_path():
+            yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _safe_path() -> Iterator[None]:
+    """Processes that start inside do not take a signal.py in the working folder for Python's own."""
+    before = os.environ.get(SAFE_PATH)
+    os.environ[SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SAFE_PATH]
+        else:
+            os.environ[SAFE_PATH] = before
 
 
 class _Pool(ProcessPoolExecutor):

@@ -85,7 +85,15 @@ def tiny_baseline(tiny_dataset: Path, tmp_path: Path) -> Path:
     grid = {**dataset.index.grid, "shape": [32, 32, 32]}
     folder = tmp_path / "baseline"
     save_baseline(
-        folder / "model", network.state_dict(), given=given, want="age", schema=schema, intervals={}, grid=grid
+        folder / "model",
+        network.state_dict(),
+        given=given,
+        want="age",
+        name="densenet",
+        settings=None,
+        schema=schema,
+        intervals={},
+        grid=grid,
     )
     return folder
 

@@ -80,3 +80,20 @@ def test_one_small_sample_in_float32_is_left_to_onednn_as_well(kernel: int, stri
         assert other.layout == torch.strided and other.is_contiguous()
     if kernel > 1 and ONEDNN:  # of 1 it is a plain matrix product, as fast
         assert not any("slow_conv3d" in event.key for event in events.key_averages())
+
+
+@pytest.mark.parametrize(("kernel", "size"), [(3, (2, 4, 4)), (3, (4, 1, 4)), (4, (3, 3, 3)), (4, (4, 4, 4))])
+def test_gradients_in_bfloat16_are_those_of_float32_but_for_rounding(kernel: int, size: tuple[int, ...]) -> None:
+    """Also where an axis is shorter than the kernel, as in the last layer of a discriminator of small volumes."""
+    torch.manual_seed(0)
+    convolution = nn.Conv3d(16, 4, kernel, padding=1)
+    patch_conv3d(convolution)
+    x = torch.randn(8, 16, *size, requires_grad=True)
+    weight = torch.randn_like(convolution(x))
+    found = []
+    for reduced in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
+            y = convolution(x)
+        found.append(torch.autograd.grad((weight * y.float()).sum(), [x, *convolution.parameters()]))
+    for exact, near in zip(*found, strict=True):
+        assert (exact - near).norm() < 0.02 * exact.norm()

@@ -35,6 +35,7 @@ NO_EFFECT = {  # of the stages that train
     "training.keep",
     "training.log_every",
 }
+NAMES = {"given": "image", "want": "age"}
 
 
 def configuration(stage: str, folder: Path) -> Any:
@@ -43,12 +44,12 @@ def configuration(stage: str, folder: Path) -> Any:
     values: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         if field.name in {"given", "want"}:
-            values[field.name] = {"age": "70"} if "dict" in str(field.type) else ["age"]
+            values[field.name] = {"age": "70"} if "dict" in str(field.type) else [NAMES[field.name]]
             values[field.name] = "image" if field.type is str else values[field.name]
         elif field.name == "runs":
             values[field.name] = [str(folder / "run")]
         elif (
-            field.name in {"out", "data", "source", "vae", "latents", "scalars", "model", "image", "mask"}
+            field.name in {"out", "data", "features", "source", "vae", "latents", "scalars", "model", "image", "mask"}
             and field.type is str
         ):
             values[field.name] = str(folder / field.name)

@@ -203,9 +203,8 @@ def test_an_in_domain_network_reads_what_its_baseline_predicts(tmp_path: Path) -
         network = Baseline(scalars_of(schema, [*given, want], {"age": [40, 60]}), given, want)
         state = network.state_dict()
         folder = tmp_path / f"{want}{len(given)}"
-        save_baseline(
-            folder / "model", state, given=given, want=want, schema=schema, intervals={"age": [40, 60]}, grid=grid
-        )
+        query: dict[str, Any] = {"given": given, "want": want, "schema": schema, "intervals": {"age": [40, 60]}}
+        save_baseline(folder / "model", state, name="densenet", settings=None, grid=grid, **query)
     x = torch.rand(3, 32, 32, 32, generator=torch.Generator().manual_seed(0))
     for want in ("age", "sex"):
         features = VolumeFeatures(str(tmp_path / f"{want}1"), "image", "cpu")

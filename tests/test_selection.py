@@ -154,7 +154,7 @@ def test_another_query_sets_a_table_aside(
     command += ["tracking.uri=sqlite:///" + str(tmp_path / "mlflow.db")]
     assert main([*command, "--want", "age", "--draws", "2", "--out", str(out)]) == 0
     before = {path.name: path.read_bytes() for path in tmp_path.glob("a.*") if path.is_file()}
-    assert set(before) == {"a.tsv", "a.json", "a.draws.tsv", "a.draws.json"}
+    assert set(before) == {"a.tsv", "a.json", "a.parquet", "a.draws.tsv", "a.draws.json"}
     assert main([*command, "--want", "age", "--draws", "2", "--out", str(out)]) == 0
     assert "complete and unchanged" in capsys.readouterr().err and not list(tmp_path.glob("*.old-*"))
     assert main([*command, "--want", "sex", "--out", str(out)]) == 0

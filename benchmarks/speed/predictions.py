@@ -41,8 +41,14 @@ def prepare(root: Path, people: int, size: int) -> PredictConfig:
     index = open_dataset(root / "packed").index
     torch.manual_seed(0)
     network = Baseline(scalars_of(index.schema, ["age"], {}), ["image"], "age")
-    query = {"given": ["image"], "want": "age", "schema": index.schema, "intervals": {}, "grid": index.grid}
-    save_baseline(root / "model", network.state_dict(), **query)
+    query: dict[str, Any] = {
+        "given": ["image"],
+        "want": "age",
+        "schema": index.schema,
+        "intervals": {},
+        "grid": index.grid,
+    }
+    save_baseline(root / "model", network.state_dict(), name="densenet", settings=None, **query)
     values = {"model": str(root / "model"), "data": str(root / "packed"), "out": str(root / "a.tsv"), "split": "all"}
     values |= {"given": ["image"], "want": ["age"], "compute.device": "cpu", "compute.threads": 1, "batch": people}
     return load_config(PredictConfig, "predict", values=values)

@@ -18,7 +18,7 @@ USES = {
 }
 INTENDED_USE = (
     "Research on groups of people: predicting scalars of a brain scan with an interval, drawing synthetic scans, "
-    "filling in missing parts. It is no medical device, and no answer is a diagnosis."
+    "filling in missing parts. It is not a medical device, and no answer is a diagnosis."
 )
 LIMITS = (
     "Scans of another scanner or preprocessing than those of the training get worse answers: see the column `flag`, "

@@ -13,8 +13,7 @@ def patch_conv3d(module: nn.Module) -> None:
     """Replace a network's 3D convolutions where those of PyTorch on CPUs are wrong or slow (torch 2.13, oneDNN 3.12).
 
     In bfloat16, oneDNN's weight gradient contains uninitialised memory, infinities included, and may write out of
-    bounds, if the first spatial axis has size 2 (kernel 3, padding 1) or the second has size 1 (transposed, kernel 4,
-    stride 2). These sizes are computed in float32.
+    bounds, if a spatial axis is shorter than the kernel. These sizes are computed in float32.
 
     In float32, PyTorch does not use oneDNN for a batch of one with few channels x height x width, but a kernel of its
     own that takes up to 20 times as long. For a tensor in oneDNN's layout, it uses oneDNN.
@@ -23,7 +22,8 @@ def patch_conv3d(module: nn.Module) -> None:
     def forward(convolution: nn.Conv3d, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled("cpu"):
             rounded = convolution.weight.dtype != torch.float32  # for inference, which takes no gradients
-            if rounded or (x.shape[2] != 2 and x.shape[3] != 1):
+            long_enough = all(n >= k for n, k in zip(x.shape[2:], convolution.kernel_size))
+            if rounded or long_enough:
                 return type(convolution).forward(convolution, x)
             with torch.autocast("cpu", enabled=False):
                 return type(convolution).forward(convolution, x.float())
