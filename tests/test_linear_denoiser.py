@@ -170,3 +170,16 @@ def test_a_trained_model_keeps_it(tiny_inputs: dict[str, str], tmp_path: Path) -
 def test_a_design_that_it_does_not_fit_is_refused(tiny_inputs: dict[str, str]) -> None:
     with pytest.raises(config.ConfigError, match="linear_components=8: 0 unless"):
         task_of(tiny_inputs, **{"diffusion.volume": "x0", "model.linear_components": 8})
+
+
+def test_a_sampler_in_bfloat16_may_open_it() -> None:
+    """The joint model opens it at its first call, under the sampler's autocast."""
+    d, p = diffusion(), parts()
+    g = torch.Generator().manual_seed(1)
+    z = {"t1w": torch.randn(3, 2, 2, 1, 2, generator=g), "t2w": torch.randn(3, 1, 2, 1, 2, generator=g)}
+    z |= {"age": torch.randn(3, 1, generator=g), "sex": torch.tensor([0, 1, 0])}
+    t = dict.fromkeys(z, torch.tensor([200, 500, 900]))
+    plain_v = LinearDenoiser(d, p)(z, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        reduced_v = LinearDenoiser(d, p)(z, t)
+    assert all(torch.equal(reduced_v[name], v) for name, v in plain_v.items())

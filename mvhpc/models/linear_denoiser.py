@@ -52,7 +52,8 @@ class LinearDenoiser(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
         parts = [self.loadings[:, self.size == i] for i in range(len(self.rest))]
-        overlaps = torch.stack([part @ part.T for part in parts])  # (32 V, K, K)
+        with torch.autocast(self.rest.device.type, enabled=False):  # a sampler opens it under its own
+            overlaps = torch.stack([part @ part.T for part in parts])  # (32 V, K, K)
         self.register_buffer("overlaps", overlaps, persistent=False)
 
     @classmethod

@@ -22,8 +22,8 @@ def patch_conv3d(module: nn.Module) -> None:
     def forward(convolution: nn.Conv3d, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled("cpu"):
             rounded = convolution.weight.dtype != torch.float32  # for inference, which takes no gradients
-            long_enough = all(n >= k for n, k in zip(x.shape[2:], convolution.kernel_size))
-            if rounded or long_enough:
+            (h, w, d), (kh, kw, kd) = x.shape[2:], convolution.kernel_size
+            if rounded or (h >= kh and w >= kw and d >= kd):
                 return type(convolution).forward(convolution, x)
             with torch.autocast("cpu", enabled=False):
                 return type(convolution).forward(convolution, x.float())
