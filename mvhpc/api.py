@@ -12,7 +12,6 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mvhpc.bids_app import Request, predict_scans
 from mvhpc.config import choose, load_config
 from mvhpc.inference.generate import GenerateConfig, draw_people
 from mvhpc.inference.open_predictor import open_predictor
@@ -23,6 +22,7 @@ from mvhpc.models.bundle import load as load_model
 from mvhpc.models.model_folder import ModelError
 from mvhpc.models.scalar_bundle import ScalarsModel
 from mvhpc.runtime.devices import resolve_device
+from mvhpc.scans import Request, predict_scans
 from shards.dataset import Dataset, open_dataset
 from shards.participants import ID, PATH
 from shards.schema import Schema, Value

@@ -2,14 +2,15 @@
 
 import contextlib
 import multiprocessing
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
-SAFE_PATH = "PYTHONSAFEPATH"
+from shards.environment import environment_variable
+
+SAFE_PATH = "PYTHONSAFEPATH"  # without it a signal.py in the working folder would be taken for Python's own
 
 
 @contextlib.contextmanager
@@ -25,24 +26,10 @@ def process_pool(
     context = multiprocessing.get_context("spawn")  # fork is unsafe where the caller has threads
     pool = _Pool(workers, context, initializer=_start, initargs=(start, arguments))
     try:
-        with _safe_path():
+        with environment_variable(SAFE_PATH, "1"):
             yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _safe_path() -> Iterator[None]:
-    """Processes that start inside do not take a signal.py in the working folder for Python's own."""
-    before = os.environ.get(SAFE_PATH)
-    os.environ[SAFE_PATH] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[SAFE_PATH]
-        else:
-            os.environ[SAFE_PATH] = before
 
 
 class _Pool(ProcessPoolExecutor):

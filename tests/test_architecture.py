@@ -20,8 +20,8 @@ LAYERS = [
     ["inference", "training", "data_stages"],
     ["stages"],
     ["execute"],
-    ["pipeline", "export", "bids_app"],
-    ["parsers"],
+    ["pipeline", "export", "scans"],
+    ["parsers", "bids_app"],
     ["api", "cli"],
     ["__main__", "pyfunc"],
 ]

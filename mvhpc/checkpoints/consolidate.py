@@ -7,9 +7,7 @@ are read with ``weights_only``, also by DeepSpeed, so that no code in a pickle r
 import argparse
 import contextlib
 import io
-import os
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from mvhpc.checkpoints.manifest import CheckpointError
 from mvhpc.runtime.importing import require
 from mvhpc.runtime.scratch import temporary_folder
+from shards.environment import environment_variable
 
 LOCAL = "state.pt"  # a checkpoint of one worker
 MODEL = "mp_rank_00_model_states.pt"
@@ -150,20 +149,7 @@ def _write_universal(folder: Path, target: Path) -> None:
         inject_missing_state=True,  # missing in DeepSpeed's files of stages 1 and 2
     )
     quiet = io.StringIO()
-    with safe_globals(), _weights_only(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+    # torch.load runs no code in a pickle then, whatever its arguments
+    safe = environment_variable("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    with safe_globals(), safe, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         ds_to_universal.main(arguments)
-
-
-@contextlib.contextmanager
-def _weights_only() -> Iterator[None]:
-    """Inside, ``torch.load`` runs no code in a pickle, whatever its arguments."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -1,0 +1,343 @@
+"""From raw scans to predictions: the preprocessing that the model's data had, quality control, answers, pages."""
+
+import contextlib
+import csv
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mvhpc.config import ConfigError, load_config
+from mvhpc.diffusion.laws import Law, take
+from mvhpc.evaluation.report import Answer, Subject, write_pages
+from mvhpc.evaluation.tables import MISSING, read_predictions, sidecar, subject_of
+from mvhpc.inference.prediction_tables import Row, without_answer, write_predictions
+from mvhpc.inference.predictor import PredictConfig, check_query
+from mvhpc.inference.sampler import versions
+from mvhpc.inference.scalar_inputs import read_inputs
+from mvhpc.inference.scalars_predictor import ScalarsPredictor
+from mvhpc.inference.selection import Selection
+from mvhpc.models.bundle import load_model_of_scalars
+from mvhpc.models.known_answer import check_known_answer
+from mvhpc.models.scalar_bundle import ScalarsModel
+from mvhpc.models.scalar_stack import StackPosterior
+from mvhpc.runs.folder import identity
+from mvhpc.runtime.devices import one_thread, resolve_device
+from mvhpc.variables import Categorical, Continuous
+from shards.errors import DataError, TooManyRejects
+from shards.files import atomic_file, rename_aside
+from shards.pack import pack
+from shards.participants import ID, MASK, PATH, SESSION, Reject, read_table
+from shards.participants import Row as Visit
+from shards.preprocess.derivative import result_files
+from shards.preprocess.recipe import MNI, Recipe
+from shards.preprocess.registration import load_template
+from shards.preprocess.run import preprocess
+from shards.progress import Progress
+from shards.schema import Schema
+from shards.sheets import column_names, read_sheet
+from shards.volumes import read
+
+POINTS, REACH = 240, 4.0  # of a density's curve; SDs on either side of the mean
+EDGE = 0.1  # of a packed volume; below lies what resampling leaves around the brain
+OK = "ok"
+Array = NDArray[np.float32]
+SCANS, DERIVATIVE, PACKED, TABLE = "scans.csv", "preprocessed", "packed", "predictions.tsv"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is predicted for whom.
+
+    Attributes:
+        source: BIDS folder or CSV of raw scans, as ``shards preprocess`` takes it.
+        out: folder of the results.
+        model: run folder of a model of scalars, or of a joint model that has one.
+        labels: of the participants, without ``sub-``; empty for all.
+        given: known variables; the model's volumes where empty.
+        want: variables to predict; every scalar that is not given where empty.
+        workers: processes of the preprocessing; 0 for one per core.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        entities, rename: see :func:`shards.participants.read_table`.
+        keep_suspect: answer for scans that fail quality control too, and flag them.
+        template, weights: files that the recipe names by their SHA-256, see :func:`shards.preprocess.run.preprocess`.
+    """
+
+    source: Path
+    out: Path
+    model: str
+    labels: Sequence[str] = ()
+    given: Sequence[str] = ()
+    want: Sequence[str] = ()
+    workers: int = 0
+    device: str = "auto"
+    entities: Mapping[str, str] = field(default_factory=dict)
+    rename: Mapping[str, str] = field(default_factory=dict)
+    keep_suspect: bool = False
+    template: Path | None = None
+    weights: Path | None = None
+
+
+def predict_scans(request: Request, model: ScalarsModel | None = None) -> tuple[list[Row], list[str]]:
+    """Preprocess, judge and answer; write ``predictions.tsv``, its description and a page per scan.
+
+    Scans are preprocessed as those that the model was trained on. A scan that cannot be preprocessed or fails quality
+    control has a row with its reason and no answers.
+
+    Args:
+        request: what is predicted for whom.
+        model: that of ``request.model``, if it is loaded already.
+
+    Returns:
+        The rows of the table, in the order of the source, and the predicted variables.
+
+    Raises:
+        ConfigError: a query that the model does not take, or an unknown participant.
+        DataError: a source that cannot be read, or a missing package.
+    """
+    model = model or load_model_of_scalars(request.model, resolve_device(request.device))
+    check_known_answer(request.model, model)
+    given = list(request.given) or [v.name for v in model.variables.volumes]
+    want = list(request.want) or [v.name for v in model.variables.scalars if v.name not in given]
+    check_query(model.schema, given, want)
+    out = request.out
+    out.mkdir(parents=True, exist_ok=True)
+    schema = _known_part(model.schema, request, given)
+    recipe = Recipe.from_dict(model.meta["recipe"]) if model.meta["recipe"] else None
+    reasons: dict[str, str] = {}
+    files_before = _listed(out / SCANS)
+    keys = _list_scans(request, schema, recipe, out / SCANS, reasons)
+    files = _listed(out / SCANS)
+    source = out / SCANS
+    if recipe:
+        source = out / DERIVATIVE
+        options: dict[str, Any] = {"template": request.template, "weights": request.weights, "device": request.device}
+        options |= {"workers": request.workers, "keep_suspect": request.keep_suspect}
+        try:
+            preprocess(out / SCANS, source, recipe, **options)
+        except DataError:
+            if not (source / "rejected.tsv").is_file():
+                raise
+        reasons |= _read_rejects(source)
+    rows: dict[str, Row] = {}
+    subjects: dict[str, Subject] = {}
+    warnings: list[str] = []
+    if not all(key in reasons for key in keys):
+        rows, subjects, warnings = _answer(request, model, schema, source, given, want, reasons)
+    answered = _complete(rows, keys, want, reasons)
+    unanswered = without_answer(answered, want)
+    counted = f"{len(answered) - len(unanswered)} of {len(answered)} scans answered"
+    about = f"{', '.join(want)} given {', '.join(given)}, by {request.model}; {counted}"
+    facts = {
+        "given": list(given),
+        "want": list(want),
+        "part": "all",
+        "labels": sorted(request.labels) or None,
+        "answered": {
+            "people": len(answered) - len(unanswered),
+            "of": len(answered),
+            "left_out": [{"reason": reason, "people": [key]} for key, reason in unanswered.items()],
+        },
+        "warnings": warnings,
+        "model": identity(model.folder),
+        "recipe": model.meta["recipe"],
+        "versions": versions(networks=False),
+    }
+    other_scans = any(files.get(key) != file for key, file in files_before.items())
+    _set_aside(request, facts, other_scans)
+    write_predictions(out / TABLE, answered, model.schema, facts)
+    nobody = [Answer(name, model.schema[name].unit or "") for name in want]
+    pages = [subjects.get(key) or Subject(key, nobody, [reasons[key]]) for key in keys]
+    write_pages(out, pages, about)
+    return answered, want
+
+
+def _set_aside(request: Request, facts: Mapping[str, Any], other_scans: bool) -> None:
+    """Rename table and pages of another query in the folder: of other variables, scans or another model."""
+    table = request.out / TABLE
+    if not table.is_file():
+        return
+    keys = ("given", "want", "model", "labels")
+    keys_before: list[str] = []
+    before: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError):  # a table of another program
+        frame, before = read_predictions(table)
+        keys_before = frame["key"].tolist()
+    if other_scans or any(before.get(key) != facts.get(key) for key in keys):
+        pages = [request.out / f"{name}.html" for name in ("index", *keys_before)]
+        rename_aside([path for path in (table, sidecar(table), *pages) if path.is_file()])
+
+
+def _known_part(schema: Schema, request: Request, given: Sequence[str]) -> Schema:
+    """The model's volumes, and those of its scalars that the table of participants has, with all that are given."""
+    source = request.source
+    table = source / "participants.tsv" if source.is_dir() else source
+    columns = read_sheet(table).columns if table.is_file() else []
+    wanted = {v.column: v.synonyms for v in schema.scalars}
+    named = {*columns, *column_names(columns, wanted, request.rename, table).values()}
+    for v in schema.scalars:
+        if v.name in given and v.column not in named:
+            raise ConfigError(
+                f"{v.name} is given, and {table} has no column {v.column!r}; name the table's by --rename "
+                f"COLUMN={v.column}"
+            )
+    specs = schema.to_dict()
+    return Schema.from_dict({v.name: specs[v.name] for v in schema if v.kind == "volume" or v.column in named})
+
+
+def _listed(path: Path) -> dict[str, str]:
+    """Key -> file of the scans of the last query in the folder; empty where there was none."""
+    if not path.is_file():
+        return {}
+    return {"_".join(filter(None, (row[ID], row[SESSION]))): row[PATH] for _, row in read_sheet(path).rows}
+
+
+def _list_scans(
+    request: Request, schema: Schema, recipe: Recipe | None, path: Path, reasons: dict[str, str]
+) -> list[str]:
+    """Write the scans to a CSV for the preprocessing; return all keys, and add the reasons of unusable rows."""
+    volumes = schema.volumes
+    if len(volumes) != 1:
+        raise ConfigError(f"{request.model} has {len(volumes)} volumes; preprocessing takes T1-weighted scans alone")
+    image, specs = volumes[0].name, schema.to_dict()
+    masks = []
+    if recipe and "brain" in recipe.steps and recipe.brain == MASK:  # masks lie beside the scans, or in a column
+        masks, specs[MASK] = [MASK], {"kind": "volume", "suffix": MASK}
+        specs[image] |= {"column": PATH}
+    table = read_table(request.source, Schema.from_dict(specs), entities=request.entities, rename=request.rename)
+    for note in table.notes:
+        print(f"note: {note}", file=sys.stderr)
+    wanted = {label.removeprefix("sub-") for label in request.labels}
+    found = {row.key.partition("_")[0].removeprefix("sub-") for row in table.rows}
+    if unknown := sorted(wanted - found):
+        raise ConfigError(f"{request.source}: no participant {', '.join(unknown)}")
+    rows = [r for r in table.rows if not wanted or r.key.partition("_")[0].removeprefix("sub-") in wanted]
+    with atomic_file(path) as part, part.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow([ID, SESSION, PATH, *masks, *(v.column for v in schema.scalars)])
+        for row in rows:
+            if isinstance(row, Visit):
+                session = row.key[len(row.subject) + 1 :]
+                files = [row.files[name].absolute() if name in row.files else MISSING for name in (image, *masks)]
+                values = (MISSING if row.values[v.name] is None else row.values[v.name] for v in schema.scalars)
+                writer.writerow([row.subject, session, *files, *values])
+    reasons |= {row.key: row.reason for row in rows if isinstance(row, Reject)}
+    return [row.key for row in rows]
+
+
+def _read_rejects(folder: Path) -> dict[str, str]:
+    """Key -> reason of the rejected rows of a derivative or a packed data set."""
+    path = folder / "rejected.tsv"
+    return {cells["key"]: cells["reason"] for _, cells in read_sheet(path).rows} if path.is_file() else {}
+
+
+def _answer(
+    request: Request,
+    model: ScalarsModel,
+    schema: Schema,
+    source: Path,
+    given: Sequence[str],
+    want: Sequence[str],
+    reasons: dict[str, str],
+) -> tuple[dict[str, Row], dict[str, Subject], list[str]]:
+    """Rows and pages by key, and warnings; the reasons of scans that fail quality control are added."""
+    packed = request.out / PACKED
+    shutil.rmtree(packed, ignore_errors=True)
+    options: dict[str, Any] = {"schema": schema, "spacing": model.grid["spacing"], "shape": model.grid["shape"]}
+    options |= {"workers": request.workers, "keep_suspect": request.keep_suspect}
+    try:
+        pack(source, packed, **options, max_rejects="100%", fractions=(0, 0, 1))
+    except TooManyRejects:
+        return {}, {}, []
+    finally:
+        for key, reason in _read_rejects(packed).items():
+            reasons.setdefault(key, reason)  # a scan without a result of the preprocessing has that reason
+    overrides = {"out": str(request.out / TABLE), "model": request.model, "data": str(packed), "split": "all"}
+    overrides |= {"given": ",".join(given), "want": ",".join(want)}
+    config = load_config(PredictConfig, "predict", "default", (), overrides)
+    predictor = ScalarsPredictor(config, model)
+    selection = Selection.of(predictor.dataset, "all", "default", predictor.training)
+    selection.warn(", ".join(want))
+    keys, rows, pages = selection.keys, {}, {}
+    pictures = _Pictures(source, Recipe.from_dict(model.meta["recipe"]) if model.meta["recipe"] else None)
+    with Progress(", ".join(want), len(keys), "scan") as bar:
+        for first in range(0, len(keys), config.batch):
+            part = keys[first : first + config.batch]
+            inputs = read_inputs(model, predictor.dataset, part, given)
+            with torch.inference_mode(), one_thread():
+                laws = StackPosterior(model.stack, *inputs).laws(want)
+            for place, (key, row) in enumerate(zip(part, predictor(part), strict=True)):
+                answers = [_variable_answer(model, row, name, laws[name], place) for name in want]
+                rows[key], pages[key] = row, _page(predictor, row, answers, pictures)
+            bar.update(len(part))
+    return rows, pages, selection.warnings
+
+
+def _page(predictor: ScalarsPredictor, row: Row, answers: Sequence[Answer], pictures: "_Pictures") -> Subject:
+    """What the page of one scan shows."""
+    flags = [flag for flag in str(row["flag"]).split("; ") if flag != OK]
+    record = predictor.dataset.record(row["key"])
+    figures = {name.partition(".")[2]: value for name, value in record.figures.items()}
+    if row["typicality"] is not None:
+        figures = {"typicality": row["typicality"], **figures}
+    volume, mask = pictures.read(predictor, row["key"])
+    return Subject(row["key"], answers, flags, volume, mask, pictures.template, figures)
+
+
+class _Pictures:
+    """The scans of the pages: of the derivative, otherwise of the packed data.
+
+    Attributes:
+        template: the template's brain on the grid of the derivative; None without registration to the built-in one.
+    """
+
+    def __init__(self, source: Path, recipe: Recipe | None) -> None:
+        self.source, self.recipe = source, recipe
+        registered = recipe is not None and "registration" in recipe.steps and recipe.template == MNI
+        self.template = load_template(None, recipe).mask.voxels if registered and recipe else None
+
+    def read(self, predictor: ScalarsPredictor, key: str) -> tuple[Array, Array]:
+        """A scan in [0, 1], and its brain mask; (X, Y, Z), RAS."""
+        if self.recipe is None:
+            packed = predictor.dataset.read(key, predictor.model.variables.volumes[0].name).astype(np.float32)
+            return packed, (packed > EDGE).astype(np.float32)
+        suffix = predictor.schema.volumes[0].suffix
+        visit = Visit(0, key, subject_of(key), "", "", {}, {})
+        files = result_files(self.source, visit, suffix, self.recipe)
+        voxels, mask = (read(files[name]).voxels for name in ("image", "mask"))
+        return np.clip(voxels / np.percentile(voxels[mask > 0], 99.5), 0, 1), mask
+
+
+def _variable_answer(model: ScalarsModel, row: Row, name: str, law: Law, place: int) -> Answer:
+    """The answer about one variable of the person at ``place`` of a batch."""
+    variable, unit = model.variables[name], model.schema[name].unit or ""
+    if row[name] is None:
+        return Answer(name, unit)
+    if isinstance(variable, Categorical):
+        return Answer(name, unit, probabilities={c: row[f"{name}_p_{c}"] for c in variable.classes})
+    assert isinstance(variable, Continuous)
+    mean, sd = row[name], row[f"{name}_sd"]
+    least, most = model.schema[name].range
+    ends = max(least, mean - REACH * sd), min(most, mean + REACH * sd)
+    x = torch.linspace(*ends, POINTS, dtype=torch.float64)
+    z = (2 * x - variable.low - variable.high) / (variable.high - variable.low)
+    own = take(law, torch.tensor([place]))
+    assert not isinstance(own, torch.Tensor)
+    density = own.log_prob(z).exp() * 2 / (variable.high - variable.low)
+    interval = (row[f"{name}_q05"], row[f"{name}_q95"])
+    return Answer(name, unit, mean, interval, (x.numpy(), density.numpy()))
+
+
+def _complete(
+    rows: Mapping[str, Row], keys: Sequence[str], want: Sequence[str], reasons: Mapping[str, str]
+) -> list[Row]:
+    """The rows of all keys, of one set of columns; without an answer all cells but the flag are empty."""
+    columns = next(iter(rows.values()), dict.fromkeys(["key", "subject", *want, "not_given", "flag"]))
+    empty = dict.fromkeys(columns)
+    return [rows.get(key) or {**empty, "key": key, "subject": subject_of(key), "flag": reasons[key]} for key in keys]
