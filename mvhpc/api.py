@@ -113,7 +113,7 @@ class Model:
             ConfigError: a query that the model does not take, data on another grid, or an unknown key.
         """
         dataset = data if isinstance(data, Dataset) else open_dataset(data)
-        wanted = dataset.keys() if keys is None else list(keys)
+        wanted = list(dataset.keys() if keys is None else keys)
         for key in wanted:
             choose(key, dataset.keys(), "key")
         values = {"model": self.path, "data": str(dataset.folder), "out": "", "split": "all", "given": list(given)}

@@ -212,4 +212,4 @@ def subjects(dataset: Dataset, part: str, split: str) -> list[str]:
     keys = dataset.keys(None if part == "all" else part, split)
     if not keys:
         raise ConfigError(f"{dataset.folder}: the {part} part of split {split!r} is empty; name another one")
-    return keys
+    return list(keys)

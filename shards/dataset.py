@@ -6,9 +6,12 @@ from typing import Any
 from numpy.typing import NDArray
 
 from shards.errors import DataError, IntegrityError, nearest
-from shards.index import PARTS, Index, Record, array_checksum
+from shards.index import PARTS, Index, array_checksum
+from shards.record_table import Assignment, Keys, Records
+from shards.records import Record
 from shards.schema import Value
 from shards.tar_shards import TarReader
+from shards.zarr_store import ZarrReader
 
 
 class Dataset:
@@ -25,15 +28,10 @@ class Dataset:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.index = Index.load(self.folder)
-        self._records = {r.key: r for r in self.index.records}
-        self._reader = self._open()
-
-    def _open(self) -> Any:
-        if self.index.storage == "webdataset":
-            return TarReader(self.folder, self.index)
-        from shards.zarr_store import ZarrReader  # zarr takes a second to import
-
-        return ZarrReader(self.folder, self.index)
+        assert isinstance(self.index.records, Records)
+        self._records = self.index.records
+        reader = TarReader if self.index.storage == "webdataset" else ZarrReader
+        self._reader: TarReader | ZarrReader = reader(self.folder, self.index)
 
     def __reduce__(self) -> tuple[type["Dataset"], tuple[Path]]:
         return Dataset, (self.folder,)
@@ -41,22 +39,26 @@ class Dataset:
     def __len__(self) -> int:
         return len(self._records)
 
-    def keys(self, part: str | None = None, split: str = "default") -> list[str]:
+    def keys(self, part: str | None = None, split: str = "default") -> Keys:
         """Keys in the order of the index.
 
         Args:
             part: ``train``, ``validation`` or ``test``; None or ``all`` for every key.
             split: name of a recorded split.
 
+        Returns:
+            A sequence that reads the keys when they are used, equal to a list of the same keys.
+
         Raises:
             DataError: an unknown part or split.
         """
         if part is None or part == "all":
-            return list(self._records)
+            return self._records.all_keys
         if part not in PARTS:
             raise DataError(nearest(part, [*PARTS, "all"], "part"))
         assignment = self.index.split(split).assignment
-        return [key for key in self._records if assignment.get(key) == part]
+        assert isinstance(assignment, Assignment)
+        return assignment.keys_of(part)
 
     def record(self, key: str) -> Record:
         """The record of a key.
@@ -64,17 +66,21 @@ class Dataset:
         Raises:
             LookupError: no such key.
         """
-        if key not in self._records:
+        return self._records[self._row(key)]
+
+    def _row(self, key: str) -> int:
+        row = self._records.row(key)
+        if row < 0:
             raise LookupError(f"{self.folder}: no record {key!r}")
-        return self._records[key]
+        return row
 
     def values(self, key: str) -> dict[str, Value]:
         """Scalar variable -> number, class, or None where missing."""
-        return dict(self.record(key).values)
+        return self._records.values(self._row(key))
 
     def has(self, key: str, variable: str) -> bool:
         """Whether the record has that volume."""
-        return variable in self.record(key).checksums
+        return self._records.place(self._row(key), variable) is not None
 
     def read(self, key: str, variable: str) -> NDArray[Any]:
         """One volume as stored, its checksum verified.
@@ -86,11 +92,12 @@ class Dataset:
             LookupError: no such record, or a record without that volume.
             IntegrityError: the stored bytes differ from those written; names the record and the volume.
         """
-        record = self.record(key)
-        if variable not in record.checksums:
+        row = self._row(key)
+        place = self._records.place(row, variable)
+        if place is None:
             raise LookupError(f"{self.folder}: {key} has no {variable}")
-        array: NDArray[Any] = self._reader.read(record, variable)
-        if array_checksum(array) != record.checksums[variable]:
+        array = self._reader.read(key, variable, place)
+        if not place.size and array_checksum(array) != self._records[row].checksums[variable]:
             raise IntegrityError(f"{self.folder}: {key} {variable} is damaged (checksum); see `shards verify`")
         array.setflags(write=False)
         return array

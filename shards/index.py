@@ -1,9 +1,14 @@
-"""The index of a packed data set: records, location and checksum of each volume, splits, provenance."""
+"""The index of a packed data set: records, location and checksum of each volume, splits, provenance.
 
-import dataclasses
+``index.json`` is small. The records, their keys with the splits, and the list of files are files of their own, which it
+names together with their checksums (:mod:`shards.tables`). A new index replaces an old one in one step, when
+``index.json`` is renamed.
+"""
+
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,43 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError, IntegrityError, nearest
-from shards.files import write_bytes
-from shards.schema import Schema, Value
-
-NAME = "index.json"
-VERSION = 1
-PARTS = ("train", "validation", "test")
-
-
-@dataclass(frozen=True)
-class Record:
-    """One visit of one subject.
-
-    Attributes:
-        key: ``sub-X`` or ``sub-X_ses-Y``, unique.
-        subject: ``sub-X``.
-        group: the subject's group, which a split does not divide; named by its first subject.
-        values: scalar variable -> value, None where missing.
-        checksums: volume variable -> SHA-256 of the array's bytes (C order, little endian), without missing volumes.
-        shard: the tar file, relative to the folder; empty in a Zarr store.
-        offsets: volume variable -> byte offset of the array in the tar file, or row in the Zarr array.
-        figures: ``VARIABLE.FIGURE`` -> value, of quality control; see :mod:`shards.qc.limits`;
-            ``VARIABLE.preprocess.FIGURE`` where the scan was preprocessed.
-        flags: ``VARIABLE.FIGURE`` of each limit of quality control that the scans violate.
-        affines: volume variable -> (4, 4), from the voxels of the common grid to mm in the space of the source, where
-            the volume lies; empty in data sets of earlier versions.
-    """
-
-    key: str
-    subject: str
-    group: str
-    values: dict[str, Value]
-    checksums: dict[str, str]
-    shard: str
-    offsets: dict[str, int]
-    figures: dict[str, float] = field(default_factory=dict)
-    flags: list[str] = field(default_factory=list)
-    affines: dict[str, list[list[float]]] = field(default_factory=dict)
+from shards.header import NAME as NAME
+from shards.header import read_header, write_header
+from shards.record_table import PARTS as PARTS
+from shards.record_table import Assignment
+from shards.records import Record as Record
+from shards.records import digest_entry
+from shards.schema import Schema
+from shards.tables import Files, open_records, records_in_memory, remove_others, write_files, write_keys, write_records
 
 
 @dataclass(frozen=True)
@@ -68,12 +44,12 @@ class Split:
     fractions: list[float]
     folds: list[int]
     group: str
-    assignment: dict[str, str]
+    assignment: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Index:
-    """The content of ``index.json``.
+    """The content of an index.
 
     Attributes:
         kind: ``volumes`` or ``latents``.
@@ -81,12 +57,15 @@ class Index:
         schema: the variables.
         arrays: volume variable -> {shape, dtype} of one record's array.
         grid: of the volumes: {spacing (mm), shape (voxels), affine (4 x 4, voxel to RAS mm, origin at the centre)}.
+        records: in the order of the table; read when they are used.
         group: the table's column of groups; empty for none.
-        records: in the order of the table.
-        files: path relative to the folder -> {bytes, sha256}, of every file except the index.
+        files: path relative to the folder -> {bytes, sha256}, of every file except those of the index.
         splits: by name.
         provenance: software versions, arguments without paths, hash of the source.
         extra: further metadata of the writer (for latents: their scale and the autoencoder's hash).
+        per_shard: places per shard; 0 in data sets of version 1.
+        tables: of an index that was read, the files that hold it: {file, bytes, sha256, ...} by table. See
+            :mod:`shards.tables`; none in version 1.
     """
 
     kind: str
@@ -94,22 +73,26 @@ class Index:
     schema: Schema
     arrays: dict[str, dict[str, Any]]
     grid: dict[str, Any]
-    records: list[Record]
+    records: Sequence[Record]
     group: str = ""
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     splits: dict[str, Split] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    per_shard: int = 0
+    tables: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, compare=False, repr=False)
+    _digest: str = field(default="", init=False, compare=False, repr=False)
 
     @property
     def digest(self) -> str:
         """SHA-256 that identifies the data: equal for equal content in either format, independent of the splits."""
-        content = self.to_dict()
-        content["records"] = [
-            [r.key, r.subject, r.values, r.checksums, *([r.affines] if r.affines else [])] for r in self.records
-        ]
-        parts = {k: content[k] for k in ("kind", "schema", "arrays", "grid", "records", "extra")}
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        if not self._digest:
+            content = {
+                "schema": self.schema.to_dict(),
+                **{k: getattr(self, k) for k in ("kind", "arrays", "grid", "extra")},
+            }
+            object.__setattr__(self, "_digest", _digest(content, map(digest_entry, self.records)))
+        return self._digest
 
     def split(self, name: str = "default") -> Split:
         """The split of that name.
@@ -121,46 +104,78 @@ class Index:
             raise DataError(nearest(name, self.splits, "split"))
         return self.splits[name]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The index as plain dictionaries, in the order of its file."""
-        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        content["schema"] = self.schema.to_dict()
-        content["records"] = [dataclasses.asdict(r) for r in self.records]
-        content["splits"] = {name: dataclasses.asdict(s) for name, s in self.splits.items()}
-        return {"version": VERSION, **content}
+    def with_splits(self, splits: Mapping[str, Split]) -> "Index":
+        """The same data with other splits."""
+        index = Index(**{f.name: getattr(self, f.name) for f in fields(self) if f.init} | {"splits": dict(splits)})
+        object.__setattr__(index, "_digest", self._digest)
+        return index
 
     def save(self, folder: Path) -> None:
-        """Write ``index.json`` atomically, with its own checksum in it."""
-        write_bytes(folder / NAME, _serialize(self.to_dict()))
+        """Write the index; an index that was there is replaced in one step, when all of the new one is written."""
+        tables = {
+            "records": write_records(folder, self.records, self.schema, self.arrays),
+            "keys": write_keys(folder, self.records, {name: s.assignment for name, s in self.splits.items()}),
+            "files": write_files(folder, self.files),
+        }
+        plain = ("kind", "storage", "arrays", "grid", "group", "provenance", "extra", "per_shard", "digest")
+        splits = {name: {k: v for k, v in vars(s).items() if k != "assignment"} for name, s in self.splits.items()}
+        header = {name: getattr(self, name) for name in plain} | {"schema": self.schema.to_dict(), "splits": splits}
+        write_header(folder, header | {"tables": tables})
+        remove_others(folder, tables.values())
 
     @classmethod
     def load(cls, folder: str | Path) -> "Index":
-        """Read ``index.json``.
+        """Read an index.
 
         Raises:
             DataError: no index in the folder, or one of another version.
             IntegrityError: an index that differs from what was written.
         """
-        path = Path(folder) / NAME
-        try:
-            raw = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{folder}: no packed data set here ({NAME}: {error.strerror})") from error
-        try:
-            content = json.loads(raw)
-            content.pop("checksum")
-            intact = _serialize(content) == raw
-        except (ValueError, KeyError, TypeError, AttributeError):
-            intact = False
-        if not intact:
-            raise IntegrityError(f"{path}: damaged (its own checksum does not match); restore it or pack again")
-        version = content.pop("version")
-        if version != VERSION:
-            raise DataError(f"{path}: format version {version}, this program reads {VERSION}")
+        folder = Path(folder)
+        header = read_header(folder)
+        while True:
+            try:
+                return cls._of_version_1(header) if header["version"] == 1 else cls._open(folder, header)
+            except FileNotFoundError as error:
+                before, header = header, read_header(folder)
+                if header == before:
+                    raise IntegrityError(f"{error.filename}: missing; restore it or pack again") from error
+                # another process has replaced the index meanwhile
+
+    @classmethod
+    def _open(cls, folder: Path, header: dict[str, Any]) -> "Index":
+        content = {name: header[name] for name in header if name not in ("version", "digest", "tables")}
+        tables = header["tables"]
+        records, codes = open_records(folder, tables["records"], tables["keys"])
+        content["splits"] = {
+            name: Split(**split, assignment=Assignment(records, codes[name]))
+            for name, split in content["splits"].items()
+        }
         content["schema"] = Schema.from_dict(content["schema"])
-        content["records"] = [Record(**r) for r in content["records"]]
-        content["splits"] = {name: Split(**s) for name, s in content["splits"].items()}
-        return cls(**content)
+        index = cls(**content, records=records, files=Files(folder, tables["files"]))
+        object.__setattr__(index, "tables", tables)
+        object.__setattr__(index, "_digest", header["digest"])
+        return index
+
+    @classmethod
+    def _of_version_1(cls, content: dict[str, Any]) -> "Index":
+        digest = _digest(content, map(digest_entry, content["records"]))
+        zarr = content["storage"] == "zarr"
+        records = [
+            Record(**r, slot=next(iter(r["offsets"].values()), 0) if zarr else i)
+            for i, r in enumerate(content["records"])
+        ]
+        schema = Schema.from_dict(content["schema"])
+        given = {name: split["assignment"] for name, split in content["splits"].items()}
+        found, codes = records_in_memory(records, schema, content["arrays"], given)
+        splits = {
+            name: Split(**split | {"assignment": Assignment(found, codes[name])})
+            for name, split in content["splits"].items()
+        }
+        plain = {k: v for k, v in content.items() if k != "version"}
+        index = cls(**plain | {"schema": schema, "records": found, "splits": splits})
+        object.__setattr__(index, "_digest", digest)
+        return index
 
 
 def array_checksum(array: NDArray[Any]) -> str:
@@ -168,7 +183,11 @@ def array_checksum(array: NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
-def _serialize(content: dict[str, Any]) -> bytes:
-    text = json.dumps(content, indent=1, allow_nan=False)
-    checksum = hashlib.sha256(text.encode()).hexdigest()
-    return json.dumps({**content, "checksum": checksum}, indent=1, allow_nan=False).encode() + b"\n"
+def _digest(content: Mapping[str, Any], records: Iterable[Any]) -> str:
+    """SHA-256 of the JSON text of some members of an index with sorted keys, the records among them one by one."""
+    head = json.dumps({name: content[name] for name in ("arrays", "extra", "grid", "kind")}, sort_keys=True)
+    found = hashlib.sha256(f'{head[:-1]}, "records": ['.encode())
+    for i, record in enumerate(records):
+        found.update(f"{', ' if i else ''}{json.dumps(record, sort_keys=True)}".encode())
+    found.update(f'], "schema": {json.dumps(content["schema"], sort_keys=True)}}}'.encode())
+    return found.hexdigest()

@@ -4,7 +4,6 @@ Subjects are never divided between parts, nor are groups of subjects, such as fa
 hash of seed and name, so it does not depend on the order of the table, and adding subjects moves few of the others.
 """
 
-import dataclasses
 import hashlib
 import math
 from collections import Counter
@@ -225,5 +224,5 @@ def record_split(
             raise DataError(
                 f"{folder} already has another split named {key!r}, which results may depend on; choose another --name"
             )
-    dataclasses.replace(index, splits={**index.splits, **drawn}).save(folder)
+    index.with_splits({**index.splits, **drawn}).save(folder)
     return list(drawn)

@@ -8,18 +8,20 @@ multiples of 512 bytes.
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError, IntegrityError
-from shards.index import Index, Record
+from shards.index import Index
+from shards.record_table import Place
 from shards.schema import Value
+from shards.stored_files import HashedFile, StoredFiles
 
 FOLDER = "shards"
 BLOCK = tarfile.BLOCKSIZE
@@ -27,8 +29,12 @@ MODE = 0o444
 LONGEST = 100  # bytes of a member's name in a ustar header
 
 
+def shard_path(number: int) -> str:
+    """The tar file with a number, relative to the data set's folder."""
+    return f"{FOLDER}/shard-{number:05d}.tar"
+
+
 def _header(name: str, size: int) -> bytes:
-    """The header that webdataset writes for a member with the arguments of :class:`TarWriter`."""
     member = tarfile.TarInfo(name)
     member.size, member.mode, member.mtime = size, MODE, 0
     return member.tobuf(tarfile.USTAR_FORMAT)
@@ -55,38 +61,31 @@ def _json(key: str, subject: str, values: Mapping[str, Value], affines: Mapping[
     return json.dumps({"key": key, "subject": subject, "values": dict(values), **places}).encode()
 
 
-class TarWriter:
-    """Writes records with :class:`webdataset.TarWriter`; :meth:`flush` ends a shard.
+class TarShard:
+    """Writes one tar file.
 
     Args:
         folder: of the data set.
-        shard: number of the first shard.
+        number: of the shard.
     """
 
-    def __init__(self, folder: Path, shard: int) -> None:
-        self.folder = folder / FOLDER
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.shard = shard
-        self._file: BinaryIO | None = None
-        self._writer: Any = None
-
-    @property
-    def name(self) -> str:
-        """The current shard, relative to the data set's folder."""
-        return f"{FOLDER}/shard-{self.shard:05d}.tar"
+    def __init__(self, folder: Path, number: int) -> None:
+        self.path = shard_path(number)
+        self._file = HashedFile(folder / self.path)
 
     def add(
         self,
+        slot: int,
         key: str,
         subject: str,
         values: Mapping[str, Value],
         arrays: Mapping[str, NDArray[Any]],
         affines: Mapping[str, Any],
-    ) -> dict[str, int]:
-        """Write one record.
+    ) -> dict[str, tuple[int, int, int]]:
+        """Append one record.
 
         Returns:
-            Variable -> byte offset of its array.
+            Variable -> byte offset of its array, size, CRC-32C.
 
         Raises:
             DataError: a key too long for a tar file.
@@ -96,28 +95,31 @@ class TarWriter:
                 raise DataError(
                     f"{key}: longer than a name in a tar file may be; shorten the ids, or use --format zarr"
                 )
-        if self._writer is None:
-            self._open()
-        self._writer.write({"__key__": key, "json": _json(key, subject, values, affines)})
-        offsets = {}
-        for variable, array in arrays.items():  # one call each: webdataset sorts the members of a call by name
-            head = _npy_header(array.shape, array.dtype)
-            offsets[variable] = self._writer.tarstream.offset + BLOCK + len(head)
-            self._writer.write({"__key__": key, f"{variable}.npy": head + array.tobytes()})
-        return offsets
+        self._member(f"{key}.json", _json(key, subject, values, affines))
+        places = {}
+        for variable, array in arrays.items():
+            offset = self._member(f"{key}.{variable}.npy", _npy_header(array.shape, array.dtype), array)
+            places[variable] = (offset, array.nbytes, int(google_crc32c.value(array)))
+        return places
 
-    def _open(self) -> None:
-        import webdataset  # it imports torch, which takes seconds
+    def _member(self, name: str, head: bytes, array: NDArray[Any] | None = None) -> int:
+        """Append one member; returns the offset of its array."""
+        size = len(head) + (0 if array is None else array.nbytes)
+        self._file.write(_header(name, size) + head)
+        offset = self._file.size
+        if array is not None:
+            self._file.write(array.reshape(-1).view(np.uint8))
+        self._file.write(_padding(size))
+        return offset
 
-        self._file = (self.folder.parent / self.name).open("wb")
-        self._writer = webdataset.TarWriter(self._file, user="", group="", mode=MODE, mtime=0, encoder=False)
+    def close(self) -> dict[str, dict[str, Any]]:
+        """End the archive; returns path -> {bytes, sha256}."""
+        self._file.write(_end(self._file.size))
+        return {self.path: self._file.close()}
 
-    def flush(self) -> None:
-        """Close the shard, so that the next record begins another."""
-        if self._file is not None:
-            self._writer.close()
-            self._file.close()
-            self._file, self._writer, self.shard = None, None, self.shard + 1
+    def discard(self) -> None:
+        """Remove the file."""
+        self._file.discard()
 
 
 class TarReader:
@@ -125,24 +127,25 @@ class TarReader:
 
     def __init__(self, folder: Path, index: Index) -> None:
         self.folder, self.index = folder, index
+        self._files = StoredFiles(folder)
+        self._specs = {name: (tuple(a["shape"]), np.dtype(a["dtype"])) for name, a in index.arrays.items()}
 
-    def read(self, record: Record, variable: str) -> NDArray[Any]:
-        """The array of ``variable``, (*arrays[variable].shape), unchecked.
+    def read(self, key: str, variable: str, place: Place) -> NDArray[Any]:
+        """The array of ``variable``, (*arrays[variable].shape), checked where its CRC-32C is known.
 
         Raises:
-            IntegrityError: the file is missing or too short.
+            IntegrityError: the file is missing, too short or damaged.
         """
-        spec = self.index.arrays[variable]
-        dtype = np.dtype(spec["dtype"])
-        size = int(np.prod(spec["shape"])) * dtype.itemsize
+        array: NDArray[Any] = np.empty(*self._specs[variable])
         try:
-            with (self.folder / record.shard).open("rb") as file:
-                raw = os.pread(file.fileno(), size, record.offsets[variable])
+            count = self._files.read_into(place.shard, place.offset, array)
         except OSError as error:
-            raise IntegrityError(f"{record.shard}: {error.strerror} ({record.key} {variable})") from error
-        if len(raw) < size:
-            raise IntegrityError(f"{record.shard}: ends within {record.key}.{variable}.npy")
-        return np.frombuffer(raw, dtype).reshape(spec["shape"])
+            raise IntegrityError(f"{self.folder}: {place.shard}: {error.strerror} ({key} {variable})") from error
+        if count < array.nbytes:
+            raise IntegrityError(f"{self.folder}: {place.shard} ends within {key}.{variable}.npy")
+        if place.size and google_crc32c.value(array) != place.crc:
+            raise IntegrityError(f"{self.folder}: {key} {variable} is damaged (checksum); see `shards verify`")
+        return array
 
     def damaged_members(self, file: str) -> Iterator[str]:
         """The members of a shard whose header, content or padding differs from what was written."""

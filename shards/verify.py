@@ -1,12 +1,13 @@
 """Verifying a packed data set."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from shards.dataset import Dataset, open_dataset
 from shards.errors import DataError, IntegrityError
 from shards.files import sha256
-from shards.index import NAME
+from shards.header import NAME, read_header
 from shards.progress import progress
 
 
@@ -19,11 +20,16 @@ def verify(folder: str | Path) -> Iterator[str]:
     Raises:
         DataError: no packed data set in the folder.
     """
+    folder = Path(folder)
     try:
-        dataset = open_dataset(folder)
+        header = read_header(folder)
     except IntegrityError:
         yield f"{NAME}: damaged (its own checksum does not match)"
         return
+    if damaged := list(_damaged_tables(folder, header.get("tables", {}))):
+        yield from damaged
+        return
+    dataset = open_dataset(folder)
     intact = True
     for name, known in progress(dataset.index.files.items(), "checking files", len(dataset.index.files), "file"):
         path = dataset.folder / name
@@ -39,6 +45,16 @@ def verify(folder: str | Path) -> Iterator[str]:
         intact = False
     if intact:
         yield from _unreadable(dataset)
+
+
+def _damaged_tables(folder: Path, tables: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """The files of the index itself."""
+    for entry in tables.values():
+        path = folder / entry["file"]
+        if not path.is_file():
+            yield f"{path.name}: missing"
+        elif sha256(path) != entry["sha256"]:
+            yield f"{path.name}: damaged"
 
 
 def _unreadable(dataset: Dataset) -> Iterator[str]:

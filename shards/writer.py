@@ -15,14 +15,12 @@ from numpy.typing import NDArray
 
 from shards.errors import DataError, nearest
 from shards.files import sha256, sync, write_bytes
-from shards.index import NAME, Index, Record, Split, array_checksum
+from shards.index import NAME, Index, Record, Split
 from shards.schema import Schema, Value
-from shards.tar_shards import TarWriter
+from shards.shard_writer import STORAGES, ShardWriter, records_per_shard
+from shards.zarr_store import metadata
 
-STORAGES = ("webdataset", "zarr")
 PARTIAL = ".partial"
-SHARD_BYTES = 64 * 2**20  # large enough for sequential reads, small enough for many shards
-SHARD_RECORDS = 1024  # bounds the chunk table that a Zarr reader fetches with each access
 
 
 class DatasetWriter:
@@ -72,15 +70,14 @@ class DatasetWriter:
         self.notes: list[Any] = []
         self.files: dict[str, dict[str, Any]] = {}
         self._saved_records = self._saved_notes = 0
-        self._bytes = sum(int(np.prod(a["shape"])) * np.dtype(a["dtype"]).itemsize for a in self.arrays.values())
-        self._per_shard = max(1, min(SHARD_RECORDS, SHARD_BYTES // max(self._bytes, 1)))
+        self.per_shard = records_per_shard(self.arrays)
         self._partial = self.folder / PARTIAL
         self._journal = self._partial / "journal.jsonl"
         self._partial.mkdir(parents=True, exist_ok=True)
         self._lock()
         self._resume(token)
         self._keys = {r.key for r in self.records}
-        self._store = self._open_store()
+        self._shard: ShardWriter | None = None
 
     def _lock(self) -> None:
         """Lock the folder itself: a lock file would stay in the data set of a process that was killed."""
@@ -114,6 +111,7 @@ class DatasetWriter:
             self.records += [Record(**r) for r in line["records"]]
             self.notes += line["notes"]
         self._saved_records, self._saved_notes = len(self.records), len(self.notes)
+        self._complete = len(lines) - 1
         for path in self._written():
             path.unlink()
         write_bytes(self._journal, "".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -129,16 +127,9 @@ class DatasetWriter:
                     break
         return lines
 
-    def _open_store(self) -> Any:
-        if self.storage == "webdataset":
-            return TarWriter(self._partial, len(self.files))
-        from shards.zarr_store import ZarrWriter  # zarr takes a second to import
-
-        return ZarrWriter(self._partial, self.arrays, len(self.records), self._per_shard)
-
     def _written(self) -> list[Path]:
         """Data files that are not in the journal yet."""
-        found = (p for p in self._partial.rglob("*") if p.is_file() and p.name != "zarr.json" and p != self._journal)
+        found = (p for p in self._partial.rglob("*") if p.is_file() and p != self._journal)
         return sorted(p for p in found if p.relative_to(self._partial).as_posix() not in self.files)
 
     def note(self, item: Any) -> None:
@@ -171,32 +162,20 @@ class DatasetWriter:
         """
         if key in self._keys:
             raise DataError(f"{key}: added twice")
-        for name, array in arrays.items():
-            if name not in self.arrays:
-                raise DataError(f"{key}: {nearest(name, self.arrays, 'volume')}")
-            spec = self.arrays[name]
-            if list(array.shape) != spec["shape"] or array.dtype != np.dtype(spec["dtype"]):
-                raise DataError(
-                    f"{key} {name}: {array.dtype} {array.shape}, declared as {spec['dtype']} {tuple(spec['shape'])}"
-                )
-        self._keys.add(key)
-        known = {v.name: values.get(v.name) for v in self.schema.scalars}
-        ordered = {name: np.ascontiguousarray(arrays[name]) for name in self.arrays if name in arrays}
-        shard = self._store.name
+        if self._shard is None:
+            self._shard = ShardWriter(self._partial, self.storage, self._complete, self.arrays, self.per_shard)
+        known = {v.name: as_value(values.get(v.name), v.kind) for v in self.schema.scalars}
         places = {name: np.asarray(affine, float).tolist() for name, affine in (affines or {}).items()}
-        offsets = self._store.add(key, subject, known, ordered, places)
-        checksums = {name: array_checksum(array) for name, array in ordered.items()}
-        found = (dict(figures or {}), list(flags), places)
-        self.records.append(Record(key, subject, group or subject, known, checksums, shard, offsets, *found))
-        if len(self.records) - self._saved_records >= self._per_shard:
+        stored = self._shard.add(key, subject, known, arrays, places)
+        self._keys.add(key)
+        found: dict[str, Any] = {"figures": dict(figures or {}), "flags": list(flags), "affines": places}
+        self.records.append(Record(key, subject, group or subject, known, **vars(stored), **found))
+        if self._shard.used == self.per_shard:
             self._flush()
 
     def _flush(self) -> None:
-        self._store.flush()
-        new = {}
-        for path in self._written():
-            sync(path)
-            new[path.relative_to(self._partial).as_posix()] = _file_entry(path)
+        assert self._shard is not None
+        new = self._shard.close()
         self.files |= new
         line = {
             "records": [dataclasses.asdict(r) for r in self.records[self._saved_records :]],
@@ -208,6 +187,7 @@ class DatasetWriter:
             file.flush()
             os.fsync(file.fileno())
         self._saved_records, self._saved_notes = len(self.records), len(self.notes)
+        self._shard, self._complete = None, self._complete + 1
 
     def finish(
         self,
@@ -227,11 +207,13 @@ class DatasetWriter:
         Returns:
             The index as written.
         """
-        if len(self.records) > self._saved_records:
+        if self._shard is not None:
             self._flush()
-        for path in sorted(self._partial.rglob("zarr.json")):
-            sync(path)
-            self.files[path.relative_to(self._partial).as_posix()] = _file_entry(path)
+        if self.storage == "zarr":
+            for name, content in metadata(self.arrays, len(self.records), self.per_shard).items():
+                (self._partial / name).parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(self._partial / name, content)
+                self.files[name] = _file_entry(self._partial / name)
         for name, content in (files or {}).items():
             write_bytes(self.folder / name, content)
             self.files[name] = _file_entry(self.folder / name)
@@ -252,11 +234,17 @@ class DatasetWriter:
             splits=dict(splits or {}),
             provenance=dict(provenance or {}),
             extra=dict(extra or {}),
+            per_shard=self.per_shard,
         )
         index.save(self.folder)
         shutil.rmtree(self._partial)
         self.close()
         return index
+
+
+def as_value(value: Value, kind: str) -> Value:
+    """A scalar as it is stored: words of categories, else floating-point numbers."""
+    return value if value is None or kind == "categorical" else float(value)
 
 
 def _file_entry(path: Path) -> dict[str, Any]:

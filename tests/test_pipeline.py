@@ -12,6 +12,7 @@ from mvhpc.pipeline.plan import PipelineConfig
 from mvhpc.pipeline.report import write_report
 from mvhpc.pipeline.run import run_pipeline
 from mvhpc.runs.mlflow_store import store_client
+from shards.index import Index
 
 SMALL = {
     "queries": [{"want": ["age"], "given": ["image", "sex"]}, {"want": ["sex"], "given": []}],
@@ -67,8 +68,8 @@ def check_report(root: Path, out: Path) -> None:
         assert f">{cell}<" in page
     for text in ("figure B.1", "figure B.2", "Calibrated on", "Intended use", "rows of the source were rejected"):
         assert text in page
-    index = json.loads((root / "packed" / "index.json").read_text())
-    assert all(file["sha256"] in page for file in index["files"].values())
+    index = Index.load(root / "packed")
+    assert all(file["sha256"] in page for file in index.files.values())
     assert "<script" not in page and str(root.parent) not in page
     assert not re.findall(r"(?:src|href)=.(?!data:|#)", page)
     (root / "joint" / "stage.json").rename(root / "stage.json")

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import zarr
 from scipy import stats
 
 from mvhpc.config import ConfigError, load_config
@@ -160,10 +159,11 @@ def copy_of(data: Path, folder: Path) -> Path:
 
 
 def damage(data: Path, key: str) -> None:
-    """Change a voxel of a packed volume."""
-    stored = zarr.open_group(data / "data.zarr", mode="r+")["image"]
-    place = open_dataset(data).record(key).offsets["image"]
-    stored[place, 8, 8, 8] = 0.5 - float(stored[place, 8, 8, 8])
+    """Change a byte of a packed volume."""
+    record, file = open_dataset(data).record(key), data / "data.zarr/image/c/0/0/0/0"
+    raw = bytearray(file.read_bytes())
+    raw[record.offsets["image"] + record.sizes["image"] // 2] ^= 1
+    file.write_bytes(raw)
 
 
 @pytest.mark.parametrize("model", ["tiny_model", "tiny_early"])

@@ -1,7 +1,6 @@
 """Quality control: what is no whole, upright, brain-extracted T1w brain is found, for the right reason."""
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Callable
@@ -250,7 +249,7 @@ def test_suspects_are_rejected_or_kept_with_a_flag(
 
 def test_an_index_from_before_quality_control_loads(tmp_path: Path, brain: np.ndarray) -> None:
     pack(table(tmp_path / "in", {"a": brain}), tmp_path / "out", spacing=8.0, shape=(24, 28, 24))
-    stored = json.loads((tmp_path / "out" / "index.json").read_text())["records"][0]
+    stored = dataclasses.asdict(Index.load(tmp_path / "out").records[0])
     old = {k: v for k, v in stored.items() if k not in {"figures", "flags"}}
     record = Record(**old)
     assert (record.figures, record.flags) == ({}, [])

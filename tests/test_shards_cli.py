@@ -30,9 +30,9 @@ from tests.packing import PEOPLE, bids, content, packed
 KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
-import shards.files, shards.index, shards.writer
+import shards.files, shards.header, shards.index, shards.shard_writer, shards.writer
 from shards.pack import pack
-shards.writer.SHARD_RECORDS = 2
+shards.shard_writer.SHARD_RECORDS = 2
 moment, source, out, storage = sys.argv[1:]
 def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
 writer = shards.writer.DatasetWriter
@@ -46,7 +46,7 @@ def torn(path, content):
 if moment == "second shard": writer._flush = second_flush
 if moment == "move": Path.replace = lambda self, target: die() if self.is_dir() else os.replace(self, target)
 if moment == "index": shards.index.Index.save = die
-if moment == "torn index": shards.index.write_bytes = torn
+if moment == "torn index": shards.header.write_bytes = torn
 if moment == "clean-up": shutil.rmtree = lambda path, **_: die() if Path(path).name == ".partial" else None
 pack(source, out, storage=storage, spacing=2.0, shape=(20, 24, 18), workers=1, keep_suspect=True)
 """
@@ -68,7 +68,7 @@ def test_a_killed_packing_is_complete_or_resumes(
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert is_complete(out) == (moment == "clean-up")
-    monkeypatch.setattr("shards.writer.SHARD_RECORDS", 2)
+    monkeypatch.setattr("shards.shard_writer.SHARD_RECORDS", 2)
     packed(source, tmp_path / "once", storage=storage, max_rejects="5%")
     if moment == "clean-up":
         assert list(verify(out)) == []

@@ -128,7 +128,7 @@ def test_tar_data_are_aligned(tmp_path: Path, volumes: Volumes) -> None:
 def test_interrupted_writing_goes_on_to_the_same_bytes(
     tmp_path: Path, storage: str, volumes: Volumes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shards.writer.SHARD_RECORDS", 2)
+    monkeypatch.setattr("shards.shard_writer.SHARD_RECORDS", 2)
     write(tmp_path / "once", storage, volumes)
     for stop in (1, 4, 5):
         write(tmp_path / "twice", storage, volumes, token="same", stop=stop)

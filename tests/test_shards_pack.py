@@ -308,7 +308,7 @@ def test_sessions_are_records_with_their_own_values(tmp_path: Path) -> None:
 def test_workers_and_interruptions_leave_no_trace(
     tmp_path: Path, storage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shards.writer.SHARD_RECORDS", 2)
+    monkeypatch.setattr("shards.shard_writer.SHARD_RECORDS", 2)
     source = bids(tmp_path / "bids", PEOPLE)
     (source / "sub-02/anat/sub-02_T1w.nii.gz").write_bytes(b"x")
     packed(source, tmp_path / "one", storage=storage, workers=1)

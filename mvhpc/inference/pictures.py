@@ -63,7 +63,7 @@ def draw_over_number(
     gallery([images[s] for s in cut], path, [lines[s] for s in cut], title=title, spacing=sampler.model.grid["spacing"])
 
 
-def fluid_of_dataset(dataset: Dataset, keys: list[str], volume: str, number: str) -> Points:
+def fluid_of_dataset(dataset: Dataset, keys: Sequence[str], volume: str, number: str) -> Points:
     """Number and deep fluid of the packed people who have both."""
     spacing, found = dataset.index.grid["spacing"], []
     for key in keys:

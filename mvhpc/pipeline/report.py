@@ -4,7 +4,7 @@ import dataclasses
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -228,7 +228,7 @@ def _scalar_rows(variable: Variable, parts: Sequence[Sequence[Any]]) -> list[lis
     return [[f"{variable.name}{unit}: mean, range", *cells], missing]
 
 
-def _histogram(variable: Variable, dataset: Dataset, parts: dict[str, str]) -> str:
+def _histogram(variable: Variable, dataset: Dataset, parts: Mapping[str, str]) -> str:
     """Histogram of a number, a colour for each part; nothing where nobody has it."""
     records = dataset.index.records
     values = [

@@ -1,0 +1,98 @@
+"""Arrow IPC files in memory maps, checked in pieces: each piece when it is first used."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from shards.errors import IntegrityError
+
+SUFFIX = ".arrow"
+
+
+def write_arrow(sink: Any, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> list[int]:
+    """Write batches of records as an Arrow IPC file.
+
+    Args:
+        sink: Arrow's output stream; it is left open.
+        schema: of the batches.
+        batches: in order.
+
+    Returns:
+        The byte at which each piece of the file ends: the schema with the first batch, the other batches, the footer.
+    """
+    ends = []
+    with pa.ipc.new_file(sink, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+            ends.append(sink.tell())
+    return [*ends, sink.tell()]
+
+
+def checksums(buffer: pa.Buffer, ends: Iterable[int]) -> list[int]:
+    """CRC-32C of each piece of a file."""
+    raw = np.frombuffer(buffer, np.uint8)
+    found, start = [], 0
+    for end in ends:
+        found.append(int(google_crc32c.value(raw[start:end])))
+        start = end
+    return found
+
+
+class ArrowFile:
+    """The batches of an Arrow IPC file.
+
+    Args:
+        name: of the file, for messages.
+        content: the file, usually a memory map.
+        ends: see :func:`write_arrow`.
+        crcs: CRC-32C of each piece.
+
+    Raises:
+        IntegrityError: another size than what was written, or a damaged schema, first batch or footer.
+    """
+
+    def __init__(self, name: str, content: pa.Buffer, ends: list[int], crcs: list[int]) -> None:
+        self.name, self._crcs = name, crcs
+        self._starts, self._ends = [0, *ends[:-1]], ends
+        self._raw: NDArray[np.uint8] = np.frombuffer(content, np.uint8)
+        if len(self._raw) != ends[-1]:
+            raise IntegrityError(f"{name}: {len(self._raw):,} bytes, written with {ends[-1]:,}; restore it")
+        self._checked = bytearray(len(ends))
+        self._check(0)
+        self._check(len(ends) - 1)
+        self._file = pa.ipc.open_file(content, options=pa.ipc.IpcReadOptions(use_threads=False))
+        self.schema: pa.Schema = self._file.schema
+
+    @classmethod
+    def open(cls, path: Path, ends: list[int], crcs: list[int]) -> "ArrowFile":
+        """Map a file into memory.
+
+        Raises:
+            FileNotFoundError: no such file.
+            IntegrityError: as above.
+        """
+        with pa.memory_map(str(path)) as source:
+            return cls(path.name, source.read_buffer(), ends, crcs)
+
+    def _check(self, piece: int) -> None:
+        if not self._checked[piece]:
+            if google_crc32c.value(self._raw[self._starts[piece] : self._ends[piece]]) != self._crcs[piece]:
+                raise IntegrityError(f"{self.name}: damaged (checksum of piece {piece}); restore it or pack again")
+            self._checked[piece] = 1
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def batch(self, number: int) -> pa.RecordBatch:
+        """A batch; it is checked on first use.
+
+        Raises:
+            IntegrityError: its bytes differ from those written.
+        """
+        self._check(number)
+        return self._file.get_batch(number)
