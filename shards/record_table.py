@@ -10,12 +10,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from shards.arrow_files import ArrowFile
+from shards.arrow_files import ArrowFile, numbers_of
 from shards.errors import DataError
 from shards.records import BATCH_ROWS, Record, from_columns
 from shards.schema import Value
 
 PARTS = ("train", "validation", "test")
+
+
+Rows = NDArray[np.int64] | range
 
 
 class Place(NamedTuple):
@@ -40,7 +43,7 @@ class _Batch:
             if name.startswith("value.")
         }
         self.numbers: dict[str, NDArray[Any]] = {
-            name: batch.column(i).to_numpy()
+            name: numbers_of(batch.column(i))
             for i, name in enumerate(batch.schema.names)
             if name == "slot" or name.startswith(("offset.", "size.", "crc32c."))
         }
@@ -107,7 +110,7 @@ class Records(Sequence[Record]):
     def row(self, key: str) -> int:
         """The row of a key; -1 where no record has it."""
         wanted = key_hash(key)
-        at = int(np.searchsorted(self.hashes, wanted))
+        at = int(self.hashes.searchsorted(wanted))
         while at < self._count and self.hashes[at] == wanted:
             row = int(self.rows[at])
             if self.key(row) == key:
@@ -130,10 +133,17 @@ class Records(Sequence[Record]):
         """All keys, in order."""
         return Keys(self)
 
-    def column(self, name: str) -> Iterator[Any]:
-        """The values of one column, in order; for the names, see :func:`shards.records.record_schema`."""
-        for start in range(0, self._count, BATCH_ROWS):
-            yield from self._batch(start)[0].rows.column(name).to_pylist()
+    def column(self, name: str, rows: Rows | None = None) -> Iterator[Any]:
+        """The values of one column in the order of ``rows``, by default of all; a batch is decoded at a time.
+
+        For the names, see :func:`shards.records.record_schema`.
+        """
+        wanted = np.arange(self._count) if rows is None else np.asarray(rows)
+        numbers = wanted // BATCH_ROWS
+        for piece in np.split(wanted, np.flatnonzero(np.diff(numbers)) + 1):
+            if len(piece):
+                cells = self._batch(int(piece[0]))[0].rows.column(name).to_pylist()
+                yield from (cells[place] for place in (piece % BATCH_ROWS).tolist())
 
     def place(self, row: int, variable: str) -> Place | None:
         """Where a volume of a record is stored; None where the record lacks it."""
@@ -156,10 +166,10 @@ class Keys(Sequence[str]):
 
     Args:
         records: of the data set.
-        rows: (N,) of the records, ascending; None for all.
+        rows: (N,) of the records; None for all.
     """
 
-    def __init__(self, records: Records, rows: NDArray[np.int64] | range | None = None) -> None:
+    def __init__(self, records: Records, rows: Rows | None = None) -> None:
         self.records = records
         self.rows = range(len(records)) if rows is None else rows
 
@@ -178,9 +188,7 @@ class Keys(Sequence[str]):
         return self.records.key(int(self.rows[place]))
 
     def __iter__(self) -> Iterator[str]:
-        if isinstance(self.rows, range) and len(self.rows) == len(self.records) and self.rows.step == 1:
-            return self.records.column("key")
-        return (self.records.key(int(row)) for row in self.rows)
+        return self.records.column("key", self.rows)
 
     def __contains__(self, key: object) -> bool:
         row = self.records.row(key) if isinstance(key, str) else -1

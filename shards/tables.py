@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from shards.arrow_files import ArrowFile, checksums, write_arrow
+from shards.arrow_files import ArrowFile, checksums, numbers_of, write_arrow
 from shards.errors import IntegrityError
 from shards.files import atomic_file, sha256, write_bytes
 from shards.record_table import Records, key_columns, part_codes
@@ -122,7 +122,7 @@ def _in_memory(name: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) 
 
 
 def _read_keys(file: ArrowFile) -> tuple[NDArray[np.uint64], NDArray[np.uint32], dict[str, NDArray[np.uint8]]]:
-    columns = {name: column.to_numpy() for name, column in zip(file.schema.names, file.batch(0).columns)}
+    columns = {name: numbers_of(column) for name, column in zip(file.schema.names, file.batch(0).columns)}
     hashes, rows = columns.pop("hash"), columns.pop("row")
     return hashes, rows, {name.removeprefix("split."): codes for name, codes in columns.items()}
 

@@ -65,7 +65,7 @@ def identity(path: str | Path, split: str = "default") -> str:
                 index.digest, {name: dict(recorded.assignment) for name, recorded in index.splits.items()}
             )
         recorded = index.splits.get(split)
-        return fingerprint(index.digest, dict(recorded.assignment) if recorded else {})
+        return fingerprint(index.digest, dict(recorded.assignment.items()) if recorded else {})
     for model in (path / "model" / "model.json", path / "model.json", path):
         if model.is_file():
             return hashlib.sha256(model.read_bytes()).hexdigest()[:16]
