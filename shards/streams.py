@@ -1,17 +1,19 @@
 """Records of tar shards that are read as streams by `webdataset`: selected by part, checked, and counted."""
 
-import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import compress
 from pathlib import PurePosixPath
 from typing import Any
 
+import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.dataset import Dataset
 from shards.errors import DataError, IntegrityError
 from shards.index import array_checksum
+from shards.record_table import Keys, Records
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -25,22 +27,30 @@ class StreamedRecords:
         variables: volumes to read.
     """
 
-    def __init__(self, dataset: Dataset, keys: Iterable[str], variables: Sequence[str]) -> None:
+    def __init__(self, dataset: Dataset, keys: Keys, variables: Sequence[str]) -> None:
         self.dataset, self.variables = dataset, list(variables)
-        self.keys = frozenset(keys)
+        self.wanted = np.zeros(len(dataset), bool)
+        self.wanted[keys.rows] = True
         self.members = {f"{variable}.npy" for variable in variables}
-        self.counts = Counter(dataset.record(key).shard for key in self.keys)
+        names = compress(keys.records.column("shard"), self.wanted)
+        self.counts = Counter(PurePosixPath(name).name for name in names)
 
     def wants(self, name: str) -> bool:
         """Whether to read a member of a tar file; others are skipped unread."""
         key, _, kind = name.partition(".")
-        return kind in self.members and key in self.keys
+        if kind not in self.members:
+            return False
+        records = self.dataset.index.records
+        assert isinstance(records, Records)
+        row = records.row(key)
+        return row >= 0 and bool(self.wanted[row])
 
     def __call__(self, source: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Arrays]]:
         """Decode webdataset's samples.
 
         Raises:
             IntegrityError: a damaged array, or a shard without all of its records.
+            DataError: a shard that the data set does not have.
         """
         url, found = "", 0
         for sample in source:
@@ -53,12 +63,14 @@ class StreamedRecords:
         self._check_count(url, found)
 
     def _array(self, sample: dict[str, Any], key: str, variable: str) -> NDArray[Any]:
-        try:
-            content = sample[f"{variable}.npy".lower()]  # webdataset converts names to lower case
-            array: NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
-        except (KeyError, ValueError, EOFError) as error:
-            raise IntegrityError(f"{sample['__url__']}: {key} {variable} cannot be read ({error!r})") from error
-        if array_checksum(array) != self.dataset.record(key).checksums[variable]:
+        spec, record = self.dataset.index.arrays[variable], self.dataset.record(key)
+        content = sample.get(f"{variable}.npy".lower(), b"")  # webdataset converts names to lower case
+        dtype, count = np.dtype(spec["dtype"]), int(np.prod(spec["shape"]))
+        if len(content) < dtype.itemsize * count:
+            raise IntegrityError(f"{sample['__url__']}: {key} {variable} is missing or cut off")
+        array = np.frombuffer(content, dtype, count, len(content) - dtype.itemsize * count).reshape(spec["shape"])
+        crc = record.crcs.get(variable)  # data sets of version 1 have none
+        if array_checksum(array) != record.checksums[variable] if crc is None else google_crc32c.value(array) != crc:
             raise IntegrityError(f"{sample['__url__']}: {key} {variable} is damaged (checksum)")
         return array
 
@@ -66,8 +78,10 @@ class StreamedRecords:
         """A stream that is cut off between two members ends without an error of its own."""
         if not url:
             return
-        shard = next((name for name in self.counts if PurePosixPath(name).name == url.rpartition("/")[2]), None)
-        if shard is None:
-            raise DataError(f"{url}: not a shard of {self.dataset.folder}; shards keep their names")
+        shard = url.rpartition("/")[2]
+        if shard not in self.counts:
+            raise DataError(
+                f"{url}: no shard of {self.dataset.folder} that holds wanted records; shards keep their names"
+            )
         if found != self.counts[shard]:
             raise IntegrityError(f"{url}: {found} of {self.counts[shard]} records; the file is cut off or damaged")

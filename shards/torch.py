@@ -51,9 +51,14 @@ class Volumes(MapDataset[Sample]):
     ) -> None:
         self.dataset = open_dataset(folder)
         self.variables = chosen(self.dataset, variables)
-        self.keys = [k for k in self.dataset.keys(part, split) if all(self.dataset.has(k, v) for v in self.variables)]
+        self.keys = self.dataset.keys(part, split).having(self.variables)
         if not self.keys:
             raise DataError(f"{folder}: no record of part {part!r} has {', '.join(self.variables)}")
+        self._arguments = (self.dataset.folder, part, self.variables, split)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # another process maps the index again
+        folder, part, variables, split = self._arguments
+        return functools.partial(Volumes, variables=variables, split=split), (folder, part)
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -48,7 +48,7 @@ def tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write(out: Path, storage: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("shards.writer.SHARD_RECORDS", 2)
+    monkeypatch.setattr("shards.shard_writer.SHARD_RECORDS", 2)
     writer = DatasetWriter(out, storage, "volumes", SCHEMA, ARRAYS, {})
     for i, key in enumerate(KEYS):
         arrays: dict[str, Any] = {"scan": volume(i), "scan_GM": np.full(SHAPE, 51 * (i % 6), np.uint8)}
@@ -192,7 +192,7 @@ def test_no_damage_of_a_shard_is_read_in_silence(tars: Path) -> None:
         list(stream(tars))
     for end in range(0, len(intact) - 10240, 512):
         shard.write_bytes(intact[:end])
-        with pytest.raises(Exception, match=r"cut off|cannot be read|unexpected end|empty file|shard-00000"):
+        with pytest.raises(Exception, match=r"cut off|unexpected end|empty file|shard-00000"):
             list(stream(tars))
     shard.write_bytes(intact)
     assert len(list(stream(tars))) == 6
