@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -211,13 +210,11 @@ def chosen(dataset: Dataset, variables: Sequence[str] | None) -> list[str]:
 
 
 def to_tensor(array: NDArray[Any]) -> Tensor:
-    """float32, (1, H, W, D) of a volume; uint8 is 255 times a probability. One pass over the data, by NumPy alone."""
-    volume = np.empty((1,) * (4 - array.ndim) + array.shape, np.float32)
-    if array.dtype == np.uint8:
-        np.divide(array, 255, out=volume, casting="unsafe")
-    else:
-        volume[...] = array
-    return torch.from_numpy(volume)
+    """float32, (1, H, W, D) of a volume, in memory of its own; uint8 is 255 times a probability."""
+    stored = torch.from_dlpack(array.reshape((1,) * (4 - array.ndim) + array.shape))  # also of read-only arrays
+    if stored.dtype == torch.uint8:
+        return torch.div(stored, 255)
+    return stored.to(torch.float32, copy=True)
 
 
 def numbers(schema: Schema, values: Mapping[str, Value]) -> dict[str, Tensor]:

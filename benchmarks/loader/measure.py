@@ -2,6 +2,7 @@
 
 import importlib.util
 import multiprocessing
+import os
 import sys
 import time
 import traceback
@@ -44,6 +45,7 @@ def measure(
     volumes: Volume, scans: Sequence[Path], scratch: Path, repeats: int, only: Sequence[str]
 ) -> dict[str, list[float]]:
     """Way -> CPU ms per volume of each epoch."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # as in the workers of a DataLoader
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []
