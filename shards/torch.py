@@ -167,7 +167,7 @@ def stream(
         source: a packed data set of format ``webdataset``, or URLs of its shards: a list, or one with braces as in
             ``https://host/packed/shards/shard-{00000..00099}.tar``.
         part, variables, split: see :class:`Volumes`, whose samples the pipeline yields.
-        index: with URLs, a folder that holds the index: ``index.json`` and ``records.arrow``.
+        index: with URLs, a folder that holds the index: all files of the data set's folder but its shards.
         options: of ``webdataset.WebDataset``, such as ``shardshuffle``, ``seed``, ``cache_dir`` and ``resampled``.
 
     Returns:
