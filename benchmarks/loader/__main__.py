@@ -45,6 +45,24 @@ def figure(times: Sequence[float]) -> str:
     return " ".join([f"{statistics.median(times):.{digits}f}", f"({min(times):.{digits}f} to {max(times):.{digits}f})"])
 
 
+RATIOS = [  # what, how often its time goes into that of another way
+    ("LitData / ours, tar", "LitData", "ours, tar"),
+    ("MDS / ours, tar", "MosaicML Streaming (MDS)", "ours, tar"),
+    ("LitData, zstd / ours, zarr", "LitData, zstd", "ours, zarr"),
+    ("plain Zarr v3 / ours, zarr", "zarr-python, plain Zarr v3", "ours, zarr"),
+    ("nibabel / ours, tar", "nibabel, each epoch", "ours, tar"),
+    ("nibabel / ours, zarr", "nibabel, each epoch", "ours, zarr"),
+    ("limit: one file, zstd 3 / ours, zarr", "limit: one file, zstd 3", "ours, zarr"),
+]
+
+
+def ratio(times: dict[str, list[float]], one: str, other: str) -> str:
+    """Ratio of two medians."""
+    if not times.get(one) or not times.get(other):
+        return "-"
+    return f"{statistics.median(times[one]) / statistics.median(times[other]):.2f}"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.loader", description=__doc__.splitlines()[0])
     parser.add_argument("sources", nargs="+", metavar="NAME=PACKED@SOURCE")
@@ -67,6 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if any(way.name in times for times in columns.values()):
             figures = [figure(times.get(way.name, [])) for times in columns.values()]
             lines.append(f"| {way.name} | {way.checked} | {' | '.join(figures)} |")
+    lines += ["", f"| ratio of medians | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
+    for what, one, other in RATIOS:
+        lines.append(f"| {what} | {' | '.join(ratio(times, one, other) for times in columns.values())} |")
     lines += ["", "; ".join(f"{name}: {size}" for name, size in sizes.items()) + "."]
     absent = sorted({way.package for way in WAYS if missing(way)})
     if absent:
