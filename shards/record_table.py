@@ -145,6 +145,11 @@ class Records(Sequence[Record]):
                 cells = self._batch(int(piece[0]))[0].rows.column(name).to_pylist()
                 yield from (cells[place] for place in (piece % BATCH_ROWS).tolist())
 
+    def has(self, variable: str) -> NDArray[np.bool_]:
+        """(N,) whether each record has a volume."""
+        batches = (self._batch(start)[0] for start in range(0, self._count, BATCH_ROWS))
+        return np.concatenate([np.zeros(0, bool), *(batch.numbers[f"offset.{variable}"] >= 0 for batch in batches)])
+
     def place(self, row: int, variable: str) -> Place | None:
         """Where a volume of a record is stored; None where the record lacks it."""
         batch, place = self._batch(row)
@@ -204,6 +209,13 @@ class Keys(Sequence[str]):
 
     def __radd__(self, other: Iterable[str]) -> list[str]:
         return [*other, *self]
+
+    def having(self, variables: Iterable[str]) -> "Keys":
+        """Those whose records have all of the volumes."""
+        rows = np.asarray(self.rows, np.int64)
+        for variable in variables:
+            rows = rows[self.records.has(variable)[rows]]
+        return Keys(self.records, rows)
 
     def __repr__(self) -> str:
         return repr(list(self)) if len(self) <= 100 else f"<{len(self):,} keys, {self[0]} to {self[-1]}>"

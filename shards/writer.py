@@ -18,7 +18,7 @@ from shards.files import sha256, sync, write_bytes
 from shards.index import NAME, Index, Record, Split
 from shards.schema import Schema, Value
 from shards.shard_writer import STORAGES, ShardWriter, records_per_shard
-from shards.zarr_store import metadata
+from shards.zarr_coordinates import store_files
 
 PARTIAL = ".partial"
 
@@ -210,7 +210,8 @@ class DatasetWriter:
         if self._shard is not None:
             self._flush()
         if self.storage == "zarr":
-            for name, content in metadata(self.arrays, len(self.records), self.per_shard).items():
+            described = (self.arrays, self.grid, self.schema, self.records)
+            for name, content in store_files(*described, len(self.records), self.per_shard).items():
                 (self._partial / name).parent.mkdir(parents=True, exist_ok=True)
                 write_bytes(self._partial / name, content)
                 self.files[name] = _file_entry(self._partial / name)

@@ -102,6 +102,12 @@ def test_slow_libraries_are_imported_where_they_are_used_alone() -> None:
             assert name in ONLY.get(library, {name}), f"{name} imports {library}"
 
 
+def test_the_data_plane_is_without_torch_but_for_its_torch_interface_and_brain_extraction() -> None:
+    known = {"shards.torch", "shards.preprocess.extraction", "shards.preprocess.requirements"}
+    found = {name for name, path in modules().items() if "torch" in {t.split(".")[0] for t in imported(path)}}
+    assert {name for name in found if name.startswith("shards.")} == known
+
+
 def test_every_module_can_be_imported_by_a_stranger_that_has_only_torch_and_monai() -> None:
     """Networks, samplers and single-process prediction need neither Ray nor DeepSpeed nor MLflow to be imported."""
     import subprocess

@@ -1,0 +1,161 @@
+"""Ways to store and to read volumes: the limits of the machine, this project's formats, and scans as they come.
+
+A way writes volumes once and then reads all of them, epoch after epoch, in a random order. Each sample is a NumPy
+array float16 (H, W, D).
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Volume = NDArray[Any]
+Epoch = Callable[[int], Iterator[Volume]]  # seed -> all volumes in a random order
+
+
+def shuffled(n: int, seed: int) -> list[int]:
+    return [int(i) for i in np.random.default_rng(seed).permutation(n)]
+
+
+class Way:
+    """One way to store and read volumes.
+
+    Attributes:
+        name: in the table.
+        checked: what finds damaged bytes on reading; empty for nothing.
+        module, package: to import and to install; empty for the project's own.
+    """
+
+    name = ""
+    checked = ""
+    module = package = ""
+
+    def write(self, folder: Path, volumes: Volume, scans: Sequence[Path]) -> None:
+        """Store volumes (n, H, W, D) in an empty folder; ``scans`` are their source files."""
+        raise NotImplementedError
+
+    def open(self, folder: Path) -> Epoch:
+        """Open what :meth:`write` stored."""
+        raise NotImplementedError
+
+
+class Memmap(Way):
+    name = "limit: memory map"
+
+    def write(self, folder: Path, volumes: Volume, scans: Sequence[Path]) -> None:
+        np.save(folder / "volumes.npy", volumes)
+
+    def open(self, folder: Path) -> Epoch:
+        volumes = np.load(folder / "volumes.npy", mmap_mode="r")
+        return lambda seed: (np.array(volumes[i]) for i in shuffled(len(volumes), seed))
+
+
+class OneFile(Way):
+    """The frames of all volumes, one after the other, decompressed into a new array, without a check."""
+
+    name = "limit: one file, zstd"
+    level = 1
+
+    def write(self, folder: Path, volumes: Volume, scans: Sequence[Path]) -> None:
+        from numcodecs.zstd import Zstd
+
+        frames = [Zstd(self.level).encode(np.ascontiguousarray(v)) for v in volumes]
+        (folder / "frames").write_bytes(b"".join(frames))
+        np.save(folder / "ends.npy", np.cumsum([0, *map(len, frames)]))
+        np.save(folder / "shape.npy", volumes.shape[1:])
+
+    def open(self, folder: Path) -> Epoch:
+        import os
+
+        from numcodecs.zstd import Zstd
+
+        ends, shape, codec = np.load(folder / "ends.npy").tolist(), np.load(folder / "shape.npy").tolist(), Zstd()
+        descriptor = os.open(folder / "frames", os.O_RDONLY)
+
+        def epoch(seed: int) -> Iterator[Volume]:
+            for i in shuffled(len(ends) - 1, seed):
+                volume = np.empty(shape, np.float16)
+                codec.decode(os.pread(descriptor, ends[i + 1] - ends[i], ends[i]), out=volume)
+                yield volume
+
+        return epoch
+
+
+class OneFile3(OneFile):
+    name = "limit: one file, zstd 3"
+    level = 3
+
+
+class Ours(Way):
+    """This project's data sets."""
+
+    checked = "crc32c"
+    storage = ""
+
+    def write(self, folder: Path, volumes: Volume, scans: Sequence[Path]) -> None:
+        write_dataset(folder / "packed", self.storage, volumes)
+
+    def open(self, folder: Path) -> Epoch:
+        from shards.dataset import open_dataset
+
+        dataset = open_dataset(folder / "packed")
+        keys = list(dataset.keys())
+        return lambda seed: (dataset.read(keys[i], "image") for i in shuffled(len(keys), seed))
+
+
+class OursTar(Ours):
+    name = "ours, tar"
+    storage = "webdataset"
+
+
+class OursZarr(Ours):
+    name = "ours, zarr"
+    storage = "zarr"
+
+
+class OursTensors(Ours):
+    """Samples of ``shards.torch.Volumes``, float32 tensors; of these the first axis is taken off."""
+
+    name = "ours, tar, as float32 tensors"
+    storage = "webdataset"
+
+    def open(self, folder: Path) -> Epoch:
+        from shards.torch import Volumes
+
+        volumes = Volumes(folder / "packed", "all")
+        return lambda seed: (volumes[i]["image"].numpy()[0] for i in shuffled(len(volumes), seed))
+
+
+class Nibabel(Way):
+    name = "nibabel, each epoch"
+    checked = "gzip"
+
+    def write(self, folder: Path, volumes: Volume, scans: Sequence[Path]) -> None:
+        for i, scan in enumerate(scans):
+            shutil.copy(scan, folder / f"{i:05d}{''.join(scan.suffixes[-2:])}")
+
+    def open(self, folder: Path) -> Epoch:
+        import nibabel as nib
+
+        scans = sorted(folder.iterdir())
+        return lambda seed: (nib.load(scans[i]).get_fdata(dtype=np.float32) for i in shuffled(len(scans), seed))
+
+
+def write_dataset(folder: Path, storage: str, volumes: Volume) -> None:
+    """A packed data set of this project, of volumes alone."""
+    from shards.schema import Schema
+    from shards.writer import DatasetWriter
+
+    schema = Schema.from_dict({"image": {"kind": "volume", "suffix": "T1w"}})
+    arrays = {"image": {"shape": volumes.shape[1:], "dtype": "float16"}}
+    writer = DatasetWriter(folder, storage, "volumes", schema, arrays, {})
+    for i, volume in enumerate(volumes):
+        writer.add(f"sub-{i:05d}", f"sub-{i:05d}", {}, {"image": np.asarray(volume)})
+    writer.finish()
+
+
+LIMITS = [Memmap, OneFile, OneFile3]
+OURS = [OursTar, OursZarr, OursTensors]
