@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from shards.errors import DataError, IntegrityError, nearest
 from shards.index import PARTS, Index, array_checksum
+from shards.quantization import dequantize
 from shards.record_table import Assignment, Keys, Records
 from shards.records import Record
 from shards.schema import Value
@@ -83,15 +84,24 @@ class Dataset:
         return self._records.place(self._row(key), variable) is not None
 
     def read(self, key: str, variable: str) -> NDArray[Any]:
-        """One volume as stored, its checksum verified.
+        """One volume, its checksum verified.
 
         Returns:
-            Read-only array of the index's shape and dtype (volumes: float16 (H, W, D) in [0, 1], RAS).
+            Read-only array of the index's shape. Volumes: float16 (H, W, D) in [0, 1], RAS. Tissue maps, ``VOLUME_GM``
+            and others: uint8, 255 times the probability.
 
         Raises:
             LookupError: no such record, or a record without that volume.
             IntegrityError: the stored bytes differ from those written; names the record and the volume.
         """
+        array, scale = self.read_stored(key, variable), self.index.arrays[variable].get("scale")
+        if scale is not None:
+            array = dequantize(array, scale)
+            array.setflags(write=False)
+        return array
+
+    def read_stored(self, key: str, variable: str) -> NDArray[Any]:
+        """As :meth:`read`, in the index's dtype; stored integers with a ``scale`` are to be multiplied by it."""
         row = self._row(key)
         place = self._records.place(row, variable)
         if place is None:

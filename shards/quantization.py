@@ -6,21 +6,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.errors import DataError, nearest
+
 BLOCK = 2**17  # numbers whose indices, which NumPy makes of them, fit a processor's cache
 LARGEST = {"float16": 0, "uint8": 255, "uint16": 65535}  # dtype -> the number that stands for 1; 0 for floats
 
 
-def scale_of(dtype: str) -> float | None:
-    """What stored numbers are multiplied by; None for floats."""
-    return 1 / LARGEST[dtype] if LARGEST[dtype] else None
+def stored_as(dtype: str) -> dict[str, Any]:
+    """``dtype``, and for whole numbers their ``scale``: entries of an index's ``arrays``.
+
+    Raises:
+        DataError: an unknown type.
+    """
+    if dtype not in LARGEST:
+        raise DataError(nearest(dtype, LARGEST, "dtype"))
+    return {"dtype": np.dtype(dtype).str} | ({"scale": 1 / LARGEST[dtype]} if LARGEST[dtype] else {})
 
 
 def quantize(volume: NDArray[np.floating[Any]], dtype: str) -> NDArray[Any]:
     """A volume in [0, 1] in the type that it is stored in, each voxel rounded to the nearest; 0 and 1 stay exact."""
-    largest = LARGEST[dtype]
-    if not largest:
-        return volume.astype(np.dtype(dtype).newbyteorder("<"))
-    return np.rint(volume * np.float32(largest)).astype(np.dtype(dtype).newbyteorder("<"))
+    if largest := LARGEST.get(dtype, 0):
+        volume = np.rint(volume * np.float32(largest))
+    return volume.astype(np.dtype(dtype).newbyteorder("<"))
 
 
 def dequantize(stored: NDArray[Any], scale: float) -> NDArray[np.float16]:

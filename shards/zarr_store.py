@@ -1,8 +1,9 @@
-"""Zarr v3 arrays, one per volume variable: (places, *shape), a chunk per record, sharded, Zstandard-compressed.
+"""Zarr v3 arrays, one per volume variable: (places, *shape), a chunk per record, sharded, compressed by Blosc (LZ4).
 
 Shard files are written and read here: the chunks one after the other, then the table of their (offset, bytes) and its
-CRC-32C. A chunk is a Zstandard frame and its CRC-32C, which other programs check; the index has offset, size and
-CRC-32C of each frame. An empty place, and a missing volume, have no chunk.
+CRC-32C. A chunk is a Blosc frame and its CRC-32C, which other programs check; the index has offset, size and
+CRC-32C of each frame. An empty place, and a missing volume, have no chunk. Frames of earlier versions are
+Zstandard's.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+from numcodecs import blosc
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
@@ -24,9 +26,11 @@ from shards.stored_files import HashedFile, StoredFiles
 
 FOLDER = "data.zarr"
 METADATA = "zarr.json"
-LEVEL = 3  # Zstandard's default
+COMPRESSION = {"cname": "lz4", "clevel": 9, "shuffle": blosc.SHUFFLE}  # docs/storage.md compares others
+ZSTANDARD = b"\x28\xb5\x2f\xfd"  # begins each of its frames; no Blosc frame begins so
 EMPTY = 2**64 - 1  # offset and size of a chunk that is not there
 CRC = struct.Struct("<I")
+blosc.use_threads = False  # its own threads wait for each other, and do not survive a fork
 
 
 def shard_path(variable: str, number: int, axes: int) -> str:
@@ -40,16 +44,13 @@ def shard_path(variable: str, number: int, axes: int) -> str:
     return f"{FOLDER}/{variable}/c/{number}{'/0' * axes}"
 
 
-def metadata(
-    arrays: Mapping[str, Mapping[str, Any]], places: int, per_shard: int, level: int = LEVEL
-) -> dict[str, bytes]:
+def metadata(arrays: Mapping[str, Mapping[str, Any]], places: int, per_shard: int) -> dict[str, bytes]:
     """The store's metadata: path relative to the data set's folder -> content.
 
     Args:
         arrays: variable -> {shape, dtype} of one record's array.
         places: up to the last record.
         per_shard: places per shard.
-        level: of the compression.
     """
     group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
     found = {f"{FOLDER}/{METADATA}": group}
@@ -59,7 +60,10 @@ def metadata(
         bytes_codec = {"name": "bytes", **endian}
         chunk_codecs = [
             bytes_codec,
-            {"name": "zstd", "configuration": {"level": level, "checksum": False}},
+            {
+                "name": "blosc",
+                "configuration": {**COMPRESSION, "shuffle": "shuffle", "typesize": dtype.itemsize, "blocksize": 0},
+            },
             {"name": "crc32c"},
         ]
         sharding = {
@@ -77,7 +81,7 @@ def metadata(
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
             "fill_value": 0 if dtype.kind in "iu" else 0.0,
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-            "attributes": {},
+            "attributes": {"scale_factor": spec["scale"]} if "scale" in spec else {},  # CF's, which xarray applies
         }
     return {path: json.dumps(content, indent=2).encode() + b"\n" for path, content in found.items()}
 
@@ -89,14 +93,13 @@ class ZarrShard:
         folder: of the data set.
         number: of the shard.
         per_shard: places per shard.
-        level: of the compression.
     """
 
     path = ""  # a record of a Zarr store needs no file name
 
-    def __init__(self, folder: Path, number: int, per_shard: int, level: int = LEVEL) -> None:
+    def __init__(self, folder: Path, number: int, per_shard: int) -> None:
         self._folder, self._number, self._per_shard = folder, number, per_shard
-        self._codec = Zstd(level)
+        self._codec = blosc.Blosc(**COMPRESSION)
         self._files: dict[str, HashedFile] = {}
         self._tables: dict[str, NDArray[np.uint64]] = {}
 
@@ -150,7 +153,6 @@ class ZarrReader:
         self.folder, self.index = folder, index
         self._files = StoredFiles(folder)
         self._specs = {name: (tuple(a["shape"]), np.dtype(a["dtype"])) for name, a in index.arrays.items()}
-        self._codec = Zstd()
         self._per_shard: dict[str, int] = {}
 
     def read(self, key: str, variable: str, place: Place) -> NDArray[Any]:
@@ -168,7 +170,7 @@ class ZarrReader:
                 raise ValueError(f"{path} ends within it")
             if google_crc32c.value(frame) != place.crc:
                 raise ValueError("checksum")
-            return self._decode(frame, variable)
+            return self._decode(frame, variable, verified=True)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             raise IntegrityError(
                 f"{self.folder}: {key} {variable} is damaged or missing ({error}); see `shards verify`"
@@ -184,9 +186,14 @@ class ZarrReader:
     def _path(self, variable: str, slot: int) -> str:
         return shard_path(variable, slot // self.per_shard(variable), len(self._specs[variable][0]))
 
-    def _decode(self, frame: bytes, variable: str) -> NDArray[Any]:
+    def _decode(self, frame: bytes, variable: str, verified: bool) -> NDArray[Any]:
         array: NDArray[Any] = np.empty(*self._specs[variable])
-        self._codec.decode(frame, out=array)
+        if frame[:4] == ZSTANDARD:
+            Zstd().decode(frame, out=array)
+        elif verified:
+            blosc.decompress(frame, array)
+        else:
+            raise ValueError("not a Zstandard frame")
         return array
 
     def _read_by_table(self, variable: str, place: Place) -> NDArray[Any]:
@@ -195,7 +202,7 @@ class ZarrReader:
         if chunk is None:
             return np.zeros(*self._specs[variable])  # zarr-python leaves out chunks of zeros
         path, offset, size = chunk
-        return self._decode(self._files.read(path, offset, size), variable)
+        return self._decode(self._files.read(path, offset, size), variable, verified=False)
 
     def chunk(self, variable: str, place: Place) -> tuple[str, int, int] | None:
         """Path, offset and size of a chunk by the table of its shard; None for a chunk that is not there.
