@@ -45,7 +45,7 @@ def readings(source: Path, root: Path) -> str:
     answers: dict[str, NDArray[np.float64]] = {}
     for dtype in DTYPES:
         data = packed(source, root / dtype, dtype, FINE)
-        keys = [key for key in data.keys() if None not in data.values(key).values()]
+        keys = [key for key in data.keys("all") if None not in data.values(key).values()]
         age = np.array([data.values(key)["age"] for key in keys], float)
         sex = np.array([data.values(key)["sex"] for key in keys])
         name = data.index.schema.volumes[0].name

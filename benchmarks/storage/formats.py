@@ -12,21 +12,23 @@ import torch
 from numpy.typing import NDArray
 
 from shards.preprocess.recipe import read_derivative
-from shards.volumes import _place, _rescale, read, sample
+from shards.quantization import dequantize, quantize, stored_as
+from shards.volumes import canonical
 
 SHAPES = {1.0: (160, 192, 160), 2.0: (80, 96, 80)}  # of the presets, by spacing
-DTYPES = {"float16": 0, "uint8": 255, "uint16": 65535}  # -> the number that stands for 1; 0 for floats
-BLOSC = {"shuffle": numcodecs.Blosc.SHUFFLE, "bitshuffle": numcodecs.Blosc.BITSHUFFLE}
+DTYPES = ("float16", "uint8", "uint16")
+FAINT = 1e-3  # of the largest intensity; what is below belongs to the background
+BLOSC = numcodecs.Blosc
 CODECS: dict[str, Any] = {
     "none": None,
-    "lz4": numcodecs.LZ4(),
-    "zstd 1": numcodecs.Zstd(level=1),
     "zstd 3": numcodecs.Zstd(level=3),
-    **{
-        f"{how} + {name}": numcodecs.Blosc(name.split()[0], clevel=1, shuffle=mode)
-        for how, mode in BLOSC.items()
-        for name in ("zstd 1", "lz4")
-    },
+    "zstd 1": numcodecs.Zstd(level=1),
+    "zstd -1": numcodecs.Zstd(level=-1),
+    "lz4": numcodecs.LZ4(),
+    "shuffle + zstd 1": BLOSC("zstd", 1, BLOSC.SHUFFLE, 2**20),
+    "shuffle + lz4": BLOSC("lz4", 9, BLOSC.SHUFFLE),
+    "bitshuffle + zstd 1": BLOSC("zstd", 1, BLOSC.BITSHUFFLE, 2**20),
+    "bitshuffle + lz4": BLOSC("lz4", 9, BLOSC.BITSHUFFLE),
 }
 Array = NDArray[Any]
 
@@ -39,32 +41,57 @@ def scans(folder: Path) -> list[Path]:
 
 def volume(path: Path, spacing: float, folder: Path) -> NDArray[np.float32]:
     """A scan's canonical volume before it is rounded to a number format: float32 in [0, 1]."""
-    derivative, shape = read_derivative(folder), SHAPES[spacing]
-    scan = read(path)
-    signal = _rescale(scan.voxels)
-    step, centre = _place(scan, signal, spacing, derivative[1] if derivative else None)
-    return np.clip(sample(signal, step, centre - step @ [n // 2 for n in shape], shape), 0, 1)
+    derivative = read_derivative(folder)
+    space = derivative[1] if derivative else None
+    return canonical(path, spacing, SHAPES[spacing], space, dtype="float32").voxels
 
 
-def store(x: NDArray[np.float32], dtype: str) -> Array:
-    """float32 in [0, 1] -> stored numbers."""
-    one = DTYPES[dtype]
-    return np.rint(x * np.float32(one)).astype(dtype) if one else x.astype(dtype)
+def to_float16(stored: Array) -> NDArray[np.float16]:
+    """As :meth:`shards.dataset.Dataset.read`."""
+    scale = stored_as(stored.dtype.name).get("scale")
+    return stored if scale is None else dequantize(stored, scale)
 
 
-def to_float(stored: Array) -> NDArray[np.float32]:
-    """Stored numbers -> float32 in [0, 1]."""
-    one = DTYPES[stored.dtype.name]
-    if one:
-        return stored * np.float32(1 / one)
+def to_float32(stored: Array) -> NDArray[np.float32]:
+    """Stored numbers -> float32 in [0, 1], without float16 between."""
+    if scale := stored_as(stored.dtype.name).get("scale"):
+        return stored * np.float32(scale)
     return torch.from_numpy(stored).float().numpy()  # NumPy's conversion takes ten times as long
 
 
-def cpu_ms(function: Callable[[], Any]) -> tuple[float, Any]:
+def cpu_ms(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     """Process time of a call, and its result."""
     start = time.process_time()
-    result = function()
+    result = function(*arguments)
     return 1000 * (time.process_time() - start), result
+
+
+def decode(codec: Any, packed: bytes, target: Array) -> None:
+    """Fill ``target``."""
+    if codec is None:
+        target[...] = np.frombuffer(packed, target.dtype).reshape(target.shape)
+    else:
+        codec.decode(packed, target)
+
+
+def costs(x: NDArray[np.float32], dtype: str, codec: Any) -> tuple[float, ...]:
+    """Bytes, and milliseconds to convert and encode, to decode, and to decode to float16 and to float32."""
+    convert, stored = cpu_ms(quantize, x, dtype)
+    encode, packed = cpu_ms(codec.encode if codec else np.ndarray.tobytes, stored)
+    target = np.empty_like(stored)
+    times = [cpu_ms(decode, codec, packed, target)[0]]
+    if not np.array_equal(target, stored):
+        raise AssertionError(f"{codec} does not restore {dtype}")
+    times += [times[0] + cpu_ms(to_float16, target)[0], times[0] + cpu_ms(to_float32, target)[0]]
+    return (len(packed), convert + encode, *times)
+
+
+def errors(x: NDArray[np.float32], dtype: str) -> tuple[float, ...]:
+    """Largest error, mean in the brain, PSNR of all and of the brain, brain stored as 0, background stored as not 0."""
+    stored = quantize(x, dtype)
+    error, brain = np.abs(to_float32(stored).astype(np.float64) - x), x > FAINT
+    psnr = [-10 * np.log10(np.square(e).mean()) for e in (error, error[brain])]
+    return (error.max(), error[brain].mean(), *psnr, (stored[brain] == 0).mean(), np.count_nonzero(stored[x == 0]))
 
 
 def measure(volumes: Iterator[NDArray[np.float32]]) -> tuple[list[list[str]], list[list[str]]]:
@@ -72,41 +99,22 @@ def measure(volumes: Iterator[NDArray[np.float32]]) -> tuple[list[list[str]], li
     torch.set_num_threads(1)
     numcodecs.blosc.use_threads = False
     cells: dict[tuple[str, str], list[tuple[float, ...]]] = {}
-    errors: dict[str, list[tuple[float, ...]]] = {}
+    lost: dict[str, list[tuple[float, ...]]] = {}
     for x in volumes:
         for dtype in DTYPES:
-            convert, stored = cpu_ms(lambda: store(x, dtype))
-            error = np.abs(to_float(stored).astype(np.float64) - x)
-            brain = x > 0
-            psnr = [-10 * np.log10(np.square(e).mean()) for e in (error, error[brain])]
-            zeroed, lit = (stored[brain] == 0).mean(), (stored[~brain] != 0).sum()
-            errors.setdefault(dtype, []).append((error.max(), error[brain].mean(), *psnr, zeroed, lit))
+            lost.setdefault(dtype, []).append(errors(x, dtype))
             for name, codec in CODECS.items():
-                encode, packed = cpu_ms(lambda: stored.tobytes() if codec is None else codec.encode(stored))
-                target = np.empty_like(stored)
-                decode, _ = cpu_ms(lambda: _decode(codec, packed, target))
-                assert np.array_equal(target, stored)
-                read, _ = cpu_ms(lambda: to_float(target))
-                cells.setdefault((dtype, name), []).append((len(packed), convert + encode, decode, decode + read))
+                cells.setdefault((dtype, name), []).append(costs(x, dtype, codec))
     rows = []
     for (dtype, name), found in cells.items():
         size, *times = (median(column) for column in zip(*found))
         rows.append([dtype, name, f"{size / 1e6:.2f}", *(f"{ms:.2f}" for ms in times)])
     lines = []
-    for dtype, found in errors.items():
+    for dtype, found in lost.items():
         worst, mean, psnr, inside, zeroed, lit = zip(*found)
-        lines.append(
-            [dtype, f"{max(worst):.1e}", f"{median(mean):.1e}", f"{median(psnr):.1f}", f"{median(inside):.1f}"]
-            + [f"{max(zeroed):.1e}", f"{max(lit)}"]
-        )
+        cell = [f"{max(worst):.1e}", f"{median(mean):.1e}", f"{median(psnr):.1f}", f"{median(inside):.1f}"]
+        lines.append([dtype, *cell, f"{max(zeroed):.1e}", f"{max(lit):.0f}"])
     return rows, lines
-
-
-def _decode(codec: Any, packed: bytes, target: Array) -> None:
-    if codec is None:
-        target[...] = np.frombuffer(packed, target.dtype).reshape(target.shape)
-    else:
-        codec.decode(packed, target)
 
 
 def tables(folders: Sequence[Path], spacing: float, count: int) -> str:
@@ -116,10 +124,10 @@ def tables(folders: Sequence[Path], spacing: float, count: int) -> str:
     rows, lines = measure(volumes)
     number = sum(len(paths) for _, paths in chosen)
     title = f"{number} volumes of {' x '.join(map(str, SHAPES[spacing]))} voxels of {spacing:g} mm"
-    head = ["stored as", "compressor", "MB", "encode, ms", "decode, ms", "to float32, ms"]
-    errors = ["stored as", "largest error", "mean in brain", "PSNR, dB", "in brain, dB"]
-    errors += ["brain stored as 0", "background not 0"]
-    return f"{title}\n\n{markdown(head, rows)}\n\n{markdown(errors, lines)}\n"
+    head = ["stored as", "compressor", "MB", "encode, ms", "decode, ms", "to float16, ms", "to float32, ms"]
+    losses = ["stored as", "largest error", "mean in brain", "PSNR, dB", "in brain, dB"]
+    losses += ["brain stored as 0", "background not 0"]
+    return f"{title}\n\n{markdown(head, rows)}\n\n{markdown(losses, lines)}\n"
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
