@@ -31,7 +31,7 @@ class Cache:
     """A folder with a limit.
 
     Attributes:
-        folder: on a local disk; created where missing, readable by its owner alone.
+        folder: on a local disk; created where missing. Its files are readable by their owner alone.
         limit: bytes that its files have together, at most.
     """
 
@@ -66,7 +66,7 @@ class Cache:
         return True
 
     def store(self, name: str, content: NDArray[np.uint8]) -> None:
-        """Add a file; others make room. A disk that cannot be written to is reported, and not an error."""
+        """Add or replace a file; others make room. A disk that cannot be written to is reported, and not an error."""
         path, room = self._path(name), self.limit // SUBFOLDERS
         if content.nbytes > room:
             warnings.warn(f"{LIMIT} is too small: it allows no volume above {room / 1e6:.3g} MB", stacklevel=2)
@@ -80,11 +80,6 @@ class Cache:
                 part.replace(path)
         except OSError as error:
             warnings.warn(f"{FOLDER}={self.folder} is not used: {error.strerror}", stacklevel=2)
-
-    def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
-        with contextlib.suppress(OSError):
-            self._path(name).unlink()
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{int(name[:4], 16) % SUBFOLDERS:02d}" / name
@@ -124,9 +119,7 @@ class CachedFiles(StoredFiles):
         """See :meth:`shards.stored_files.StoredFiles.read_checked`."""
         raw = target.reshape(-1).view(np.uint8)
         name = hashlib.blake2b(repr((self._digest, path, offset, raw.nbytes, crc)).encode(), digest_size=16).hexdigest()
-        if self._cache.load(name, raw):
-            if self.matches(raw, crc):
-                return
-            self._cache.remove(name)
+        if self._cache.load(name, raw) and self.matches(raw, crc):
+            return
         super().read_checked(path, offset, target, crc)
         self._cache.store(name, raw)
