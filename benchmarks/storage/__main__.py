@@ -1,29 +1,37 @@
-"""What number format and compressor cost and lose, and what a number format does to training.
+"""What number formats, compressors and ways of reading cost, what a number format loses, and what it does to training.
 
-python -m benchmarks.storage DERIVATIVE... [--scans 12] [--effects [--epochs 6]]
+python -m benchmarks.storage WHAT SOURCE... [--scans N] [--epochs N]
 
-A derivative of ``shards preprocess``, or a BIDS folder of brain-extracted scans. Times are process time of one thread.
+WHAT is `formats` (bytes, time and error), `access` (volumes, crops, the cache) or `effects` (predictions of age and
+sex, and an autoencoder). A source is a derivative of `shards preprocess`, or a BIDS folder of brain-extracted scans;
+`access` and `effects` take the first one. Times are process time of one thread, medians.
 """
 
 import argparse
 from pathlib import Path
 
-from benchmarks.storage.effects import effects
-from benchmarks.storage.formats import SHAPES, tables
+from benchmarks.storage import access, effects, formats
+from benchmarks.storage.formats import SHAPES
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.storage", description=__doc__)
-    parser.add_argument("source", nargs="+", type=Path)
-    parser.add_argument("--scans", type=int, default=12, help="of each source, for bytes and times")
-    parser.add_argument("--effects", action="store_true", help="on predictions and training, of the first source")
-    parser.add_argument("--epochs", type=int, default=6, help="of the autoencoders")
-    arguments = parser.parse_args()
-    if arguments.effects:
-        print(effects(arguments.source[0], arguments.epochs))
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.storage", description=__doc__, formatter_class=style)
+    parser.add_argument("what", metavar="WHAT", choices=["formats", "access", "effects"])
+    parser.add_argument("source", metavar="SOURCE", nargs="+", type=Path)
+    parser.add_argument(
+        "--scans", metavar="N", type=int, default=8, help="of each source, for bytes and times; default 8"
+    )
+    parser.add_argument("--epochs", metavar="N", type=int, default=6, help="of the autoencoders; default 6")
+    options = parser.parse_args()
+    if options.what == "effects":
+        print(effects.tables(options.source[0], options.epochs))
         return
     for spacing in SHAPES:
-        print(tables(arguments.source, spacing, arguments.scans), flush=True)
+        if options.what == "formats":
+            print(formats.tables(options.source, spacing, options.scans), flush=True)
+        else:
+            print(access.table(options.source[0], spacing, options.scans), flush=True)
 
 
 if __name__ == "__main__":

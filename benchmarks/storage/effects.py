@@ -26,7 +26,7 @@ REPEATS, FOLDS = 5, 5  # of cross-validation
 FINE, COARSE = 2.0, 4.0  # mm
 
 
-def effects(source: Path, epochs: int) -> str:
+def tables(source: Path, epochs: int) -> str:
     """Both tables, as Markdown."""
     with tempfile.TemporaryDirectory() as root:
         return f"{readings(source, Path(root))}\n\n{autoencoders(source, Path(root), epochs)}\n"
