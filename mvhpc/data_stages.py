@@ -65,6 +65,7 @@ class PackConfig:
     source: str
     out: str
     format: str  # zarr | webdataset
+    dtype: str  # of the stored volumes: float16 | uint8 | uint16
     schema: str  # name under configs/schema or a YAML file
     spacing: float  # mm
     shape: list[Any]  # voxels, or [auto]
@@ -124,6 +125,7 @@ def run_pack(config: PackConfig, run: Run) -> dict[str, Any]:
         Path(config.source),
         Path(config.out),
         storage=config.format,
+        dtype=config.dtype,
         schema=Schema.load(config.schema),
         spacing=config.spacing,
         shape=config.shape,

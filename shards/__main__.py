@@ -152,6 +152,7 @@ def make_parser() -> argparse.ArgumentParser:
     pack.add_argument("out", metavar="OUT", type=Path)
     pack.add_argument("--config", default="default", metavar="NAME", help="preset under configs/pack, or a YAML file")
     pack.add_argument("--format", choices=["zarr", "webdataset"], help="format of the shards")
+    pack.add_argument("--dtype", choices=["float16", "uint8", "uint16"], help="of the stored volumes")
     pack.add_argument("--spacing", type=float, metavar="MM", help="edge of a voxel")
     pack.add_argument(
         "--shape", nargs="+", metavar="N", help="auto, or three numbers of voxels: right, anterior, superior"

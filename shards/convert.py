@@ -20,11 +20,13 @@ T = TypeVar("T")
 Extent = tuple[NDArray[Any], dict[str, float]]  # see shards.volumes.brain_extent
 
 
-def convert(row: Row, spacing: float, shape: tuple[int, int, int], space: Space | None) -> str | dict[str, Canonical]:
+def convert(
+    row: Row, spacing: float, shape: tuple[int, int, int], space: Space | None, dtype: str
+) -> str | dict[str, Canonical]:
     """A row's canonical volumes by variable, or the reason for its rejection."""
 
     def one(path: Path) -> Canonical:
-        volume = canonical(path, spacing, shape, space)
+        volume = canonical(path, spacing, shape, space, dtype)
         return volume if space is None else _with_quality(volume, path)
 
     return _of_each(row, one)

@@ -55,7 +55,8 @@ class Index:
         kind: ``volumes`` or ``latents``.
         storage: ``zarr`` or ``webdataset``.
         schema: the variables.
-        arrays: volume variable -> {shape, dtype} of one record's array.
+        arrays: volume variable -> {shape, dtype} of one record's array; ``scale`` too where numbers of [0, 1]
+            are stored as integers (:mod:`shards.quantization`).
         grid: of the volumes: {spacing (mm), shape (voxels), affine (4 x 4, voxel to RAS mm, origin at the centre)}.
         records: in the order of the table; read when they are used.
         group: the table's column of groups; empty for none.

@@ -25,6 +25,7 @@ from shards.participants import Reject, Row, Table, read_table
 from shards.preprocess.recipe import read_derivative
 from shards.progress import Progress
 from shards.qc.limits import LIMITS, verdict, violated
+from shards.quantization import stored_as
 from shards.schema import Schema
 from shards.split import FRACTIONS, check_groups, default_fractions, draw_folds, draw_fractions, merge_groups
 from shards.volumes import Canonical, Space, grid, place
@@ -71,6 +72,7 @@ def pack(
     out: str | Path,
     *,
     storage: str = "zarr",
+    dtype: str = "float16",
     schema: Schema | str | Path = "default",
     spacing: float,
     shape: Sequence[int] | str,
@@ -95,6 +97,7 @@ def pack(
             the template has them, and their tissue maps are stored beside them as ``VOLUME_TISSUE``.
         out: folder without a packed data set.
         storage: ``zarr`` or ``webdataset``.
+        dtype: of the stored volumes, see :data:`shards.quantization.LARGEST`.
         schema: a schema, or the name or file of one.
         spacing: mm.
         shape: voxels, or ``auto``: the smallest box (:mod:`shards.box`) that holds every brain fit to be packed.
@@ -134,19 +137,20 @@ def pack(
     derivative = read_derivative(Path(source))
     recipe, space = derivative or (None, None)
     size = size or _smallest_box(rows, schema, spacing, space, cores, keep_suspect)
-    arrays = {v.name: {"shape": size, "dtype": "<f2"} for v in schema.volumes}
+    arrays: dict[str, dict[str, Any]] = {v.name: {"shape": size, **stored_as(dtype)} for v in schema.volumes}
     arrays |= {
         f"{v.name}_{label}": {"shape": size, "dtype": "|u1"}
         for v in schema.volumes
         for label in (space.maps if space else ())
     }
     target = grid(spacing, size, space)
-    token = _token(table, schema, target, storage, group, keep_suspect)
+    token = _token(table, schema, target | stored_as(dtype), storage, group, keep_suspect)
     arguments: dict[str, Any] = {
         "source": table.kind,
         "spacing": spacing,
         "shape": list(size),
         "format": storage,
+        "dtype": dtype,
         "max_rejects": str(max_rejects),
         "fractions": [float(f) for f in fractions or ()],
         "group": group,
@@ -160,7 +164,7 @@ def pack(
         arguments |= {"fractions": [], "split_column": split_column}
     writer = DatasetWriter(out, storage, "volumes", schema, arrays, target, group=group, token=token)
     with contextlib.closing(writer):
-        _convert_and_write(writer, table.rows, groups, spacing, size, space, cores, keep_suspect)
+        _convert_and_write(writer, table.rows, groups, spacing, size, space, cores, keep_suspect, dtype)
         packed = [n for n in writer.notes if "sources" in n]
         rejects = [n for n in writer.notes if "reason" in n]
         listing = _listing(rejects)
@@ -218,11 +222,14 @@ def _convert_and_write(
     space: Space | None,
     workers: int,
     keep_suspect: bool,
+    dtype: str,
 ) -> None:
     """Convert and write the rows that the writer has no note of yet; each row leaves one note."""
     done = len(writer.notes)
     with Progress("packing", len(rows), "volume", initial=done) as bar:
-        for row, outcome in map_rows(partial(convert, spacing=spacing, shape=shape, space=space), rows[done:], workers):
+        for row, outcome in map_rows(
+            partial(convert, spacing=spacing, shape=shape, space=space, dtype=dtype), rows[done:], workers
+        ):
             suspect, flags = ("", []) if isinstance(outcome, str) else _judge(outcome, writer.schema)
             if isinstance(outcome, str) or isinstance(row, Reject):
                 writer.note({"line": row.line, "key": row.key, "reason": outcome})

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
@@ -91,6 +92,23 @@ class StoredFiles:
         while done < len(raw) and (count := os.preadv(file.number, [raw[done:]], offset + done)):
             done += count
         return done
+
+    def read_checked(self, path: str, offset: int, target: NDArray[Any], crc: int) -> None:
+        """Fill a contiguous array with the bytes from ``offset`` on, of which the CRC-32C is known.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it ends before, or has other bytes.
+        """
+        if self.read_into(path, offset, target) < target.nbytes:
+            raise ValueError(f"{path} ends within it")
+        if not self.matches(target, crc):
+            raise ValueError("checksum")
+
+    @staticmethod
+    def matches(stored: NDArray[Any], crc: int) -> bool:
+        """Whether a contiguous array has this CRC-32C."""
+        return int(google_crc32c.value(stored)) == crc
 
     def size(self, path: str) -> int:
         """Bytes of a file.

@@ -125,9 +125,9 @@ class TarShard:
 class TarReader:
     """Reads single arrays of tar shards by offset."""
 
-    def __init__(self, folder: Path, index: Index) -> None:
+    def __init__(self, folder: Path, index: Index, files: StoredFiles) -> None:
         self.folder, self.index = folder, index
-        self._files = StoredFiles(folder)
+        self._files = files
         self._specs = {name: (tuple(a["shape"]), np.dtype(a["dtype"])) for name, a in index.arrays.items()}
 
     def read(self, key: str, variable: str, place: Place) -> NDArray[Any]:
@@ -138,13 +138,14 @@ class TarReader:
         """
         array: NDArray[Any] = np.empty(*self._specs[variable])
         try:
-            count = self._files.read_into(place.shard, place.offset, array)
-        except OSError as error:
-            raise IntegrityError(f"{self.folder}: {place.shard}: {error.strerror} ({key} {variable})") from error
-        if count < array.nbytes:
-            raise IntegrityError(f"{self.folder}: {place.shard} ends within {key}.{variable}.npy")
-        if place.size and google_crc32c.value(array) != place.crc:
-            raise IntegrityError(f"{self.folder}: {key} {variable} is damaged (checksum); see `shards verify`")
+            if place.size:
+                self._files.read_checked(place.shard, place.offset, array, place.crc)
+            elif self._files.read_into(place.shard, place.offset, array) < array.nbytes:
+                raise ValueError(f"{place.shard} ends within it")
+        except (OSError, ValueError) as error:
+            raise IntegrityError(
+                f"{self.folder}: {key} {variable} is damaged or missing ({error}); see `shards verify`"
+            ) from error
         return array
 
     def damaged_members(self, file: str) -> Iterator[str]:

@@ -23,6 +23,7 @@ from shards.box import extent, touched
 from shards.files import sha256
 from shards.headers import affine_mm, compare_forms
 from shards.qc.figures import background, measure, tissue_bounds
+from shards.quantization import quantize
 
 PERCENTILE = 99.5  # of the foreground is scaled to 1
 FAINT = 1e-3  # of bright tissue
@@ -76,7 +77,8 @@ class Canonical:
     """A volume ready to store.
 
     Attributes:
-        voxels: float16 (H, W, D) in [0, 1], axes towards right, anterior, superior; background 0.
+        voxels: (H, W, D), [0, 1] in the type to store (:func:`shards.quantization.quantize`), axes towards right,
+            anterior, superior; background 0.
         origin: (3,), where the grid's origin lies in the scanner's space, mm.
         sha256: of the source file.
         cropped: share of the brain's signal that lies outside the box.
@@ -86,7 +88,7 @@ class Canonical:
         flags: figures that violated a limit before packing.
     """
 
-    voxels: NDArray[np.float16]
+    voxels: NDArray[Any]
     origin: NDArray[np.float64]
     sha256: str
     cropped: float
@@ -122,7 +124,9 @@ def place(grid: Mapping[str, Any], origin: NDArray[np.float64]) -> NDArray[np.fl
     return affine
 
 
-def canonical(path: Path, spacing: float, shape: tuple[int, int, int], space: Space | None = None) -> Canonical:
+def canonical(
+    path: Path, spacing: float, shape: tuple[int, int, int], space: Space | None = None, dtype: str = "float16"
+) -> Canonical:
     """Read a NIfTI file and resample it to the common grid.
 
     Scales the 0 to 99.5 percentiles of the foreground to [0, 1], then samples the box around the centre of mass. The
@@ -133,6 +137,7 @@ def canonical(path: Path, spacing: float, shape: tuple[int, int, int], space: Sp
         spacing: mm, of all axes.
         shape: voxels.
         space: of a registered volume, which the box is then placed in; its probability maps lie beside the file.
+        dtype: of the voxels.
 
     Raises:
         ValueError: the file cannot be used; the message gives the reason without the path.
@@ -145,7 +150,7 @@ def canonical(path: Path, spacing: float, shape: tuple[int, int, int], space: Sp
     box = sample(signal, step, offset, shape)
     inside = float(box.sum(dtype=np.float64)) * abs(np.linalg.det(step)) / float(signal.sum(dtype=np.float64))
     return Canonical(
-        voxels=np.clip(box, 0, 1).astype("<f2"),
+        voxels=quantize(np.clip(box, 0, 1), dtype),
         origin=(scan.affine @ [*centre, 1])[:3],
         sha256=scan.sha256,
         cropped=max(0.0, 1 - inside),

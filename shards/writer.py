@@ -62,7 +62,7 @@ class DatasetWriter:
             raise DataError(f"{self.folder} already holds a packed data set; remove it or choose another folder")
         self.storage, self.kind, self.schema, self.group = storage, kind, schema, group
         self.arrays = {
-            name: {"shape": [int(n) for n in spec["shape"]], "dtype": np.dtype(spec["dtype"]).str}
+            name: {**spec, "shape": [int(n) for n in spec["shape"]], "dtype": np.dtype(spec["dtype"]).str}
             for name, spec in arrays.items()
         }
         self.grid = dict(grid)
