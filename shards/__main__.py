@@ -43,12 +43,12 @@ examples:
   shards preprocess bids/ derivative/ --brain hd-bet --weights release_2.0.0.zip --weights-sha256 HASH
 """
 PACK = """SOURCE is a BIDS folder (participants.tsv, sub-X[/ses-Y]/anat/*_SUFFIX.nii.gz) or a CSV with the columns
-participant_id and path (relative to the CSV; session_id is optional; with several volume variables, one column per
-variable, with its name), or a derivative of `shards preprocess`, whose volumes stay where the template has them and
-whose tissue maps are packed too. Each volume is resampled to RAS, the spacing and the shape, centred on the brain, with
-intensities in [0, 1]. A scan that is no brain-extracted T1w brain (a head with skull, a CT, a label map, a slab) is
-rejected, or with --keep-suspect packed and flagged. Rejected rows are listed with their reasons in OUT/rejected.tsv.
-After an interruption, the same command resumes after the last complete shard.
+participant_id and path (in the folder of the CSV or --files-root; session_id is optional; with several volume
+variables, one column per variable, with its name), or a derivative of `shards preprocess`, whose volumes stay where
+the template has them and whose tissue maps are packed too. Each volume is resampled to RAS, the spacing and the
+shape, centred on the brain, with intensities in [0, 1]. A scan that is no brain-extracted T1w brain (a head with
+skull, a CT, a label map, a slab) is rejected, or with --keep-suspect packed and flagged. Rejected rows are listed
+with their reasons in OUT/rejected.tsv. After an interruption, the same command resumes after the last complete shard.
 
 Options that are not given come from the preset: configs/pack/NAME.yaml, over configs/pack/default.yaml.
 
@@ -70,6 +70,7 @@ examples:
 
 
 RENAME = "columns of the table under the schema's names, as gender=sex"
+FILES_ROOT = "where the files of a CSV lie, relative to which its paths are, or absolute (default: folder of the CSV)"
 ENTITIES = "of the volumes' names in a BIDS folder, as space=MNI152NLin2009cAsym,desc=preproc"
 
 
@@ -140,6 +141,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     preprocess.add_argument("--suffix", metavar="SUFFIX", help="of the scans in a BIDS folder; default T1w")
     preprocess.add_argument("--entities", type=pairs, metavar="KEY=VALUE,...", help=ENTITIES)
+    preprocess.add_argument("--files-root", metavar="FOLDER", help=FILES_ROOT)
     preprocess.add_argument("--weights", metavar="FILE", help="zip file of HD-BET's weights")
     preprocess.add_argument("--weights-sha256", metavar="HASH", help="its SHA-256, as published")
     preprocess.add_argument(
@@ -173,6 +175,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     pack.add_argument("--entities", type=pairs, metavar="KEY=VALUE,...", help=ENTITIES)
     pack.add_argument("--rename", type=pairs, metavar="COLUMN=NAME,...", help=RENAME)
+    pack.add_argument("--files-root", metavar="FOLDER", help=FILES_ROOT)
+    pack.add_argument(
+        "--pseudonymise", metavar="KEYFILE", help="replace the ids of subjects, sessions and groups by keyed hashes"
+    )
 
     split = command("split", "record another split, or cross-validation folds, in a packed data set", SPLIT)
     split.add_argument("out", metavar="OUT", type=Path)
@@ -235,6 +241,7 @@ def _preprocess(args: argparse.Namespace) -> None:
         suffix=options["suffix"],
         keep_suspect=options["keep_suspect"],
         entities=options["entities"],
+        files_root=options["files_root"],
     )
     print(
         f"processed {summary['processed']:,} of {summary['scans']:,} scans into {args.out}, "
