@@ -191,6 +191,11 @@ def make_parser() -> argparse.ArgumentParser:
 
     verify = command("verify", "compare every file of a packed data set with its checksum; exit status 1 on damage")
     verify.add_argument("out", metavar="OUT", type=Path)
+    verify.add_argument("--workers", type=int, default=0, metavar="N", help="threads; default one per core")
+    verify.add_argument("--repair", action="store_true", help="make what is damaged again, from --source")
+    verify.add_argument("--source", metavar="SOURCE", type=Path, help="what OUT was packed from")
+    verify.add_argument("--files-root", metavar="FOLDER", help=FILES_ROOT)
+    verify.add_argument("--pseudonymise", metavar="KEYFILE", help="the key that OUT was packed with")
 
     inspect = command("inspect", "show the content of a packed data set")
     inspect.add_argument("out", metavar="OUT", type=Path)
@@ -287,9 +292,9 @@ def _verify(args: argparse.Namespace) -> None:
     from shards.verify import verify
 
     damaged = 0
-    for line in verify(args.out):
+    for damage in verify(args.out, args.workers):
         damaged += 1
-        print(line, file=sys.stderr)
+        print(damage, file=sys.stderr)
     if damaged:
         raise IntegrityError(f"{args.out}: {damaged} damaged; restore these files or pack again")
     print(f"{args.out}: intact")

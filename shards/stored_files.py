@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.errors import IntegrityError
+from shards.inside import inside
+
 OPEN_FILES = 128  # of one reader; far fewer than the usual limit of a process, 1024
 
 
@@ -57,6 +60,13 @@ class _Descriptor:
             os.close(self.number)
 
 
+def _open(folder: Path, path: str) -> _Descriptor:
+    try:
+        return _Descriptor(inside(folder, path))
+    except ValueError as error:
+        raise IntegrityError(f"{folder}: file {path!r} {error}") from None
+
+
 class StoredFiles:
     """Reads pieces of the files of a folder. Thread-safe; the latest files stay open.
 
@@ -66,7 +76,7 @@ class StoredFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open = functools.lru_cache(OPEN_FILES)(lambda path: _Descriptor(folder / path))
+        self._open = functools.lru_cache(OPEN_FILES)(functools.partial(_open, folder))
 
     def read(self, path: str, offset: int, size: int) -> bytes:
         """At most ``size`` bytes from ``offset`` on; fewer where the file ends.

@@ -7,7 +7,7 @@ CRC-32C of each frame. An empty place, and a missing volume, have no chunk.
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from shards.errors import IntegrityError
-from shards.index import Index, array_checksum
-from shards.record_table import Place, Records
+from shards.index import Index
+from shards.pieces import Piece
+from shards.record_table import Place
+from shards.records import Record
 from shards.schema import Value
 from shards.stored_files import HashedFile, StoredFiles
 
@@ -212,25 +214,33 @@ class ZarrReader:
         offset, size = (int(n) for n in np.frombuffer(raw, "<u8", 2, 16 * slot))
         return None if offset == EMPTY else (path, offset, size)
 
-    def damaged_members(self, file: str) -> Iterator[str]:
-        """The records whose arrays in a shard are damaged; none for metadata."""
-        variable, _, chunk = file.removeprefix(f"{FOLDER}/").partition("/c/")
-        if not chunk:
-            return
-        records = self.index.records
-        assert isinstance(records, Records)
-        for row, record in enumerate(records):
-            place = records.place(row, variable)
-            if place is None:
-                continue
-            try:
-                if self._path(variable, place.slot) != file:
-                    continue
-            except (OSError, ValueError, KeyError, TypeError):
-                return  # version 1, and its metadata are damaged too: they are reported as a file of their own
-            try:
-                intact = array_checksum(self.read(record.key, variable, place)) == record.checksums[variable]
-            except IntegrityError:
-                intact = False
-            if not intact:
-                yield f"{record.key} {variable}"
+
+def layout(records: Iterable[Record], variable: str, per_shard: int, size: int) -> Iterator[Piece]:
+    """The pieces of a shard file.
+
+    Args:
+        records: with a volume in the file.
+        variable: the array's name.
+        per_shard: places per shard.
+        size: bytes of the file.
+    """
+    table = np.full((per_shard, 2), EMPTY, "<u8")
+    found = [(record.offsets[variable], record) for record in records if record.sizes.get(variable)]
+    found.sort(key=lambda place: place[0])
+    table_at = size - table.nbytes - CRC.size
+    at = 0
+    for i, (offset, record) in enumerate(found):
+        if offset > at:
+            yield Piece(at, offset - at, "")
+        name = f"{record.key} {variable}"
+        length, crc = record.sizes[variable], record.crcs[variable]
+        yield Piece(offset, length, name, crc=crc, key=record.key, variable=variable)
+        at = offset + length
+        if (found[i + 1][0] if i + 1 < len(found) else table_at) == at + CRC.size:
+            yield Piece(at, CRC.size, name, fixed=CRC.pack(crc))
+            at += CRC.size
+        table[record.slot % per_shard] = offset, at - offset
+    if table_at > at:
+        yield Piece(at, table_at - at, "")
+    raw = table.tobytes()
+    yield Piece(table_at, len(raw) + CRC.size, "table of chunks", fixed=raw + CRC.pack(google_crc32c.value(raw)))

@@ -1,5 +1,6 @@
 """Laws of pseudonyms, and of paths that must stay in their folder."""
 
+import dataclasses
 from pathlib import Path
 
 import nibabel as nib
@@ -7,11 +8,14 @@ import numpy as np
 import pytest
 
 from shards.dataset import open_dataset
-from shards.errors import DataError
+from shards.errors import DataError, IntegrityError
+from shards.header import read_header, write_header
+from shards.index import Index
 from shards.inside import inside
 from shards.participants import Reject, Row, Table, read_table
 from shards.pseudonyms import pseudonymised, read_key
 from shards.schema import Schema
+from shards.verify import verify
 from tests.packing import PEOPLE, bids, content, head, packed, save
 
 SCHEMA = Schema.load()
@@ -203,3 +207,24 @@ def test_names_that_lead_out(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="leads out of"):
         inside(tmp_path, name)
     assert inside(tmp_path, "a/./b") == tmp_path / "a/b" and inside(Path(), "x").is_absolute()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_an_index_names_no_file_outside_of_its_folder(tmp_path: Path, storage: str) -> None:
+    out = tmp_path / "out"
+    packed(bids(tmp_path / "source", PEOPLE), out, storage=storage)
+    index = Index.load(out)
+    (tmp_path / "outside").write_bytes(b"x")
+    name = "../outside"
+    dataclasses.replace(index, files={**index.files, name: {"bytes": 1, "sha256": "0" * 64}}).save(out)
+    with pytest.raises(DataError, match=r"file '\.\./outside' leads out of"):
+        list(verify(out))
+    if storage == "webdataset":
+        dataclasses.replace(index, records=[dataclasses.replace(r, shard=name) for r in index.records]).save(out)
+        with pytest.raises(IntegrityError, match="leads out of"):
+            open_dataset(out).read("sub-00", "image")
+    header = read_header(out)
+    header["tables"]["records"]["file"] = f"../out/{header['tables']['records']['file']}"
+    write_header(out, {k: v for k, v in header.items() if k != "version"})
+    with pytest.raises(IntegrityError, match="leads out of"):
+        open_dataset(out)
