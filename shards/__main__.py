@@ -68,6 +68,16 @@ examples:
   shards split packed --fractions 0.8 0.05 0.15 --name wide-test
 """
 
+VERIFY = """Every byte is read once, on all cores. A line for each damage names the file, the record with its variable,
+and the byte where it begins. With --repair the damaged volumes are converted from SOURCE again, as they were when OUT
+was packed; a file is replaced where all of it has its recorded SHA-256. Files that do not belong to OUT are noted, and
+stay.
+
+examples:
+  shards verify packed
+  shards verify packed --repair --source bids/
+"""
+
 
 RENAME = "columns of the table under the schema's names, as gender=sex"
 FILES_ROOT = "where the files of a CSV lie, relative to which its paths are, or absolute (default: folder of the CSV)"
@@ -189,7 +199,9 @@ def make_parser() -> argparse.ArgumentParser:
     split.add_argument("--group", default=None, metavar="COLUMN", help="the column that the data set was packed with")
     split.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
 
-    verify = command("verify", "compare every file of a packed data set with its checksum; exit status 1 on damage")
+    verify = command(
+        "verify", "compare every file of a packed data set with its checksum; exit status 1 on damage", VERIFY
+    )
     verify.add_argument("out", metavar="OUT", type=Path)
     verify.add_argument("--workers", type=int, default=0, metavar="N", help="threads; default one per core")
     verify.add_argument("--repair", action="store_true", help="make what is damaged again, from --source")
@@ -289,14 +301,26 @@ def _split(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from shards.verify import verify
+    from shards.repair import repair
+    from shards.verify import foreign_files, verify
 
+    if args.repair != (args.source is not None):
+        raise DataError("--repair and --source SOURCE belong together")
     damaged = 0
-    for damage in verify(args.out, args.workers):
-        damaged += 1
-        print(damage, file=sys.stderr)
+    if args.repair:
+        choice = {"files_root": args.files_root, "pseudonymise": args.pseudonymise, "workers": args.workers}
+        for damage, reason in repair(args.out, args.source, **choice):
+            damaged += bool(reason)
+            print(f"{damage}, {f'not repaired: {reason}' if reason else 'repaired'}", file=sys.stderr)
+    else:
+        for damage in verify(args.out, args.workers):
+            damaged += 1
+            print(damage, file=sys.stderr)
     if damaged:
-        raise IntegrityError(f"{args.out}: {damaged} damaged; restore these files or pack again")
+        remedy = "restore these files or pack again" if args.repair else "restore or --repair them, or pack again"
+        raise IntegrityError(f"{args.out}: {damaged} damaged; {remedy}")
+    for name in foreign_files(args.out):
+        print(f"note: {name} does not belong to the data set", file=sys.stderr)
     print(f"{args.out}: intact")
 
 
