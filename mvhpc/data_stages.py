@@ -50,6 +50,7 @@ class PreprocessConfig:
     spacing: float  # mm, of the results
     suffix: str  # of the scans in a BIDS folder
     entities: dict[str, str]  # that the names of these scans must have
+    files_root: str  # folder that the paths of a CSV must lie in; "" for that of the CSV
     weights: str  # file of HD-BET's weights
     weights_sha256: str
     keep_suspect: bool  # keep and flag scans that fail quality control, instead of rejecting them
@@ -79,6 +80,8 @@ class PackConfig:
     keep_suspect: bool  # pack and flag scans that fail quality control, instead of rejecting them
     entities: dict[str, str]  # that the names of the volumes in a BIDS folder must have
     rename: dict[str, str]  # column of the table -> the schema's name for it
+    files_root: str  # folder that the paths of a CSV must lie in; "" for that of the CSV
+    pseudonymise: str  # key file, for pseudonyms in place of ids; "" for none
     tracking: Tracking
 
 
@@ -115,6 +118,7 @@ def run_preprocess(config: PreprocessConfig, run: Run) -> dict[str, Any]:
         keep_suspect=config.keep_suspect,
         map_subjects=map_subjects,
         entities=config.entities,
+        files_root=config.files_root,
     )
     return dict(summary)
 
@@ -139,5 +143,7 @@ def run_pack(config: PackConfig, run: Run) -> dict[str, Any]:
         keep_suspect=config.keep_suspect,
         entities=config.entities,
         rename=config.rename,
+        files_root=config.files_root,
+        pseudonymise=config.pseudonymise,
     )
     return dict(summary)

@@ -48,6 +48,7 @@ POINTS, REACH = 240, 4.0  # of a density's curve; SDs on either side of the mean
 EDGE = 0.1  # of a packed volume; below lies what resampling leaves around the brain
 OK = "ok"
 Array = NDArray[np.float32]
+ANYWHERE = "/"  # the paths of our own table were checked when that of the user was read
 SCANS, DERIVATIVE, PACKED, TABLE = "scans.csv", "preprocessed", "packed", "predictions.tsv"
 
 
@@ -64,7 +65,7 @@ class Request:
         want: variables to predict; every scalar that is not given where empty.
         workers: processes of the preprocessing; 0 for one per core.
         device: ``auto``, ``cpu`` or ``cuda``.
-        entities, rename: see :func:`shards.participants.read_table`.
+        entities, rename, files_root: see :func:`shards.participants.read_table`.
         keep_suspect: answer for scans that fail quality control too, and flag them.
         template, weights: files that the recipe names by their SHA-256, see :func:`shards.preprocess.run.preprocess`.
     """
@@ -79,6 +80,7 @@ class Request:
     device: str = "auto"
     entities: Mapping[str, str] = field(default_factory=dict)
     rename: Mapping[str, str] = field(default_factory=dict)
+    files_root: Path | None = None
     keep_suspect: bool = False
     template: Path | None = None
     weights: Path | None = None
@@ -118,7 +120,7 @@ def predict_scans(request: Request, model: ScalarsModel | None = None) -> tuple[
     if recipe:
         source = out / DERIVATIVE
         options: dict[str, Any] = {"template": request.template, "weights": request.weights, "device": request.device}
-        options |= {"workers": request.workers, "keep_suspect": request.keep_suspect}
+        options |= {"workers": request.workers, "keep_suspect": request.keep_suspect, "files_root": ANYWHERE}
         try:
             preprocess(out / SCANS, source, recipe, **options)
         except DataError:
@@ -210,7 +212,8 @@ def _list_scans(
     if recipe and "brain" in recipe.steps and recipe.brain == MASK:  # masks lie beside the scans, or in a column
         masks, specs[MASK] = [MASK], {"kind": "volume", "suffix": MASK}
         specs[image] |= {"column": PATH}
-    table = read_table(request.source, Schema.from_dict(specs), entities=request.entities, rename=request.rename)
+    choice: dict[str, Any] = {"entities": request.entities, "rename": request.rename, "files_root": request.files_root}
+    table = read_table(request.source, Schema.from_dict(specs), **choice)
     for note in table.notes:
         print(f"note: {note}", file=sys.stderr)
     wanted = {label.removeprefix("sub-") for label in request.labels}
@@ -250,7 +253,7 @@ def _answer(
     packed = request.out / PACKED
     shutil.rmtree(packed, ignore_errors=True)
     options: dict[str, Any] = {"schema": schema, "spacing": model.grid["spacing"], "shape": model.grid["shape"]}
-    options |= {"workers": request.workers, "keep_suspect": request.keep_suspect}
+    options |= {"workers": request.workers, "keep_suspect": request.keep_suspect, "files_root": ANYWHERE}
     try:
         pack(source, packed, **options, max_rejects="100%", fractions=(0, 0, 1))
     except TooManyRejects:

@@ -43,12 +43,12 @@ examples:
   shards preprocess bids/ derivative/ --brain hd-bet --weights release_2.0.0.zip --weights-sha256 HASH
 """
 PACK = """SOURCE is a BIDS folder (participants.tsv, sub-X[/ses-Y]/anat/*_SUFFIX.nii.gz) or a CSV with the columns
-participant_id and path (relative to the CSV; session_id is optional; with several volume variables, one column per
-variable, with its name), or a derivative of `shards preprocess`, whose volumes stay where the template has them and
-whose tissue maps are packed too. Each volume is resampled to RAS, the spacing and the shape, centred on the brain, with
-intensities in [0, 1]. A scan that is no brain-extracted T1w brain (a head with skull, a CT, a label map, a slab) is
-rejected, or with --keep-suspect packed and flagged. Rejected rows are listed with their reasons in OUT/rejected.tsv.
-After an interruption, the same command resumes after the last complete shard.
+participant_id and path (in the folder of the CSV or --files-root; session_id is optional; with several volume
+variables, one column per variable, with its name), or a derivative of `shards preprocess`, whose volumes stay where
+the template has them and whose tissue maps are packed too. Each volume is resampled to RAS, the spacing and the
+shape, centred on the brain, with intensities in [0, 1]. A scan that is no brain-extracted T1w brain (a head with
+skull, a CT, a label map, a slab) is rejected, or with --keep-suspect packed and flagged. Rejected rows are listed
+with their reasons in OUT/rejected.tsv. After an interruption, the same command resumes after the last complete shard.
 
 Options that are not given come from the preset: configs/pack/NAME.yaml, over configs/pack/default.yaml.
 
@@ -68,8 +68,19 @@ examples:
   shards split packed --fractions 0.8 0.05 0.15 --name wide-test
 """
 
+VERIFY = """Every byte is read once, on all cores. A line for each damage names the file, the record with its variable,
+and the byte where it begins. With --repair the damaged volumes are converted from SOURCE again, as they were when OUT
+was packed; a file is replaced where all of it has its recorded SHA-256. Files that do not belong to OUT are noted, and
+stay.
+
+examples:
+  shards verify packed
+  shards verify packed --repair --source bids/
+"""
+
 
 RENAME = "columns of the table under the schema's names, as gender=sex"
+FILES_ROOT = "where the files of a CSV lie, relative to which its paths are, or absolute (default: folder of the CSV)"
 ENTITIES = "of the volumes' names in a BIDS folder, as space=MNI152NLin2009cAsym,desc=preproc"
 
 
@@ -140,6 +151,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     preprocess.add_argument("--suffix", metavar="SUFFIX", help="of the scans in a BIDS folder; default T1w")
     preprocess.add_argument("--entities", type=pairs, metavar="KEY=VALUE,...", help=ENTITIES)
+    preprocess.add_argument("--files-root", metavar="FOLDER", help=FILES_ROOT)
     preprocess.add_argument("--weights", metavar="FILE", help="zip file of HD-BET's weights")
     preprocess.add_argument("--weights-sha256", metavar="HASH", help="its SHA-256, as published")
     preprocess.add_argument(
@@ -174,6 +186,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     pack.add_argument("--entities", type=pairs, metavar="KEY=VALUE,...", help=ENTITIES)
     pack.add_argument("--rename", type=pairs, metavar="COLUMN=NAME,...", help=RENAME)
+    pack.add_argument("--files-root", metavar="FOLDER", help=FILES_ROOT)
+    pack.add_argument(
+        "--pseudonymise", metavar="KEYFILE", help="replace the ids of subjects, sessions and groups by keyed hashes"
+    )
 
     split = command("split", "record another split, or cross-validation folds, in a packed data set", SPLIT)
     split.add_argument("out", metavar="OUT", type=Path)
@@ -184,8 +200,15 @@ def make_parser() -> argparse.ArgumentParser:
     split.add_argument("--group", default=None, metavar="COLUMN", help="the column that the data set was packed with")
     split.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
 
-    verify = command("verify", "compare every file of a packed data set with its checksum; exit status 1 on damage")
+    verify = command(
+        "verify", "compare every file of a packed data set with its checksum; exit status 1 on damage", VERIFY
+    )
     verify.add_argument("out", metavar="OUT", type=Path)
+    verify.add_argument("--workers", type=int, default=0, metavar="N", help="threads; default one per core")
+    verify.add_argument("--repair", action="store_true", help="make what is damaged again, from --source")
+    verify.add_argument("--source", metavar="SOURCE", type=Path, help="what OUT was packed from")
+    verify.add_argument("--files-root", metavar="FOLDER", help=FILES_ROOT)
+    verify.add_argument("--pseudonymise", metavar="KEYFILE", help="the key that OUT was packed with")
 
     inspect = command("inspect", "show the content of a packed data set")
     inspect.add_argument("out", metavar="OUT", type=Path)
@@ -236,6 +259,7 @@ def _preprocess(args: argparse.Namespace) -> None:
         suffix=options["suffix"],
         keep_suspect=options["keep_suspect"],
         entities=options["entities"],
+        files_root=options["files_root"],
     )
     print(
         f"processed {summary['processed']:,} of {summary['scans']:,} scans into {args.out}, "
@@ -278,14 +302,26 @@ def _split(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from shards.verify import verify
+    from shards.repair import repair
+    from shards.verify import foreign_files, verify
 
+    if args.repair != (args.source is not None):
+        raise DataError("--repair and --source SOURCE belong together")
     damaged = 0
-    for line in verify(args.out):
-        damaged += 1
-        print(line, file=sys.stderr)
+    if args.repair:
+        choice = {"files_root": args.files_root, "pseudonymise": args.pseudonymise, "workers": args.workers}
+        for damage, reason in repair(args.out, args.source, **choice):
+            damaged += bool(reason)
+            print(f"{damage}, {f'not repaired: {reason}' if reason else 'repaired'}", file=sys.stderr)
+    else:
+        for damage in verify(args.out, args.workers):
+            damaged += 1
+            print(damage, file=sys.stderr)
     if damaged:
-        raise IntegrityError(f"{args.out}: {damaged} damaged; restore these files or pack again")
+        remedy = "restore these files or pack again" if args.repair else "restore or --repair them, or pack again"
+        raise IntegrityError(f"{args.out}: {damaged} damaged; {remedy}")
+    for name in foreign_files(args.out):
+        print(f"note: {name} does not belong to the data set", file=sys.stderr)
     print(f"{args.out}: intact")
 
 

@@ -156,11 +156,6 @@ class Dataset:
         found.setflags(write=False)
         return found
 
-    def damaged_members(self, file: str) -> list[str]:
-        """The damaged members of one file of the data set."""
-        reader = type(self._reader)(self.folder, self.index, StoredFiles(self.folder))  # not from the cache
-        return list(reader.damaged_members(file))
-
 
 def open_dataset(folder: str | Path, cache: Cache | None = None) -> Dataset:
     """Open a packed data set of either format; see :class:`Dataset`."""

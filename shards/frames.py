@@ -49,6 +49,46 @@ def decode(frames: NDArray[np.uint8], array: NDArray[Any]) -> None:
         done, at = done + size, at + length + CRC.size
 
 
+def frame_sizes(stored: Any) -> list[int]:
+    """Bytes of each of the frames of an array, with its CRC-32C.
+
+    Args:
+        stored: bytes, or a contiguous array of bytes.
+
+    Raises:
+        ValueError: these are no such frames.
+    """
+    view, sizes, at = memoryview(stored), [], 0
+    while at < len(view):
+        if len(view) - at < HEADER.size:
+            raise ValueError("checksum")
+        sizes.append(HEADER.unpack_from(view, at)[2] + CRC.size)
+        at += sizes[-1]
+    if at != len(view):
+        raise ValueError("checksum")
+    return sizes
+
+
+def checksum(stored: Any) -> int:
+    """CRC-32C of the CRC-32Cs of all frames of an array, each of which is compared with its frame.
+
+    It identifies the content, which a CRC of all the bytes does not: that of any bytes and their own CRC is constant.
+
+    Args:
+        stored: bytes, or a contiguous array of bytes.
+
+    Raises:
+        ValueError: a damaged frame.
+    """
+    raw, at, ends = np.frombuffer(stored, np.uint8), 0, b""
+    for size in frame_sizes(raw):
+        end = raw[at + size - CRC.size : at + size].tobytes()
+        if CRC.pack(google_crc32c.value(raw[at : at + size - CRC.size])) != end:
+            raise ValueError("checksum")
+        at, ends = at + size, ends + end
+    return int(google_crc32c.value(ends))
+
+
 def decode_checked(frame: NDArray[np.uint8], array: NDArray[Any]) -> None:
     """Fill an array with one frame, checked by the CRC-32C at its end.
 

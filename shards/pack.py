@@ -24,6 +24,7 @@ from shards.index import PARTS, Index, Split
 from shards.participants import Reject, Row, Table, read_table
 from shards.preprocess.recipe import read_derivative
 from shards.progress import Progress
+from shards.pseudonyms import fingerprint, pseudonymised, read_key
 from shards.qc.limits import LIMITS, verdict, violated
 from shards.quantization import stored_as
 from shards.schema import Schema
@@ -86,6 +87,8 @@ def pack(
     keep_suspect: bool = False,
     entities: Mapping[str, str] | None = None,
     rename: Mapping[str, str] | None = None,
+    files_root: str | Path | None = None,
+    pseudonymise: str | Path | None = None,
 ) -> Summary:
     """Pack a BIDS folder or a CSV into ``out``.
 
@@ -111,7 +114,9 @@ def pack(
         seed: of the draws of splits.
         workers: processes; 0 for one per core.
         keep_suspect: pack scans that fail quality control (:mod:`shards.qc`) too, and flag their records.
-        entities, rename: see :func:`shards.participants.read_table`.
+        entities, rename, files_root: see :func:`shards.participants.read_table`.
+        pseudonymise: key file, for pseudonyms in place of the ids of subjects, sessions and groups; see
+            :mod:`shards.pseudonyms`.
 
     Returns:
         A summary; ``out/rejected.tsv`` lists the rejected rows with their reasons.
@@ -124,7 +129,10 @@ def pack(
     group = group or ""
     size = _check_arguments(schema, spacing, shape)
     cores = workers or available_cores()
-    table = read_table(source, schema, group, split_column, entities, rename)
+    key = read_key(pseudonymise) if pseudonymise else b""
+    table = read_table(source, schema, group, split_column, entities, rename, files_root or None)
+    if key:
+        table = pseudonymised(table, key)
     if not table.rows:
         raise DataError(f"{source}: the table has no rows")
     allowed = _allowed_rejects(max_rejects, len(table.rows))
@@ -159,6 +167,8 @@ def pack(
     }
     if keep_suspect:
         arguments["keep_suspect"] = True
+    if key:
+        arguments["pseudonyms"] = fingerprint(key)
     arguments |= {name: dict(pairs) for name, pairs in (("entities", entities), ("rename", rename)) if pairs}
     if split_column:
         arguments |= {"fractions": [], "split_column": split_column}

@@ -3,12 +3,16 @@
 import functools
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
+
+from shards.errors import IntegrityError
+from shards.inside import inside
+from shards.pieces import crc32c
 
 OPEN_FILES = 128  # of one reader; far fewer than the usual limit of a process, 1024
 
@@ -58,6 +62,13 @@ class _Descriptor:
             os.close(self.number)
 
 
+def _open(folder: Path, path: str) -> _Descriptor:
+    try:
+        return _Descriptor(inside(folder, path))
+    except ValueError as error:
+        raise IntegrityError(f"{folder}: file {path!r} {error}") from None
+
+
 class StoredFiles:
     """Reads pieces of the files of a folder. Thread-safe; the latest files stay open.
 
@@ -67,7 +78,7 @@ class StoredFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open = functools.lru_cache(OPEN_FILES)(lambda path: _Descriptor(folder / path))
+        self._open = functools.lru_cache(OPEN_FILES)(functools.partial(_open, folder))
 
     def read(self, path: str, offset: int, size: int) -> bytes:
         """At most ``size`` bytes from ``offset`` on; fewer where the file ends.
@@ -93,8 +104,10 @@ class StoredFiles:
             done += count
         return done
 
-    def read_checked(self, path: str, offset: int, target: NDArray[Any], crc: int) -> None:
-        """Fill a contiguous array with the bytes from ``offset`` on, of which the CRC-32C is known.
+    def read_checked(
+        self, path: str, offset: int, target: NDArray[Any], crc: int, checksum: Callable[[Any], int] = crc32c
+    ) -> None:
+        """Fill a contiguous array with the bytes from ``offset`` on, of which the checksum is known.
 
         Raises:
             OSError: the file cannot be read.
@@ -102,13 +115,8 @@ class StoredFiles:
         """
         if self.read_into(path, offset, target) < target.nbytes:
             raise ValueError(f"{path} ends within it")
-        if not self.matches(target, crc):
+        if checksum(target) != crc:
             raise ValueError("checksum")
-
-    @staticmethod
-    def matches(stored: NDArray[Any], crc: int) -> bool:
-        """Whether a contiguous array has this CRC-32C."""
-        return int(google_crc32c.value(stored)) == crc
 
     def size(self, path: str) -> int:
         """Bytes of a file.

@@ -5,11 +5,10 @@ volume. Time, owner and mode of the members are fixed, so equal content gives eq
 multiples of 512 bytes.
 """
 
-import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ from numpy.typing import NDArray
 
 from shards.errors import DataError, IntegrityError
 from shards.index import Index
+from shards.pieces import Piece
 from shards.record_table import Place
+from shards.records import Record
 from shards.schema import Value
 from shards.stored_files import HashedFile, StoredFiles
 
@@ -148,31 +149,33 @@ class TarReader:
             ) from error
         return array
 
-    def damaged_members(self, file: str) -> Iterator[str]:
-        """The members of a shard whose header, content or padding differs from what was written."""
-        if not file.startswith(f"{FOLDER}/"):
-            return
-        raw = memoryview((self.folder / file).read_bytes())
-        at = 0
-        for record in (r for r in self.index.records if r.shard == file):
-            values = _json(record.key, record.subject, record.values, record.affines)
-            members = [(f"{record.key}.json", values, hashlib.sha256(b"").hexdigest(), 0)]
-            for variable, checksum in record.checksums.items():
-                spec = self.index.arrays[variable]
-                dtype = np.dtype(spec["dtype"])
-                head = _npy_header(tuple(spec["shape"]), dtype)
-                size = int(np.prod(spec["shape"])) * dtype.itemsize
-                members.append((f"{record.key}.{variable}.npy", head, checksum, size))
-            for name, known, checksum, size in members:
-                before = _header(name, len(known) + size) + known
-                start, end = at + len(before), at + len(before) + size
-                after = _padding(len(known) + size)
-                at = end + len(after)
-                if (
-                    raw[start - len(before) : start] != before
-                    or hashlib.sha256(raw[start:end]).hexdigest() != checksum
-                    or raw[end:at] != after
-                ):
-                    yield name
-        if raw[at:] != _end(at):
-            yield "end of archive"
+
+def layout(records: Iterable[Record], arrays: Mapping[str, Mapping[str, Any]]) -> Iterator[Piece]:
+    """The pieces of a tar file.
+
+    Args:
+        records: that it holds, in order.
+        arrays: volume variable -> {shape, dtype} of one record's array.
+    """
+    at = 0
+
+    def piece(name: str, size: int, **known: Any) -> Piece:
+        nonlocal at
+        at += size
+        return Piece(at - size, size, name, **known)
+
+    for record in records:
+        content = _json(record.key, record.subject, record.values, record.affines)
+        name = f"{record.key}.json"
+        content = _header(name, len(content)) + content + _padding(len(content))
+        yield piece(name, len(content), fixed=content)
+        for variable in record.checksums:
+            name = f"{record.key}.{variable}.npy"
+            shape, dtype = tuple(arrays[variable]["shape"]), np.dtype(arrays[variable]["dtype"])
+            head, size = _npy_header(shape, dtype), int(np.prod(shape)) * dtype.itemsize
+            before, after = _header(name, len(head) + size) + head, _padding(len(head) + size)
+            yield piece(name, len(before), fixed=before)
+            known: dict[str, Any] = {"key": record.key, "variable": variable, "sha256": record.checksums[variable]}
+            yield piece(name, size, crc=record.crcs.get(variable), **known)
+            yield piece(name, len(after), fixed=after)
+    yield piece("end of archive", len(_end(at)), fixed=_end(at))

@@ -7,7 +7,7 @@ empty place, and a missing volume, have no chunk. In version 1 a record is one f
 
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from shards.errors import IntegrityError
-from shards.frames import CRC, codecs, decode, decode_checked, encode, planes_per_frame
-from shards.index import Index, array_checksum
-from shards.record_table import Place, Records
+from shards.frames import CRC, checksum, codecs, decode, decode_checked, encode, frame_sizes, planes_per_frame
+from shards.index import Index
+from shards.pieces import Piece, crc32c
+from shards.record_table import Place
+from shards.records import Record
 from shards.schema import Value
 from shards.stored_files import HashedFile, StoredFiles
 
@@ -74,6 +76,15 @@ def metadata(arrays: Mapping[str, Mapping[str, Any]], places: int, per_shard: in
     return {path: json.dumps(content, indent=2).encode() + b"\n" for path, content in found.items()}
 
 
+def stored_checksum(stored: Any) -> int:
+    """The checksum that the index has of a record's chunks: see :func:`shards.frames.checksum`; of version 1, CRC-32C.
+
+    Raises:
+        ValueError: damaged chunks.
+    """
+    return crc32c(stored) if bytes(stored[: len(ZSTANDARD)]) == ZSTANDARD else checksum(stored)
+
+
 class ZarrShard:
     """Writes one shard of each array.
 
@@ -115,7 +126,7 @@ class ZarrShard:
             offset = self._files[variable].write(stored)
             sizes = [len(frame) for frame in frames]
             self._tables[variable][slot] = np.stack([offset + np.cumsum([0, *sizes[:-1]]), sizes], axis=1)
-            places[variable] = (offset, len(stored), int(google_crc32c.value(stored)))
+            places[variable] = (offset, len(stored), checksum(stored))
         return places
 
     def close(self) -> dict[str, dict[str, Any]]:
@@ -154,7 +165,7 @@ class ZarrReader:
                 return self._read_by_table(variable, place)
             path = self._path(variable, place.slot)
             stored = np.empty(place.size, np.uint8)
-            self._files.read_checked(path, place.offset, stored, place.crc)
+            self._files.read_checked(path, place.offset, stored, place.crc, stored_checksum)
             if stored[: len(ZSTANDARD)].tobytes() == ZSTANDARD:
                 return self._decompress(stored, variable)
             array: NDArray[Any] = np.empty(*self._specs[variable])
@@ -245,25 +256,38 @@ class ZarrReader:
             raise ValueError(f"the table of {path} is damaged")
         return np.frombuffer(raw, "<u8", 2 * chunks).reshape(-1, 2)
 
-    def damaged_members(self, file: str) -> Iterator[str]:
-        """The records whose arrays in a shard are damaged; none for metadata."""
-        variable, _, chunk = file.removeprefix(f"{FOLDER}/").partition("/c/")
-        if not chunk:
-            return
-        records = self.index.records
-        assert isinstance(records, Records)
-        for row, record in enumerate(records):
-            place = records.place(row, variable)
-            if place is None:
-                continue
-            try:
-                if self._path(variable, place.slot) != file:
-                    continue
-            except (OSError, ValueError, KeyError, TypeError):
-                return  # version 1, and its metadata are damaged too: they are reported as a file of their own
-            try:
-                intact = array_checksum(self.read(record.key, variable, place)) == record.checksums[variable]
-            except IntegrityError:
-                intact = False
-            if not intact:
-                yield f"{record.key} {variable}"
+
+def layout(records: Iterable[Record], variable: str, size: int) -> Iterator[Piece]:
+    """The pieces of a shard file.
+
+    Args:
+        records: with a volume in the file.
+        variable: the array's name.
+        size: bytes of the file.
+    """
+    found = sorted((r.offsets[variable], r.sizes[variable], r) for r in records if r.sizes.get(variable))
+    at = 0
+    for offset, length, record in found:
+        if offset > at:
+            yield Piece(at, offset - at, "")
+        name = f"{record.key} {variable}"
+        yield Piece(
+            offset, length, name, crc=record.crcs[variable], checksum=stored_checksum, key=record.key, variable=variable
+        )
+        at = offset + length
+    yield Piece(at, size - at, "table of chunks", sealed=True)
+
+
+def chunk_table(stored: Mapping[int, tuple[int, bytes]], per_shard: int, size: int) -> bytes:
+    """The table of a shard's chunks with its CRC-32C.
+
+    Args:
+        stored: place in the shard -> offset and bytes of its record.
+        per_shard: places per shard.
+        size: bytes of the table and its CRC-32C.
+    """
+    table = np.full((per_shard, (size - CRC.size) // (16 * per_shard), 2), EMPTY, "<u8")
+    for slot, (offset, raw) in stored.items():
+        sizes = [len(raw)] if raw.startswith(ZSTANDARD) else frame_sizes(raw)
+        table[slot] = np.stack([offset + np.cumsum([0, *sizes[:-1]]), sizes], axis=1)
+    return table.tobytes() + CRC.pack(google_crc32c.value(table.tobytes()))
