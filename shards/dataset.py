@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from shards.errors import DataError, IntegrityError, nearest
 from shards.index import PARTS, Index, array_checksum
-from shards.record_table import Assignment, Keys, Records
+from shards.record_table import Assignment, Keys, Place, Records
 from shards.records import Record
 from shards.schema import Value
 from shards.tar_shards import TarReader
@@ -92,15 +92,34 @@ class Dataset:
             LookupError: no such record, or a record without that volume.
             IntegrityError: the stored bytes differ from those written; names the record and the volume.
         """
-        row = self._row(key)
-        place = self._records.place(row, variable)
-        if place is None:
-            raise LookupError(f"{self.folder}: {key} has no {variable}")
+        place = self._place(key, variable)
         array = self._reader.read(key, variable, place)
-        if not place.size and array_checksum(array) != self._records[row].checksums[variable]:
-            raise IntegrityError(f"{self.folder}: {key} {variable} is damaged (checksum); see `shards verify`")
+        if not place.size:
+            self._compare(key, variable, array)
         array.setflags(write=False)
         return array
+
+    def _place(self, key: str, variable: str) -> Place:
+        place = self._records.place(self._row(key), variable)
+        if place is None:
+            raise LookupError(f"{self.folder}: {key} has no {variable}")
+        return place
+
+    def _compare(self, key: str, variable: str, array: NDArray[Any]) -> None:
+        if array_checksum(array) != self.record(key).checksums[variable]:
+            raise IntegrityError(f"{self.folder}: {key} {variable} is damaged (checksum); see `shards verify`")
+
+    def locate(self, key: str, variable: str) -> Place:
+        """Where a volume of a data set of version 1 is stored, with the size and CRC-32C that its index lacks.
+
+        The volume is read and compared with its SHA-256.
+
+        Raises:
+            LookupError, IntegrityError: as :meth:`read`.
+        """
+        array, place = self._reader.locate(key, variable, self._place(key, variable))
+        self._compare(key, variable, array)
+        return place
 
     def damaged_members(self, file: str) -> list[str]:
         """The damaged members of one file of the data set."""

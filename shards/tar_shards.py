@@ -147,6 +147,15 @@ class TarReader:
             raise IntegrityError(f"{self.folder}: {key} {variable} is damaged (checksum); see `shards verify`")
         return array
 
+    def locate(self, key: str, variable: str, place: Place) -> tuple[NDArray[Any], Place]:
+        """A volume of a data set of version 1, unchecked, and its place with size and CRC-32C.
+
+        Raises:
+            IntegrityError: as :meth:`read`.
+        """
+        array = self.read(key, variable, place)
+        return array, place._replace(size=array.nbytes, crc=int(google_crc32c.value(array)))
+
     def damaged_members(self, file: str) -> Iterator[str]:
         """The members of a shard whose header, content or padding differs from what was written."""
         if not file.startswith(f"{FOLDER}/"):

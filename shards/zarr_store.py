@@ -27,6 +27,7 @@ METADATA = "zarr.json"
 LEVEL = 3  # Zstandard's default
 EMPTY = 2**64 - 1  # offset and size of a chunk that is not there
 CRC = struct.Struct("<I")
+DAMAGES = (OSError, ValueError, RuntimeError, KeyError, TypeError)  # of files, metadata and codecs
 
 
 def shard_path(variable: str, number: int, axes: int) -> str:
@@ -159,9 +160,9 @@ class ZarrReader:
         Raises:
             IntegrityError: the shard is missing, too short or damaged.
         """
+        if not place.size:
+            return self.locate(key, variable, place)[0]
         try:
-            if not place.size:
-                return self._read_by_table(variable, place)
             path = self._path(variable, place.slot)
             frame = self._files.read(path, place.offset, place.size)
             if len(frame) < place.size:
@@ -169,10 +170,28 @@ class ZarrReader:
             if google_crc32c.value(frame) != place.crc:
                 raise ValueError("checksum")
             return self._decode(frame, variable)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise IntegrityError(
-                f"{self.folder}: {key} {variable} is damaged or missing ({error}); see `shards verify`"
-            ) from error
+        except DAMAGES as error:
+            raise _damaged(self.folder, key, variable, error) from error
+
+    def locate(self, key: str, variable: str, place: Place) -> tuple[NDArray[Any], Place]:
+        """A volume of which the index knows the slot alone, as in data sets of version 1, and where its frame is.
+
+        Returns:
+            The array, unchecked; the place, with a size of zero for a volume without a chunk.
+
+        Raises:
+            IntegrityError: metadata or shard that are missing or damaged.
+        """
+        try:
+            chunk = self._chunk(variable, place.slot)
+            if chunk is None:  # zarr-python leaves out chunks of zeros
+                return np.zeros(*self._specs[variable]), place
+            offset, size = chunk
+            frame = self._files.read(self._path(variable, place.slot), offset, size)
+            array = self._decode(frame, variable)
+        except DAMAGES as error:
+            raise _damaged(self.folder, key, variable, error) from error
+        return array, place._replace(offset=offset, size=size, crc=int(google_crc32c.value(frame)))
 
     def per_shard(self, variable: str) -> int:
         """Places per shard; data sets of version 1 have it in their metadata alone."""
@@ -189,28 +208,17 @@ class ZarrReader:
         self._codec.decode(frame, out=array)
         return array
 
-    def _read_by_table(self, variable: str, place: Place) -> NDArray[Any]:
-        """A volume of which the index knows the row alone, as in data sets of version 1."""
-        chunk = self.chunk(variable, place)
-        if chunk is None:
-            return np.zeros(*self._specs[variable])  # zarr-python leaves out chunks of zeros
-        path, offset, size = chunk
-        return self._decode(self._files.read(path, offset, size), variable)
-
-    def chunk(self, variable: str, place: Place) -> tuple[str, int, int] | None:
-        """Path, offset and size of a chunk by the table of its shard; None for a chunk that is not there.
-
-        Raises:
-            OSError, ValueError: metadata, shard or table that cannot be read.
-        """
-        per_shard = self.per_shard(variable)
-        path, slot = self._path(variable, place.slot), place.slot % per_shard
+    def _chunk(self, variable: str, slot: int) -> tuple[int, int] | None:
+        """Offset and size of a chunk by the table of its shard; None for a chunk that is not there."""
+        path, per_shard = self._path(variable, slot), self.per_shard(variable)
+        if path not in self.index.files:
+            return None  # nor shards of zeros
         length = 16 * per_shard
         raw = self._files.read(path, self._files.size(path) - length - CRC.size, length + CRC.size)
         if len(raw) < length + CRC.size or google_crc32c.value(raw[:length]) != CRC.unpack(raw[length:])[0]:
             raise ValueError(f"the table of {path} is damaged")
-        offset, size = (int(n) for n in np.frombuffer(raw, "<u8", 2, 16 * slot))
-        return None if offset == EMPTY else (path, offset, size)
+        offset, size = (int(n) for n in np.frombuffer(raw, "<u8", 2, 16 * (slot % per_shard)))
+        return None if offset == EMPTY else (offset, size)
 
     def damaged_members(self, file: str) -> Iterator[str]:
         """The records whose arrays in a shard are damaged; none for metadata."""
@@ -226,7 +234,7 @@ class ZarrReader:
             try:
                 if self._path(variable, place.slot) != file:
                     continue
-            except (OSError, ValueError, KeyError, TypeError):
+            except DAMAGES:
                 return  # version 1, and its metadata are damaged too: they are reported as a file of their own
             try:
                 intact = array_checksum(self.read(record.key, variable, place)) == record.checksums[variable]
@@ -234,3 +242,7 @@ class ZarrReader:
                 intact = False
             if not intact:
                 yield f"{record.key} {variable}"
+
+
+def _damaged(folder: Path, key: str, variable: str, error: Exception) -> IntegrityError:
+    return IntegrityError(f"{folder}: {key} {variable} is damaged or missing ({error}); see `shards verify`")
