@@ -210,6 +210,9 @@ def make_parser() -> argparse.ArgumentParser:
     verify.add_argument("--files-root", metavar="FOLDER", help=FILES_ROOT)
     verify.add_argument("--pseudonymise", metavar="KEYFILE", help="the key that OUT was packed with")
 
+    upgrade = command("upgrade", "rewrite the index of a packed data set of an earlier version; volumes stay in place")
+    upgrade.add_argument("out", metavar="OUT", type=Path)
+
     inspect = command("inspect", "show the content of a packed data set")
     inspect.add_argument("out", metavar="OUT", type=Path)
     inspect.add_argument("--json", action="store_true", help="print JSON")
@@ -325,6 +328,13 @@ def _verify(args: argparse.Namespace) -> None:
     print(f"{args.out}: intact")
 
 
+def _upgrade(args: argparse.Namespace) -> None:
+    from shards.upgrade import upgrade
+
+    records = upgrade(args.out)
+    print(f"{args.out}: {records:,} records upgraded" if records else f"{args.out}: has the present version already")
+
+
 def _inspect(args: argparse.Namespace) -> None:
     from shards.index import Index
     from shards.summary import format_summary, summarize
@@ -339,6 +349,7 @@ COMMANDS = {
     "pack": _pack,
     "split": _split,
     "verify": _verify,
+    "upgrade": _upgrade,
     "inspect": _inspect,
 }
 

@@ -108,8 +108,8 @@ class Dataset:
         """As :meth:`read`, in the index's dtype; stored integers with a ``scale`` are to be multiplied by it."""
         place = self._place(key, variable)
         array = self._reader.read(key, variable, place)
-        if not place.size and array_checksum(array) != self.record(key).checksums[variable]:
-            raise IntegrityError(f"{self.folder}: {key} {variable} is damaged (checksum); see `shards verify`")
+        if not place.size:
+            self._compare(key, variable, array)
         array.setflags(write=False)
         return array
 
@@ -155,6 +155,22 @@ class Dataset:
         found = stored if scale is None else dequantize(stored, scale)
         found.setflags(write=False)
         return found
+
+    def _compare(self, key: str, variable: str, array: NDArray[Any]) -> None:
+        if array_checksum(array) != self.record(key).checksums[variable]:
+            raise IntegrityError(f"{self.folder}: {key} {variable} is damaged (checksum); see `shards verify`")
+
+    def locate(self, key: str, variable: str) -> Place:
+        """Where a volume of a data set of version 1 is stored, with the size and CRC-32C that its index lacks.
+
+        The volume is read and compared with its SHA-256.
+
+        Raises:
+            LookupError, IntegrityError: as :meth:`read`.
+        """
+        array, place = self._reader.locate(key, variable, self._place(key, variable))
+        self._compare(key, variable, array)
+        return place
 
 
 def open_dataset(folder: str | Path, cache: Cache | None = None) -> Dataset:

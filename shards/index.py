@@ -8,7 +8,7 @@ names together with their checksums (:mod:`shards.tables`). A new index replaces
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +105,9 @@ class Index:
             raise DataError(nearest(name, self.splits, "split"))
         return self.splits[name]
 
-    def with_splits(self, splits: Mapping[str, Split]) -> "Index":
-        """The same data with other splits."""
-        index = Index(**{f.name: getattr(self, f.name) for f in fields(self) if f.init} | {"splits": dict(splits)})
+    def of_equal_data(self, **changes: Any) -> "Index":
+        """An index of the same data with other splits, places or provenance; its digest stays as it is known."""
+        index = replace(self, **changes)
         object.__setattr__(index, "_digest", self._digest)
         return index
 

@@ -224,5 +224,5 @@ def record_split(
             raise DataError(
                 f"{folder} already has another split named {key!r}, which results may depend on; choose another --name"
             )
-    index.with_splits({**index.splits, **drawn}).save(folder)
+    index.of_equal_data(splits={**index.splits, **drawn}).save(folder)
     return list(drawn)

@@ -12,13 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError, IntegrityError
 from shards.index import Index
-from shards.pieces import Piece
+from shards.pieces import Piece, crc32c
 from shards.record_table import Place
 from shards.records import Record
 from shards.schema import Value
@@ -100,7 +99,7 @@ class TarShard:
         places = {}
         for variable, array in arrays.items():
             offset = self._member(f"{key}.{variable}.npy", _npy_header(array.shape, array.dtype), array)
-            places[variable] = (offset, array.nbytes, int(google_crc32c.value(array)))
+            places[variable] = (offset, array.nbytes, crc32c(array))
         return places
 
     def _member(self, name: str, head: bytes, array: NDArray[Any] | None = None) -> int:
@@ -148,6 +147,15 @@ class TarReader:
                 f"{self.folder}: {key} {variable} is damaged or missing ({error}); see `shards verify`"
             ) from error
         return array
+
+    def locate(self, key: str, variable: str, place: Place) -> tuple[NDArray[Any], Place]:
+        """A volume of a data set of version 1, unchecked, and its place with size and CRC-32C.
+
+        Raises:
+            IntegrityError: as :meth:`read`.
+        """
+        array = self.read(key, variable, place)
+        return array, place._replace(size=array.nbytes, crc=crc32c(array))
 
 
 def layout(records: Iterable[Record], arrays: Mapping[str, Mapping[str, Any]]) -> Iterator[Piece]:

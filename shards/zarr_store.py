@@ -29,6 +29,7 @@ FOLDER = "data.zarr"
 METADATA = "zarr.json"
 ZSTANDARD = b"\x28\xb5\x2f\xfd"  # begins each of its frames; no Blosc frame begins so
 EMPTY = 2**64 - 1  # offset and size of a chunk that is not there
+DAMAGES = (OSError, ValueError, RuntimeError, KeyError, TypeError, struct.error)  # of files, metadata and codecs
 
 
 def shard_path(variable: str, number: int, axes: int) -> str:
@@ -160,9 +161,9 @@ class ZarrReader:
         Raises:
             IntegrityError: the shard is missing, too short or damaged.
         """
+        if not place.size:
+            return self.locate(key, variable, place)[0]
         try:
-            if not place.size:
-                return self._read_by_table(variable, place)
             path = self._path(variable, place.slot)
             stored = np.empty(place.size, np.uint8)
             self._files.read_checked(path, place.offset, stored, place.crc, stored_checksum)
@@ -171,10 +172,28 @@ class ZarrReader:
             array: NDArray[Any] = np.empty(*self._specs[variable])
             decode(stored, array)
             return array
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise IntegrityError(
-                f"{self.folder}: {key} {variable} is damaged or missing ({error}); see `shards verify`"
-            ) from error
+        except DAMAGES as error:
+            raise _damaged(self.folder, key, variable, error) from error
+
+    def locate(self, key: str, variable: str, place: Place) -> tuple[NDArray[Any], Place]:
+        """A volume of which the index knows the slot alone, as in data sets of version 1, and where its frame is.
+
+        Returns:
+            The array, unchecked; the place, with a size of zero for a volume without a chunk.
+
+        Raises:
+            IntegrityError: metadata or shard that are missing or damaged.
+        """
+        try:
+            chunk = self._chunk(variable, place.slot)
+            if chunk is None:  # zarr-python leaves out chunks of zeros
+                return np.zeros(*self._specs[variable]), place
+            offset, size = chunk
+            frame = self._files.read(self._path(variable, place.slot), offset, size)
+            array = self._decompress(frame, variable)
+        except DAMAGES as error:
+            raise _damaged(self.folder, key, variable, error) from error
+        return array, place._replace(offset=offset, size=size, crc=crc32c(frame))
 
     def read_box(
         self, key: str, variable: str, place: Place, start: Sequence[int], shape: Sequence[int]
@@ -198,10 +217,8 @@ class ZarrReader:
             found: NDArray[Any] = np.empty((end - first, planes, *dims[1:]), dtype)
             for part, (offset, size) in zip(found, rows.astype(int).tolist()):
                 decode_checked(stored[offset - low : offset - low + size], part)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, struct.error) as error:
-            raise IntegrityError(
-                f"{self.folder}: {key} {variable} is damaged or missing ({error}); see `shards verify`"
-            ) from error
+        except DAMAGES as error:
+            raise _damaged(self.folder, key, variable, error) from error
         start = (start[0] - first * planes, *start[1:])
         box = tuple(slice(a, a + n) for a, n in zip(start, shape))
         return np.ascontiguousarray(found.reshape(-1, *dims[1:])[box])
@@ -229,24 +246,13 @@ class ZarrReader:
         Zstd().decode(frame, out=array)
         return array
 
-    def _read_by_table(self, variable: str, place: Place) -> NDArray[Any]:
-        """A volume of which the index knows the row alone, as in data sets of version 1."""
-        chunk = self.chunk(variable, place)
-        if chunk is None:
-            return np.zeros(*self._specs[variable])  # zarr-python leaves out chunks of zeros
-        path, offset, size = chunk
-        return self._decompress(self._files.read(path, offset, size), variable)
-
-    def chunk(self, variable: str, place: Place) -> tuple[str, int, int] | None:
-        """Path, offset and size of a chunk by the table of its shard; None for a chunk that is not there.
-
-        Raises:
-            OSError, ValueError: metadata, shard or table that cannot be read.
-        """
-        per_shard = self.per_shard(variable)
-        path, slot = self._path(variable, place.slot), place.slot % per_shard
-        offset, size = (int(n) for n in self._table(path, per_shard)[slot])
-        return None if offset == EMPTY else (path, offset, size)
+    def _chunk(self, variable: str, slot: int) -> tuple[int, int] | None:
+        """Offset and size of a chunk by the table of its shard; None for a chunk that is not there."""
+        path, per_shard = self._path(variable, slot), self.per_shard(variable)
+        if path not in self.index.files:
+            return None  # nor shards of zeros
+        offset, size = (int(n) for n in self._table(path, per_shard)[slot % per_shard])
+        return None if offset == EMPTY else (offset, size)
 
     def _table(self, path: str, chunks: int) -> NDArray[np.uint64]:
         """(chunks, 2), offset and size of each chunk of a shard, checked."""
@@ -265,9 +271,10 @@ def layout(records: Iterable[Record], variable: str, size: int) -> Iterator[Piec
         variable: the array's name.
         size: bytes of the file.
     """
-    found = sorted((r.offsets[variable], r.sizes[variable], r) for r in records if r.sizes.get(variable))
+    found = sorted((r for r in records if r.sizes.get(variable)), key=lambda r: r.offsets[variable])
     at = 0
-    for offset, length, record in found:
+    for record in found:
+        offset, length = record.offsets[variable], record.sizes[variable]
         if offset > at:
             yield Piece(at, offset - at, "")
         name = f"{record.key} {variable}"
@@ -291,3 +298,7 @@ def chunk_table(stored: Mapping[int, tuple[int, bytes]], per_shard: int, size: i
         sizes = [len(raw)] if raw.startswith(ZSTANDARD) else frame_sizes(raw)
         table[slot] = np.stack([offset + np.cumsum([0, *sizes[:-1]]), sizes], axis=1)
     return table.tobytes() + CRC.pack(google_crc32c.value(table.tobytes()))
+
+
+def _damaged(folder: Path, key: str, variable: str, error: Exception) -> IntegrityError:
+    return IntegrityError(f"{folder}: {key} {variable} is damaged or missing ({error}); see `shards verify`")

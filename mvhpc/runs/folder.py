@@ -62,7 +62,7 @@ def identity(path: str | Path, split: str = "default") -> str:
         index = Index.load(path)
         if split == ANY_SPLIT:
             return fingerprint(
-                index.digest, {name: dict(recorded.assignment) for name, recorded in index.splits.items()}
+                index.digest, {name: dict(recorded.assignment.items()) for name, recorded in index.splits.items()}
             )
         recorded = index.splits.get(split)
         return fingerprint(index.digest, dict(recorded.assignment.items()) if recorded else {})
