@@ -26,6 +26,7 @@ from shards.stored_files import HashedFile, StoredFiles
 FOLDER = "data.zarr"
 METADATA = "zarr.json"
 ZSTANDARD = b"\x28\xb5\x2f\xfd"  # begins each of its frames; no Blosc frame begins so
+DAMAGES = (OSError, ValueError, RuntimeError, LookupError, TypeError, ArithmeticError, struct.error)  # of bytes read
 EMPTY = 2**64 - 1  # offset and size of a chunk that is not there
 
 
@@ -143,7 +144,7 @@ class ZarrReader:
         self._per_shard: dict[str, int] = {}
         self._chunks: dict[str, int] = {}
 
-    def read(self, key: str, variable: str, place: Place) -> NDArray[Any]:
+    def read(self, key: str, variable: str, place: Place, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """The array of ``variable``, (*arrays[variable].shape), checked where its CRC-32C is known.
 
         Raises:
@@ -157,13 +158,11 @@ class ZarrReader:
             self._files.read_checked(path, place.offset, stored, place.crc)
             if stored[: len(ZSTANDARD)].tobytes() == ZSTANDARD:
                 return self._decompress(stored, variable)
-            array: NDArray[Any] = np.empty(*self._specs[variable])
+            array: NDArray[Any] = np.empty(*self._specs[variable]) if out is None else out
             decode(stored, array)
             return array
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise IntegrityError(
-                f"{self.folder}: {key} {variable} is damaged or missing ({error}); see `shards verify`"
-            ) from error
+        except DAMAGES as error:
+            raise _damaged(self.folder, key, variable, error) from error
 
     def read_box(
         self, key: str, variable: str, place: Place, start: Sequence[int], shape: Sequence[int]
@@ -187,10 +186,8 @@ class ZarrReader:
             found: NDArray[Any] = np.empty((end - first, planes, *dims[1:]), dtype)
             for part, (offset, size) in zip(found, rows.astype(int).tolist()):
                 decode_checked(stored[offset - low : offset - low + size], part)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, struct.error) as error:
-            raise IntegrityError(
-                f"{self.folder}: {key} {variable} is damaged or missing ({error}); see `shards verify`"
-            ) from error
+        except DAMAGES as error:
+            raise _damaged(self.folder, key, variable, error) from error
         start = (start[0] - first * planes, *start[1:])
         box = tuple(slice(a, a + n) for a, n in zip(start, shape))
         return np.ascontiguousarray(found.reshape(-1, *dims[1:])[box])
@@ -259,7 +256,7 @@ class ZarrReader:
             try:
                 if self._path(variable, place.slot) != file:
                     continue
-            except (OSError, ValueError, KeyError, TypeError):
+            except DAMAGES:
                 return  # version 1, and its metadata are damaged too: they are reported as a file of their own
             try:
                 intact = array_checksum(self.read(record.key, variable, place)) == record.checksums[variable]
@@ -267,3 +264,7 @@ class ZarrReader:
                 intact = False
             if not intact:
                 yield f"{record.key} {variable}"
+
+
+def _damaged(folder: Path, key: str, variable: str, error: Exception) -> IntegrityError:
+    return IntegrityError(f"{folder}: {key} {variable} is damaged or missing ({error}); see `shards verify`")
