@@ -43,7 +43,8 @@ def scans(folder: Path) -> list[Path]:
 def volume(path: Path, spacing: float, folder: Path) -> NDArray[np.float32]:
     """A scan's canonical volume before it is rounded to a number format: float32 in [0, 1]."""
     derivative = read_derivative(folder)
-    space = replace(derivative[1], maps=()) if derivative else None
+    space = derivative[1] if derivative else None
+    space = space and replace(space, maps=())
     return canonical(path, spacing, SHAPES[spacing], space, dtype="float32").voxels
 
 
