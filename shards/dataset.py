@@ -91,26 +91,40 @@ class Dataset:
         """Whether the record has that volume."""
         return self._records.place(self._row(key), variable) is not None
 
-    def read(self, key: str, variable: str) -> NDArray[Any]:
+    def read(self, key: str, variable: str, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """One volume, its checksum verified.
 
+        Args:
+            key, variable: of the volume.
+            out: array to fill, such as a part of a batch: C-contiguous, of the shape and type that is returned. What it
+                holds after an error is undefined.
+
         Returns:
-            Read-only array of the index's shape. Volumes: float16 (H, W, D) in [0, 1], RAS. Tissue maps, ``VOLUME_GM``
-            and others: uint8, 255 times the probability.
+            ``out``, or a read-only array of the index's shape. Volumes: float16 (H, W, D) in [0, 1], RAS. Tissue maps,
+            ``VOLUME_GM`` and others: uint8, 255 times the probability.
 
         Raises:
             LookupError: no such record, or a record without that volume.
             IntegrityError: the stored bytes differ from those written; names the record and the volume.
+            ValueError: an ``out`` that does not fit.
         """
-        return self._decode(self.read_stored(key, variable), variable)
+        if self.index.arrays.get(variable, {}).get("scale") is None:
+            return self.read_stored(key, variable, out)
+        return self._decode(self.read_stored(key, variable), variable, out)
 
-    def read_stored(self, key: str, variable: str) -> NDArray[Any]:
+    def read_stored(self, key: str, variable: str, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """As :meth:`read`, in the index's dtype; stored integers with a ``scale`` are to be multiplied by it."""
-        place = self._place(key, variable)
-        array = self._reader.read(key, variable, place)
+        place, spec = self._place(key, variable), self.index.arrays[variable]
+        if out is not None:
+            _check_fit(out, spec["shape"], spec["dtype"])
+        array = self._reader.read(key, variable, place, out)
         if not place.size:
             self._compare(key, variable, array)
-        array.setflags(write=False)
+        if out is None:
+            array.setflags(write=False)
+        elif array is not out:  # of version 1
+            out[...] = array
+            return out
         return array
 
     def read_box(self, key: str, variable: str, start: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
@@ -149,11 +163,14 @@ class Dataset:
             raise LookupError(f"{self.folder}: {key} has no {variable}")
         return place
 
-    def _decode(self, stored: NDArray[Any], variable: str) -> NDArray[Any]:
-        """What stored numbers stand for, read-only."""
+    def _decode(self, stored: NDArray[Any], variable: str, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """What stored numbers stand for."""
         scale = self.index.arrays[variable].get("scale")
-        found = stored if scale is None else dequantize(stored, scale)
-        found.setflags(write=False)
+        if out is not None:
+            _check_fit(out, stored.shape, np.float16)
+        found = stored if scale is None else dequantize(stored, scale, out)
+        if out is None:
+            found.setflags(write=False)
         return found
 
     def _compare(self, key: str, variable: str, array: NDArray[Any]) -> None:
@@ -171,6 +188,11 @@ class Dataset:
         array, place = self._reader.locate(key, variable, self._place(key, variable))
         self._compare(key, variable, array)
         return place
+
+
+def _check_fit(out: NDArray[Any], shape: Sequence[int], dtype: Any) -> None:
+    if out.shape != tuple(shape) or out.dtype != np.dtype(dtype) or not out.flags.c_contiguous:
+        raise ValueError(f"out: {out.dtype} {out.shape}, expected contiguous {np.dtype(dtype)} {tuple(shape)}")
 
 
 def open_dataset(folder: str | Path, cache: Cache | None = None) -> Dataset:

@@ -30,14 +30,15 @@ def quantize(volume: NDArray[np.floating[Any]], dtype: str) -> NDArray[Any]:
     return volume.astype(np.dtype(dtype).newbyteorder("<"))
 
 
-def dequantize(stored: NDArray[Any], scale: float) -> NDArray[np.float16]:
+def dequantize(stored: NDArray[Any], scale: float, out: NDArray[np.float16] | None = None) -> NDArray[np.float16]:
     """``stored`` times ``scale``, rounded once to float16.
 
     Args:
         stored: uint8 or uint16, contiguous.
         scale: of the array.
+        out: contiguous array of the same shape to fill, instead of a new one.
     """
-    found = np.empty(stored.shape, np.float16)
+    found = np.empty(stored.shape, np.float16) if out is None else out
     numbers, values = stored.reshape(-1), found.reshape(-1)
     if stored.itemsize == 1:  # two at a time, in half the time
         even = numbers.size // 2 * 2

@@ -130,13 +130,13 @@ class TarReader:
         self._files = files
         self._specs = {name: (tuple(a["shape"]), np.dtype(a["dtype"])) for name, a in index.arrays.items()}
 
-    def read(self, key: str, variable: str, place: Place) -> NDArray[Any]:
+    def read(self, key: str, variable: str, place: Place, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """The array of ``variable``, (*arrays[variable].shape), checked where its CRC-32C is known.
 
         Raises:
             IntegrityError: the file is missing, too short or damaged.
         """
-        array: NDArray[Any] = np.empty(*self._specs[variable])
+        array: NDArray[Any] = np.empty(*self._specs[variable]) if out is None else out
         try:
             if place.size:
                 self._files.read_checked(place.shard, place.offset, array, place.crc)

@@ -28,8 +28,8 @@ from shards.stored_files import HashedFile, StoredFiles
 FOLDER = "data.zarr"
 METADATA = "zarr.json"
 ZSTANDARD = b"\x28\xb5\x2f\xfd"  # begins each of its frames; no Blosc frame begins so
+DAMAGES = (OSError, ValueError, RuntimeError, LookupError, TypeError, ArithmeticError, struct.error)  # of bytes read
 EMPTY = 2**64 - 1  # offset and size of a chunk that is not there
-DAMAGES = (OSError, ValueError, RuntimeError, KeyError, TypeError, struct.error)  # of files, metadata and codecs
 
 
 def shard_path(variable: str, number: int, axes: int) -> str:
@@ -155,7 +155,7 @@ class ZarrReader:
         self._per_shard: dict[str, int] = {}
         self._chunks: dict[str, int] = {}
 
-    def read(self, key: str, variable: str, place: Place) -> NDArray[Any]:
+    def read(self, key: str, variable: str, place: Place, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """The array of ``variable``, (*arrays[variable].shape), checked where its CRC-32C is known.
 
         Raises:
@@ -169,7 +169,7 @@ class ZarrReader:
             self._files.read_checked(path, place.offset, stored, place.crc, stored_checksum)
             if stored[: len(ZSTANDARD)].tobytes() == ZSTANDARD:
                 return self._decompress(stored, variable)
-            array: NDArray[Any] = np.empty(*self._specs[variable])
+            array: NDArray[Any] = np.empty(*self._specs[variable]) if out is None else out
             decode(stored, array)
             return array
         except DAMAGES as error:

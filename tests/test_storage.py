@@ -110,6 +110,19 @@ def test_packing_in_whole_numbers_changes_voxels_by_half_a_step_and_nothing_else
         packed(source, tmp_path / "other", dtype="int16")
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("dtype", ["float16", "uint8"])
+def test_volumes_are_read_into_a_batch(tmp_path: Path, volumes: Volumes, storage: str, dtype: str) -> None:
+    dataset = write(tmp_path, storage, volumes, dtype)
+    batch = np.full((len(volumes), *SHAPE), np.nan, np.float16)
+    for part, key in zip(batch, volumes):
+        assert dataset.read(key, "scan", out=part) is part
+        np.testing.assert_array_equal(part, dataset.read(key, "scan"))
+    for wrong in (batch[0][1:], batch[0].astype(np.float32), np.empty(SHAPE[::-1], np.float16).T):
+        with pytest.raises(ValueError, match="out: "):
+            dataset.read("sub-0", "scan", out=wrong)
+
+
 # --- frames and crops ---------------------------------------------------------------------------------------------
 
 

@@ -39,6 +39,18 @@ def crop(dataset: Dataset, key: str, rng: np.random.Generator, edge: int) -> Non
     dataset.read_box(key, "image", [int(rng.integers(0, n - edge + 1)) for n in shape], [edge] * 3)
 
 
+def stacked(dataset: Dataset, keys: list[str]) -> None:
+    """Read a batch as separate volumes."""
+    np.stack([dataset.read(key, "image") for key in keys])
+
+
+def in_place(dataset: Dataset, keys: list[str]) -> None:
+    """Read a batch into its array."""
+    batch = np.empty((len(keys), *dataset.index.arrays["image"]["shape"]), np.float16)
+    for part, key in zip(batch, keys):
+        dataset.read(key, "image", out=part)
+
+
 def table(source: Path, spacing: float, count: int) -> str:
     """Milliseconds per volume or crop, medians, as Markdown."""
     found = scans(source)
@@ -62,6 +74,9 @@ def table(source: Path, spacing: float, count: int) -> str:
                     median(cpu_ms(way, source, key, rng)[0] for _ in range(ROUNDS) for key in keys)
                     for way, source in [*((way, data) for way in ways.values()), (ways["volume"], cached)]
                 ]
+                for way in (stacked, in_place):
+                    cells.append(median(cpu_ms(way, data, keys)[0] / len(keys) for _ in range(ROUNDS)))
                 rows.append([storage, dtype, *(f"{ms:.2f}" for ms in cells)])
     head = ["format", "stored as", *(f"{way}, ms" for way in ways), "volume from the cache, ms"]
+    head += ["volume of a batch, stacked, ms", "in place, ms"]
     return f"{' x '.join(map(str, SHAPES[spacing]))} voxels of {spacing:g} mm\n\n{markdown(head, rows)}\n"

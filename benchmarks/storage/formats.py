@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,6 +44,7 @@ def volume(path: Path, spacing: float, folder: Path) -> NDArray[np.float32]:
     """A scan's canonical volume before it is rounded to a number format: float32 in [0, 1]."""
     derivative = read_derivative(folder)
     space = derivative[1] if derivative else None
+    space = space and replace(space, maps=())
     return canonical(path, spacing, SHAPES[spacing], space, dtype="float32").voxels
 
 
