@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from shards.records import Record
 from shards.schema import Schema
-from shards.zarr_store import FOLDER, LEVEL, METADATA, metadata
+from shards.zarr_store import FOLDER, METADATA, metadata
 
+LEVEL = 3  # Zstandard's default
 AXES = {3: ("x", "y", "z"), 4: ("channel", "x", "y", "z")}
 
 
