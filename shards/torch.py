@@ -18,6 +18,7 @@ from shards.schema import Schema, Value
 from shards.streams import StreamedRecords
 
 Sample = dict[str, Any]
+MAP_SCALE = 1 / 255  # of tissue maps, which have no scale in the index
 
 
 class Position(NamedTuple):
@@ -196,7 +197,8 @@ def stream(
 def to_sample(dataset: Dataset, record: tuple[str, Mapping[str, NDArray[Any]]]) -> Sample:
     """(key, arrays) as a sample of :class:`Volumes`."""
     key, arrays = record
-    volumes = {name: to_tensor(array) for name, array in arrays.items()}
+    specs = dataset.index.arrays
+    volumes = {name: to_tensor(array, specs[name].get("scale", MAP_SCALE)) for name, array in arrays.items()}
     return {"key": key, **volumes, "values": numbers(dataset.index.schema, dataset.values(key))}
 
 
@@ -209,12 +211,11 @@ def chosen(dataset: Dataset, variables: Sequence[str] | None) -> list[str]:
     return names
 
 
-def to_tensor(array: NDArray[Any]) -> Tensor:
-    """float32, (1, H, W, D) of a volume, in memory of its own; uint8 is 255 times a probability."""
+def to_tensor(array: NDArray[Any], scale: float) -> Tensor:
+    """float32, (1, H, W, D) of a volume, in memory of its own; whole numbers are multiplied by ``scale``."""
     stored = torch.from_dlpack(array.reshape((1,) * (4 - array.ndim) + array.shape))  # also of read-only arrays
-    if stored.dtype == torch.uint8:
-        return torch.div(stored, 255)
-    return stored.to(torch.float32, copy=True)
+    values = stored.to(torch.float32, copy=True)
+    return values if stored.is_floating_point() else values.div_(1 / scale)
 
 
 def numbers(schema: Schema, values: Mapping[str, Value]) -> dict[str, Tensor]:
