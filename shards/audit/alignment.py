@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from scipy.linalg import polar
+from scipy.linalg import fractional_matrix_power, polar
 from scipy.spatial.transform import Rotation
 
 LEVELS_MM = (2.0, 4.0, 8.0)  # sizes of voxels: of details, of the last step, of the first ones
@@ -119,6 +119,24 @@ class Aligner:
         centre = (np.array(volume.shape) - 1) / 2
         offset = centre + affine.shift / self.sizes[level] - affine.matrix @ centre
         return np.asarray(ndimage.affine_transform(volume, affine.matrix, offset, order=1), np.float32)
+
+
+def centred(mean: Sequence[Array], spacing: float) -> list[Array]:
+    """A mean brain, moved so that its mirrored copy lies where it does itself.
+
+    Without that, all brains that are aligned to it differ from their mirrored copies in the same way.
+
+    Args:
+        mean: at each level.
+        spacing: of the volumes, mm.
+    """
+    aligner = Aligner(mean, spacing)
+    fit = aligner.fit([level[::-1] for level in mean])
+    between = np.eye(4)
+    between[:3, :3], between[:3, 3] = fit.matrix, fit.shift
+    half = np.real(fractional_matrix_power(between, -0.5))
+    move = Affine(half[:3, :3], half[:3, 3])
+    return [aligner.warp(level, n, move) for n, level in enumerate(mean)]
 
 
 def _solver(mean: Array, size: float) -> Array:

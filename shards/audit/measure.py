@@ -26,6 +26,7 @@ MEASURES = {  # name -> meaning
     "turned_degrees": "rotation against the mean brain",
     "brightness": "mean intensity of the brain",
     "contrast": "standard deviation of the brain's intensities, as a share of their mean",
+    "detail": "strength of the details, as a share of the mean intensity: noise raises it, blur lowers it",
     "histogram": "mean distance of the intensities from the median histogram",
 }
 
@@ -82,36 +83,39 @@ def measure(volume: Array, key: str, reference: Reference, height: int) -> Measu
     counts = np.histogram(brain, BINS, (0, 1))[0]
     brightness = float(brain.mean()) if brain.size else 0.0
     values = {
-        "mean_likeness": _correlation(aligned, mean),
-        "left_right": _correlation(aligned - aligned[::-1], mean - mean[::-1]),
-        "up_down": _correlation(stored, mean) - _correlation(stored[:, :, ::-1], mean),
-        "symmetry": _correlation(aligned, aligned[::-1]),
+        "mean_likeness": correlation(aligned, mean),
+        "left_right": correlation(aligned - aligned[::-1], mean - mean[::-1]),
+        "up_down": correlation(stored, mean) - correlation(stored[:, :, ::-1], mean),
+        "symmetry": correlation(aligned, aligned[::-1]),
         "turned_degrees": affine.degrees,
         "brightness": brightness,
         "contrast": float(brain.std() / brightness) if brightness else 0.0,
     }
-    return Measured(
-        values,
-        counts / max(1, counts.sum()),
-        _sketch(aligner.warp(levels[DETAILS], DETAILS, affine), aligner.mean[DETAILS]),
-        picture(volume, height),
-    )
+    aligned_details = details(aligner.warp(levels[DETAILS], DETAILS, affine), aligner.mean[DETAILS])
+    if brightness:
+        values["detail"] = float(aligned_details.std()) / brightness
+    shares = counts / max(1, counts.sum())
+    return Measured(values, shares, sketch(aligned_details), picture(volume, height))
 
 
-def _correlation(a: Array, b: Array) -> float:
-    """0 where one of them is constant."""
+def correlation(a: Array, b: Array) -> float:
+    """Of the voxels; 0 where one of them is constant."""
     a, b = a - a.mean(), b - b.mean()
     norm = float(np.sqrt(np.square(a).sum() * np.square(b).sum()))
     return float((a * b).sum()) / norm if norm else 0.0
 
 
-def _sketch(aligned: Array, mean: Array) -> NDArray[np.float16]:
-    """A count sketch (Charikar et al., 2002) of the details of a brain, that is what a smooth copy of it lacks.
+def details(aligned: Array, mean: Array) -> Array:
+    """What a smooth copy of an aligned brain lacks, inside the mean brain, (voxels,)."""
+    return (aligned - ndimage.gaussian_filter(aligned, 1.0))[mean > MASK * mean.max()]
+
+
+def sketch(details: Array) -> NDArray[np.float16]:
+    """A count sketch (Charikar et al., 2002).
 
     Each voxel is added to one of few numbers, with a random sign: products of sketches are those of the details on
     average, with an error of 1 / sqrt(SKETCH) for details of norm 1.
     """
-    details = (aligned - ndimage.gaussian_filter(aligned, 1.0))[mean > MASK * mean.max()]
     norm = float(np.sqrt(np.square(details).sum()))
     if not norm:
         return np.zeros(SKETCH, np.float16)

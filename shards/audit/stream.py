@@ -1,23 +1,23 @@
 """Measures all volumes of a data set, one record after another, by one or several processes."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from shards.audit.alignment import Affine, Aligner, Array, pyramid
-from shards.audit.measure import Measured, Reference, encode, measure
+from shards.audit.alignment import Affine, Aligner, Array, centred, pyramid
+from shards.audit.measure import MIDDLE, Measured, Reference, correlation, encode, measure
 from shards.dataset import Dataset, open_dataset
 from shards.errors import DataError
 from shards.processes import process_pool
 from shards.progress import progress
 
-SAMPLE = 100  # brains of which the mean brain is the mean
+SAMPLE = 100  # brains, evenly spread over the records, from which the mean brain is made
+KEPT = 0.75  # of them, the most alike
 BATCH = 8  # records of one job of a process
 NO_PICTURE = np.zeros((0, 0), np.uint8)
 
@@ -38,32 +38,45 @@ class Look:
 
 
 def mean_brains(dataset: Dataset, variables: Sequence[str]) -> dict[str, Reference]:
-    """The mean brain of each variable that has any volume.
-
-    It is the mean of up to :data:`SAMPLE` brains, evenly spread over the records and aligned to their first mean.
-    """
-    spacing = float(dataset.index.grid["spacing"])
+    """The mean brain of each variable that has any volume; see :func:`_mean_brain`."""
     references = {}
     for variable in variables:
         keys = [key for key in dataset.keys() if dataset.has(key, variable)]
-        keys = keys[:: -(-len(keys) // SAMPLE)] if keys else []
-        if not keys:
-            continue
-        first = Aligner(_mean(dataset, variable, keys, spacing), spacing)
-        found: dict[str, Affine] = {}
-        total: list[Array] = []
-        for key in progress(keys, f"mean {variable}", unit="volume"):
-            levels = pyramid(dataset.read(key, variable), spacing)
-            found[key] = first.fit(levels)
-            warped = [first.warp(volume, level, found[key]) for level, volume in enumerate(levels)]
-            total = [a + b for a, b in zip(total, warped)] if total else warped
-        references[variable] = Reference(Aligner([s / len(keys) for s in total], spacing), found, spacing)
+        if keys:
+            references[variable] = _mean_brain(dataset, variable, keys[:: -(-len(keys) // SAMPLE)])
     return references
 
 
-def _mean(dataset: Dataset, variable: str, keys: Sequence[str], spacing: float) -> list[Array]:
-    total: NDArray[np.float32] = sum(dataset.read(key, variable).astype(np.float32) for key in keys)
-    return pyramid(total / len(keys), spacing)
+def _mean_brain(dataset: Dataset, variable: str, keys: Sequence[str]) -> Reference:
+    """The mean of the brains that are most like their first, unaligned mean, so that faulty ones have no part in it."""
+    spacing = float(dataset.index.grid["spacing"])
+
+    def levels() -> Iterator[tuple[str, list[Array]]]:
+        for key in keys:
+            yield key, pyramid(dataset.read(key, variable), spacing)
+
+    first = Aligner(centred(_sum(found for _, found in levels()), spacing), spacing)
+    fits: dict[str, Affine] = {}
+    likeness: dict[str, float] = {}
+    for key, found in progress(levels(), f"mean {variable}", len(keys), "volume"):
+        fits[key] = first.fit(found)
+        likeness[key] = correlation(first.warp(found[MIDDLE], MIDDLE, fits[key]), first.mean[MIDDLE])
+    best = sorted(keys, key=lambda key: -likeness[key])[: max(1, round(KEPT * len(keys)))]
+    members = {key: fits[key] for key in keys if key in best}
+    total = _sum(
+        [first.warp(volume, level, members[key]) for level, volume in enumerate(found)]
+        for key, found in levels()
+        if key in members
+    )
+    return Reference(Aligner([volume / len(members) for volume in total], spacing), members, spacing)
+
+
+def _sum(brains: Iterable[list[Array]]) -> list[Array]:
+    """Of each level of the brains."""
+    total: list[Array] = []
+    for levels in brains:
+        total = [a + b for a, b in zip(total, levels)] if total else levels
+    return total
 
 
 def look(folder: Path, references: Mapping[str, Reference], height: int, workers: int) -> Iterator[Look]:
