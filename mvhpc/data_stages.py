@@ -78,6 +78,7 @@ class PackConfig:
     keep_suspect: bool  # pack and flag scans that fail quality control, instead of rejecting them
     entities: dict[str, str]  # that the names of the volumes in a BIDS folder must have
     rename: dict[str, str]  # column of the table -> the schema's name for it
+    exclude: str  # table of verdicts of `shards audit`, whose rejected rows are left out; "" for none
     tracking: Tracking
 
 
@@ -137,5 +138,6 @@ def run_pack(config: PackConfig, run: Run) -> dict[str, Any]:
         keep_suspect=config.keep_suspect,
         entities=config.entities,
         rename=config.rename,
+        exclusions=config.exclude or None,
     )
     return dict(summary)
