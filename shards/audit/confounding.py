@@ -42,9 +42,8 @@ def _of_numbers(subject: str, scalar: str, both: pd.DataFrame) -> str:
         return f"{subject} and {scalar}: too few different values."
     result = stats.pearsonr(x, y)
     low, high = result.confidence_interval(0.95)
-    numbers = (
-        f"correlation {_signed(result.statistic)}, 95 % interval {_signed(low)} to {_signed(high)}, {len(both):,} records"
-    )
+    interval = f"95 % interval {_signed(low)} to {_signed(high)}"
+    numbers = f"correlation {_signed(result.statistic)}, {interval}, {len(both):,} records"
     if low <= 0 <= high:
         return f"{subject} shows no correlation with {scalar} ({numbers})."
     verb = "rises" if result.statistic > 0 else "falls"

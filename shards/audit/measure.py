@@ -14,7 +14,7 @@ from shards.audit.alignment import Affine, Aligner, Array, pyramid
 BINS = 64  # of intensities, in [0, 1]
 FAINT = 0.02  # of the intensities; the background is 0
 MASK = 0.3  # of the mean brain's maximum; details are compared above
-SKETCH = 4096  # numbers
+SKETCH = 8192  # numbers
 QUALITY = 55  # of the pictures, of 100
 DETAILS, MIDDLE = 0, 1  # levels of shards.audit.alignment
 

@@ -50,7 +50,9 @@ def _deviations(values: NDArray[np.float64], measure: str) -> NDArray[np.float64
     for side in (-1, 1):
         there = known & (distance * side > 0)
         if ONE_SIDED.get(measure, side) == side and there.any():
-            result[there] = distance[there] / _scale(np.abs(distance[known & (distance * side >= 0)]), measure, median, side)
+            result[there] = distance[there] / _scale(
+                np.abs(distance[known & (distance * side >= 0)]), measure, median, side
+            )
     return result
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from shards.audit.charts import distributions, scatters
 from shards.audit.confounding import sentences
-from shards.audit.duplicates import Pairs, compare_all
+from shards.audit.duplicates import Pair, Pairs, compare_all
 from shards.audit.measure import MEASURES, SKETCH
 from shards.audit.outliers import deviations, histogram_distances
 from shards.audit.stream import Look, look, mean_brains
@@ -121,8 +121,8 @@ def audit(folder: str | Path, out: str | Path, workers: int = 0) -> Summary:
             "digest": index.digest,
             "measures": list(names.values()),
             "cards": cards,
-            "alike": _places(pairs, "alike", place),
-            "unlike": _places(pairs, "unlike", place),
+            "alike": _places(pairs.alike, place),
+            "unlike": _places(pairs.unlike, place),
             "reasons": REASONS,
         },
         pictures=[base64.b64encode(looks[n].picture).decode() for n in order[:PICTURES]],
@@ -157,7 +157,11 @@ def _check(dataset: Dataset, out: Path) -> None:
 def _measures(looks: Sequence[Look], variables: Sequence[str], figures: Sequence[dict[str, float]]) -> pd.DataFrame:
     """A column ``VARIABLE.MEASURE`` for each measure and each figure of quality control that varies."""
     rows = [
-        {f"{name}.{measure}": value for name, volume in found.volumes.items() for measure, value in volume.values.items()}
+        {
+            f"{name}.{measure}": value
+            for name, volume in found.volumes.items()
+            for measure, value in volume.values.items()
+        }
         for found in looks
     ]
     table = pd.DataFrame(rows, index=[found.key for found in looks])
@@ -179,11 +183,9 @@ def _pairs(looks: Sequence[Look], variable: str, subjects: Sequence[str]) -> Pai
     return compare_all(sketches, subjects)
 
 
-def _places(pairs: Pairs, kind: str, place: dict[int, int]) -> list[list[Any]]:
-    """[card, card, correlation, whether of one subject] of each pair."""
-    return [
-        [place[p.first], place[p.second], round(p.correlation, 3), p.repeat] for p in getattr(pairs, kind)
-    ]
+def _places(pairs: Sequence[Pair], place: dict[int, int]) -> list[list[Any]]:
+    """[card, card, correlation, deviation, whether of one subject] of each pair."""
+    return [[place[p.first], place[p.second], round(p.correlation, 2), round(p.deviation, 1), p.repeat] for p in pairs]
 
 
 def _facts(values: dict[str, Value], schema: Schema) -> str:

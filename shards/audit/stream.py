@@ -41,7 +41,7 @@ def mean_brains(dataset: Dataset, variables: Sequence[str]) -> dict[str, Referen
     """The mean brain of each variable that has any volume; see :func:`_mean_brain`."""
     references = {}
     for variable in variables:
-        keys = [key for key in dataset.keys() if dataset.has(key, variable)]
+        keys = [key for key in dataset.keys(None) if dataset.has(key, variable)]
         if keys:
             references[variable] = _mean_brain(dataset, variable, keys[:: -(-len(keys) // SAMPLE)])
     return references

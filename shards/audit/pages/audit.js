@@ -183,17 +183,17 @@ function press(event) {
 
 // --- pairs ---
 
-function makePair([first, second, correlation, repeat], alike) {
+function makePair([first, second, correlation, deviation, repeat], alike) {
   const what = repeat ? (alike ? "repeat scans of one subject" : "scans of one subject that look like different people")
     : "different subjects, likely the same person";
   return make("div", { className: "pair" },
-    make("p", {}, make("strong", {}, `${cards[first].key} and ${cards[second].key}`), `: ${correlation.toFixed(2)}, ${what}`),
+    make("p", {}, make("strong", {}, `${cards[first].key} and ${cards[second].key}`), `: ${what}; correlation ${correlation.toFixed(2)}, ${deviation.toFixed(1)} SD`),
     make("div", { className: "two" }, makeCard(first), makeCard(second)));
 }
 
 function showPairs() {
   const pairs = [...data.unlike.map((pair) => [pair, false]), ...data.alike.map((pair) => [pair, true])];
-  pairs.sort(([a, x], [b, y]) => (a[3] && x) - (b[3] && y)); // repeat scans that are alike come last
+  pairs.sort(([a, x], [b, y]) => (a[4] && x) - (b[4] && y)); // repeat scans that are alike come last
   const more = make("button", { type: "button" }), list = element("pairs");
   let place = 0;
   const extend = () => {
