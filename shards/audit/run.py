@@ -74,7 +74,7 @@ def audit(folder: str | Path, out: str | Path, workers: int = 0) -> Summary:
     dataset = open_dataset(folder)
     _check(dataset, out)
     index = dataset.index
-    keys = dataset.keys()
+    keys = list(dataset.keys())
     references = mean_brains(dataset, [v.name for v in index.schema.volumes])
     if not references:
         raise DataError(f"{folder}: no record has a volume: nothing to look at")

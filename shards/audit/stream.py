@@ -41,7 +41,7 @@ def mean_brains(dataset: Dataset, variables: Sequence[str]) -> dict[str, Referen
     """The mean brain of each variable that has any volume; see :func:`_mean_brain`."""
     references = {}
     for variable in variables:
-        keys = [key for key in dataset.keys(None) if dataset.has(key, variable)]
+        keys = [key for key in list(dataset.keys()) if dataset.has(key, variable)]
         if keys:
             references[variable] = _mean_brain(dataset, variable, keys[:: -(-len(keys) // SAMPLE)])
     return references
@@ -93,7 +93,7 @@ def look(folder: Path, references: Mapping[str, Reference], height: int, workers
         DataError: a process was killed.
     """
     dataset = open_dataset(folder)
-    keys = dataset.keys()
+    keys = list(dataset.keys())
     if workers == 1:
         for key in progress(keys, "audit", unit="record"):
             yield _look(dataset, key, references, height)
