@@ -82,6 +82,7 @@ class PackConfig:
     rename: dict[str, str]  # column of the table -> the schema's name for it
     files_root: str  # folder that the paths of a CSV must lie in; "" for that of the CSV
     pseudonymise: str  # key file, for pseudonyms in place of ids; "" for none
+    exclude: str  # table of verdicts of `shards audit`, whose rejected rows are left out; "" for none
     tracking: Tracking
 
 
@@ -145,5 +146,6 @@ def run_pack(config: PackConfig, run: Run) -> dict[str, Any]:
         rename=config.rename,
         files_root=config.files_root,
         pseudonymise=config.pseudonymise,
+        exclusions=config.exclude or None,
     )
     return dict(summary)

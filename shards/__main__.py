@@ -1,4 +1,4 @@
-"""The `shards` command: phantom, preprocess, pack, verify, inspect, split."""
+"""The `shards` command: phantom, preprocess, pack, audit, verify, inspect, split."""
 
 import argparse
 import difflib
@@ -67,7 +67,14 @@ examples:
   shards split packed --folds 5 --seed 0          fold-1-of-5 ... fold-5-of-5
   shards split packed --fractions 0.8 0.05 0.15 --name wide-test
 """
+AUDIT = """The page is one file that loads nothing: pictures of every volume, sorted by how unusual it is, likely
+duplicates, the correlation of intensities with the scalars, and their distributions by split and category. Verdicts
+are downloaded from it as verdicts.tsv, and `shards pack --exclude verdicts.tsv` leaves the rejected records out.
 
+examples:
+  shards audit packed --out audit.html
+  shards pack bids/ packed-2 --exclude verdicts.tsv
+"""
 VERIFY = """Every byte is read once, on all cores. A line for each damage names the file, the record with its variable,
 and the byte where it begins. With --repair the damaged volumes are converted from SOURCE again, as they were when OUT
 was packed; a file is replaced where all of it has its recorded SHA-256. Files that do not belong to OUT are noted, and
@@ -77,7 +84,6 @@ examples:
   shards verify packed
   shards verify packed --repair --source bids/
 """
-
 
 RENAME = "columns of the table under the schema's names, as gender=sex"
 FILES_ROOT = "where the files of a CSV lie, relative to which its paths are, or absolute (default: folder of the CSV)"
@@ -190,6 +196,7 @@ def make_parser() -> argparse.ArgumentParser:
     pack.add_argument(
         "--pseudonymise", metavar="KEYFILE", help="replace the ids of subjects, sessions and groups by keyed hashes"
     )
+    pack.add_argument("--exclude", metavar="FILE", help="table of verdicts of `shards audit`: leave rejected rows out")
 
     split = command("split", "record another split, or cross-validation folds, in a packed data set", SPLIT)
     split.add_argument("out", metavar="OUT", type=Path)
@@ -199,6 +206,11 @@ def make_parser() -> argparse.ArgumentParser:
     split.add_argument("--name", metavar="NAME", help="of the split; for folds, their prefix (default fold)")
     split.add_argument("--group", default=None, metavar="COLUMN", help="the column that the data set was packed with")
     split.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
+
+    audit = command("audit", "make a page that shows every volume, and on which people accept or reject them", AUDIT)
+    audit.add_argument("folder", metavar="PACKED", type=Path)
+    audit.add_argument("--out", metavar="FILE", type=Path, required=True, help="HTML file")
+    audit.add_argument("--workers", type=int, default=0, metavar="N", help="processes; default one per core")
 
     verify = command(
         "verify", "compare every file of a packed data set with its checksum; exit status 1 on damage", VERIFY
@@ -280,8 +292,10 @@ def _pack(args: argparse.Namespace) -> None:
     options = _options(args)
     if args.split:  # over a split column of the preset
         options["split_column"] = ""
-    storage, fractions = options.pop("format"), options.pop("split")
-    summary = pack(args.source, args.out, storage=storage, fractions=fractions or None, **options)
+    storage, fractions, exclusions = options.pop("format"), options.pop("split"), options.pop("exclude")
+    summary = pack(
+        args.source, args.out, storage=storage, fractions=fractions or None, exclusions=exclusions or None, **options
+    )
     print(
         f"packed {summary['packed']:,} of {summary['rows']:,} rows ({summary['subjects']:,} subjects) "
         f"into {args.out}, {' x '.join(map(str, summary['shape']))} voxels, {summary['bytes'] / 2**20:,.1f} MiB"
@@ -302,6 +316,17 @@ def _split(args: argparse.Namespace) -> None:
 
     for name in record_split(args.out, args.fractions, args.folds, args.seed, args.group, args.name):
         print(name)
+
+
+def _audit(args: argparse.Namespace) -> None:
+    from shards.audit.run import audit
+
+    summary = audit(args.folder, args.out, args.workers)
+    print(f"{summary['records']:,} records in {args.out}, {summary['bytes'] / 2**20:,.1f} MiB; open it in a browser")
+    if summary["alike"]:
+        print(f"{summary['alike']:,} pairs of different subjects are likely the same person")
+    if summary["unlike"]:
+        print(f"{summary['unlike']:,} pairs of scans of one subject look like different people")
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -348,6 +373,7 @@ COMMANDS = {
     "preprocess": _preprocess,
     "pack": _pack,
     "split": _split,
+    "audit": _audit,
     "verify": _verify,
     "upgrade": _upgrade,
     "inspect": _inspect,

@@ -7,6 +7,7 @@ import platform
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,7 @@ from shards.box import smallest_shape
 from shards.convert import brain_extents, convert, map_rows
 from shards.cpus import available_cores
 from shards.errors import DataError, TooManyRejects
+from shards.exclusions import exclude, read_exclusions, unknown_note
 from shards.files import write_bytes
 from shards.index import PARTS, Index, Split
 from shards.participants import Reject, Row, Table, read_table
@@ -89,6 +91,7 @@ def pack(
     rename: Mapping[str, str] | None = None,
     files_root: str | Path | None = None,
     pseudonymise: str | Path | None = None,
+    exclusions: str | Path | None = None,
 ) -> Summary:
     """Pack a BIDS folder or a CSV into ``out``.
 
@@ -117,6 +120,8 @@ def pack(
         entities, rename, files_root: see :func:`shards.participants.read_table`.
         pseudonymise: key file, for pseudonyms in place of the ids of subjects, sessions and groups; see
             :mod:`shards.pseudonyms`.
+        exclusions: table of verdicts, see :func:`shards.exclusions.read_exclusions`; rows that it rejects are not
+            packed, and do not count as rejected for ``max_rejects``.
 
     Returns:
         A summary; ``out/rejected.tsv`` lists the rejected rows with their reasons.
@@ -135,6 +140,10 @@ def pack(
         table = pseudonymised(table, key)
     if not table.rows:
         raise DataError(f"{source}: the table has no rows")
+    excluded = read_exclusions(exclusions) if exclusions else {}
+    table = replace(
+        table, rows=exclude(table.rows, excluded), notes=[*table.notes, *unknown_note(table.rows, excluded)]
+    )
     allowed = _allowed_rejects(max_rejects, len(table.rows))
     rows = [row for row in table.rows if isinstance(row, Row)]
     groups = merge_groups([(row.subject, row.group) for row in rows])
@@ -178,15 +187,17 @@ def pack(
         packed = [n for n in writer.notes if "sources" in n]
         rejects = [n for n in writer.notes if "reason" in n]
         listing = _listing(rejects)
-        if len(rejects) > allowed or not packed:
+        faulty = [n for n in rejects if n["reason"] != excluded.get(n["key"])]
+        if len(faulty) > allowed or not packed:
             listed = writer.folder / REJECTED
             write_bytes(listed, listing)
-            count = f"{len(rejects)} of {len(table.rows)} rows are faulty ({max_rejects} allowed)"
+            count = f"{len(faulty)} of {len(table.rows)} rows are faulty ({max_rejects} allowed)"
             remedy = "Correct them, or raise the limit: complete shards are then reused"
             if not packed:
                 count, remedy = f"none of {len(table.rows)} rows can be packed", "Correct them"
+            first = (faulty or rejects)[0]
             raise TooManyRejects(
-                f"{count}, first {_one_line(rejects[0]['key'])}: {_one_line(rejects[0]['reason'])}; all are listed in "
+                f"{count}, first {_one_line(first['key'])}: {_one_line(first['reason'])}; all are listed in "
                 f"{listed}. {remedy}"
             )
         if split_column:
@@ -205,6 +216,8 @@ def pack(
             "rows": len(table.rows),
             "rejected": len(rejects),
         }
+        if excluded:
+            provenance["excluded"] = len(rejects) - len(faulty)
         if recipe is not None:
             provenance["recipe"] = recipe.to_dict()
         index = writer.finish(splits, provenance, files={REJECTED: listing})

@@ -17,7 +17,7 @@ from mvhpc.config import ConfigError, to_yaml
 from mvhpc.evaluation import comparison_figures
 from mvhpc.evaluation.answers import Answers, read_answers
 from mvhpc.evaluation.calibration import SHARES
-from mvhpc.evaluation.page import inline, inline_file, render
+from mvhpc.evaluation.page import render
 from mvhpc.evaluation.paper_tables import by_group, calibration_of_number, measure, score_of
 from mvhpc.evaluation.tables import Table, label, read_predictions, subject_of
 from mvhpc.models.model_card import INTENDED_USE, LIMITS
@@ -33,6 +33,7 @@ from shards.index import PARTS
 from shards.pack import REJECTED
 from shards.schema import Variable
 from shards.sheets import read_sheet
+from shards.web_page import inline, inline_file
 
 COLOURS = {"train": "#14708a", "validation": "#8a8f98", "test": "#c4572e"}
 PICTURES = {  # below the pipeline's figures: title and what is seen
