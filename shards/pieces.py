@@ -19,6 +19,7 @@ class Piece:
         fixed: its bytes, where they follow from the index.
         crc: CRC-32C of the bytes of a stored volume.
         sha256: of these bytes, in data sets of version 1.
+        own_crc: its last four bytes are the CRC-32C of those before.
         key, variable: of the stored volume.
     """
 
@@ -28,6 +29,7 @@ class Piece:
     fixed: bytes | None = None
     crc: int | None = None
     sha256: str = ""
+    own_crc: bool = False
     key: str = ""
     variable: str = ""
 
@@ -37,6 +39,8 @@ class Piece:
             return False
         if self.fixed is not None:
             return raw == self.fixed
+        if self.own_crc:
+            return int(google_crc32c.value(raw[:-4])) == int.from_bytes(raw[-4:], "little")
         if self.crc is not None:
             return bool(google_crc32c.value(raw) == self.crc)
         return not self.sha256 or hashlib.sha256(raw).hexdigest() == self.sha256

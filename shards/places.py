@@ -98,4 +98,4 @@ class Places:
         records.sort(key=lambda record: record.slot)
         if content is None or not content.variable:
             return list(tar_shards.layout(records, self.arrays))
-        return list(zarr_store.layout(records, content.variable, self.index.per_shard, size))
+        return list(zarr_store.layout(records, content.variable, size))

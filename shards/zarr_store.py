@@ -215,32 +215,24 @@ class ZarrReader:
         return None if offset == EMPTY else (path, offset, size)
 
 
-def layout(records: Iterable[Record], variable: str, per_shard: int, size: int) -> Iterator[Piece]:
+def layout(records: Iterable[Record], variable: str, size: int) -> Iterator[Piece]:
     """The pieces of a shard file.
 
     Args:
         records: with a volume in the file.
         variable: the array's name.
-        per_shard: places per shard.
         size: bytes of the file.
     """
-    table = np.full((per_shard, 2), EMPTY, "<u8")
-    found = [(record.offsets[variable], record) for record in records if record.sizes.get(variable)]
-    found.sort(key=lambda place: place[0])
-    table_at = size - table.nbytes - CRC.size
+    found = sorted(((r.offsets[variable], r) for r in records if r.sizes.get(variable)), key=lambda place: place[0])
     at = 0
     for i, (offset, record) in enumerate(found):
         if offset > at:
-            yield Piece(at, offset - at, "")
-        name = f"{record.key} {variable}"
-        length, crc = record.sizes[variable], record.crcs[variable]
+            yield Piece(at, offset - at, "between volumes")
+        name, length, crc = f"{record.key} {variable}", record.sizes[variable], record.crcs[variable]
         yield Piece(offset, length, name, crc=crc, key=record.key, variable=variable)
         at = offset + length
-        if (found[i + 1][0] if i + 1 < len(found) else table_at) == at + CRC.size:
-            yield Piece(at, CRC.size, name, fixed=CRC.pack(crc))
-            at += CRC.size
-        table[record.slot % per_shard] = offset, at - offset
-    if table_at > at:
-        yield Piece(at, table_at - at, "")
-    raw = table.tobytes()
-    yield Piece(table_at, len(raw) + CRC.size, "table of chunks", fixed=raw + CRC.pack(google_crc32c.value(raw)))
+        rest = found[i + 1][0] - at if i + 1 < len(found) else (size - at - CRC.size) % 16  # 16: a row of the table
+        if rest == CRC.size:
+            yield Piece(at, rest, name, fixed=CRC.pack(crc))
+            at += rest
+    yield Piece(at, size - at, "table of chunks", own_crc=True)
