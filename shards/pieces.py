@@ -23,10 +23,10 @@ class Piece:
         size: bytes.
         name: what it belongs to, for messages; empty where nothing is known of it.
         fixed: its bytes, where they follow from the index.
-        sealed: whether the bytes end with the CRC-32C of those before.
         crc: checksum of the bytes of a stored volume.
         checksum: how it is computed; raises ValueError for bytes that are damaged.
         sha256: of these bytes, in data sets of version 1.
+        own_crc: its last four bytes are the CRC-32C of those before.
         key, variable: of the stored volume.
     """
 
@@ -34,10 +34,10 @@ class Piece:
     size: int
     name: str
     fixed: bytes | None = None
-    sealed: bool = False
     crc: int | None = None
     checksum: Callable[[Any], int] = crc32c
     sha256: str = ""
+    own_crc: bool = False
     key: str = ""
     variable: str = ""
 
@@ -47,7 +47,7 @@ class Piece:
             return False
         if self.fixed is not None:
             return raw == self.fixed
-        if self.sealed:
+        if self.own_crc:
             return crc32c(raw[:-4]) == int.from_bytes(raw[-4:], "little")
         if self.crc is not None:
             try:

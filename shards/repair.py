@@ -5,28 +5,31 @@ import fcntl
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.convert import convert, map_rows
+import numpy as np
+
+from shards.convert import convert
 from shards.cpus import available_cores
+from shards.dataset import Dataset, open_dataset
 from shards.errors import DataError, IntegrityError
-from shards.files import atomic_file, sha256, write_bytes
-from shards.index import Index
+from shards.files import sync, write_bytes
+from shards.index import Index, array_checksum
 from shards.inside import inside
 from shards.participants import Row, read_table
-from shards.pieces import Piece, read_pieces
 from shards.places import Places
 from shards.preprocess.recipe import read_derivative
+from shards.processes import process_pool
 from shards.pseudonyms import fingerprint, pseudonymised, read_key
 from shards.record_table import Records
 from shards.records import Record
 from shards.shard_writer import ShardWriter
 from shards.verify import Damage, verify
+from shards.volumes import Space
 from shards.zarr_coordinates import store_files
-from shards.zarr_store import chunk_table, shard_path
 
 
 def repair(
@@ -39,9 +42,9 @@ def repair(
 ) -> Iterator[tuple[Damage, str]]:
     """Verify a data set, and write the damaged files again, with the bytes that they had.
 
-    Volumes that are intact are copied; the others are converted from the source with the arguments that the index
-    records, and compared with their checksums. A file is replaced when all of it has its recorded SHA-256, and stays as
-    it is otherwise. Files that do not belong to the data set are not touched.
+    A damaged shard is written anew: its intact volumes as they are, the others converted from the source with the
+    arguments that the index records, and compared with their checksums. It replaces the damaged file when it has its
+    recorded SHA-256; otherwise that stays as it is. Files that do not belong to the data set are not touched.
 
     Args:
         folder: of the data set.
@@ -65,15 +68,11 @@ def repair(
         if not damaged:
             return
         index = _load(folder, damaged)
-        conversion = _Conversion(index, Path(source), files_root, pseudonymise, workers)
+        rows, space = _read_source(index, Path(source), files_root, pseudonymise)
         places = Places(index)
-        for file, found in damaged.items():
-            try:
-                _restore(folder, file, places, conversion)
-            except (DataError, OSError) as error:
-                yield from ((damage, str(error)) for damage in found)
-            else:
-                yield from ((damage, "") for damage in found)
+        tasks = [_task(folder, index, places, file, rows, space) for file in damaged]
+        for file, reason in zip(damaged, _map(_restore, tasks, workers)):
+            yield from ((damage, reason) for damage in damaged[file])
 
 
 @contextlib.contextmanager
@@ -106,136 +105,51 @@ def _load(folder: Path, damaged: Iterable[str]) -> Index:
     return index
 
 
-class _Conversion:
-    """Converts rows of the source as they were when they were packed."""
-
-    def __init__(
-        self,
-        index: Index,
-        source: Path,
-        files_root: str | Path | None,
-        pseudonymise: str | Path | None,
-        workers: int,
-    ) -> None:
-        self.index, self.source, self.workers = index, source, workers
-        given = index.provenance["arguments"]
-        key = read_key(pseudonymise) if pseudonymise else b""
-        if (fingerprint(key) if key else None) != given.get("pseudonyms"):
-            raise DataError(f"{source}: give the key that the data set was packed with, if any, by --pseudonymise")
-        choice: dict[str, Any] = {name: given.get(name) for name in ("entities", "rename")}
-        table = read_table(source, index.schema, files_root=files_root or None, **choice)
-        table = pseudonymised(table, key) if key else table
-        self.rows = {row.key: row for row in table.rows if isinstance(row, Row)}
-        _, space = read_derivative(source) or (None, None)
-        self._convert = partial(
-            convert,
-            spacing=index.grid["spacing"],
-            shape=tuple(index.grid["shape"]),
-            space=space,
-            dtype=given.get("dtype", "float16"),
-        )
-
-    def stored(self, wanted: Mapping[str, Iterable[str]]) -> Iterator[tuple[str, str, bytes]]:
-        """Key, variable and stored bytes of the variables that are wanted of each key.
-
-        Raises:
-            DataError: the source does not give what was packed.
-        """
-        if missing := [key for key in wanted if key not in self.rows]:
-            raise DataError(f"{missing[0]}: {self.source} has no such row any more")
-        rows = [self.rows[key] for key in wanted]
-        for row, outcome in map_rows(self._convert, rows, min(self.workers, len(rows)) or 1):
-            if isinstance(outcome, str):
-                raise DataError(f"{row.key}: {outcome}")
-            arrays: dict[str, Any] = {name: volume.voxels for name, volume in outcome.items()}
-            arrays |= {f"{name}_{label}": a for name, volume in outcome.items() for label, a in volume.maps.items()}
-            record = _record(self.index, row.key)
-            for variable in wanted[row.key]:
-                yield row.key, variable, _encode(self.index, record, variable, arrays)
+def _read_source(
+    index: Index, source: Path, files_root: str | Path | None, pseudonymise: str | Path | None
+) -> tuple[dict[str, Row], Space | None]:
+    """The rows of the source by key, as they were read when they were packed, and the space of their volumes."""
+    given = index.provenance["arguments"]
+    key = read_key(pseudonymise) if pseudonymise else b""
+    if (fingerprint(key) if key else None) != given.get("pseudonyms"):
+        raise DataError(f"{source}: give the key that the data set was packed with, if any, by --pseudonymise")
+    choice: dict[str, Any] = {name: given.get(name) for name in ("entities", "rename")}
+    table = read_table(source, index.schema, files_root=files_root or None, **choice)
+    table = pseudonymised(table, key) if key else table
+    _, space = read_derivative(source) or (None, None)
+    return {row.key: row for row in table.rows if isinstance(row, Row)}, space
 
 
-def _record(index: Index, key: str) -> Record:
-    assert isinstance(index.records, Records)
-    return index.records[index.records.row(key)]
+@dataclass(frozen=True)
+class _Task:
+    """A damaged file.
 
-
-def _encode(index: Index, record: Record, variable: str, arrays: Mapping[str, Any]) -> bytes:
-    """The bytes that one volume is stored as, compared with its checksums."""
-    name = f"{record.key} {variable}"
-    if variable not in arrays:
-        raise DataError(f"{name}: the source has none any more")
-    with tempfile.TemporaryDirectory() as folder:
-        writer = ShardWriter(Path(folder), index.storage, 0, {variable: index.arrays[variable]}, 1)
-        stored = writer.add(record.key, record.subject, {}, {variable: arrays[variable]}, {})
-        writer.close()
-        file = Path(folder) / (stored.shard or shard_path(variable, 0, arrays[variable].ndim))
-        raw = file.read_bytes()[stored.offsets[variable] :][: stored.sizes[variable]]
-    if stored.checksums[variable] != record.checksums[variable]:
-        raise DataError(
-            f"{name}: the source gives other voxels than were packed: its file has changed, or the program that "
-            "converts it; pack again"
-        )
-    if stored.crcs[variable] != record.crcs[variable]:
-        raise DataError(f"{name}: this version compresses the same voxels to other bytes; pack again")
-    return raw
-
-
-def _restore(folder: Path, file: str, places: Places, conversion: _Conversion) -> None:
-    """Write a file with the bytes that it had.
-
-    Raises:
-        DataError: that is not possible.
+    Attributes:
+        folder: of the data set.
+        file: relative to it.
+        content: of a file whose content follows from the index.
+        number: of the shard; -1 for another file.
+        variable: of a shard of a Zarr store; empty for a tar file.
+        records: (row of the index, row of the source or None) of those in the shard.
+        space: of the source's volumes.
     """
-    path, known = inside(folder, file), places.index.files[file]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pieces = places.layout(file, known["bytes"])
-    if not pieces:
-        content = _derived(places.index).get(file, b"")
-        if hashlib.sha256(content).hexdigest() != known["sha256"]:
-            raise DataError("does not follow from the records; restore it or pack again")
-        write_bytes(path, content)
-        return
-    with atomic_file(path) as part:
-        with part.open("wb") as target:
-            damaged = _copy(path, pieces, target)
-            wanted: dict[str, list[str]] = {}
-            for piece in damaged.values():
-                wanted.setdefault(piece.key, []).append(piece.variable)
-            for key, variable, raw in conversion.stored(wanted):
-                target.seek(damaged[key, variable].offset)
-                target.write(raw)
-        if pieces[-1].sealed:
-            _write_chunk_table(part, file, pieces[-1], places)
-        if sha256(part) != known["sha256"]:
-            raise DataError("bytes between its volumes are lost; restore it or pack again")
+
+    folder: Path
+    file: str
+    content: bytes = b""
+    number: int = -1
+    variable: str = ""
+    records: Sequence[tuple[int, Row | None]] = ()
+    space: Space | None = None
 
 
-def _copy(path: Path, pieces: Sequence[Piece], target: Any) -> dict[tuple[str, str], Piece]:
-    """Copy the pieces that are intact, write those that the index tells, and return the damaged volumes."""
-    damaged = {}
-    with contextlib.ExitStack() as stack:
-        descriptor = -1  # of a file that is missing: none of its pieces can be read
-        if path.exists():
-            descriptor = os.open(path, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-        for piece, raw in read_pieces(descriptor, pieces):
-            if raw is None and piece.key:
-                damaged[piece.key, piece.variable] = piece
-            target.seek(piece.offset)
-            target.write(raw or piece.fixed or bytes(piece.size))
-    return damaged
-
-
-def _write_chunk_table(part: Path, file: str, table: Piece, places: Places) -> None:
-    """Write the table of the chunks of a Zarr shard, which follows from the volumes."""
-    content, per_shard = places.files[file], places.index.per_shard
-    with part.open("r+b") as target:
-        stored = {}
-        for row, offset, size in zip(content.rows, content.offsets, content.sizes):
-            target.seek(int(offset))
-            stored[places.records[int(row)].slot % per_shard] = int(offset), target.read(int(size))
-        target.seek(table.offset)
-        target.write(chunk_table(stored, per_shard, table.size))
+def _task(folder: Path, index: Index, places: Places, file: str, rows: Mapping[str, Row], space: Space | None) -> _Task:
+    if (content := places.files.get(file)) is None:
+        return _Task(folder, file, content=_derived(index).get(file, b""))
+    assert isinstance(index.records, Records)
+    own = np.unique(content.rows).tolist()
+    pairs = [(row, rows.get(index.records.key(row))) for row in own]
+    return _Task(folder, file, b"", content.number, content.variable, pairs, space)
 
 
 def _derived(index: Index) -> dict[str, bytes]:
@@ -245,3 +159,79 @@ def _derived(index: Index) -> dict[str, bytes]:
     assert isinstance(index.records, Records)
     places = 1 + max(index.records.column("slot"), default=-1)
     return store_files(index.arrays, index.grid, index.schema, index.records, places, index.per_shard)
+
+
+def _map(function: Callable[[_Task], str], tasks: Sequence[_Task], workers: int) -> Iterator[str]:
+    if workers == 1 or len(tasks) == 1:
+        yield from map(function, tasks)
+        return
+    with process_pool(min(workers, len(tasks))) as pool:
+        yield from pool.map(function, tasks)
+
+
+def _restore(task: _Task) -> str:
+    """Write a file with the bytes that it had; returns why that is not possible, '' where it was."""
+    try:
+        dataset = open_dataset(task.folder)
+        known, path = dataset.index.files[task.file]["sha256"], inside(task.folder, task.file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if task.number < 0:
+            if hashlib.sha256(task.content).hexdigest() != known:
+                return "does not follow from the records; restore it or pack again"
+            write_bytes(path, task.content)
+            return ""
+        with tempfile.TemporaryDirectory(prefix=".repair-", dir=task.folder) as place:
+            files = _write_shard(dataset, task, Path(place))
+            if files[task.file]["sha256"] != known:
+                return "this version writes the same volumes as other bytes; pack again"
+            (Path(place) / task.file).replace(path)
+            sync(path.parent)
+    except (DataError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def _write_shard(dataset: Dataset, task: _Task, place: Path) -> dict[str, dict[str, Any]]:
+    """Write a shard into another folder: volumes that are intact as they are, the others from the source.
+
+    Raises:
+        DataError: the source does not give what was packed.
+    """
+    index = dataset.index
+    arrays = {task.variable: index.arrays[task.variable]} if task.variable else index.arrays
+    writer = ShardWriter(place, index.storage, task.number, arrays, index.per_shard)
+    for record, row in sorted(((index.records[i], row) for i, row in task.records), key=lambda pair: pair[0].slot):
+        while writer.used < record.slot % index.per_shard:
+            writer.skip()
+        wanted = [name for name in record.checksums if name in arrays]
+        try:
+            volumes = {name: dataset.read_stored(record.key, name) for name in wanted}
+        except IntegrityError:
+            volumes = _convert(index, record, row, wanted, task.space)
+        writer.add(record.key, record.subject, record.values, volumes, record.affines)
+    return writer.close()
+
+
+def _convert(
+    index: Index, record: Record, row: Row | None, wanted: Sequence[str], space: Space | None
+) -> dict[str, Any]:
+    """The volumes of a record from its source, compared with their checksums.
+
+    Raises:
+        DataError: they are not what was packed.
+    """
+    if row is None:
+        raise DataError(f"{record.key}: the source has no such row any more")
+    dtype = index.provenance["arguments"].get("dtype", "float16")
+    found = convert(row, index.grid["spacing"], tuple(index.grid["shape"]), space, dtype)
+    if isinstance(found, str):
+        raise DataError(f"{record.key}: {found}")
+    volumes: dict[str, Any] = {name: volume.voxels for name, volume in found.items()}
+    volumes |= {f"{name}_{label}": voxels for name, volume in found.items() for label, voxels in volume.maps.items()}
+    for name in wanted:
+        if name not in volumes or array_checksum(volumes[name]) != record.checksums[name]:
+            raise DataError(
+                f"{record.key} {name}: the source gives other voxels than were packed: its file has changed, or the "
+                "program that converts it; pack again"
+            )
+    return {name: volumes[name] for name in wanted}

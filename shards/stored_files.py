@@ -124,4 +124,5 @@ class StoredFiles:
         Raises:
             OSError: the file cannot be read.
         """
-        return os.fstat(self._open(path).number).st_size
+        file = self._open(path)  # which closes when nobody holds it
+        return os.fstat(file.number).st_size

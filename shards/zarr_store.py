@@ -17,7 +17,7 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from shards.errors import IntegrityError
-from shards.frames import CRC, checksum, codecs, decode, decode_checked, encode, frame_sizes, planes_per_frame
+from shards.frames import CRC, checksum, codecs, decode, decode_checked, encode, planes_per_frame
 from shards.index import Index
 from shards.pieces import Piece, crc32c
 from shards.record_table import Place
@@ -276,28 +276,13 @@ def layout(records: Iterable[Record], variable: str, size: int) -> Iterator[Piec
     for record in found:
         offset, length = record.offsets[variable], record.sizes[variable]
         if offset > at:
-            yield Piece(at, offset - at, "")
+            yield Piece(at, offset - at, "between volumes")
         name = f"{record.key} {variable}"
         yield Piece(
             offset, length, name, crc=record.crcs[variable], checksum=stored_checksum, key=record.key, variable=variable
         )
         at = offset + length
-    yield Piece(at, size - at, "table of chunks", sealed=True)
-
-
-def chunk_table(stored: Mapping[int, tuple[int, bytes]], per_shard: int, size: int) -> bytes:
-    """The table of a shard's chunks with its CRC-32C.
-
-    Args:
-        stored: place in the shard -> offset and bytes of its record.
-        per_shard: places per shard.
-        size: bytes of the table and its CRC-32C.
-    """
-    table = np.full((per_shard, (size - CRC.size) // (16 * per_shard), 2), EMPTY, "<u8")
-    for slot, (offset, raw) in stored.items():
-        sizes = [len(raw)] if raw.startswith(ZSTANDARD) else frame_sizes(raw)
-        table[slot] = np.stack([offset + np.cumsum([0, *sizes[:-1]]), sizes], axis=1)
-    return table.tobytes() + CRC.pack(google_crc32c.value(table.tobytes()))
+    yield Piece(at, size - at, "table of chunks", own_crc=True)
 
 
 def _damaged(folder: Path, key: str, variable: str, error: Exception) -> IntegrityError:

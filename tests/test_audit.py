@@ -173,7 +173,7 @@ SCHEMA = Schema.from_dict(
 )
 
 
-def test_confounding_is_said_with_its_interval() -> None:
+def test_confounding_has_its_interval() -> None:
     rng = np.random.default_rng(0)
     age = rng.uniform(20, 80, 200)
     scalars = pd.DataFrame({"age": age, "site": np.where(np.arange(200) % 2, "north", "south")}, dtype=object)

@@ -149,9 +149,9 @@ def test_only_what_is_damaged_is_converted(out: Path, source: Path, monkeypatch:
     converted = []
     from shards.convert import convert
 
-    def counted(row: Any, **options: Any) -> Any:
+    def counted(row: Any, *options: Any) -> Any:
         converted.append(row.key)
-        return convert(row, **options)
+        return convert(row, *options)
 
     monkeypatch.setattr("shards.repair.convert", counted)
     untouched = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path != shards(out)[1]}
