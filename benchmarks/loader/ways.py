@@ -4,6 +4,7 @@ A way writes volumes once and then reads all of them, epoch after epoch, in a ra
 array float16 (H, W, D).
 """
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -56,23 +57,21 @@ class Memmap(Way):
 class OneFile(Way):
     """The frames of all volumes, one after the other, decompressed into a new array, without a check."""
 
-    name = "limit: one file, zstd"
-    level = 1
+    name = "limit: one file, zstd 1"
 
-    def write(self, folder: Path, volumes: Volume, scans: Sequence[Path]) -> None:
+    def codec(self) -> Any:
         from numcodecs.zstd import Zstd
 
-        frames = [Zstd(self.level).encode(np.ascontiguousarray(v)) for v in volumes]
+        return Zstd(1)
+
+    def write(self, folder: Path, volumes: Volume, scans: Sequence[Path]) -> None:
+        frames = [self.codec().encode(np.ascontiguousarray(v)) for v in volumes]
         (folder / "frames").write_bytes(b"".join(frames))
         np.save(folder / "ends.npy", np.cumsum([0, *map(len, frames)]))
         np.save(folder / "shape.npy", volumes.shape[1:])
 
     def open(self, folder: Path) -> Epoch:
-        import os
-
-        from numcodecs.zstd import Zstd
-
-        ends, shape, codec = np.load(folder / "ends.npy").tolist(), np.load(folder / "shape.npy").tolist(), Zstd()
+        ends, shape, codec = np.load(folder / "ends.npy").tolist(), np.load(folder / "shape.npy").tolist(), self.codec()
         descriptor = os.open(folder / "frames", os.O_RDONLY)
 
         def epoch(seed: int) -> Iterator[Volume]:
@@ -86,7 +85,21 @@ class OneFile(Way):
 
 class OneFile3(OneFile):
     name = "limit: one file, zstd 3"
-    level = 3
+
+    def codec(self) -> Any:
+        from numcodecs.zstd import Zstd
+
+        return Zstd(3)
+
+
+class OneFileLz4(OneFile):
+    name = "limit: one file, Blosc LZ4"
+
+    def codec(self) -> Any:
+        from numcodecs import blosc
+
+        blosc.use_threads = False
+        return blosc.Blosc("lz4", clevel=9, shuffle=blosc.SHUFFLE)
 
 
 class Ours(Way):
@@ -157,5 +170,5 @@ def write_dataset(folder: Path, storage: str, volumes: Volume) -> None:
     writer.finish()
 
 
-LIMITS = [Memmap, OneFile, OneFile3]
+LIMITS = [Memmap, OneFile, OneFile3, OneFileLz4]
 OURS = [OursTar, OursZarr, OursTensors]
