@@ -16,6 +16,7 @@ from scipy.spatial.transform import Rotation
 LEVELS_MM = (2.0, 4.0, 8.0)  # sizes of voxels: of details, of the last step, of the first ones
 STEPS = (0, 1, 12)  # at these sizes
 Array = NDArray[np.float32]
+Box = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,13 @@ class Aligner:
                 current = Affine(matrix, current.shift - matrix @ update[:3])
         return best
 
-    def warp(self, volume: Array, level: int, affine: Affine) -> Array:
-        """A volume of a level where ``affine`` moves it to the mean brain."""
+    def warp(self, volume: Array, level: int, affine: Affine, box: Box | None = None) -> Array:
+        """A volume of a level where ``affine`` moves it to the mean brain; ``box`` is the part to compute."""
+        box = box or tuple(slice(0, n) for n in volume.shape)
         centre = (np.array(volume.shape) - 1) / 2
-        offset = centre + affine.shift / self.sizes[level] - affine.matrix @ centre
-        return np.asarray(ndimage.affine_transform(volume, affine.matrix, offset, order=1), np.float32)
+        first, shape = np.array([s.start for s in box]), tuple(s.stop - s.start for s in box)
+        offset = centre + affine.shift / self.sizes[level] + affine.matrix @ (first - centre)
+        return np.asarray(ndimage.affine_transform(volume, affine.matrix, offset, shape, order=1), np.float32)
 
 
 def centred(mean: Sequence[Array], spacing: float) -> list[Array]:

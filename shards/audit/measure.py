@@ -14,6 +14,7 @@ from shards.audit.alignment import Affine, Aligner, Array, pyramid
 BINS = 64  # of intensities, in [0, 1]
 FAINT = 0.02  # of the intensities; the background is 0
 MASK = 0.3  # of the mean brain's maximum; details are compared above
+MARGIN = 3  # voxels around the mean brain that its smooth copy needs
 SKETCH = 8192  # numbers
 QUALITY = 55  # of the pictures, of 100
 DETAILS, MIDDLE = 0, 1  # levels of shards.audit.alignment
@@ -91,7 +92,7 @@ def measure(volume: Array, key: str, reference: Reference, height: int) -> Measu
         "brightness": brightness,
         "contrast": float(brain.std() / brightness) if brightness else 0.0,
     }
-    aligned_details = details(aligner.warp(levels[DETAILS], DETAILS, affine), aligner.mean[DETAILS])
+    aligned_details = details(levels[DETAILS], affine, aligner)
     if brightness:
         values["detail"] = float(aligned_details.std()) / brightness
     shares = counts / max(1, counts.sum())
@@ -105,9 +106,16 @@ def correlation(a: Array, b: Array) -> float:
     return float((a * b).sum()) / norm if norm else 0.0
 
 
-def details(aligned: Array, mean: Array) -> Array:
+def details(volume: Array, affine: Affine, aligner: Aligner) -> Array:
     """What a smooth copy of an aligned brain lacks, inside the mean brain, (voxels,)."""
-    return (aligned - ndimage.gaussian_filter(aligned, 1.0))[mean > MASK * mean.max()]
+    mean = aligner.mean[DETAILS]
+    inside = mean > MASK * mean.max()
+    around = [np.flatnonzero(inside.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    box = tuple(
+        slice(max(0, filled[0] - MARGIN), min(n, filled[-1] + 1 + MARGIN)) for filled, n in zip(around, mean.shape)
+    )
+    aligned = aligner.warp(volume, DETAILS, affine, box)
+    return (aligned - ndimage.gaussian_filter(aligned, 1.0, truncate=MARGIN))[inside[box]]
 
 
 def sketch(details: Array) -> NDArray[np.float16]:
