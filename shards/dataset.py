@@ -102,6 +102,10 @@ class Dataset:
         array.setflags(write=False)
         return array
 
+    def damaged_members(self, file: str) -> list[str]:
+        """The damaged members of one file of the data set."""
+        return list(self._reader.damaged_members(file))
+
 
 def open_dataset(folder: str | Path) -> Dataset:
     """Open a packed data set of either format; see :class:`Dataset`."""

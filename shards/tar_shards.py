@@ -5,6 +5,7 @@ volume. Time, owner and mode of the members are fixed, so equal content gives eq
 multiples of 512 bytes.
 """
 
+import hashlib
 import io
 import json
 import tarfile
@@ -123,32 +124,6 @@ class TarShard:
         self._file.discard()
 
 
-class TarReader:
-    """Reads single arrays of tar shards by offset."""
-
-    def __init__(self, folder: Path, index: Index) -> None:
-        self.folder, self.index = folder, index
-        self._files = StoredFiles(folder)
-        self._specs = {name: (tuple(a["shape"]), np.dtype(a["dtype"])) for name, a in index.arrays.items()}
-
-    def read(self, key: str, variable: str, place: Place) -> NDArray[Any]:
-        """The array of ``variable``, (*arrays[variable].shape), checked where its CRC-32C is known.
-
-        Raises:
-            IntegrityError: the file is missing, too short or damaged.
-        """
-        array: NDArray[Any] = np.empty(*self._specs[variable])
-        try:
-            count = self._files.read_into(place.shard, place.offset, array)
-        except OSError as error:
-            raise IntegrityError(f"{self.folder}: {place.shard}: {error.strerror} ({key} {variable})") from error
-        if count < array.nbytes:
-            raise IntegrityError(f"{self.folder}: {place.shard} ends within {key}.{variable}.npy")
-        if place.size and google_crc32c.value(array) != place.crc:
-            raise IntegrityError(f"{self.folder}: {key} {variable} is damaged (checksum); see `shards verify`")
-        return array
-
-
 def layout(records: Iterable[Record], arrays: Mapping[str, Mapping[str, Any]]) -> Iterator[Piece]:
     """The pieces of a tar file.
 
@@ -178,3 +153,58 @@ def layout(records: Iterable[Record], arrays: Mapping[str, Mapping[str, Any]]) -
             yield piece(name, size, crc=record.crcs.get(variable), **known)
             yield piece(name, len(after), fixed=after)
     yield piece("end of archive", len(_end(at)), fixed=_end(at))
+
+
+class TarReader:
+    """Reads single arrays of tar shards by offset."""
+
+    def __init__(self, folder: Path, index: Index) -> None:
+        self.folder, self.index = folder, index
+        self._files = StoredFiles(folder)
+        self._specs = {name: (tuple(a["shape"]), np.dtype(a["dtype"])) for name, a in index.arrays.items()}
+
+    def read(self, key: str, variable: str, place: Place) -> NDArray[Any]:
+        """The array of ``variable``, (*arrays[variable].shape), checked where its CRC-32C is known.
+
+        Raises:
+            IntegrityError: the file is missing, too short or damaged.
+        """
+        array: NDArray[Any] = np.empty(*self._specs[variable])
+        try:
+            count = self._files.read_into(place.shard, place.offset, array)
+        except OSError as error:
+            raise IntegrityError(f"{self.folder}: {place.shard}: {error.strerror} ({key} {variable})") from error
+        if count < array.nbytes:
+            raise IntegrityError(f"{self.folder}: {place.shard} ends within {key}.{variable}.npy")
+        if place.size and google_crc32c.value(array) != place.crc:
+            raise IntegrityError(f"{self.folder}: {key} {variable} is damaged (checksum); see `shards verify`")
+        return array
+
+    def damaged_members(self, file: str) -> Iterator[str]:
+        """The members of a shard whose header, content or padding differs from what was written."""
+        if not file.startswith(f"{FOLDER}/"):
+            return
+        raw = memoryview((self.folder / file).read_bytes())
+        at = 0
+        for record in (r for r in self.index.records if r.shard == file):
+            values = _json(record.key, record.subject, record.values, record.affines)
+            members = [(f"{record.key}.json", values, hashlib.sha256(b"").hexdigest(), 0)]
+            for variable, checksum in record.checksums.items():
+                spec = self.index.arrays[variable]
+                dtype = np.dtype(spec["dtype"])
+                head = _npy_header(tuple(spec["shape"]), dtype)
+                size = int(np.prod(spec["shape"])) * dtype.itemsize
+                members.append((f"{record.key}.{variable}.npy", head, checksum, size))
+            for name, known, checksum, size in members:
+                before = _header(name, len(known) + size) + known
+                start, end = at + len(before), at + len(before) + size
+                after = _padding(len(known) + size)
+                at = end + len(after)
+                if (
+                    raw[start - len(before) : start] != before
+                    or hashlib.sha256(raw[start:end]).hexdigest() != checksum
+                    or raw[end:at] != after
+                ):
+                    yield name
+        if raw[at:] != _end(at):
+            yield "end of archive"

@@ -17,9 +17,9 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from shards.errors import IntegrityError
-from shards.index import Index
+from shards.index import Index, array_checksum
 from shards.pieces import Piece
-from shards.record_table import Place
+from shards.record_table import Place, Records
 from shards.records import Record
 from shards.schema import Value
 from shards.stored_files import HashedFile, StoredFiles
@@ -145,6 +145,29 @@ class ZarrShard:
             file.discard()
 
 
+def layout(records: Iterable[Record], variable: str, size: int) -> Iterator[Piece]:
+    """The pieces of a shard file.
+
+    Args:
+        records: with a volume in the file.
+        variable: the array's name.
+        size: bytes of the file.
+    """
+    found = sorted(((r.offsets[variable], r) for r in records if r.sizes.get(variable)), key=lambda place: place[0])
+    at = 0
+    for i, (offset, record) in enumerate(found):
+        if offset > at:
+            yield Piece(at, offset - at, "between volumes")
+        name, length, crc = f"{record.key} {variable}", record.sizes[variable], record.crcs[variable]
+        yield Piece(offset, length, name, crc=crc, key=record.key, variable=variable)
+        at = offset + length
+        rest = found[i + 1][0] - at if i + 1 < len(found) else (size - at - CRC.size) % 16  # 16: a row of the table
+        if rest == CRC.size:
+            yield Piece(at, rest, name, fixed=CRC.pack(crc))
+            at += rest
+    yield Piece(at, size - at, "table of chunks", own_crc=True)
+
+
 class ZarrReader:
     """Reads single arrays of a Zarr store."""
 
@@ -214,25 +237,25 @@ class ZarrReader:
         offset, size = (int(n) for n in np.frombuffer(raw, "<u8", 2, 16 * slot))
         return None if offset == EMPTY else (path, offset, size)
 
-
-def layout(records: Iterable[Record], variable: str, size: int) -> Iterator[Piece]:
-    """The pieces of a shard file.
-
-    Args:
-        records: with a volume in the file.
-        variable: the array's name.
-        size: bytes of the file.
-    """
-    found = sorted(((r.offsets[variable], r) for r in records if r.sizes.get(variable)), key=lambda place: place[0])
-    at = 0
-    for i, (offset, record) in enumerate(found):
-        if offset > at:
-            yield Piece(at, offset - at, "between volumes")
-        name, length, crc = f"{record.key} {variable}", record.sizes[variable], record.crcs[variable]
-        yield Piece(offset, length, name, crc=crc, key=record.key, variable=variable)
-        at = offset + length
-        rest = found[i + 1][0] - at if i + 1 < len(found) else (size - at - CRC.size) % 16  # 16: a row of the table
-        if rest == CRC.size:
-            yield Piece(at, rest, name, fixed=CRC.pack(crc))
-            at += rest
-    yield Piece(at, size - at, "table of chunks", own_crc=True)
+    def damaged_members(self, file: str) -> Iterator[str]:
+        """The records whose arrays in a shard are damaged; none for metadata."""
+        variable, _, chunk = file.removeprefix(f"{FOLDER}/").partition("/c/")
+        if not chunk:
+            return
+        records = self.index.records
+        assert isinstance(records, Records)
+        for row, record in enumerate(records):
+            place = records.place(row, variable)
+            if place is None:
+                continue
+            try:
+                if self._path(variable, place.slot) != file:
+                    continue
+            except (OSError, ValueError, KeyError, TypeError):
+                return  # version 1, and its metadata are damaged too: they are reported as a file of their own
+            try:
+                intact = array_checksum(self.read(record.key, variable, place)) == record.checksums[variable]
+            except IntegrityError:
+                intact = False
+            if not intact:
+                yield f"{record.key} {variable}"
