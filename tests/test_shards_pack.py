@@ -13,8 +13,10 @@ import pytest
 from shards.dataset import open_dataset
 from shards.errors import DataError, TooManyRejects
 from shards.index import Index
+from shards.nifti import read
+from shards.resample import sample
 from shards.verify import verify
-from shards.volumes import canonical, grid, read, sample
+from shards.volumes import canonical, grid
 from tests.packing import PEOPLE, SIZE, bids, content, head, packed, save
 
 # --- canonical volumes --------------------------------------------------------------------------------------------
