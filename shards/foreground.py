@@ -60,7 +60,8 @@ def cut(voxels: NDArray[Any], empty: Any) -> tuple[slice, slice, slice]:
 
 def faces(voxels: NDArray[Any]) -> NDArray[Any]:
     """The values on the six faces of a volume, (n,)."""
-    return np.concatenate([np.take(voxels, (0, -1), axis).ravel() for axis in range(3)])
+    ends = [(slice(None),) * axis + (end,) for axis in range(3) for end in (0, -1)]
+    return np.concatenate([voxels[end].ravel() for end in ends])
 
 
 def most_frequent(values: NDArray[Any]) -> float:
