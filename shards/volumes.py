@@ -168,11 +168,16 @@ def _voxel(affine: NDArray[np.float64], millimetres: tuple[float, float, float])
     return np.linalg.solve(affine, np.array([*millimetres, 1.0]))[:3].astype(np.float64)
 
 
+def map_file(path: Path, label: str) -> Path:
+    """The probability map of a label beside a registered volume."""
+    return path.with_name(f"{path.name.rpartition('_desc-')[0]}_label-{label}_probseg.nii.gz")
+
+
 def _map(
     path: Path, label: str, brain: _Brain, offset: NDArray[np.floating[Any]], shape: tuple[int, int, int]
 ) -> NDArray[np.uint8]:
     """The probability map of a label beside a registered volume, sampled as the volume is, uint8."""
-    file = path.with_name(f"{path.name.rpartition('_desc-')[0]}_label-{label}_probseg.nii.gz")
+    file = map_file(path, label)
     if not file.is_file():
         raise ValueError(f"no map *_label-{label}_probseg.nii.gz beside it; run shards preprocess again")
     scan = read_raw(file)
