@@ -59,6 +59,16 @@ class PreprocessConfig:
 
 
 @dataclass
+class PackWorkers:
+    """Where rows are packed."""
+
+    workers: int  # one: processes of this machine; several: all cores of the Ray cluster
+
+    def __post_init__(self) -> None:
+        at_least(1, {"compute.workers": self.workers})
+
+
+@dataclass
 class PackConfig:
     """`shards pack`: a BIDS tree or CSV -> canonical volumes in shards."""
 
@@ -78,6 +88,7 @@ class PackConfig:
     keep_suspect: bool  # pack and flag scans that fail quality control, instead of rejecting them
     entities: dict[str, str]  # that the names of the volumes in a BIDS folder must have
     rename: dict[str, str]  # column of the table -> the schema's name for it
+    compute: PackWorkers
     tracking: Tracking
 
 
@@ -119,7 +130,12 @@ def run_preprocess(config: PreprocessConfig, run: Run) -> dict[str, Any]:
 
 
 def run_pack(config: PackConfig, run: Run) -> dict[str, Any]:
-    """Stage ``pack``: see :func:`shards.pack.pack`."""
+    """Stage ``pack``: see :func:`shards.pack.pack`. Several workers share the shards by Ray."""
+    map_shards = None
+    if config.compute.workers > 1:
+        from mvhpc.runtime.ray_shards import map_shards_by_ray  # imports Ray
+
+        map_shards = partial(map_shards_by_ray, logs=run.folder / "logs")
     summary = pack(
         Path(config.source),
         Path(config.out),
@@ -137,5 +153,6 @@ def run_pack(config: PackConfig, run: Run) -> dict[str, Any]:
         keep_suspect=config.keep_suspect,
         entities=config.entities,
         rename=config.rename,
+        map_shards=map_shards,
     )
     return dict(summary)
