@@ -60,6 +60,16 @@ class PreprocessConfig:
 
 
 @dataclass
+class PackWorkers:
+    """Where rows are packed."""
+
+    workers: int  # one: processes of this machine; several: all cores of the Ray cluster
+
+    def __post_init__(self) -> None:
+        at_least(1, {"compute.workers": self.workers})
+
+
+@dataclass
 class PackConfig:
     """`shards pack`: a BIDS tree or CSV -> canonical volumes in shards."""
 
@@ -83,6 +93,7 @@ class PackConfig:
     files_root: str  # folder that the paths of a CSV must lie in; "" for that of the CSV
     pseudonymise: str  # key file, for pseudonyms in place of ids; "" for none
     exclude: str  # table of verdicts of `shards audit`, whose rejected rows are left out; "" for none
+    compute: PackWorkers
     tracking: Tracking
 
 
@@ -125,7 +136,12 @@ def run_preprocess(config: PreprocessConfig, run: Run) -> dict[str, Any]:
 
 
 def run_pack(config: PackConfig, run: Run) -> dict[str, Any]:
-    """Stage ``pack``: see :func:`shards.pack.pack`."""
+    """Stage ``pack``: see :func:`shards.pack.pack`. Several workers share the shards by Ray."""
+    map_shards = None
+    if config.compute.workers > 1:
+        from mvhpc.runtime.ray_shards import map_shards_by_ray  # imports Ray
+
+        map_shards = partial(map_shards_by_ray, logs=run.folder / "logs")
     summary = pack(
         Path(config.source),
         Path(config.out),
@@ -147,5 +163,6 @@ def run_pack(config: PackConfig, run: Run) -> dict[str, Any]:
         files_root=config.files_root,
         pseudonymise=config.pseudonymise,
         exclusions=config.exclude or None,
+        map_shards=map_shards,
     )
     return dict(summary)

@@ -32,6 +32,7 @@ from mvhpc.runtime.devices import one_thread, resolve_device
 from mvhpc.variables import Categorical, Continuous
 from shards.errors import DataError, TooManyRejects
 from shards.files import atomic_file, rename_aside
+from shards.nifti import read
 from shards.pack import pack
 from shards.participants import ID, MASK, PATH, SESSION, Reject, read_table
 from shards.participants import Row as Visit
@@ -42,7 +43,6 @@ from shards.preprocess.run import preprocess
 from shards.progress import Progress
 from shards.schema import Schema
 from shards.sheets import column_names, read_sheet
-from shards.volumes import read
 
 POINTS, REACH = 240, 4.0  # of a density's curve; SDs on either side of the mean
 EDGE = 0.1  # of a packed volume; below lies what resampling leaves around the brain

@@ -48,7 +48,8 @@ variables, one column per variable, with its name), or a derivative of `shards p
 the template has them and whose tissue maps are packed too. Each volume is resampled to RAS, the spacing and the
 shape, centred on the brain, with intensities in [0, 1]. A scan that is no brain-extracted T1w brain (a head with
 skull, a CT, a label map, a slab) is rejected, or with --keep-suspect packed and flagged. Rejected rows are listed
-with their reasons in OUT/rejected.tsv. After an interruption, the same command resumes after the last complete shard.
+with their reasons in OUT/rejected.tsv. After an interruption, the same command resumes after the complete shards. For
+a finished data set, it packs the rows that are new or whose files have changed, and no others.
 
 Options that are not given come from the preset: configs/pack/NAME.yaml, over configs/pack/default.yaml.
 
@@ -59,6 +60,7 @@ examples:
   shards pack bids/ packed --entities space=MNI152NLin2009cAsym,desc=preproc    of several files of a scan, this one
   shards pack bids/ packed --split-column set     column `set` holds train, validation (val, dev) or test
   shards pack scans.csv packed --config h200 --format webdataset --schema my_schema.yaml --workers 8
+  shards pack bids/ packed --part 1/4             on one of four machines; then, on any of them, without --part
 """
 SPLIT = """A recorded split never changes; another split needs another NAME. A data set that was packed with --group
 keeps each group in one part here too.
@@ -187,6 +189,9 @@ def make_parser() -> argparse.ArgumentParser:
     pack.add_argument("--seed", type=int, metavar="N", help="of the splits")
     pack.add_argument("--workers", type=int, metavar="N", help="processes; 0 for one per core")
     pack.add_argument(
+        "--part", metavar="I/N", help="make the shards of one of N parts; the command without --part ends the packing"
+    )
+    pack.add_argument(
         "--keep-suspect", action="store_true", default=None, help="pack and flag scans that fail quality control"
     )
 
@@ -287,15 +292,23 @@ def _preprocess(args: argparse.Namespace) -> None:
 
 
 def _pack(args: argparse.Namespace) -> None:
-    from shards.pack import pack
+    from shards.pack import pack, pack_part
 
     options = _options(args)
     if args.split:  # over a split column of the preset
         options["split_column"] = ""
-    storage, fractions, exclusions = options.pop("format"), options.pop("split"), options.pop("exclude")
-    summary = pack(
-        args.source, args.out, storage=storage, fractions=fractions or None, exclusions=exclusions or None, **options
-    )
+    options |= {"storage": options.pop("format"), "fractions": options.pop("split") or None}
+    options["exclusions"] = options.pop("exclude") or None
+    if args.part:
+        made = pack_part(args.source, args.out, args.part, **options)
+        print(
+            f"part {args.part}: {made['made']:,} of its {made['shards']:,} shards made now, {made['converted']:,} rows "
+            f"converted, {made['rejected']:,} rows rejected; the command without --part ends the packing"
+        )
+        return
+    summary = pack(args.source, args.out, **options)
+    if not summary["converted"]:
+        print("no row is new or changed: nothing was converted")
     print(
         f"packed {summary['packed']:,} of {summary['rows']:,} rows ({summary['subjects']:,} subjects) "
         f"into {args.out}, {' x '.join(map(str, summary['shape']))} voxels, {summary['bytes'] / 2**20:,.1f} MiB"

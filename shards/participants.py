@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shards.bids_files import check_entities, find_files, several
+from shards.bids_files import check_entities, find_files, folder_names, several
 from shards.errors import DataError
 from shards.inside import inside
 from shards.schema import Schema, Value, Variable
@@ -394,7 +394,7 @@ def _visits(
     if not missing(named):
         sessions = [prefixed("ses-", named)]
     else:
-        found = sorted(p.name for p in folder.glob("ses-*") if p.is_dir())
+        found = [name for name in folder_names(folder) if name.startswith("ses-") and (folder / name).is_dir()]
         sessions = [*([""] if (folder / "anat").is_dir() or not found else []), *found]
     for session in sessions:
         stem = "_".join(filter(None, (folder.name, session)))

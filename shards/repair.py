@@ -223,11 +223,13 @@ def _convert(
     if row is None:
         raise DataError(f"{record.key}: the source has no such row any more")
     dtype = index.provenance["arguments"].get("dtype", "float16")
-    found = convert(row, index.grid["spacing"], tuple(index.grid["shape"]), space, dtype)
-    if isinstance(found, str):
-        raise DataError(f"{record.key}: {found}")
-    volumes: dict[str, Any] = {name: volume.voxels for name, volume in found.items()}
-    volumes |= {f"{name}_{label}": voxels for name, volume in found.items() for label, voxels in volume.maps.items()}
+    found = convert(row, index.schema, index.grid["spacing"], tuple(index.grid["shape"]), space, dtype, True)
+    if found.reason:
+        raise DataError(f"{record.key}: {found.reason}")
+    volumes: dict[str, Any] = {name: volume.voxels for name, volume in found.volumes.items()}
+    volumes |= {
+        f"{name}_{label}": voxels for name, volume in found.volumes.items() for label, voxels in volume.maps.items()
+    }
     for name in wanted:
         if name not in volumes or array_checksum(volumes[name]) != record.checksums[name]:
             raise DataError(

@@ -150,8 +150,8 @@ def merge_groups(subjects: Sequence[tuple[str, str]]) -> dict[str, str]:
     parent: dict[str, str] = {}
 
     def root(node: str) -> str:
-        while parent.setdefault(node, node) != node:
-            node = parent[node]
+        while (above := parent.setdefault(node, node)) != node:
+            parent[node] = node = parent[above]  # shortens the chain, which else grows with each subject of a group
         return node
 
     for subject, value in subjects:

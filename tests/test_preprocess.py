@@ -18,6 +18,7 @@ from mvhpc.pipeline.plan import Pipeline, PipelineConfig
 from shards.__main__ import main
 from shards.dataset import open_dataset
 from shards.errors import DataError
+from shards.nifti import read
 from shards.pack import pack
 from shards.phantom.anatomy import draw_anatomy
 from shards.phantom.brain import Tissues, render_tissues, spacing
@@ -31,7 +32,6 @@ from shards.preprocess.registration import FLIP, load_template, register, transf
 from shards.preprocess.run import preprocess
 from shards.preprocess.scan import preprocess_scan
 from shards.preprocess.tissue import tissue_maps
-from shards.volumes import read
 
 pytest.importorskip("ants")
 pytest.importorskip("nilearn")
