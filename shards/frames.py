@@ -1,10 +1,11 @@
 """An array as frames of Blosc (LZ4), each of some planes of its first axis and followed by its own CRC-32C.
 
-Each frame is a chunk of a Zarr array. What is read in part is checked by the frame.
+Each frame is a chunk of a Zarr array. What is read in part is checked by the frame. Behind the last one lies a CRC-32C
+of all these, which tells volumes apart: that of bytes followed by their own CRC-32C depends on their number alone.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import google_crc32c
@@ -37,6 +38,11 @@ def encode(array: NDArray[Any], planes: int) -> Iterator[bytes]:
     for i in range(0, len(array), planes):
         frame = codec.encode(array[i : i + planes])
         yield frame + CRC.pack(google_crc32c.value(frame))
+
+
+def seal(frames: Sequence[bytes]) -> bytes:
+    """What lies behind the last frame."""
+    return CRC.pack(google_crc32c.value(b"".join(frame[-CRC.size :] for frame in frames)))
 
 
 def decode(frames: NDArray[np.uint8], array: NDArray[Any]) -> None:

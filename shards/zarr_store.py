@@ -17,7 +17,7 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from shards.errors import IntegrityError
-from shards.frames import CRC, codecs, decode, decode_checked, encode, planes_per_frame
+from shards.frames import CRC, codecs, decode, decode_checked, encode, planes_per_frame, seal
 from shards.index import Index, array_checksum
 from shards.record_table import Place, Records
 from shards.schema import Value
@@ -112,7 +112,7 @@ class ZarrShard:
                 path = shard_path(variable, self._number, array.ndim)
                 self._files[variable] = HashedFile(self._folder / path)
                 self._tables[variable] = np.full((self._per_shard, len(frames), 2), EMPTY, "<u8")
-            stored = b"".join(frames)
+            stored = b"".join([*frames, seal(frames)])
             offset = self._files[variable].write(stored)
             sizes = [len(frame) for frame in frames]
             self._tables[variable][slot] = np.stack([offset + np.cumsum([0, *sizes[:-1]]), sizes], axis=1)
@@ -182,6 +182,8 @@ class ZarrReader:
             path, per_shard = self._path(variable, place.slot), self.per_shard(variable)
             rows = self._table(path, per_shard * count)[place.slot % per_shard * count :][first:end]
             low, high = int(rows[0, 0]), int(rows[-1].sum())
+            if not place.offset <= low < high <= place.offset + place.size:
+                raise ValueError(f"{path} is of another data set")
             stored = np.frombuffer(self._files.read(path, low, high - low), np.uint8)
             found: NDArray[Any] = np.empty((end - first, planes, *dims[1:]), dtype)
             for part, (offset, size) in zip(found, rows.astype(int).tolist()):
