@@ -1,7 +1,7 @@
 """An array as frames of Blosc (LZ4), each of some planes of its first axis and followed by its own CRC-32C.
 
 Each frame is a chunk of a Zarr array. What is read in part is checked by the frame. Behind the last one lies a CRC-32C
-of all these, which tells volumes apart: that of bytes followed by their own CRC-32C depends on their number alone.
+of all these, which distinguishes volumes: that of bytes followed by their own CRC-32C depends on their number alone.
 """
 
 import struct
