@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,14 +116,11 @@ class CachedFiles(StoredFiles):
         super().__init__(folder)
         self._cache, self._digest = cache, digest
 
-    def read_checked(
-        self, path: str, offset: int, target: NDArray[Any], crc: int, checksum: Callable[[Any], int] = crc32c
-    ) -> None:
+    def read_checked(self, path: str, offset: int, target: NDArray[Any], crc: int) -> None:
         """See :meth:`shards.stored_files.StoredFiles.read_checked`."""
         raw = target.reshape(-1).view(np.uint8)
         name = hashlib.blake2b(repr((self._digest, path, offset, raw.nbytes, crc)).encode(), digest_size=16).hexdigest()
-        with contextlib.suppress(ValueError):
-            if self._cache.load(name, raw) and checksum(raw) == crc:
-                return
-        super().read_checked(path, offset, target, crc, checksum)
+        if self._cache.load(name, raw) and crc32c(raw) == crc:
+            return
+        super().read_checked(path, offset, target, crc)
         self._cache.store(name, raw)

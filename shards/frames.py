@@ -1,10 +1,11 @@
 """An array as frames of Blosc (LZ4), each of some planes of its first axis and followed by its own CRC-32C.
 
-Each frame is a chunk of a Zarr array. What is read in part is checked by the frame.
+Each frame is a chunk of a Zarr array. What is read in part is checked by the frame. Behind the last one lies a CRC-32C
+of all these, which distinguishes volumes: that of bytes followed by their own CRC-32C depends on their number alone.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import google_crc32c
@@ -39,6 +40,11 @@ def encode(array: NDArray[Any], planes: int) -> Iterator[bytes]:
         yield frame + CRC.pack(google_crc32c.value(frame))
 
 
+def seal(frames: Sequence[bytes]) -> bytes:
+    """What lies behind the last frame."""
+    return CRC.pack(google_crc32c.value(b"".join(frame[-CRC.size :] for frame in frames)))
+
+
 def decode(frames: NDArray[np.uint8], array: NDArray[Any]) -> None:
     """Fill an array with all its frames, whose bytes are those that were written."""
     view, target = frames.data, array.reshape(-1).view(np.uint8)
@@ -47,46 +53,6 @@ def decode(frames: NDArray[np.uint8], array: NDArray[Any]) -> None:
         size, _, length = HEADER.unpack_from(view, at)
         blosc.decompress(view[at : at + length], target[done : done + size])
         done, at = done + size, at + length + CRC.size
-
-
-def frame_sizes(stored: Any) -> list[int]:
-    """Bytes of each of the frames of an array, with its CRC-32C.
-
-    Args:
-        stored: bytes, or a contiguous array of bytes.
-
-    Raises:
-        ValueError: these are no such frames.
-    """
-    view, sizes, at = memoryview(stored), [], 0
-    while at < len(view):
-        if len(view) - at < HEADER.size:
-            raise ValueError("checksum")
-        sizes.append(HEADER.unpack_from(view, at)[2] + CRC.size)
-        at += sizes[-1]
-    if at != len(view):
-        raise ValueError("checksum")
-    return sizes
-
-
-def checksum(stored: Any) -> int:
-    """CRC-32C of the CRC-32Cs of all frames of an array, each of which is compared with its frame.
-
-    It identifies the content, which a CRC of all the bytes does not: that of any bytes and their own CRC is constant.
-
-    Args:
-        stored: bytes, or a contiguous array of bytes.
-
-    Raises:
-        ValueError: a damaged frame.
-    """
-    raw, at, ends = np.frombuffer(stored, np.uint8), 0, b""
-    for size in frame_sizes(raw):
-        end = raw[at + size - CRC.size : at + size].tobytes()
-        if CRC.pack(google_crc32c.value(raw[at : at + size - CRC.size])) != end:
-            raise ValueError("checksum")
-        at, ends = at + size, ends + end
-    return int(google_crc32c.value(ends))
 
 
 def decode_checked(frame: NDArray[np.uint8], array: NDArray[Any]) -> None:

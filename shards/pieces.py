@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,7 @@ class Piece:
         size: bytes.
         name: what it belongs to, for messages; empty where nothing is known of it.
         fixed: its bytes, where they follow from the index.
-        crc: checksum of the bytes of a stored volume.
-        checksum: how it is computed; raises ValueError for bytes that are damaged.
+        crc: CRC-32C of the bytes of a stored volume.
         sha256: of these bytes, in data sets of version 1.
         own_crc: its last four bytes are the CRC-32C of those before.
         key, variable: of the stored volume.
@@ -35,7 +34,6 @@ class Piece:
     name: str
     fixed: bytes | None = None
     crc: int | None = None
-    checksum: Callable[[Any], int] = crc32c
     sha256: str = ""
     own_crc: bool = False
     key: str = ""
@@ -50,10 +48,7 @@ class Piece:
         if self.own_crc:
             return crc32c(raw[:-4]) == int.from_bytes(raw[-4:], "little")
         if self.crc is not None:
-            try:
-                return self.checksum(raw) == self.crc
-            except ValueError:
-                return False
+            return crc32c(raw) == self.crc
         return not self.sha256 or hashlib.sha256(raw).hexdigest() == self.sha256
 
 

@@ -32,8 +32,8 @@ class Record:
         flags: ``VARIABLE.FIGURE`` of each limit of quality control that the scans violate.
         affines: volume variable -> (4, 4), from the voxels of the common grid to mm in the space of the source, where
             the volume lies; empty in data sets of earlier versions.
-        crcs: volume variable -> checksum of the stored bytes: in a tar file their CRC-32C, in a Zarr store that of the
-            CRC-32Cs of all frames (:func:`shards.frames.checksum`). Empty in data sets of version 1.
+        crcs: volume variable -> CRC-32C of the stored bytes: the array in a tar file, its chunks in a Zarr store. Empty
+            in data sets of version 1.
         sizes: volume variable -> number of stored bytes. Empty in data sets of version 1.
         slot: number of the record's place, counted over all shards: place ``slot % per_shard`` of the shard with number
             ``slot // per_shard``, and the row of the Zarr arrays.

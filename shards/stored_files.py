@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +103,8 @@ class StoredFiles:
             done += count
         return done
 
-    def read_checked(
-        self, path: str, offset: int, target: NDArray[Any], crc: int, checksum: Callable[[Any], int] = crc32c
-    ) -> None:
-        """Fill a contiguous array with the bytes from ``offset`` on, of which the checksum is known.
+    def read_checked(self, path: str, offset: int, target: NDArray[Any], crc: int) -> None:
+        """Fill a contiguous array with the bytes from ``offset`` on, of which the CRC-32C is known.
 
         Raises:
             OSError: the file cannot be read.
@@ -115,7 +112,7 @@ class StoredFiles:
         """
         if self.read_into(path, offset, target) < target.nbytes:
             raise ValueError(f"{path} ends within it")
-        if checksum(target) != crc:
+        if crc32c(target) != crc:
             raise ValueError("checksum")
 
     def size(self, path: str) -> int:

@@ -17,7 +17,7 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from shards.errors import IntegrityError
-from shards.frames import CRC, checksum, codecs, decode, decode_checked, encode, planes_per_frame
+from shards.frames import CRC, codecs, decode, decode_checked, encode, planes_per_frame, seal
 from shards.index import Index
 from shards.pieces import Piece, crc32c
 from shards.record_table import Place
@@ -77,15 +77,6 @@ def metadata(arrays: Mapping[str, Mapping[str, Any]], places: int, per_shard: in
     return {path: json.dumps(content, indent=2).encode() + b"\n" for path, content in found.items()}
 
 
-def stored_checksum(stored: Any) -> int:
-    """The checksum that the index has of a record's chunks: see :func:`shards.frames.checksum`; of version 1, CRC-32C.
-
-    Raises:
-        ValueError: damaged chunks.
-    """
-    return crc32c(stored) if bytes(stored[: len(ZSTANDARD)]) == ZSTANDARD else checksum(stored)
-
-
 class ZarrShard:
     """Writes one shard of each array.
 
@@ -123,11 +114,11 @@ class ZarrShard:
                 path = shard_path(variable, self._number, array.ndim)
                 self._files[variable] = HashedFile(self._folder / path)
                 self._tables[variable] = np.full((self._per_shard, len(frames), 2), EMPTY, "<u8")
-            stored = b"".join(frames)
+            stored = b"".join([*frames, seal(frames)])
             offset = self._files[variable].write(stored)
             sizes = [len(frame) for frame in frames]
             self._tables[variable][slot] = np.stack([offset + np.cumsum([0, *sizes[:-1]]), sizes], axis=1)
-            places[variable] = (offset, len(stored), checksum(stored))
+            places[variable] = (offset, len(stored), crc32c(stored))
         return places
 
     def close(self) -> dict[str, dict[str, Any]]:
@@ -166,7 +157,7 @@ class ZarrReader:
         try:
             path = self._path(variable, place.slot)
             stored = np.empty(place.size, np.uint8)
-            self._files.read_checked(path, place.offset, stored, place.crc, stored_checksum)
+            self._files.read_checked(path, place.offset, stored, place.crc)
             if stored[: len(ZSTANDARD)].tobytes() == ZSTANDARD:
                 return self._decompress(stored, variable)
             array: NDArray[Any] = np.empty(*self._specs[variable]) if out is None else out
@@ -213,6 +204,8 @@ class ZarrReader:
             path, per_shard = self._path(variable, place.slot), self.per_shard(variable)
             rows = self._table(path, per_shard * count)[place.slot % per_shard * count :][first:end]
             low, high = int(rows[0, 0]), int(rows[-1].sum())
+            if not place.offset <= low < high <= place.offset + place.size:
+                raise ValueError(f"{path} is of another data set")
             stored = np.frombuffer(self._files.read(path, low, high - low), np.uint8)
             found: NDArray[Any] = np.empty((end - first, planes, *dims[1:]), dtype)
             for part, (offset, size) in zip(found, rows.astype(int).tolist()):
@@ -278,9 +271,7 @@ def layout(records: Iterable[Record], variable: str, size: int) -> Iterator[Piec
         if offset > at:
             yield Piece(at, offset - at, "between volumes")
         name = f"{record.key} {variable}"
-        yield Piece(
-            offset, length, name, crc=record.crcs[variable], checksum=stored_checksum, key=record.key, variable=variable
-        )
+        yield Piece(offset, length, name, crc=record.crcs[variable], key=record.key, variable=variable)
         at = offset + length
     yield Piece(at, size - at, "table of chunks", own_crc=True)
 

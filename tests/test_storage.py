@@ -145,11 +145,32 @@ def test_a_crop_is_a_part_of_the_volume(tmp_path: Path, volumes: Volumes, storag
             box = tuple(slice(a, a + n) for a, n in zip(start, shape))
             np.testing.assert_array_equal(part, whole[box], strict=True)
             assert part.flags.c_contiguous and not part.flags.writeable
-    for start, shape in [((0, 0, -1), (1, 1, 1)), ((0, 0, 0), (9, 1, 1)), ((0, 0, 0), (0, 1, 1)), ((0, 0), (1, 1))]:
+    for first, size in [((0, 0, -1), (1, 1, 1)), ((0, 0, 0), (9, 1, 1)), ((0, 0, 0), (0, 1, 1)), ((0, 0), (1, 1))]:
         with pytest.raises(ValueError, match="no box"):
-            dataset.read_box("sub-0", "scan", start, shape)
+            dataset.read_box("sub-0", "scan", first, size)
     with pytest.raises(LookupError, match="has no mask"):
         dataset.read_box("sub-0", "mask", (0, 0, 0), (1, 1, 1))
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_volumes_of_equal_size_are_distinguished(tmp_path: Path, storage: str) -> None:
+    """Bytes of one volume in the place of another are refused, though each frame has its own CRC-32C."""
+    noise = {f"sub-{i}": np.random.default_rng(i).integers(0, 256, (2, 128, 128), np.uint8) for i in range(2)}
+    arrays = {"scan": {"shape": (2, 128, 128), "dtype": "uint8"}}
+    writer = DatasetWriter(tmp_path, storage, "volumes", SCHEMA, arrays, {"spacing": 1.0})
+    for key, volume in noise.items():
+        writer.add(key, key, {}, {"scan": volume})
+    writer.finish()
+    first, second = open_dataset(tmp_path).index.records
+    [shard] = [p for p in tmp_path.rglob("*") if p.is_file() and p.stat().st_size > 2 * 10**4]
+    raw = bytearray(shard.read_bytes())
+    assert first.sizes == second.sizes and first.crcs != second.crcs
+    places = [slice(r.offsets["scan"], r.offsets["scan"] + r.sizes["scan"]) for r in (first, second)]
+    raw[places[1]] = raw[places[0]]
+    shard.write_bytes(raw)
+    open_dataset(tmp_path).read("sub-0", "scan")
+    with pytest.raises(IntegrityError, match="sub-1"):
+        open_dataset(tmp_path).read("sub-1", "scan")
 
 
 @pytest.mark.parametrize("storage", STORAGES)
