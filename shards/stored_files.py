@@ -98,4 +98,5 @@ class StoredFiles:
         Raises:
             OSError: the file cannot be read.
         """
-        return os.fstat(self._open(path).number).st_size
+        file = self._open(path)  # held until the call is over: the cache may drop it meanwhile
+        return os.fstat(file.number).st_size

@@ -236,11 +236,13 @@ def test_threads_and_forked_processes_read_the_same(
 ) -> None:
     """With more shards than files that stay open."""
     monkeypatch.setattr("shards.stored_files.OPEN_FILES", 1)
-    dataset = open_dataset(stored(tmp_path, storage))
-    jobs = [(r.key, v) for r in dataset.index.records for v in r.checksums] * 5
+    old = open_dataset(as_version_1(stored(tmp_path / "old", storage)))
+    dataset = open_dataset(stored(tmp_path / "new", storage))
+    jobs = [(r.key, v) for r in dataset.index.records for v in r.checksums] * 50
     known = [dataset.read(*job).tobytes() for job in jobs]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda job: dataset.read(*job).tobytes(), jobs)) == known
+        for opened in (old, dataset):
+            assert list(pool.map(lambda job, opened=opened: opened.read(*job).tobytes(), jobs)) == known
     queue = multiprocessing.get_context("fork").SimpleQueue()
     child = multiprocessing.get_context("fork").Process(target=_read, args=(dataset, jobs, queue.put))
     child.start()
