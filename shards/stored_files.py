@@ -3,11 +3,13 @@
 import functools
 import hashlib
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from shards.errors import IntegrityError
 
 OPEN_FILES = 128  # of one reader; far fewer than the usual limit of a process, 1024
 
@@ -66,7 +68,13 @@ class StoredFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open = functools.lru_cache(OPEN_FILES)(lambda path: _Descriptor(folder / path))
+        self._open = functools.lru_cache(OPEN_FILES)(self._open_anew)
+
+    def _open_anew(self, path: str) -> _Descriptor:
+        parts = PurePosixPath(path).parts
+        if not parts or parts[0] == "/" or ".." in parts:
+            raise IntegrityError(f"{self.folder}: {path!r} is no file of this data set")
+        return _Descriptor(self.folder / path)
 
     def read(self, path: str, offset: int, size: int) -> bytes:
         """At most ``size`` bytes from ``offset`` on; fewer where the file ends.
