@@ -19,7 +19,7 @@ from shards.errors import DataError, IntegrityError, nearest
 from shards.header import NAME as NAME
 from shards.header import read_header, write_header
 from shards.record_table import PARTS as PARTS
-from shards.record_table import Assignment
+from shards.record_table import Assignment, Records
 from shards.records import Record as Record
 from shards.records import digest_entry
 from shards.schema import Schema
@@ -104,6 +104,23 @@ class Index:
         if name not in self.splits:
             raise DataError(nearest(name, self.splits, "split"))
         return self.splits[name]
+
+    def subjects(self, split: str = "default") -> dict[str, set[str]]:
+        """Part -> its subjects.
+
+        Raises:
+            DataError: as :meth:`split`.
+        """
+        records, assignment = self.records, self.split(split).assignment
+        if isinstance(records, Records) and isinstance(assignment, Assignment):
+            rows: Iterable[tuple[str | None, str]] = zip(assignment.parts(), records.column("subject"))
+        else:
+            rows = ((assignment.get(r.key), r.subject) for r in records)
+        found: dict[str, set[str]] = {part: set() for part in PARTS}
+        for part, subject in rows:
+            if part is not None:
+                found[part].add(subject)
+        return found
 
     def of_equal_data(self, **changes: Any) -> "Index":
         """An index of the same data with other splits, places or provenance; its digest stays as it is known."""

@@ -252,6 +252,10 @@ class Assignment(Mapping[str, str]):
         """Pairs of key and part, in order."""
         return _Pairs(self)
 
+    def parts(self) -> Iterator[str | None]:
+        """The part of each record, None for none."""
+        return ((None, *PARTS)[code] for code in self.codes.tolist())
+
     def keys_of(self, part: str) -> Keys:
         """The keys of one part."""
         return Keys(self.records, np.flatnonzero(self.codes == PARTS.index(part) + 1))
@@ -266,7 +270,7 @@ class _Parts(ValuesView[str]):
     _mapping: Assignment
 
     def __iter__(self) -> Iterator[str]:
-        return (PARTS[code - 1] for code in self._mapping.codes.tolist() if code)
+        return (part for part in self._mapping.parts() if part is not None)
 
 
 class _Pairs(ItemsView[str, str]):

@@ -121,5 +121,5 @@ class StoredFiles:
         Raises:
             OSError: the file cannot be read.
         """
-        file = self._open(path)  # which closes when nobody holds it
+        file = self._open(path)  # held until the call is over: the cache may drop it meanwhile
         return os.fstat(file.number).st_size

@@ -98,6 +98,9 @@ def open_records(folder: Path, records: Entry, keys: Entry) -> tuple[Records, di
         FileNotFoundError: one of the files is missing.
         IntegrityError: one of them is damaged.
     """
+    for entry in (records, keys):
+        if not NAMES.fullmatch(entry["file"]):
+            raise IntegrityError(f"{folder}: {entry['file']!r} is no table of an index")
     found = ArrowFile.open(folder / records["file"], records["ends"], records["crc32c"])
     hashes, rows, codes = _read_keys(ArrowFile.open(folder / keys["file"], keys["ends"], keys["crc32c"]))
     return Records(found, records["rows"], hashes, rows, folder, records), codes

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from shards.cpus import available_cores
 from shards.dataset import Dataset, open_dataset
+from shards.files import locked_folder
 from shards.header import VERSION, read_header
 from shards.index import Record
 from shards.progress import progress
@@ -24,23 +25,24 @@ def upgrade(folder: str | Path) -> int:
         The number of records; 0 where the data set has the present version already.
 
     Raises:
-        DataError: no packed data set in the folder.
+        DataError: no packed data set in the folder, or another process writes to it.
         IntegrityError: a damaged index or volume; the message names it, and the data set stays as it was.
     """
     folder = Path(folder)
     if read_header(folder)["version"] == VERSION:
         return 0
-    dataset = open_dataset(folder)
-    index = dataset.index
-    with ThreadPoolExecutor(available_cores()) as pool:
-        found = pool.map(partial(_examine, dataset), index.records)
-        records = list(progress(found, "reading", len(index.records), "record"))
-    per_shard = index.per_shard
-    if index.storage == "webdataset":
-        per_shard = max(Counter(r.shard for r in records).values(), default=1)
-        records = _with_slots(records, per_shard)
-    index.of_equal_data(records=records, per_shard=per_shard).save(folder)
-    return len(records)
+    with locked_folder(folder):
+        dataset = open_dataset(folder)
+        index = dataset.index
+        with ThreadPoolExecutor(available_cores()) as pool:
+            found = pool.map(partial(_examine, dataset), index.records)
+            records = list(progress(found, "reading", len(index.records), "record"))
+        per_shard = index.per_shard
+        if index.storage == "webdataset":
+            per_shard = max(Counter(r.shard for r in records).values(), default=1)
+            records = _with_slots(records, per_shard)
+        index.of_equal_data(records=records, per_shard=per_shard).save(folder)
+        return len(records)
 
 
 def _examine(dataset: Dataset, record: Record) -> Record:

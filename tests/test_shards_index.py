@@ -14,7 +14,7 @@ import zarr
 from shards.__main__ import main
 from shards.dataset import Dataset, open_dataset
 from shards.errors import DataError, IntegrityError
-from shards.files import sha256
+from shards.files import locked_folder, sha256
 from shards.index import Index, Record, Split
 from shards.record_table import Assignment, Keys, Records
 from shards.records import BATCH_ROWS
@@ -236,11 +236,13 @@ def test_threads_and_forked_processes_read_the_same(
 ) -> None:
     """With more shards than files that stay open."""
     monkeypatch.setattr("shards.stored_files.OPEN_FILES", 1)
-    dataset = open_dataset(stored(tmp_path, storage))
-    jobs = [(r.key, v) for r in dataset.index.records for v in r.checksums] * 5
+    old = open_dataset(as_version_1(stored(tmp_path / "old", storage)))
+    dataset = open_dataset(stored(tmp_path / "new", storage))
+    jobs = [(r.key, v) for r in dataset.index.records for v in r.checksums] * 50
     known = [dataset.read(*job).tobytes() for job in jobs]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda job: dataset.read(*job).tobytes(), jobs)) == known
+        for opened in (old, dataset):
+            assert list(pool.map(lambda job, opened=opened: opened.read(*job).tobytes(), jobs)) == known
     queue = multiprocessing.get_context("fork").SimpleQueue()
     child = multiprocessing.get_context("fork").Process(target=_read, args=(dataset, jobs, queue.put))
     child.start()
@@ -316,6 +318,23 @@ def test_damage_of_version_1_is_neither_read_nor_upgraded(tmp_path: Path, storag
         (tmp_path / "index.json").write_bytes(broken)
         with pytest.raises(IntegrityError, match=r"index.json: damaged"):
             open_dataset(tmp_path)
+
+
+def test_a_folder_in_use_is_not_rewritten(tmp_path: Path) -> None:
+    as_version_1(stored(tmp_path, "zarr"))
+    with locked_folder(tmp_path):
+        for rewrite in (upgrade, lambda folder: record_split(folder, None, 2, 0, None, None)):
+            with pytest.raises(DataError, match="being written by another process"):
+                rewrite(tmp_path)
+
+
+def test_a_shard_outside_of_the_folder_is_not_read(tmp_path: Path) -> None:
+    index = Index.load(stored(tmp_path / "a", "webdataset"))
+    for shard in ("../a/shards/shard-00000.tar", str(tmp_path / "a/shards/shard-00000.tar"), ""):
+        record = dataclasses.replace(index.records[0], shard=shard)
+        dataclasses.replace(index, records=[record]).save(tmp_path / "a")
+        with pytest.raises(IntegrityError, match="is no file of this data set"):
+            open_dataset(tmp_path / "a").read("sub-0", "scan")
 
 
 def test_a_later_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,7 +183,7 @@ def _data_sheet(dataset: Dataset, pipeline: Pipeline) -> list[Section]:
     index, split = dataset.index, list(pipeline.splits)[-1]
     parts = index.split(split).assignment
     scans = Counter(parts.values())
-    people = {part: len({r.subject for r in index.records if parts.get(r.key) == part}) for part in PARTS}
+    people = {part: len(found) for part, found in index.subjects(split).items()}
     rows = [["people", *(str(people[part]) for part in PARTS)], ["scans", *(str(scans[part]) for part in PARTS)]]
     for variable in index.schema.scalars:
         by_part = {p: [r.values.get(variable.name) for r in index.records if parts.get(r.key) == p] for p in PARTS}
