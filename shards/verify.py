@@ -19,7 +19,7 @@ from shards.header import NAME, read_header
 from shards.index import Index, array_checksum
 from shards.inside import inside
 from shards.pieces import read_pieces
-from shards.places import Content, Places
+from shards.contents import Contents, FileContent
 from shards.progress import progress
 from shards.record_table import Records
 from shards.zarr_store import FOLDER, ZarrReader
@@ -77,7 +77,7 @@ def verify(folder: str | Path, workers: int = 0) -> Iterator[Damage]:
         yield from damaged
         return
     index = Index.load(folder)
-    check = partial(_check, folder, index, Places(index))
+    check = partial(_check, folder, index, Contents(index))
     pool = ThreadPoolExecutor(workers or available_cores(), thread_name_prefix="verify")
     try:
         for found in progress(pool.map(check, index.files), "verifying", len(index.files), "file"):
@@ -109,12 +109,12 @@ def _damaged_tables(folder: Path, tables: Mapping[str, Mapping[str, Any]]) -> It
             yield Damage(path.name)
 
 
-def _check(folder: Path, index: Index, places: Places, file: str) -> list[Damage]:
+def _check(folder: Path, index: Index, contents: Contents, file: str) -> list[Damage]:
     try:
         path = inside(folder, file)
     except ValueError as error:
         raise DataError(f"{folder / NAME}: file {file!r} {error}") from None
-    known, content = index.files[file], places.files.get(file)
+    known, content = index.files[file], contents.files.get(file)
     try:
         if path.stat().st_size == known["bytes"]:
             digest, matching = _scan(path, content)
@@ -124,10 +124,10 @@ def _check(folder: Path, index: Index, places: Places, file: str) -> list[Damage
         return [Damage(file, "missing")]
     except OSError:  # a bad sector
         pass
-    return _locate(path, file, known["bytes"], places, folder) or [Damage(file)]
+    return _locate(path, file, known["bytes"], contents, folder) or [Damage(file)]
 
 
-def _scan(path: Path, content: Content | None) -> tuple[str, bool]:
+def _scan(path: Path, content: FileContent | None) -> tuple[str, bool]:
     """A file's SHA-256, and whether each of its volumes has its CRC-32C."""
     found, at, place = hashlib.sha256(), 0, 0
     matching, crc = True, 0
@@ -148,11 +148,11 @@ def _scan(path: Path, content: Content | None) -> tuple[str, bool]:
     return found.hexdigest(), matching and place == len(places)
 
 
-def _locate(path: Path, file: str, size: int, places: Places, folder: Path) -> list[Damage]:
+def _locate(path: Path, file: str, size: int, contents: Contents, folder: Path) -> list[Damage]:
     """The damaged parts of a file; each member of a tar file is named once."""
-    pieces = places.layout(file, size)
+    pieces = contents.layout(file, size)
     if not pieces:
-        return [] if places.index.per_shard else list(_unreadable(folder, places.index, file))
+        return [] if contents.index.per_shard else list(_unreadable(folder, contents.index, file))
     found: dict[str, Damage] = {}
     if (present := path.stat().st_size) != size:
         found[""] = Damage(file, f"{present:,} bytes, written with {size:,}")
