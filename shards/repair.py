@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from shards.contents import Contents
 from shards.convert import convert
 from shards.cpus import available_cores
 from shards.dataset import Dataset, open_dataset
@@ -20,7 +21,6 @@ from shards.files import sync, write_bytes
 from shards.index import Index, array_checksum
 from shards.inside import inside
 from shards.participants import Row, read_table
-from shards.contents import Contents
 from shards.preprocess.recipe import read_derivative
 from shards.processes import process_pool
 from shards.pseudonyms import fingerprint, pseudonymised, read_key

@@ -12,6 +12,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from shards.contents import Contents, FileContent
 from shards.cpus import available_cores
 from shards.errors import DataError, IntegrityError
 from shards.files import sha256
@@ -19,7 +20,6 @@ from shards.header import NAME, read_header
 from shards.index import Index, array_checksum
 from shards.inside import inside
 from shards.pieces import read_pieces
-from shards.contents import Contents, FileContent
 from shards.progress import progress
 from shards.record_table import Records
 from shards.zarr_store import FOLDER, ZarrReader
@@ -77,7 +77,10 @@ def verify(folder: str | Path, workers: int = 0) -> Iterator[Damage]:
         yield from damaged
         return
     index = Index.load(folder)
-    check = partial(_check, folder, index, Contents(index))
+    contents = Contents(index)
+    for file in sorted(contents.files.keys() - index.files.keys()):
+        yield Damage(file, "holds volumes and is not in the list of files")
+    check = partial(_check, folder, index, contents)
     pool = ThreadPoolExecutor(workers or available_cores(), thread_name_prefix="verify")
     try:
         for found in progress(pool.map(check, index.files), "verifying", len(index.files), "file"):
