@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from shards.contents import Contents
 from shards.convert import convert
 from shards.cpus import available_cores
 from shards.dataset import Dataset, open_dataset
@@ -20,7 +21,6 @@ from shards.files import sync, write_bytes
 from shards.index import Index, array_checksum
 from shards.inside import inside
 from shards.participants import Row, read_table
-from shards.places import Places
 from shards.preprocess.recipe import read_derivative
 from shards.processes import process_pool
 from shards.pseudonyms import fingerprint, pseudonymised, read_key
@@ -69,8 +69,8 @@ def repair(
             return
         index = _load(folder, damaged)
         rows, space = _read_source(index, Path(source), files_root, pseudonymise)
-        places = Places(index)
-        tasks = [_task(folder, index, places, file, rows, space) for file in damaged]
+        contents = Contents(index)
+        tasks = [_task(folder, index, contents, file, rows, space) for file in damaged]
         for file, reason in zip(damaged, _map(_restore, tasks, workers)):
             yield from ((damage, reason) for damage in damaged[file])
 
@@ -143,8 +143,10 @@ class _Task:
     space: Space | None = None
 
 
-def _task(folder: Path, index: Index, places: Places, file: str, rows: Mapping[str, Row], space: Space | None) -> _Task:
-    if (content := places.files.get(file)) is None:
+def _task(
+    folder: Path, index: Index, contents: Contents, file: str, rows: Mapping[str, Row], space: Space | None
+) -> _Task:
+    if (content := contents.files.get(file)) is None:
         return _Task(folder, file, content=_derived(index).get(file, b""))
     assert isinstance(index.records, Records)
     own = np.unique(content.rows).tolist()

@@ -9,23 +9,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
-from numpy.typing import NDArray
 
+from shards.contents import Contents, FileContent
 from shards.cpus import available_cores
 from shards.errors import DataError, IntegrityError
 from shards.files import sha256
 from shards.header import NAME, read_header
 from shards.index import Index, array_checksum
 from shards.inside import inside
-from shards.pieces import crc32c, read_pieces
-from shards.places import Content, Places
+from shards.pieces import read_pieces
 from shards.progress import progress
 from shards.record_table import Records
 from shards.stored_files import StoredFiles
 from shards.zarr_store import FOLDER, ZarrReader
 
-BLOCK = 2**20  # bytes that are read at once between volumes
+BLOCK = 2**20  # bytes that are read at once; they are hashed while they are in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,10 @@ def verify(folder: str | Path, workers: int = 0) -> Iterator[Damage]:
         yield from damaged
         return
     index = Index.load(folder)
-    check = partial(_check, folder, index, Places(index))
+    contents = Contents(index)
+    for file in sorted(contents.files.keys() - index.files.keys()):
+        yield Damage(file, "holds volumes and is not in the list of files")
+    check = partial(_check, folder, index, contents)
     pool = ThreadPoolExecutor(workers or available_cores(), thread_name_prefix="verify")
     try:
         for found in progress(pool.map(check, index.files), "verifying", len(index.files), "file"):
@@ -110,12 +113,12 @@ def _damaged_tables(folder: Path, tables: Mapping[str, Mapping[str, Any]]) -> It
             yield Damage(path.name)
 
 
-def _check(folder: Path, index: Index, places: Places, file: str) -> list[Damage]:
+def _check(folder: Path, index: Index, contents: Contents, file: str) -> list[Damage]:
     try:
         path = inside(folder, file)
     except ValueError as error:
         raise DataError(f"{folder / NAME}: file {file!r} {error}") from None
-    known, content = index.files[file], places.files.get(file)
+    known, content = index.files[file], contents.files.get(file)
     try:
         if path.stat().st_size == known["bytes"]:
             digest, matching = _scan(path, content)
@@ -125,37 +128,35 @@ def _check(folder: Path, index: Index, places: Places, file: str) -> list[Damage
         return [Damage(file, "missing")]
     except OSError:  # a bad sector
         pass
-    return _locate(path, file, known["bytes"], places, folder) or [Damage(file)]
+    return _locate(path, file, known["bytes"], contents, folder) or [Damage(file)]
 
 
-def _scan(path: Path, content: Content | None) -> tuple[str, bool]:
+def _scan(path: Path, content: FileContent | None) -> tuple[str, bool]:
     """A file's SHA-256, and whether each of its volumes has its CRC-32C."""
-    found, matching, at = hashlib.sha256(), True, 0
+    found, at, place = hashlib.sha256(), 0, 0
+    matching, crc = True, 0
     places = [] if content is None else list(zip(*(c.tolist() for c in (content.offsets, content.sizes, content.crcs))))
-    with path.open("rb") as file:
-
-        def read(size: int) -> NDArray[np.uint8]:
-            nonlocal at
-            raw = np.empty(size, np.uint8)
-            raw = raw[: file.readinto(raw.data)]
-            found.update(raw.data)
-            at += len(raw)
-            return raw
-
-        for offset, size, crc in places:
-            while at < offset and len(read(min(BLOCK, offset - at))):
-                pass
-            matching &= at == offset and crc32c(read(size)) == crc
-        while len(read(BLOCK)):
-            pass
-    return found.hexdigest(), matching
+    buffer = np.empty(BLOCK, np.uint8)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer.data):
+            block = buffer[:count]
+            found.update(block.data)
+            while place < len(places) and (start := places[place][0]) < at + count:
+                end = start + places[place][1]
+                crc = google_crc32c.extend(crc, block[max(start - at, 0) : end - at])
+                if end > at + count:
+                    break
+                matching &= crc == places[place][2]
+                place, crc = place + 1, 0
+            at += count
+    return found.hexdigest(), matching and place == len(places)
 
 
-def _locate(path: Path, file: str, size: int, places: Places, folder: Path) -> list[Damage]:
+def _locate(path: Path, file: str, size: int, contents: Contents, folder: Path) -> list[Damage]:
     """The damaged parts of a file; each member of a tar file is named once."""
-    pieces = places.layout(file, size)
+    pieces = contents.layout(file, size)
     if not pieces:
-        return [] if places.index.per_shard else list(_unreadable(folder, places.index, file))
+        return [] if contents.index.per_shard else list(_unreadable(folder, contents.index, file))
     found: dict[str, Damage] = {}
     if (present := path.stat().st_size) != size:
         found[""] = Damage(file, f"{present:,} bytes, written with {size:,}")

@@ -80,6 +80,14 @@ def test_an_index_that_disagrees_with_intact_files_is_found(out: Path) -> None:
     assert {damage.key for damage in verify(out)} == {"sub-00", "sub-01"}
 
 
+def test_a_shard_that_the_list_of_files_lacks_is_found(out: Path) -> None:
+    index = Index.load(out)
+    name = shards(out)[1].relative_to(out).as_posix()
+    vars(index)["files"] = {file: entry for file, entry in index.files.items() if file != name}
+    save_records(index, list(index.records), out)
+    assert list(verify(out)) == [Damage(name, "holds volumes and is not in the list of files")]
+
+
 def save_records(index: Index, records: list[Any], out: Path) -> None:
     names = (
         "kind",

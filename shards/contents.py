@@ -14,7 +14,7 @@ from shards.record_table import Records
 
 
 @dataclass(frozen=True)
-class Content:
+class FileContent:
     """The volumes in one file, ordered by offset; each array has one entry for each.
 
     Attributes:
@@ -32,7 +32,7 @@ class Content:
     crcs: NDArray[np.int64]
 
 
-class Places:
+class Contents:
     """The volumes in each shard file. Without an entry for data sets of version 1, whose index has no sizes.
 
     Args:
@@ -45,7 +45,7 @@ class Places:
         self.records = index.records
         self.files = dict(self._files()) if index.per_shard else {}
 
-    def _files(self) -> Iterator[tuple[str, Content]]:
+    def _files(self) -> Iterator[tuple[str, FileContent]]:
         slots, tar = self._column("slot"), self.index.storage == "webdataset"
         stored: list[tuple[NDArray[np.int64], ...]] = []  # rows, offsets, sizes, CRCs of each variable
         for variable in self.arrays:
@@ -78,13 +78,13 @@ class Places:
         offsets: NDArray[np.int64],
         sizes: NDArray[np.int64],
         crcs: NDArray[np.int64],
-    ) -> Iterator[Content]:
+    ) -> Iterator[FileContent]:
         numbers = slots[rows] // self.index.per_shard
         order = np.lexsort((offsets, numbers))
         starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
         for start, end in zip(starts, [*starts[1:], len(order)]):
             own = order[start:end]
-            yield Content(int(numbers[own[0]]), variable, rows[own], offsets[own], sizes[own], crcs[own])
+            yield FileContent(int(numbers[own[0]]), variable, rows[own], offsets[own], sizes[own], crcs[own])
 
     def layout(self, file: str, size: int) -> list[Piece]:
         """The pieces of a shard file of ``size`` bytes; nothing for any other file."""
