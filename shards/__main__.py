@@ -337,9 +337,9 @@ def _audit(args: argparse.Namespace) -> None:
     summary = audit(args.folder, args.out, args.workers)
     print(f"{summary['records']:,} records in {args.out}, {summary['bytes'] / 2**20:,.1f} MiB; open it in a browser")
     if summary["alike"]:
-        print(f"{summary['alike']:,} pairs of different subjects are likely the same person")
+        print(f"pairs of different subjects that are likely the same person: {summary['alike']:,}")
     if summary["unlike"]:
-        print(f"{summary['unlike']:,} pairs of scans of one subject look like different people")
+        print(f"pairs of scans of one subject that look like different people: {summary['unlike']:,}")
 
 
 def _verify(args: argparse.Namespace) -> None:

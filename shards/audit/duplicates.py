@@ -85,14 +85,16 @@ def compare_all(sketches: NDArray[np.float16], subjects: Sequence[str]) -> Pairs
             deviations = (correlations - (near[one, None] + near[other]) / 2 - median) / scale
             repeat = names[one, None] == names[other]
             wanted = (deviations > limit) | repeat
+            places = zip(*np.nonzero(np.triu(wanted, 1) if one == other else wanted))
             found = [
                 Pair(
                     one.start + int(a),
                     other.start + int(b),
-                    *map(float, (correlations[a, b], deviations[a, b])),
-                    bool(repeat[a, b]),
+                    correlation=float(correlations[a, b]),
+                    deviation=float(deviations[a, b]),
+                    repeat=bool(repeat[a, b]),
                 )
-                for a, b in zip(*np.nonzero(np.triu(wanted, 1) if one == other else wanted))
+                for a, b in places
             ]
             above = [p for p in found if p.deviation > limit]
             count += sum(not p.repeat for p in above)

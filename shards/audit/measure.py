@@ -78,8 +78,8 @@ def measure(volume: Array, key: str, reference: Reference, height: int) -> Measu
     affine = reference.members.get(key) or aligner.fit(levels)
     stored, aligned, mean = levels[MIDDLE], aligner.warp(levels[MIDDLE], MIDDLE, affine), aligner.mean[MIDDLE]
     if key in reference.members and len(reference.members) > 1:  # a brain is not compared with itself
-        count = len(reference.members)
-        mean = (mean * count - aligned) / (count - 1)
+        count = np.float32(len(reference.members))
+        mean = (mean * count - aligned) / (count - np.float32(1))
     brain = volume[volume > FAINT]
     counts = np.histogram(brain, BINS, (0, 1))[0]
     brightness = float(brain.mean()) if brain.size else 0.0

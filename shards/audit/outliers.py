@@ -36,7 +36,7 @@ def deviations(measures: pd.DataFrame) -> pd.DataFrame:
     Returns:
         A table of the same form; 0 where missing.
     """
-    columns = {name: _deviations(measures[name].to_numpy(float), name.split(".")[-1]) for name in measures}
+    columns = {c: _deviations(measures[c].to_numpy(float), str(c).split(".")[-1]) for c in measures}
     return pd.DataFrame(columns, index=measures.index)
 
 

@@ -61,7 +61,7 @@ def write_page(
     score = z.abs().max(axis=1).to_numpy()
     order = [int(n) for n in np.argsort(-score, kind="stable")]
     place = {record: position for position, record in enumerate(order)}
-    names = [c.split(".", 1)[1] if len(schema.volumes) == 1 else c for c in measures]
+    names = [str(c).split(".", 1)[1] if len(schema.volumes) == 1 else str(c) for c in measures]
     page = render(
         PAGES,
         "audit.html",

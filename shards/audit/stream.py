@@ -68,7 +68,7 @@ def _mean_brain(dataset: Dataset, variable: str, keys: Sequence[str]) -> Referen
         for key, found in levels()
         if key in members
     )
-    return Reference(Aligner([volume / len(members) for volume in total], spacing), members, spacing)
+    return Reference(Aligner([volume / np.float32(len(members)) for volume in total], spacing), members, spacing)
 
 
 def _sum(brains: Iterable[list[Array]]) -> list[Array]:
