@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines += ["", "; ".join(f"{name}: {size}" for name, size in sizes.items()) + "."]
     absent = sorted({way.package for way in WAYS if missing(way)})
     if absent:
-        lines.append(f"Not installed: {', '.join(absent)} (pip install --no-deps {' '.join(absent)}).")
+        lines.append(f"Not installed: {', '.join(absent)}; benchmarks/loader/peers.txt says how.")
     text = "\n".join(lines) + "\n"
     print(text)
     if options.markdown:
