@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.loader.measure import WAYS, measure, missing
-from benchmarks.loader.ways import LIMITS, Volume
+from benchmarks.loader.ways import LIMITS, Nibabel, NibabelPrepared, Volume
 from shards.dataset import open_dataset
 from shards.files import write_text
 from shards.participants import Row, read_table
@@ -50,8 +50,10 @@ RATIOS = [  # what, how often its time goes into that of another way
     ("MDS / ours, tar", "MosaicML Streaming (MDS)", "ours, tar"),
     ("LitData, zstd / ours, zarr", "LitData, zstd", "ours, zarr"),
     ("plain Zarr v3 / ours, zarr", "zarr-python, plain Zarr v3", "ours, zarr"),
-    ("nibabel / ours, tar", "nibabel, each epoch", "ours, tar"),
-    ("nibabel / ours, zarr", "nibabel, each epoch", "ours, zarr"),
+    ("nibabel, load / ours, tar", Nibabel.name, "ours, tar"),
+    ("nibabel, load / ours, zarr", Nibabel.name, "ours, zarr"),
+    ("nibabel, all / ours, tar", NibabelPrepared.name, "ours, tar"),
+    ("nibabel, all / ours, zarr", NibabelPrepared.name, "ours, zarr"),
     *((f"{name} / ours, zarr", name, "ours, zarr") for name in (way.name for way in LIMITS[1:])),
 ]
 
@@ -91,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines += ["", "; ".join(f"{name}: {size}" for name, size in sizes.items()) + "."]
     absent = sorted({way.package for way in WAYS if missing(way)})
     if absent:
-        lines.append(f"Not installed: {', '.join(absent)} (pip install --no-deps {' '.join(absent)}).")
+        lines.append(f"Not installed: {', '.join(absent)}; benchmarks/loader/peers.txt says how.")
     text = "\n".join(lines) + "\n"
     print(text)
     if options.markdown:

@@ -143,18 +143,44 @@ class OursTensors(Ours):
 
 
 class Nibabel(Way):
-    name = "nibabel, each epoch"
+    """Decompression of the scans alone."""
+
+    name = "nibabel, each epoch: load"
     checked = "gzip"
 
     def write(self, folder: Path, volumes: Volume, scans: Sequence[Path]) -> None:
         for i, scan in enumerate(scans):
             shutil.copy(scan, folder / f"{i:05d}{''.join(scan.suffixes[-2:])}")
+        np.save(folder / "shape.npy", volumes.shape[1:])
 
     def open(self, folder: Path) -> Epoch:
+        shape = np.load(folder / "shape.npy").tolist()
+        scans = sorted(path for path in folder.iterdir() if path.suffix != ".npy")
+        return lambda seed: (self.load(scans[i], shape) for i in shuffled(len(scans), seed))
+
+    def load(self, scan: Path, shape: Sequence[int]) -> Volume:
         import nibabel as nib
 
-        scans = sorted(folder.iterdir())
-        return lambda seed: (nib.load(scans[i]).get_fdata(dtype=np.float32) for i in shuffled(len(scans), seed))
+        return np.asarray(nib.load(scan).get_fdata(dtype=np.float32))
+
+
+class NibabelPrepared(Nibabel):
+    """What a network needs: RAS, intensities in [0, 1], a box of the common shape around the scan's middle."""
+
+    name = "nibabel, each epoch: load, orient, scale, crop"
+
+    def load(self, scan: Path, shape: Sequence[int]) -> Volume:
+        import nibabel as nib
+
+        voxels = nib.as_closest_canonical(nib.load(scan)).get_fdata(dtype=np.float32)
+        scaled = np.clip(voxels / np.percentile(voxels[voxels > 0], 99.5), 0, 1)
+        volume = np.zeros(shape, np.float16)
+        ours = tuple(slice(max(0, (m - n) // 2), max(0, (m - n) // 2) + min(m, n)) for m, n in zip(shape, voxels.shape))
+        theirs = tuple(
+            slice(max(0, (n - m) // 2), max(0, (n - m) // 2) + min(m, n)) for m, n in zip(shape, voxels.shape)
+        )
+        volume[ours] = scaled[theirs]
+        return volume
 
 
 def write_dataset(folder: Path, storage: str, volumes: Volume) -> None:
