@@ -25,6 +25,7 @@ from shards.records import BATCH_ROWS, Record, record_schema, to_columns
 from shards.schema import Schema
 
 NAMES = re.compile(r"(records|keys)-[0-9a-f]{12}\.arrow|files-[0-9a-f]{12}\.json")
+UNFINISHED = re.compile(r"\.(records|keys|files|index)\b.*\.part")
 Entry = dict[str, Any]
 
 
@@ -164,9 +165,9 @@ class Files(Mapping[str, dict[str, Any]]):
 
 
 def remove_others(folder: Path, entries: Iterable[Entry]) -> None:
-    """Remove tables that the present index does not name."""
+    """Remove tables that the present index does not name, and what a process that was killed left of one."""
     named = {entry["file"] for entry in entries}
     for path in folder.iterdir():
-        if NAMES.fullmatch(path.name) and path.name not in named:
+        if UNFINISHED.fullmatch(path.name) or (NAMES.fullmatch(path.name) and path.name not in named):
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()

@@ -1,8 +1,12 @@
 """Laws of the index: lazily read sequences are lists, every bit counts, version 1 is read and upgraded."""
 
 import dataclasses
+import itertools
 import multiprocessing
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +19,7 @@ from shards.__main__ import main
 from shards.dataset import Dataset, open_dataset
 from shards.errors import DataError, IntegrityError
 from shards.files import locked_folder, sha256
+from shards.header import read_header
 from shards.index import Index, Record, Split
 from shards.record_table import Assignment, Keys, Records
 from shards.records import BATCH_ROWS
@@ -298,6 +303,42 @@ def test_version_1_is_read_and_upgraded(
     sizes = [[v for v in r.checksums if v not in r.sizes] for r in Index.load(tmp_path).records]
     assert sizes == [["mask"] if i == 2 and storage == "zarr" else [] for i in range(8)]  # zarr-python left zeros out
     assert main(["upgrade", str(tmp_path)]) == 0 and "has the present version" in capsys.readouterr().out
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from shards.split import record_split
+from shards.upgrade import upgrade
+folder, left, replace = Path(sys.argv[1]), int(sys.argv[2]), Path.replace
+def count(self, target):
+    global left
+    left -= 1
+    return replace(self, target) if left >= 0 else os.kill(os.getpid(), signal.SIGKILL)
+Path.replace = count
+upgrade(folder)
+record_split(folder, None, 2, 0, None, None)
+"""
+
+
+def test_a_killed_process_leaves_the_old_index_or_the_new_one(tmp_path: Path) -> None:
+    """Killed before each step of an upgrade and of another split in turn; then both are done."""
+    old, states = facts(as_version_1(stored(tmp_path / "old", "zarr"))), []
+    for steps in itertools.count():
+        folder = Path(shutil.copytree(tmp_path / "old", tmp_path / str(steps)))
+        command = [sys.executable, "-c", KILLED, str(folder), str(steps)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        found = facts(folder)
+        states.append((read_header(folder)["version"], len(found["splits"])))
+        assert found | {"splits": old["splits"]} == old and list(verify(folder)) == []
+        upgrade(folder)
+        record_split(folder, None, 2, 0, None, None)
+        files = sorted(p.name for p in folder.iterdir())
+        if done.returncode == 0:
+            break
+    assert states == sorted(states) and sorted(set(states)) == [(1, 1), (2, 1), (2, 3)] and len(files) == 5
+    assert all(sorted(p.name for p in (tmp_path / str(n)).iterdir()) == files for n in range(steps))
 
 
 @pytest.mark.parametrize("storage", STORAGES)
