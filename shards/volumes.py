@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.box import Profile, touched
-from shards.foreground import Foreground
 from shards.intensity import rescale
-from shards.nifti import RawScan, read_raw
+from shards.nifti import read_raw
 from shards.qc.figures import measure_foreground
 from shards.quantization import quantize
 from shards.resample import sample, sample_part
@@ -104,13 +103,13 @@ def canonical(
     """
     brain = _read_brain(path, spacing, space)
     offset = brain.centre - brain.step @ [n // 2 for n in shape]
-    box = sample_part(brain.signal, brain.found.corner, brain.found.shape, brain.step, offset, shape)
+    box = sample_part(brain.signal, brain.corner, brain.shape, brain.step, offset, shape)
     inside = float(box.sum(dtype=np.float64)) * abs(np.linalg.det(brain.step)) / brain.profile.total
     touches = touched(brain.profile.extent(brain.step, brain.centre), shape)
     return Canonical(
         voxels=quantize(np.clip(box, 0, 1, out=box), dtype),
-        origin=(brain.scan.affine @ [*brain.centre, 1])[:3],
-        sha256=brain.scan.sha256,
+        origin=(brain.affine @ [*brain.centre, 1])[:3],
+        sha256=brain.sha256,
         cropped=max(0.0, 1 - inside),
         touches=touches,
         figures={**brain.figures, "box": float(len(touches))},
@@ -139,19 +138,22 @@ class _Brain:
     """A scan on its way to the grid.
 
     Attributes:
-        scan: as its file stores it.
-        found: its foreground.
+        affine, sha256: see :class:`shards.nifti.Scan`.
+        shape: (3,), voxels.
         figures: of quality control.
         signal: (x, y, z) in [0, 1], of the foreground.
+        corner: (3,), the first voxel of the foreground.
         profile: of the signal.
         step: (3, 3), scan voxels per step of the grid.
         centre: (3,), the scan's voxel at the grid's centre.
     """
 
-    scan: RawScan
-    found: Foreground
+    affine: NDArray[np.float64]
+    sha256: str
+    shape: tuple[int, int, int]
     figures: dict[str, float]
     signal: NDArray[np.float32]
+    corner: tuple[int, int, int]
     profile: Profile
     step: NDArray[np.floating[Any]]
     centre: NDArray[np.float64]
@@ -159,13 +161,15 @@ class _Brain:
 
 def _read_brain(path: Path, spacing: float, space: Space | None) -> _Brain:
     scan = read_raw(path)
+    affine, digest, header = scan.affine, scan.sha256, scan.header
     found = scan.foreground()
-    figures = measure_foreground(found, scan.affine) | scan.header
+    del scan  # the whole volume; from here on the foreground is enough
+    figures = measure_foreground(found, affine) | header
     signal = rescale(found)
     profile = Profile(signal, found.corner)
-    centre = profile.centre() if space is None else _voxel(scan.affine, space.centre)
-    step = np.linalg.inv(scan.affine[:3, :3]) * spacing
-    return _Brain(scan, found, figures, signal, profile, step, np.rint(centre))
+    centre = profile.centre() if space is None else _voxel(affine, space.centre)
+    step = np.linalg.inv(affine[:3, :3]) * spacing
+    return _Brain(affine, digest, found.shape, figures, signal, found.corner, profile, step, np.rint(centre))
 
 
 def _voxel(affine: NDArray[np.float64], millimetres: tuple[float, float, float]) -> NDArray[np.float64]:
@@ -186,7 +190,7 @@ def _map(
     if not file.is_file():
         raise ValueError(f"no map *_label-{label}_probseg.nii.gz beside it; run shards preprocess again")
     scan = read_raw(file)
-    if scan.stored.shape != brain.scan.stored.shape or not np.allclose(scan.affine, brain.scan.affine, atol=1e-3):
+    if scan.stored.shape != brain.shape or not np.allclose(scan.affine, brain.affine, atol=1e-3):
         raise ValueError(f"its map of {label} has another grid")
     found = scan.foreground()
     if min(found.voxels.min(), found.empty) < -1e-3 or max(found.voxels.max(), found.empty) > 1 + 1e-3:

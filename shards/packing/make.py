@@ -1,7 +1,7 @@
 """Making one shard, in any process: convert or copy its rows, compress, write. Its bytes depend on its rows alone."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,8 @@ class Shard:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain dictionaries."""
-        return asdict(self)
+        places, records = map(vars, self.places), map(vars, self.records)
+        return {"number": self.number, "places": [*places], "records": [*records], "files": self.files}
 
     @classmethod
     def from_dict(cls, line: Mapping[str, Any]) -> "Shard":
