@@ -98,10 +98,10 @@ def pack(source: str | Path, out: str | Path, *, map_shards: Map | None = None, 
     found = read_source(Path(source), checked)
     with locked(out, ""):
         packing = prepare(found, out, checked)
-        if packing.done:
-            assert packing.old is not None
-            summary = summarize(packing.old, found.table, packing.plan.kept, 0)
+        if packing.old is not None:
             clean(out, packing.old)
+        if packing.old is not None and packing.done:
+            summary = summarize(packing.old, found.table, packing.plan.kept, 0)
         else:
             made = _make(packing, packing.plan.tasks, checked, map_shards)
             summary = _finish(packing, checked, sum(_converted(task) for task in made))

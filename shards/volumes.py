@@ -1,7 +1,7 @@
 """NIfTI or MGH file -> canonical array: RAS, given spacing, a box around the brain's centre, intensities in [0, 1]."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,19 +102,24 @@ def canonical(
         ValueError: the file cannot be used; the message gives the reason without the path.
     """
     brain = _read_brain(path, spacing, space)
-    offset = brain.centre - brain.step @ [n // 2 for n in shape]
-    box = sample_part(brain.signal, brain.corner, brain.shape, brain.step, offset, shape)
-    inside = float(box.sum(dtype=np.float64)) * abs(np.linalg.det(brain.step)) / brain.profile.total
-    touches = touched(brain.profile.extent(brain.step, brain.centre), shape)
-    return Canonical(
+    step, affine, size = brain.step, brain.affine, brain.shape
+    offset = brain.centre - step @ [n // 2 for n in shape]
+    box = sample_part(brain.signal, brain.corner, size, step, offset, shape)
+    inside = float(box.sum(dtype=np.float64)) * abs(np.linalg.det(step)) / brain.profile.total
+    touches = touched(brain.profile.extent(step, brain.centre), shape)
+    found = Canonical(
         voxels=quantize(np.clip(box, 0, 1, out=box), dtype),
-        origin=(brain.affine @ [*brain.centre, 1])[:3],
+        origin=(affine @ [*brain.centre, 1])[:3],
         sha256=brain.sha256,
         cropped=max(0.0, 1 - inside),
         touches=touches,
         figures={**brain.figures, "box": float(len(touches))},
-        maps={label: _map(path, label, brain, offset, shape) for label in (space.maps if space else ())},
     )
+    if space is None:
+        return found
+    del brain, box  # maps are read one by one, beside the result alone
+    maps = {label: _map(map_file(path, label), label, affine, size, step, offset, shape) for label in space.maps}
+    return replace(found, maps=maps)
 
 
 def brain_extent(path: Path, spacing: float, space: Space | None = None) -> tuple[NDArray[np.int64], dict[str, float]]:
@@ -183,20 +188,28 @@ def map_file(path: Path, label: str) -> Path:
 
 
 def _map(
-    path: Path, label: str, brain: _Brain, offset: NDArray[np.floating[Any]], shape: tuple[int, int, int]
+    file: Path,
+    label: str,
+    affine: NDArray[np.float64],
+    size: tuple[int, int, int],
+    step: NDArray[np.floating[Any]],
+    offset: NDArray[np.floating[Any]],
+    shape: tuple[int, int, int],
 ) -> NDArray[np.uint8]:
-    """The probability map of a label beside a registered volume, sampled as the volume is, uint8."""
-    file = map_file(path, label)
+    """A probability map beside a registered volume, which has that affine and size, sampled as the volume is, uint8."""
     if not file.is_file():
         raise ValueError(f"no map *_label-{label}_probseg.nii.gz beside it; run shards preprocess again")
     scan = read_raw(file)
-    if scan.stored.shape != brain.shape or not np.allclose(scan.affine, brain.affine, atol=1e-3):
+    if scan.stored.shape != size or not np.allclose(scan.affine, affine, atol=1e-3):
         raise ValueError(f"its map of {label} has another grid")
     found = scan.foreground()
     if min(found.voxels.min(), found.empty) < -1e-3 or max(found.voxels.max(), found.empty) > 1 + 1e-3:
         raise ValueError(f"its map of {label} holds values outside of 0 to 1")
     if found.empty:
-        box = sample(scan.voxels(), brain.step, offset, shape)
+        box = sample(scan.voxels(), step, offset, shape)
     else:
-        box = sample_part(found.voxels, found.corner, found.shape, brain.step, offset, shape)
-    return np.rint(255 * np.clip(box, 0, 1)).astype(np.uint8)
+        del scan
+        box = sample_part(found.voxels, found.corner, found.shape, step, offset, shape)
+    np.clip(box, 0, 1, out=box)
+    box *= 255
+    return np.rint(box, out=box).astype(np.uint8)

@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from shards.errors import DataError
 from shards.files import lock_file, write_bytes
@@ -28,10 +27,10 @@ class Journal:
     Args:
         folder: of the data set.
         name: of the process: empty for the main one, ``2-of-4`` for a part.
-        identity: JSON-able; journals with another one are of another packing, and are ignored.
+        identity: of the packing; journals with another one are ignored.
     """
 
-    def __init__(self, folder: Path, name: str, identity: Any) -> None:
+    def __init__(self, folder: Path, name: str, identity: str) -> None:
         self.folder, self.partial = folder, self.folder_of(folder)
         self.partial.mkdir(parents=True, exist_ok=True)
         self._path = self.partial / f"{JOURNAL}{'-' * bool(name)}{name}.jsonl"

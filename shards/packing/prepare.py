@@ -172,7 +172,7 @@ def prepare(source: Source, out: Path, options: Options, part: tuple[int, int] |
     plan = make_plan(source.rows, job.per_shard, places, unchanged)
     plan = Plan([replace(p, stamp=stamps[p.key]) for p in plan.kept], plan.tasks)
     name = f"{part[0]}-of-{part[1]}" if part else ""
-    journal = Journal(out, name, [parameters, options.storage, schema.to_dict(), job.per_shard])
+    journal = Journal(out, name, digest([parameters, options.storage, schema.to_dict(), job.per_shard]))
     _forget_outdated(journal, plan.tasks, unchanged_of)
     arguments = options.arguments(source.table.kind, shape)
     state = digest([source.table.sha256, arguments, schema.to_dict(), parameters, _rows(source, stamps)])
