@@ -173,7 +173,7 @@ SCHEMA = Schema.from_dict(
 )
 
 
-def test_confounding_has_its_interval() -> None:
+def test_confounding_has_an_interval() -> None:
     rng = np.random.default_rng(0)
     age = rng.uniform(20, 80, 200)
     scalars = pd.DataFrame({"age": age, "site": np.where(np.arange(200) % 2, "north", "south")}, dtype=object)
@@ -198,7 +198,10 @@ def test_distributions_are_of_each_scalar_by_part_and_category() -> None:
         found["age by part"]["picture"].startswith("data:image/svg+xml")
         and "test mean 50.0" in found["age by part"]["alt"]
     )
-    assert found["site by part"]["rows"] == [["train", "2", "1 (50%)", "1 (50%)"], ["test", "1", "0 (0%)", "1 (100%)"]]
+    assert found["site by part"]["rows"] == [
+        ["train", "2", "1 (50 %)", "1 (50 %)"],
+        ["test", "1", "0 (0 %)", "1 (100 %)"],
+    ]
 
 
 def test_a_picture_keeps_left_and_top(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def scatters(measures: pd.DataFrame, scalars: pd.DataFrame, schema: Schema) -> I
             figure = Figure(figsize=(7.5, 2.8), layout="constrained")
             ax = figure.subplots()
             ax.spines[["top", "right"]].set_visible(False)
-            ax.scatter(both["x"], both["y"], s=8, color=LINE, alpha=0.4, linewidths=0, rasterized=True)
+            ax.scatter(both["x"], both["y"], s=12, color=LINE, alpha=0.6, linewidths=0, rasterized=True)
             ax.set_xlabel(f"{scalar.name} ({scalar.unit})" if scalar.unit else scalar.name)
             ax.set_ylabel(f"brightness of {volume.name}")
             title = f"brightness of {volume.name} over {scalar.name}"
@@ -95,6 +95,6 @@ def _table(known: pd.DataFrame, classes: tuple[str, ...], grouping: str) -> dict
     for group in _largest(known):
         counts = known["value"][known["group"] == group].value_counts()
         total = int(counts.sum())
-        cells = [f"{int(counts.get(c, 0)):,} ({counts.get(c, 0) / total:.0%})" for c in classes]
+        cells = [f"{int(counts.get(c, 0)):,} ({100 * counts.get(c, 0) / total:.0f} %)" for c in classes]
         rows.append([str(group), f"{total:,}", *cells])
     return {"header": [grouping, "records", *classes], "rows": rows}

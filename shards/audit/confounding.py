@@ -59,11 +59,13 @@ def _of_groups(subject: str, scalar: str, both: pd.DataFrame) -> str:
     between = sum(len(g) * (g.mean() - values.mean()) ** 2 for g in groups)
     share = between / float(((values - values.mean()) ** 2).sum())
     p = float(stats.f_oneway(*groups).pvalue)
-    numbers = f"{share:.0%} of its variance, p {'< 0.001' if p < 0.001 else f'= {p:.2g}'}, {len(values):,} records"
+    numbers = (
+        f"{100 * share:.0f} % of its variance, p {'< 0.001' if p < 0.001 else f'= {p:.2g}'}, {len(values):,} records"
+    )
     if p >= LEVEL:
         return f"{subject} shows no difference by {scalar} ({numbers})."
     return f"{subject} differs by {scalar} ({numbers}): a model can read some of {scalar} from it."
 
 
 def _signed(value: float) -> str:
-    return f"{value:.2f}".replace("-", "−")
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")  # without -0.00

@@ -118,7 +118,7 @@ def _neighbours(correlations: NDArray[np.float32], same: NDArray[np.bool_]) -> N
     """Mean correlation of each record with those of other subjects that are most like it, but the first, which may be a
     duplicate."""
     others = np.where(same, -np.inf, correlations)
-    nearest = np.sort(others, axis=1)[:, -NEIGHBOURS - 1 : -1]
+    nearest = np.sort(np.partition(others, -NEIGHBOURS - 1, axis=1)[:, -NEIGHBOURS - 1 :], axis=1)[:, :-1]
     return np.asarray(np.ma.masked_invalid(nearest).mean(1).filled(0), np.float32)
 
 
