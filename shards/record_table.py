@@ -1,7 +1,6 @@
 """The records of a data set as a sequence that reads them when they are used, and the sequences of their keys."""
 
 import hashlib
-from collections import Counter
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -11,7 +10,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from shards.arrow_files import ArrowFile, numbers_of
-from shards.errors import DataError
 from shards.records import BATCH_ROWS, Record, from_columns
 from shards.schema import Value
 
@@ -291,35 +289,3 @@ def _equal(one: Sequence[Any], other: object) -> bool:
 def key_hash(key: str) -> np.uint64:
     """The hash by which a key is found: the first 8 bytes, little endian, that BLAKE2b makes of it."""
     return np.uint64(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little"))
-
-
-def key_columns(keys: Sequence[str], splits: Mapping[str, NDArray[np.uint8]]) -> pa.RecordBatch:
-    """The columns by which keys are found, and one column of parts for each split.
-
-    Args:
-        keys: of all records, in order.
-        splits: name -> (N,) codes, see :class:`Assignment`.
-
-    Raises:
-        DataError: a key that two records have.
-    """
-    if isinstance(keys, Keys):
-        hashes, rows = keys.records.hashes, keys.records.rows
-    else:
-        hashes = np.array([key_hash(key) for key in keys], np.uint64)
-        rows = np.argsort(hashes, kind="stable").astype(np.uint32)
-        hashes = hashes[rows]
-        equal = np.flatnonzero(hashes[1:] == hashes[:-1])
-        found = [keys[rows[i]] for i in np.union1d(equal, equal + 1)]
-        if twice := [key for key, count in Counter(found).items() if count > 1]:
-            raise DataError(f"{twice[0]}: two records with this key")
-    columns = {"hash": hashes, "row": rows, **{f"split.{name}": codes for name, codes in splits.items()}}
-    return pa.record_batch({name: pa.array(values) for name, values in columns.items()})
-
-
-def part_codes(keys: Sequence[str], assignment: Mapping[str, str]) -> NDArray[np.uint8]:
-    """(N,) codes of an assignment, see :class:`Assignment`."""
-    if isinstance(assignment, Assignment) and isinstance(keys, Keys) and assignment.records is keys.records:
-        return assignment.codes
-    code = {part: i + 1 for i, part in enumerate(PARTS)}
-    return np.array([code[assignment[key]] if key in assignment else 0 for key in keys], np.uint8)
