@@ -3,14 +3,13 @@
 import functools
 import hashlib
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import IntegrityError
-from shards.inside import inside
 from shards.pieces import crc32c
 
 OPEN_FILES = 128  # of one reader; far fewer than the usual limit of a process, 1024
@@ -61,13 +60,6 @@ class _Descriptor:
             os.close(self.number)
 
 
-def _open(folder: Path, path: str) -> _Descriptor:
-    try:
-        return _Descriptor(inside(folder, path))
-    except ValueError as error:
-        raise IntegrityError(f"{folder}: file {path!r} {error}") from None
-
-
 class StoredFiles:
     """Reads pieces of the files of a folder. Thread-safe; the latest files stay open.
 
@@ -77,7 +69,13 @@ class StoredFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open = functools.lru_cache(OPEN_FILES)(functools.partial(_open, folder))
+        self._open = functools.lru_cache(OPEN_FILES)(self._open_anew)
+
+    def _open_anew(self, path: str) -> _Descriptor:
+        parts = PurePosixPath(path).parts
+        if not parts or parts[0] == "/" or ".." in parts:
+            raise IntegrityError(f"{self.folder}: {path!r} is no file of this data set")
+        return _Descriptor(self.folder / path)
 
     def read(self, path: str, offset: int, size: int) -> bytes:
         """At most ``size`` bytes from ``offset`` on; fewer where the file ends.
