@@ -376,7 +376,7 @@ def test_a_shard_outside_of_the_folder_is_not_read(tmp_path: Path) -> None:
     for shard in ("../b/shards/shard-00000.tar", str(tmp_path / "b/shards/shard-00000.tar")):
         record = dataclasses.replace(index.records[0], shard=shard)
         dataclasses.replace(index, records=[record]).save(tmp_path / "a")
-        with pytest.raises(IntegrityError, match="leads out of"):
+        with pytest.raises(IntegrityError, match="is no file of this data set"):
             open_dataset(tmp_path / "a").read("sub-0", "scan")
 
 
