@@ -2,16 +2,21 @@
 
 The plain loop loads a scan, orients it, scales it by a percentile, resamples it linearly around the middle of the
 volume and writes float16 as .npy; it checks nothing. Before a coarser grid it aliases, so that it is measured with a
-Gaussian filter too, which is what packing does there. All are measured in turn on the same scans.
+Gaussian filter too, which is what packing does there. All are measured on the same scans, in a random order, with one
+thread, as in packing's workers.
 """
 
 import argparse
+import os
+import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before NumPy is imported
 
 import nibabel as nib
 import numpy as np
@@ -58,6 +63,7 @@ def main() -> None:
     options = parser.parse_args()
     print("| source | spacing | plain, ms | smoothed, ms | ours, ms | ours / plain | ours / smoothed |")
     print("|---|---:|---:|---:|---:|---:|---:|")
+    draw = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         for source in options.sources:
             space = (read_derivative(source) or (None, None))[1]
@@ -74,7 +80,7 @@ def main() -> None:
                 ways["ours"](files[0])  # what is prepared once
                 for _ in range(options.rounds):
                     for path in files:
-                        for name, way in ways.items():
+                        for name, way in draw.sample(sorted(ways.items()), len(ways)):
                             times[name].append(cpu_ms(partial(way, path)))
                 median = {name: statistics.median(values) for name, values in times.items()}
                 place = f"{source.name}{' (derivative)' if space else ''}, {len(files)} scans"

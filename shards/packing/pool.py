@@ -6,11 +6,13 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TypeVar
 
+from shards.environment import environment_variable
 from shards.errors import DataError
 from shards.processes import process_pool
 
 T = TypeVar("T")
 R = TypeVar("R")
+BLAS_THREADS = "OPENBLAS_NUM_THREADS"  # of NumPy; those of several processes would wait for one another
 AHEAD = 2  # tasks per process that are begun or wait; bounds what is held in memory
 
 
@@ -33,7 +35,7 @@ def map_tasks(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> I
         yield from map(function, remaining)
         return
     try:
-        with process_pool(workers) as pool:
+        with environment_variable(BLAS_THREADS, "1"), process_pool(workers) as pool:
             pending: set[Future[R]] = {pool.submit(function, task) for task in first}
             while pending:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
