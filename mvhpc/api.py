@@ -87,9 +87,7 @@ class Model:
                 writer = csv.writer(stream)
                 writer.writerows([[ID, PATH, *columns], [SUBJECT, path, *columns.values()]])
             source, out = Path(folder) / "scans.csv", Path(folder) / "out"
-            request = Request(
-                source, out, self.path, given=[volume, *given], want=want, workers=1, files_root=Path("/")
-            )
+            request = Request(source, out, self.path, given=[volume, *given], want=want, workers=1)
             ((row,), _) = predict_scans(request, scalars)
         return {name: value for name, value in row.items() if name not in {"key", "subject"}}
 

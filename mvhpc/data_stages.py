@@ -50,7 +50,7 @@ class PreprocessConfig:
     spacing: float  # mm, of the results
     suffix: str  # of the scans in a BIDS folder
     entities: dict[str, str]  # that the names of these scans must have
-    files_root: str  # folder that the paths of a CSV must lie in; "" for that of the CSV
+    files_root: str  # folder that all files of a CSV must lie in; "": relative paths begin at the CSV
     weights: str  # file of HD-BET's weights
     weights_sha256: str
     keep_suspect: bool  # keep and flag scans that fail quality control, instead of rejecting them
@@ -90,7 +90,7 @@ class PackConfig:
     keep_suspect: bool  # pack and flag scans that fail quality control, instead of rejecting them
     entities: dict[str, str]  # that the names of the volumes in a BIDS folder must have
     rename: dict[str, str]  # column of the table -> the schema's name for it
-    files_root: str  # folder that the paths of a CSV must lie in; "" for that of the CSV
+    files_root: str  # folder that all files of a CSV must lie in; "": relative paths begin at the CSV
     pseudonymise: str  # key file, for pseudonyms in place of ids; "" for none
     exclude: str  # table of verdicts of `shards audit`, whose rejected rows are left out; "" for none
     compute: PackWorkers

@@ -48,7 +48,6 @@ POINTS, REACH = 240, 4.0  # of a density's curve; SDs on either side of the mean
 EDGE = 0.1  # of a packed volume; below lies what resampling leaves around the brain
 OK = "ok"
 Array = NDArray[np.float32]
-ANYWHERE = "/"  # the paths of our own table were checked when that of the user was read
 SCANS, DERIVATIVE, PACKED, TABLE = "scans.csv", "preprocessed", "packed", "predictions.tsv"
 
 
@@ -120,7 +119,7 @@ def predict_scans(request: Request, model: ScalarsModel | None = None) -> tuple[
     if recipe:
         source = out / DERIVATIVE
         options: dict[str, Any] = {"template": request.template, "weights": request.weights, "device": request.device}
-        options |= {"workers": request.workers, "keep_suspect": request.keep_suspect, "files_root": ANYWHERE}
+        options |= {"workers": request.workers, "keep_suspect": request.keep_suspect}
         try:
             preprocess(out / SCANS, source, recipe, **options)
         except DataError:
@@ -253,7 +252,7 @@ def _answer(
     packed = request.out / PACKED
     shutil.rmtree(packed, ignore_errors=True)
     options: dict[str, Any] = {"schema": schema, "spacing": model.grid["spacing"], "shape": model.grid["shape"]}
-    options |= {"workers": request.workers, "keep_suspect": request.keep_suspect, "files_root": ANYWHERE}
+    options |= {"workers": request.workers, "keep_suspect": request.keep_suspect}
     try:
         pack(source, packed, **options, max_rejects="100%", fractions=(0, 0, 1))
     except TooManyRejects:

@@ -43,7 +43,7 @@ examples:
   shards preprocess bids/ derivative/ --brain hd-bet --weights release_2.0.0.zip --weights-sha256 HASH
 """
 PACK = """SOURCE is a BIDS folder (participants.tsv, sub-X[/ses-Y]/anat/*_SUFFIX.nii.gz) or a CSV with the columns
-participant_id and path (in the folder of the CSV or --files-root; session_id is optional; with several volume
+participant_id and path (absolute, or in the folder of the CSV; session_id is optional; with several volume
 variables, one column per variable, with its name), or a derivative of `shards preprocess`, whose volumes stay where
 the template has them and whose tissue maps are packed too. Each volume is resampled to RAS, the spacing and the
 shape, centred on the brain, with intensities in [0, 1]. A scan that is no brain-extracted T1w brain (a head with
@@ -88,7 +88,7 @@ examples:
 """
 
 RENAME = "columns of the table under the schema's names, as gender=sex"
-FILES_ROOT = "where the files of a CSV lie, relative to which its paths are, or absolute (default: folder of the CSV)"
+FILES_ROOT = "all files of a CSV must lie in this folder, where its relative paths begin (default: that of the CSV)"
 ENTITIES = "of the volumes' names in a BIDS folder, as space=MNI152NLin2009cAsym,desc=preproc"
 
 

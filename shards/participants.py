@@ -91,21 +91,22 @@ def read_table(
 
     Args:
         source: a folder with ``participants.tsv``, or a table with the columns ``participant_id`` and ``path`` (or one
-            column for each volume variable; ``session_id`` optional), paths relative to ``files_root``.
+            column for each volume variable; ``session_id`` optional).
         schema: the variables.
         group: column of groups, whose subjects belong to one part of a split; empty for none.
         split_column: column with the part of each row, see :func:`shards.split.parse_part`; empty for none.
         entities: key -> value that the names of the volumes in a BIDS folder must have, as ``desc`` -> ``preproc``;
             masks have a ``desc`` of their own.
         rename: column of the tables -> the name that is read for it, as ``gender`` -> ``sex``.
-        files_root: folder that the paths of a CSV must lie in; None for that of the CSV.
+        files_root: folder that all files of a CSV must lie in, where its relative paths begin. None: relative paths
+            begin at the CSV's folder and stay in it, absolute ones may lie anywhere.
 
     Returns:
         Rows in the order of the table, each either ready to pack or rejected with a reason.
 
     Raises:
         DataError: the source cannot be read, lacks a column, has an unknown word in the split column, or a path that
-            leads out of ``files_root``.
+            leads out of its folder.
     """
     source = Path(source)
     check_entities(entities or {})
@@ -116,7 +117,7 @@ def read_table(
         if entities:
             raise DataError(f"{source}: entities choose the files of a BIDS folder; a CSV names its files")
         columns = _Columns(schema, group, split_column, rename or {})
-        table = _read_csv(source, schema, group, split_column, columns, Path(files_root or source.parent))
+        table = _read_csv(source, schema, group, split_column, columns, Path(files_root) if files_root else None)
     else:
         raise DataError(f"{source}: no such folder or file; give a BIDS folder or a CSV")
     columns.check_used(source)
@@ -231,7 +232,9 @@ class _Reader:
             raise DataError(f"{self.path}: line {line}, column {self.split_column!r}: {error}") from error
 
 
-def _read_csv(path: Path, schema: Schema, group: str, split_column: str, names: _Columns, files_root: Path) -> Table:
+def _read_csv(
+    path: Path, schema: Schema, group: str, split_column: str, names: _Columns, files_root: Path | None
+) -> Table:
     sheet, renamed = names.name(path, read_sheet(path))
     sidecar = path.with_suffix(".json")  # of a TSV, as BIDS has it
     description = read_description(sidecar, renamed) if path.suffix == ".tsv" else {}
@@ -249,18 +252,18 @@ def _read_csv(path: Path, schema: Schema, group: str, split_column: str, names: 
     for line, cells in sheet.rows:
         for column in columns.values():
             try:
-                inside(files_root, cells[column])
+                _file_of(path, files_root, cells[column])
             except ValueError as error:  # nothing of such a table is to be read
                 raise DataError(
                     f"{path}: line {line}, column {column!r}: the path {error}; give the folder that holds all files "
-                    "by --files-root"
+                    "by --files-root, or absolute paths"
                 ) from None
 
         def find(variable: Variable, cells: Mapping[str, str] = cells) -> Path | None:
             cell = cells[columns[variable.name]]
             if missing(cell):
                 return None
-            file = inside(files_root, cell)
+            file = _file_of(path, files_root, cell)
             _check_fetched(variable.name, file)
             if not file.is_file():
                 raise ValueError(f"{variable.name}: no file where column {columns[variable.name]} points")
@@ -268,6 +271,17 @@ def _read_csv(path: Path, schema: Schema, group: str, split_column: str, names: 
 
         reader.add(line, cells, find, description=description)
     return Table("csv", reader.rows, [], hashlib.sha256(sheet.text.encode()).hexdigest())
+
+
+def _file_of(table: Path, files_root: Path | None, cell: str) -> Path:
+    """The file that a cell names.
+
+    Raises:
+        ValueError: it leads out of the folder that it must lie in.
+    """
+    if files_root is None and Path(cell).is_absolute():
+        return Path(cell)
+    return inside(files_root or table.parent, cell)
 
 
 def _read_bids(
