@@ -65,7 +65,7 @@ class Volumes(MapDataset[Sample]):
 
     def __getitem__(self, i: int) -> Sample:
         key = self.keys[i]
-        return to_sample(self.dataset, (key, {name: self.dataset.read(key, name) for name in self.variables}))
+        return to_sample(self.dataset, (key, {name: self.dataset.read_stored(key, name) for name in self.variables}))
 
 
 class Batches(IterableDataset[Sample]):
