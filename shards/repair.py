@@ -1,9 +1,6 @@
 """Repairing a packed data set: what is damaged is converted again from the source, to the bytes that were written."""
 
-import contextlib
-import fcntl
 import hashlib
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +14,7 @@ from shards.convert import convert
 from shards.cpus import available_cores
 from shards.dataset import Dataset, open_dataset
 from shards.errors import DataError, IntegrityError
-from shards.files import sync, write_bytes
+from shards.files import locked_folder, sync, write_bytes
 from shards.index import Index, array_checksum
 from shards.inside import inside
 from shards.participants import Row, read_table
@@ -61,7 +58,7 @@ def repair(
         IntegrityError: the index itself is damaged.
     """
     folder, workers = Path(folder), workers or available_cores()
-    with _lock(folder):
+    with locked_folder(folder):
         damaged: dict[str, list[Damage]] = {}
         for damage in verify(folder, workers):
             damaged.setdefault(damage.file, []).append(damage)
@@ -73,22 +70,6 @@ def repair(
         tasks = [_task(folder, index, contents, file, rows, space) for file in damaged]
         for file, reason in zip(damaged, _map(_restore, tasks, workers)):
             yield from ((damage, reason) for damage in damaged[file])
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of :class:`shards.writer.DatasetWriter`."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise DataError(f"{folder}: no packed data set here ({error.strerror})") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise DataError(f"{folder} is being written by another process") from None
-    finally:
-        os.close(descriptor)
 
 
 def _load(folder: Path, damaged: Iterable[str]) -> Index:

@@ -18,18 +18,8 @@ from shards.order import Order, prefetch
 from shards.schema import Schema, Variable
 from shards.verify import verify
 from shards.writer import DatasetWriter
+from tests.stored import ARRAYS, SCHEMA, SHAPE, STORAGES
 
-SHAPE = (6, 7, 8)
-SCHEMA = Schema.from_dict(
-    {
-        "scan": {"kind": "volume", "suffix": "T1w"},
-        "mask": {"kind": "volume", "suffix": "mask"},
-        "weight": {"kind": "continuous", "range": [0, 300], "unit": "kg"},
-        "hand": {"kind": "categorical", "classes": ["L", "R"], "aliases": {"left": "L"}},
-    }
-)
-ARRAYS = {name: {"shape": SHAPE, "dtype": "float16"} for name in ("scan", "mask")}
-STORAGES = ("webdataset", "zarr")
 Volumes = dict[str, dict[str, np.ndarray]]
 
 

@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mvhpc.runtime.ray_cluster import quiet_ray_data, ray_session
+from mvhpc.runtime.ray_cluster import map_by_ray
 from shards.packing.make import Job, Shard, make_shard
 from shards.packing.plan import Task
 
@@ -26,9 +25,8 @@ class _Actor:
 def map_shards_by_ray(job: Job, tasks: Sequence[Task], *, logs: Path) -> Iterator[Shard]:
     """The shards of each task, in the order in which they are done.
 
-    Joins the Ray cluster that ``RAY_ADDRESS`` names, or starts one on this machine. There is one actor for each core of
-    the cluster; Ray restarts those of a lost node. Paths of the source and of the data set have to be the same on all
-    nodes.
+    Paths of the source and of the data set have to be the same on all nodes; see
+    :func:`mvhpc.runtime.ray_cluster.map_by_ray`.
 
     Args:
         job: what the shards have in common.
@@ -39,21 +37,8 @@ def map_shards_by_ray(job: Job, tasks: Sequence[Task], *, logs: Path) -> Iterato
         return
     job = dataclasses.replace(job, folder=job.folder.absolute(), partial=job.partial.absolute())
     tasks = [_absolute(task) for task in tasks]
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's core writes advice to the terminal
-    with ray_session(1, logs):
-        import ray.data
-
-        quiet_ray_data()
-        actors = max(1, min(len(tasks), int(ray.cluster_resources().get("CPU", 0))))
-        done = ray.data.from_items([{"index": index} for index in range(len(tasks))]).map_batches(
-            _Actor,
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=actors),
-            fn_constructor_args=(job, tasks),
-            num_cpus=1,
-        )
-        for row in done.iter_rows():
-            yield Shard.from_dict(json.loads(row["shards"]))
+    for row in map_by_ray(_Actor, (job, tasks), len(tasks), logs):
+        yield Shard.from_dict(json.loads(row["shards"]))
 
 
 def _absolute(task: Task) -> Task:
