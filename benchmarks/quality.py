@@ -9,9 +9,9 @@ import statistics
 import time
 from pathlib import Path
 
+from shards.nifti import read
 from shards.qc.figures import measure
 from shards.qc.limits import LIMITS, verdict, violated
-from shards.volumes import read
 
 
 def table(folders: list[Path]) -> list[str]:

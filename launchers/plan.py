@@ -152,7 +152,7 @@ def make_step(stage: str, config: Any, nodes: int, gpus: int, chained: bool, wor
         ConfigError: the batch cannot be divided among the workers.
     """
     compute = getattr(config, "compute", None)
-    gpus = gpus if compute is not None and compute.device != "cpu" else 0
+    gpus = gpus if getattr(compute, "device", "cpu") != "cpu" else 0
     per_node = max(1, gpus) if slurm else 1
     note = ""
     if not STAGES[stage].uses_nodes:

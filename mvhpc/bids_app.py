@@ -9,7 +9,7 @@ from pathlib import Path
 from mvhpc.config import ConfigError
 from mvhpc.inference.prediction_tables import Row, without_answer
 from mvhpc.scans import OK, TABLE, Request, predict_scans
-from shards.__main__ import ENTITIES, RENAME, OneLineParser, pairs
+from shards.__main__ import ENTITIES, FILES_ROOT, RENAME, OneLineParser, pairs
 from shards.errors import DataError
 
 ABOUT = "From raw scans to predictions: the preprocessing that the model's data had, quality control, answers, pages."
@@ -54,6 +54,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--participant-label", "--participant_label", nargs="+", default=[], metavar="LABEL")
     parser.add_argument("--entities", type=pairs, default={}, metavar="KEY=VALUE,...", help=ENTITIES)
     parser.add_argument("--rename", type=pairs, default={}, metavar="COLUMN=NAME,...", help=RENAME)
+    parser.add_argument("--files-root", type=Path, metavar="FOLDER", help=FILES_ROOT)
     parser.add_argument("--keep-suspect", action="store_true", help="answer for scans that fail quality control too")
     parser.add_argument("--template", type=Path, metavar="FILE", help="that of the model's preprocessing, if a file")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="of HD-BET, if the model's preprocessing used it")
@@ -73,6 +74,7 @@ def _run(options: argparse.Namespace, bids: Path, out: Path) -> int:
         device=options.device,
         entities=options.entities,
         rename=options.rename,
+        files_root=options.files_root,
         keep_suspect=options.keep_suspect,
         template=options.template,
         weights=options.weights,

@@ -50,6 +50,7 @@ class PreprocessConfig:
     spacing: float  # mm, of the results
     suffix: str  # of the scans in a BIDS folder
     entities: dict[str, str]  # that the names of these scans must have
+    files_root: str  # folder that all files of a CSV must lie in; "": relative paths begin at the CSV
     weights: str  # file of HD-BET's weights
     weights_sha256: str
     keep_suspect: bool  # keep and flag scans that fail quality control, instead of rejecting them
@@ -59,12 +60,23 @@ class PreprocessConfig:
 
 
 @dataclass
+class PackWorkers:
+    """Where rows are packed."""
+
+    workers: int  # one: processes of this machine; several: all cores of the Ray cluster
+
+    def __post_init__(self) -> None:
+        at_least(1, {"compute.workers": self.workers})
+
+
+@dataclass
 class PackConfig:
     """`shards pack`: a BIDS tree or CSV -> canonical volumes in shards."""
 
     source: str
     out: str
     format: str  # zarr | webdataset
+    dtype: str  # of the stored volumes: float16 | uint8 | uint16
     schema: str  # name under configs/schema or a YAML file
     spacing: float  # mm
     shape: list[Any]  # voxels, or [auto]
@@ -78,6 +90,10 @@ class PackConfig:
     keep_suspect: bool  # pack and flag scans that fail quality control, instead of rejecting them
     entities: dict[str, str]  # that the names of the volumes in a BIDS folder must have
     rename: dict[str, str]  # column of the table -> the schema's name for it
+    files_root: str  # folder that all files of a CSV must lie in; "": relative paths begin at the CSV
+    pseudonymise: str  # key file, for pseudonyms in place of ids; "" for none
+    exclude: str  # table of verdicts of `shards audit`, whose rejected rows are left out; "" for none
+    compute: PackWorkers
     tracking: Tracking
 
 
@@ -114,16 +130,23 @@ def run_preprocess(config: PreprocessConfig, run: Run) -> dict[str, Any]:
         keep_suspect=config.keep_suspect,
         map_subjects=map_subjects,
         entities=config.entities,
+        files_root=config.files_root,
     )
     return dict(summary)
 
 
 def run_pack(config: PackConfig, run: Run) -> dict[str, Any]:
-    """Stage ``pack``: see :func:`shards.pack.pack`."""
+    """Stage ``pack``: see :func:`shards.pack.pack`. Several workers share the shards by Ray."""
+    map_shards = None
+    if config.compute.workers > 1:
+        from mvhpc.runtime.ray_shards import map_shards_by_ray  # imports Ray
+
+        map_shards = partial(map_shards_by_ray, logs=run.folder / "logs")
     summary = pack(
         Path(config.source),
         Path(config.out),
         storage=config.format,
+        dtype=config.dtype,
         schema=Schema.load(config.schema),
         spacing=config.spacing,
         shape=config.shape,
@@ -137,5 +160,9 @@ def run_pack(config: PackConfig, run: Run) -> dict[str, Any]:
         keep_suspect=config.keep_suspect,
         entities=config.entities,
         rename=config.rename,
+        files_root=config.files_root,
+        pseudonymise=config.pseudonymise,
+        exclusions=config.exclude or None,
+        map_shards=map_shards,
     )
     return dict(summary)

@@ -60,6 +60,23 @@ def scalar_values(dataset: Dataset, key: str, schema: Schema, names: Container[s
     return {v.name: true_value(dataset, key, v) for v in schema.scalars if v.name in names}
 
 
+def read_volumes(dataset: Dataset, samples: Sequence[tuple[str, str]]) -> Tensor:
+    """Volumes of one shape, (B, H, W, D) float16, read without a copy; into pinned memory where training uses a GPU.
+
+    Args:
+        dataset: packed volumes.
+        samples: B pairs of key and volume.
+
+    Raises:
+        IntegrityError: a damaged volume, with its record.
+    """
+    shape = dataset.index.arrays[samples[0][1]]["shape"]
+    found = torch.empty(len(samples), *shape, dtype=torch.float16, pin_memory=torch.cuda.is_initialized())
+    for volume, (key, name) in zip(found.numpy(), samples):
+        dataset.read(key, name, out=volume)
+    return found
+
+
 def read_people(
     dataset: Dataset, keys: Sequence[str], schema: Schema, volumes: Sequence[str], scalars: Variables
 ) -> tuple[Tensor, Batch, Batch]:
@@ -79,9 +96,9 @@ def read_people(
         ConfigError: a category that the model does not have, with its record.
         IntegrityError: a damaged volume, with its record.
     """
-    voxels = np.stack([np.stack([dataset.read(key, name) for name in volumes]) for key in keys])
+    voxels = read_volumes(dataset, [(key, name) for key in keys for name in volumes])
     values, present = scalars.encode_scalars([scalar_values(dataset, key, schema, scalars.names) for key in keys])
-    return torch.from_numpy(voxels), values, present
+    return voxels.unflatten(0, (len(keys), len(volumes))), values, present
 
 
 def channels_of(index: Index, volume: str) -> list[str]:

@@ -32,6 +32,7 @@ from mvhpc.runtime.devices import one_thread, resolve_device
 from mvhpc.variables import Categorical, Continuous
 from shards.errors import DataError, TooManyRejects
 from shards.files import atomic_file, rename_aside
+from shards.nifti import read
 from shards.pack import pack
 from shards.participants import ID, MASK, PATH, SESSION, Reject, read_table
 from shards.participants import Row as Visit
@@ -42,7 +43,6 @@ from shards.preprocess.run import preprocess
 from shards.progress import Progress
 from shards.schema import Schema
 from shards.sheets import column_names, read_sheet
-from shards.volumes import read
 
 POINTS, REACH = 240, 4.0  # of a density's curve; SDs on either side of the mean
 EDGE = 0.1  # of a packed volume; below lies what resampling leaves around the brain
@@ -64,7 +64,7 @@ class Request:
         want: variables to predict; every scalar that is not given where empty.
         workers: processes of the preprocessing; 0 for one per core.
         device: ``auto``, ``cpu`` or ``cuda``.
-        entities, rename: see :func:`shards.participants.read_table`.
+        entities, rename, files_root: see :func:`shards.participants.read_table`.
         keep_suspect: answer for scans that fail quality control too, and flag them.
         template, weights: files that the recipe names by their SHA-256, see :func:`shards.preprocess.run.preprocess`.
     """
@@ -79,6 +79,7 @@ class Request:
     device: str = "auto"
     entities: Mapping[str, str] = field(default_factory=dict)
     rename: Mapping[str, str] = field(default_factory=dict)
+    files_root: Path | None = None
     keep_suspect: bool = False
     template: Path | None = None
     weights: Path | None = None
@@ -210,7 +211,8 @@ def _list_scans(
     if recipe and "brain" in recipe.steps and recipe.brain == MASK:  # masks lie beside the scans, or in a column
         masks, specs[MASK] = [MASK], {"kind": "volume", "suffix": MASK}
         specs[image] |= {"column": PATH}
-    table = read_table(request.source, Schema.from_dict(specs), entities=request.entities, rename=request.rename)
+    choice: dict[str, Any] = {"entities": request.entities, "rename": request.rename, "files_root": request.files_root}
+    table = read_table(request.source, Schema.from_dict(specs), **choice)
     for note in table.notes:
         print(f"note: {note}", file=sys.stderr)
     wanted = {label.removeprefix("sub-") for label in request.labels}

@@ -119,6 +119,7 @@ STAGES: dict[str, Stage] = {
             inputs={"source": "phantom"},
             out="packed",
             help="pack a BIDS tree or CSV into shards",
+            uses_nodes=True,
         ),
         Stage(
             "vae",

@@ -1,4 +1,4 @@
-"""The `shards` command: phantom, preprocess, pack, verify, inspect, split."""
+"""The `shards` command: phantom, preprocess, pack, audit, verify, inspect, split."""
 
 import argparse
 import difflib
@@ -43,12 +43,13 @@ examples:
   shards preprocess bids/ derivative/ --brain hd-bet --weights release_2.0.0.zip --weights-sha256 HASH
 """
 PACK = """SOURCE is a BIDS folder (participants.tsv, sub-X[/ses-Y]/anat/*_SUFFIX.nii.gz) or a CSV with the columns
-participant_id and path (relative to the CSV; session_id is optional; with several volume variables, one column per
-variable, with its name), or a derivative of `shards preprocess`, whose volumes stay where the template has them and
-whose tissue maps are packed too. Each volume is resampled to RAS, the spacing and the shape, centred on the brain, with
-intensities in [0, 1]. A scan that is no brain-extracted T1w brain (a head with skull, a CT, a label map, a slab) is
-rejected, or with --keep-suspect packed and flagged. Rejected rows are listed with their reasons in OUT/rejected.tsv.
-After an interruption, the same command resumes after the last complete shard.
+participant_id and path (absolute, or in the folder of the CSV; session_id is optional; with several volume
+variables, one column per variable, with its name), or a derivative of `shards preprocess`, whose volumes stay where
+the template has them and whose tissue maps are packed too. Each volume is resampled to RAS, the spacing and the
+shape, centred on the brain, with intensities in [0, 1]. A scan that is no brain-extracted T1w brain (a head with
+skull, a CT, a label map, a slab) is rejected, or with --keep-suspect packed and flagged. Rejected rows are listed
+with their reasons in OUT/rejected.tsv. After an interruption, the same command resumes after the complete shards. For
+a finished data set, it packs the rows that are new or whose files have changed, and no others.
 
 Options that are not given come from the preset: configs/pack/NAME.yaml, over configs/pack/default.yaml.
 
@@ -59,6 +60,7 @@ examples:
   shards pack bids/ packed --entities space=MNI152NLin2009cAsym,desc=preproc    of several files of a scan, this one
   shards pack bids/ packed --split-column set     column `set` holds train, validation (val, dev) or test
   shards pack scans.csv packed --config h200 --format webdataset --schema my_schema.yaml --workers 8
+  shards pack bids/ packed --part 1/4             on one of four machines; then, on any of them, without --part
 """
 SPLIT = """A recorded split never changes; another split needs another NAME. A data set that was packed with --group
 keeps each group in one part here too.
@@ -67,9 +69,26 @@ examples:
   shards split packed --folds 5 --seed 0          fold-1-of-5 ... fold-5-of-5
   shards split packed --fractions 0.8 0.05 0.15 --name wide-test
 """
+AUDIT = """The page is one file that loads nothing: pictures of every volume, sorted by how unusual it is, likely
+duplicates, the correlation of intensities with the scalars, and their distributions by split and category. Verdicts
+are downloaded from it as verdicts.tsv, and `shards pack --exclude verdicts.tsv` leaves the rejected records out.
 
+examples:
+  shards audit packed --out audit.html
+  shards pack bids/ packed-2 --exclude verdicts.tsv
+"""
+VERIFY = """Every byte is read once, on all cores. A line for each damage names the file, the record with its variable,
+and the byte where it begins. With --repair the damaged volumes are converted from SOURCE again, as they were when OUT
+was packed; a file is replaced where all of it has its recorded SHA-256. Files that do not belong to OUT are noted, and
+stay.
+
+examples:
+  shards verify packed
+  shards verify packed --repair --source bids/
+"""
 
 RENAME = "columns of the table under the schema's names, as gender=sex"
+FILES_ROOT = "all files of a CSV must lie in this folder, where its relative paths begin (default: that of the CSV)"
 ENTITIES = "of the volumes' names in a BIDS folder, as space=MNI152NLin2009cAsym,desc=preproc"
 
 
@@ -140,6 +159,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     preprocess.add_argument("--suffix", metavar="SUFFIX", help="of the scans in a BIDS folder; default T1w")
     preprocess.add_argument("--entities", type=pairs, metavar="KEY=VALUE,...", help=ENTITIES)
+    preprocess.add_argument("--files-root", metavar="FOLDER", help=FILES_ROOT)
     preprocess.add_argument("--weights", metavar="FILE", help="zip file of HD-BET's weights")
     preprocess.add_argument("--weights-sha256", metavar="HASH", help="its SHA-256, as published")
     preprocess.add_argument(
@@ -152,6 +172,7 @@ def make_parser() -> argparse.ArgumentParser:
     pack.add_argument("out", metavar="OUT", type=Path)
     pack.add_argument("--config", default="default", metavar="NAME", help="preset under configs/pack, or a YAML file")
     pack.add_argument("--format", choices=["zarr", "webdataset"], help="format of the shards")
+    pack.add_argument("--dtype", choices=["float16", "uint8", "uint16"], help="of the stored volumes")
     pack.add_argument("--spacing", type=float, metavar="MM", help="edge of a voxel")
     pack.add_argument(
         "--shape", nargs="+", metavar="N", help="auto, or three numbers of voxels: right, anterior, superior"
@@ -168,11 +189,19 @@ def make_parser() -> argparse.ArgumentParser:
     pack.add_argument("--seed", type=int, metavar="N", help="of the splits")
     pack.add_argument("--workers", type=int, metavar="N", help="processes; 0 for one per core")
     pack.add_argument(
+        "--part", metavar="I/N", help="make the shards of one of N parts; the command without --part ends the packing"
+    )
+    pack.add_argument(
         "--keep-suspect", action="store_true", default=None, help="pack and flag scans that fail quality control"
     )
 
     pack.add_argument("--entities", type=pairs, metavar="KEY=VALUE,...", help=ENTITIES)
     pack.add_argument("--rename", type=pairs, metavar="COLUMN=NAME,...", help=RENAME)
+    pack.add_argument("--files-root", metavar="FOLDER", help=FILES_ROOT)
+    pack.add_argument(
+        "--pseudonymise", metavar="KEYFILE", help="replace the ids of subjects, sessions and groups by keyed hashes"
+    )
+    pack.add_argument("--exclude", metavar="FILE", help="table of verdicts of `shards audit`: leave rejected rows out")
 
     split = command("split", "record another split, or cross-validation folds, in a packed data set", SPLIT)
     split.add_argument("out", metavar="OUT", type=Path)
@@ -183,8 +212,23 @@ def make_parser() -> argparse.ArgumentParser:
     split.add_argument("--group", default=None, metavar="COLUMN", help="the column that the data set was packed with")
     split.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
 
-    verify = command("verify", "compare every file of a packed data set with its checksum; exit status 1 on damage")
+    audit = command("audit", "make a page that shows every volume, and on which people accept or reject them", AUDIT)
+    audit.add_argument("folder", metavar="PACKED", type=Path)
+    audit.add_argument("--out", metavar="FILE", type=Path, required=True, help="HTML file")
+    audit.add_argument("--workers", type=int, default=0, metavar="N", help="processes; default one per core")
+
+    verify = command(
+        "verify", "compare every file of a packed data set with its checksum; exit status 1 on damage", VERIFY
+    )
     verify.add_argument("out", metavar="OUT", type=Path)
+    verify.add_argument("--workers", type=int, default=0, metavar="N", help="threads; default one per core")
+    verify.add_argument("--repair", action="store_true", help="make what is damaged again, from --source")
+    verify.add_argument("--source", metavar="SOURCE", type=Path, help="what OUT was packed from")
+    verify.add_argument("--files-root", metavar="FOLDER", help=FILES_ROOT)
+    verify.add_argument("--pseudonymise", metavar="KEYFILE", help="the key that OUT was packed with")
+
+    upgrade = command("upgrade", "rewrite the index of a packed data set of an earlier version; volumes stay in place")
+    upgrade.add_argument("out", metavar="OUT", type=Path)
 
     inspect = command("inspect", "show the content of a packed data set")
     inspect.add_argument("out", metavar="OUT", type=Path)
@@ -235,6 +279,7 @@ def _preprocess(args: argparse.Namespace) -> None:
         suffix=options["suffix"],
         keep_suspect=options["keep_suspect"],
         entities=options["entities"],
+        files_root=options["files_root"],
     )
     print(
         f"processed {summary['processed']:,} of {summary['scans']:,} scans into {args.out}, "
@@ -247,13 +292,23 @@ def _preprocess(args: argparse.Namespace) -> None:
 
 
 def _pack(args: argparse.Namespace) -> None:
-    from shards.pack import pack
+    from shards.pack import pack, pack_part
 
     options = _options(args)
     if args.split:  # over a split column of the preset
         options["split_column"] = ""
-    storage, fractions = options.pop("format"), options.pop("split")
-    summary = pack(args.source, args.out, storage=storage, fractions=fractions or None, **options)
+    options |= {"storage": options.pop("format"), "fractions": options.pop("split") or None}
+    options["exclusions"] = options.pop("exclude") or None
+    if args.part:
+        made = pack_part(args.source, args.out, args.part, **options)
+        print(
+            f"part {args.part}: {made['made']:,} of its {made['shards']:,} shards made now, {made['converted']:,} rows "
+            f"converted, {made['rejected']:,} rows rejected; the command without --part ends the packing"
+        )
+        return
+    summary = pack(args.source, args.out, **options)
+    if not summary["converted"]:
+        print("no row is new or changed: nothing was converted")
     print(
         f"packed {summary['packed']:,} of {summary['rows']:,} rows ({summary['subjects']:,} subjects) "
         f"into {args.out}, {' x '.join(map(str, summary['shape']))} voxels, {summary['bytes'] / 2**20:,.1f} MiB"
@@ -276,16 +331,46 @@ def _split(args: argparse.Namespace) -> None:
         print(name)
 
 
-def _verify(args: argparse.Namespace) -> None:
-    from shards.verify import verify
+def _audit(args: argparse.Namespace) -> None:
+    from shards.audit.run import audit
 
+    summary = audit(args.folder, args.out, args.workers)
+    print(f"{summary['records']:,} records in {args.out}, {summary['bytes'] / 2**20:,.1f} MiB; open it in a browser")
+    if summary["alike"]:
+        print(f"pairs of different subjects that are likely the same person: {summary['alike']:,}")
+    if summary["unlike"]:
+        print(f"pairs of scans of one subject that look like different people: {summary['unlike']:,}")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from shards.repair import repair
+    from shards.verify import foreign_files, verify
+
+    if args.repair != (args.source is not None):
+        raise DataError("--repair and --source SOURCE belong together")
     damaged = 0
-    for line in verify(args.out):
-        damaged += 1
-        print(line, file=sys.stderr)
+    if args.repair:
+        choice = {"files_root": args.files_root, "pseudonymise": args.pseudonymise, "workers": args.workers}
+        for damage, reason in repair(args.out, args.source, **choice):
+            damaged += bool(reason)
+            print(f"{damage}, {f'not repaired: {reason}' if reason else 'repaired'}", file=sys.stderr)
+    else:
+        for damage in verify(args.out, args.workers):
+            damaged += 1
+            print(damage, file=sys.stderr)
     if damaged:
-        raise IntegrityError(f"{args.out}: {damaged} damaged; restore these files or pack again")
+        remedy = "restore these files or pack again" if args.repair else "restore or --repair them, or pack again"
+        raise IntegrityError(f"{args.out}: {damaged} damaged; {remedy}")
+    for name in foreign_files(args.out):
+        print(f"note: {name} does not belong to the data set", file=sys.stderr)
     print(f"{args.out}: intact")
+
+
+def _upgrade(args: argparse.Namespace) -> None:
+    from shards.upgrade import upgrade
+
+    records = upgrade(args.out)
+    print(f"{args.out}: {records:,} records upgraded" if records else f"{args.out}: has the present version already")
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -301,7 +386,9 @@ COMMANDS = {
     "preprocess": _preprocess,
     "pack": _pack,
     "split": _split,
+    "audit": _audit,
     "verify": _verify,
+    "upgrade": _upgrade,
     "inspect": _inspect,
 }
 

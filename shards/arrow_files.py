@@ -96,3 +96,11 @@ class ArrowFile:
         """
         self._check(number)
         return self._file.get_batch(number)
+
+
+def numbers_of(column: pa.Array) -> NDArray[Any]:
+    """A column of integers without missing ones, in place; Arrow's own conversion would import pandas."""
+    dtype = np.dtype(str(column.type))
+    if not len(column):
+        return np.empty(0, dtype)
+    return np.frombuffer(column.buffers()[1], dtype, len(column), column.offset * dtype.itemsize)

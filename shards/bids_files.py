@@ -1,5 +1,7 @@
 """Finding a visit's volumes in a BIDS folder, by suffix and entities."""
 
+import functools
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -35,16 +37,31 @@ def find_files(
         entities: that a name must have.
         free: keys of entities that a name may have beside them.
     """
-    name = re.compile(rf"{re.escape(stem)}((?:_[^_]+)*)_{re.escape(suffix)}{EXTENSIONS}")
     found: dict[Path, dict[str, str]] = {}
-    for path in sorted(anat.glob(f"{stem}_*")):
-        match = name.fullmatch(path.name)
+    for name in folder_names(anat):
+        match = _ending(suffix).fullmatch(name, len(stem)) if name.startswith(f"{stem}_") else None
+        path = anat / name
         if match and (path.is_file() or path.is_symlink()):
             parts = [part.partition("-") for part in match[1].split("_")[1:]]
             found[path] = {key: value for key, _, value in parts}
     matching = {path: own for path, own in found.items() if entities.items() <= own.items()}
     plain = [path for path, own in matching.items() if own.keys() - set(free) == entities.keys()]
     return plain or list(matching)
+
+
+def folder_names(folder: Path) -> list[str]:
+    """What is in a folder, sorted; nothing where it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries)
+    except OSError:
+        return []
+
+
+@functools.cache
+def _ending(suffix: str) -> re.Pattern[str]:
+    """A name after its ``sub-X`` or ``sub-X_ses-Y``."""
+    return re.compile(rf"((?:_[^_]+)*)_{re.escape(suffix)}{EXTENSIONS}")
 
 
 def several(files: Sequence[Path], stem: str, suffix: str) -> str:

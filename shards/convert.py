@@ -1,52 +1,122 @@
-"""Converting the rows of a table to volumes, in parallel."""
+"""Converting the rows of a table to volumes."""
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
-from shards.errors import DataError
-from shards.participants import Reject, Row
-from shards.preprocess.derivative import read_quality
-from shards.processes import process_pool
-from shards.volumes import Canonical, Space, brain_extent, canonical
+from shards.nifti import PAIR
+from shards.participants import Row
+from shards.preprocess.derivative import quality_file, read_quality
+from shards.qc.limits import verdict, violated
+from shards.schema import Schema
+from shards.volumes import Canonical, Space, brain_extent, canonical, map_file
+
+CONVERSION = 2  # of the arrays and figures that a file gives; to be raised where these change
+CHANGED = "the file changed while it was read; pack again when it is complete"
 
 T = TypeVar("T")
 Extent = tuple[NDArray[Any], dict[str, float]]  # see shards.volumes.brain_extent
 
 
-def convert(row: Row, spacing: float, shape: tuple[int, int, int], space: Space | None) -> str | dict[str, Canonical]:
-    """A row's canonical volumes by variable, or the reason for its rejection."""
+@dataclass(frozen=True)
+class Converted:
+    """What a row gives.
+
+    Attributes:
+        volumes: by variable.
+        reason: why the row cannot be packed; empty where it can.
+        passing: the reason may pass without a change of the files, as a file system that does not answer.
+        flags: ``VARIABLE.FIGURE`` of each limit of quality control that is violated.
+    """
+
+    volumes: dict[str, Canonical] = field(default_factory=dict)
+    reason: str = ""
+    passing: bool = False
+    flags: list[str] = field(default_factory=list)
+
+
+def convert(
+    row: Row,
+    schema: Schema,
+    spacing: float,
+    shape: tuple[int, int, int],
+    space: Space | None,
+    dtype: str,
+    keep_suspect: bool,
+) -> Converted:
+    """A row's canonical volumes, or why it is rejected.
+
+    Args:
+        row: of the table.
+        schema: the variables.
+        spacing, shape, space, dtype: see :func:`shards.volumes.canonical`.
+        keep_suspect: flag scans that fail quality control, instead of rejecting them.
+    """
 
     def one(path: Path) -> Canonical:
-        volume = canonical(path, spacing, shape, space)
+        volume = canonical(path, spacing, shape, space, dtype)
         return volume if space is None else _with_quality(volume, path)
 
-    return _of_each(row, one)
+    before = _states(row, space)
+    found = _of_each(row, one)
+    if isinstance(found, Converted) and found.passing:
+        return found
+    if before != _states(row, space):
+        return Converted(reason=CHANGED, passing=True)
+    if isinstance(found, Converted):
+        return found
+    suspect, flags = _assess(found, schema)
+    return Converted(reason=suspect) if suspect and not keep_suspect else Converted(found, flags=flags)
 
 
-def brain_extents(row: Row, spacing: float, space: Space | None) -> str | dict[str, Extent]:
-    """The extents of a row's brains by variable, or the reason for its rejection."""
-    return _of_each(row, lambda path: brain_extent(path, spacing, space))
+def row_files(row: Row, space: Space | None) -> list[Path]:
+    """All files that a row's volumes are made of, in a fixed order.
+
+    Args:
+        row: of the table.
+        space: of registered volumes, which have probability maps and a sidecar beside them.
+    """
+    found = []
+    for path in row.files.values():
+        found += [path.with_suffix(suffix) for suffix in PAIR] if path.suffix in PAIR else [path]
+        if space is not None:
+            found += [quality_file(path), *(map_file(path, label) for label in space.maps)]
+    return found
 
 
-def _of_each(row: Row, function: Callable[[Path], T]) -> str | dict[str, T]:
+def brain_extents(row: Row, spacing: float, space: Space | None) -> dict[str, Extent]:
+    """The extents of a row's brains by variable; empty where it is rejected."""
+    found = _of_each(row, lambda path: brain_extent(path, spacing, space))
+    return {} if isinstance(found, Converted) else found
+
+
+def _of_each(row: Row, function: Callable[[Path], T]) -> dict[str, T] | Converted:
     """``function`` of each file of a row, or why it cannot be used."""
     found = {}
     for name, path in row.files.items():
         try:
             found[name] = function(path)
         except ValueError as error:
-            return f"{name}: {error}"
+            return Converted(reason=f"{name}: {error}")
         except OSError as error:
-            return f"{name}: {error.strerror or 'file cannot be read'}"
+            return Converted(reason=f"{name}: {error.strerror or 'file cannot be read'}", passing=True)
         except MemoryError:
-            return f"{name}: too large for this machine's memory"
+            return Converted(reason=f"{name}: too large for this machine's memory", passing=True)
+    return found
+
+
+def _states(row: Row, space: Space | None) -> list[tuple[int, ...]]:
+    """Identity, size and time of each file; nothing for a missing one."""
+    found: list[tuple[int, ...]] = []
+    for path in row_files(row, space):
+        try:
+            state = path.stat()
+            found.append((state.st_ino, state.st_size, state.st_mtime_ns))
+        except OSError:
+            found.append(())
     return found
 
 
@@ -57,37 +127,12 @@ def _with_quality(volume: Canonical, path: Path) -> Canonical:
     return replace(volume, figures=volume.figures | before, flags=[f"preprocess.{flag}" for flag in flags])
 
 
-def map_rows(
-    function: Callable[[Row], str | dict[str, T]], rows: Sequence[Row | Reject], workers: int
-) -> Iterator[tuple[Row | Reject, str | dict[str, T]]]:
-    """Rows with ``function`` of each, or the reason for its rejection, in order.
-
-    Args:
-        function: picklable.
-        rows: of the table.
-        workers: processes; 1: this one.
-
-    Raises:
-        DataError: a process was killed.
-    """
-    if workers == 1:
-        for row in rows:
-            yield row, row.reason if isinstance(row, Reject) else function(row)
-        return
-    pending: deque[tuple[Row | Reject, Future[str | dict[str, T]] | str]] = deque()
-    try:
-        with process_pool(workers) as pool:
-            for row in rows:
-                pending.append((row, row.reason if isinstance(row, Reject) else pool.submit(function, row)))
-                if len(pending) > 4 * workers:  # bounds the results held in memory
-                    yield _result(*pending.popleft())
-            while pending:
-                yield _result(*pending.popleft())
-    except BrokenProcessPool:
-        raise DataError(
-            "a worker process was killed, most likely for lack of memory: use fewer workers; complete shards are reused"
-        ) from None
-
-
-def _result(row: Row | Reject, outcome: Future[str | dict[str, T]] | str) -> tuple[Row | Reject, str | dict[str, T]]:
-    return row, outcome if isinstance(outcome, str) else outcome.result()
+def _assess(volumes: Mapping[str, Canonical], schema: Schema) -> tuple[str, list[str]]:
+    """Why a row's volumes should be rejected, '' for not at all; and ``VARIABLE.FIGURE`` of each violated limit."""
+    reasons, flags = [], []
+    for name, volume in volumes.items():
+        figures, suffix = volume.figures, schema[name].suffix
+        reasons += [f"{name}: {'; '.join(words)}" for words in [verdict(figures, suffix)] if words]
+        limits = violated(figures, suffix) or violated(figures, suffix, rejects=False)
+        flags += [f"{name}.{flag}" for flag in (*(limit.figure for limit in limits), *volume.flags)]
+    return "; ".join(reasons), flags

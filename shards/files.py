@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from shards.errors import DataError
+
 MARKERS = ("index.json", "dataset_description.json", "model.json")  # see is_complete
 LOCK_POLL_S = 0.2
 
@@ -102,6 +104,40 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lock_folder(folder: Path) -> int:
+    """Lock a folder itself, without waiting: a lock file would stay in it after a process that was killed.
+
+    Returns:
+        A descriptor; closing it, or the end of the process, releases the lock.
+
+    Raises:
+        DataError: no such folder, another process has locked it, or the file system has no locks.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        held = isinstance(error, BlockingIOError)
+        raise DataError(
+            f"{folder} is being written by another process" if held else f"{folder}: no locks here ({error.strerror})"
+        ) from None
+    return descriptor
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold the lock of :func:`lock_folder` while the block lasts."""
+    descriptor = lock_folder(folder)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

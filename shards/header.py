@@ -41,6 +41,9 @@ def read_header(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"{path}: format version {content['version']}, this program reads 1 and {VERSION}; update the program"
         )
+    for entry in content.get("tables", {}).values():
+        if Path(entry["file"]).name != entry["file"]:
+            raise IntegrityError(f"{path}: file {entry['file']!r} leads out of {folder}; restore it or pack again")
     return content
 
 

@@ -8,7 +8,7 @@ names together with their checksums (:mod:`shards.tables`). A new index replaces
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from shards.errors import DataError, IntegrityError, nearest
 from shards.header import NAME as NAME
 from shards.header import read_header, write_header
 from shards.record_table import PARTS as PARTS
-from shards.record_table import Assignment
+from shards.record_table import Assignment, Records
 from shards.records import Record as Record
 from shards.records import digest_entry
 from shards.schema import Schema
@@ -55,7 +55,8 @@ class Index:
         kind: ``volumes`` or ``latents``.
         storage: ``zarr`` or ``webdataset``.
         schema: the variables.
-        arrays: volume variable -> {shape, dtype} of one record's array.
+        arrays: volume variable -> {shape, dtype} of one record's array; ``scale`` too where numbers of [0, 1]
+            are stored as integers (:mod:`shards.quantization`).
         grid: of the volumes: {spacing (mm), shape (voxels), affine (4 x 4, voxel to RAS mm, origin at the centre)}.
         records: in the order of the table; read when they are used.
         group: the table's column of groups; empty for none.
@@ -104,9 +105,26 @@ class Index:
             raise DataError(nearest(name, self.splits, "split"))
         return self.splits[name]
 
-    def with_splits(self, splits: Mapping[str, Split]) -> "Index":
-        """The same data with other splits."""
-        index = Index(**{f.name: getattr(self, f.name) for f in fields(self) if f.init} | {"splits": dict(splits)})
+    def subjects(self, split: str = "default") -> dict[str, set[str]]:
+        """Part -> its subjects.
+
+        Raises:
+            DataError: as :meth:`split`.
+        """
+        records, assignment = self.records, self.split(split).assignment
+        if isinstance(records, Records) and isinstance(assignment, Assignment):
+            rows: Iterable[tuple[str | None, str]] = zip(assignment.parts(), records.column("subject"))
+        else:
+            rows = ((assignment.get(r.key), r.subject) for r in records)
+        found: dict[str, set[str]] = {part: set() for part in PARTS}
+        for part, subject in rows:
+            if part is not None:
+                found[part].add(subject)
+        return found
+
+    def of_equal_data(self, **changes: Any) -> "Index":
+        """An index of the same data with other splits, places or provenance; its digest stays as it is known."""
+        index = replace(self, **changes)
         object.__setattr__(index, "_digest", self._digest)
         return index
 

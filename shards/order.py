@@ -8,9 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shards.errors import DataError
+from shards.permutation import permuted, round_keys
 
 T = TypeVar("T")
 
@@ -20,6 +20,7 @@ class Order:
 
     A pure function of the step: the global batches do not depend on the number of workers, and a resumed run continues
     with the same ones. A batch may extend from one epoch into the next: within an epoch each sample comes exactly once.
+    Only the entries of the batch are computed, so that neither time nor memory depends on the number of samples.
 
     Args:
         n: number of samples.
@@ -31,13 +32,10 @@ class Order:
         if n < 1 or batch < 1:
             raise DataError(f"{n} samples in batches of {batch}: at least one sample and a batch of one are needed")
         self.n, self.batch, self.seed = n, batch, seed
-        self._epoch = functools.lru_cache(maxsize=2)(self._permutation)
+        self._keys = functools.lru_cache(maxsize=2)(functools.partial(round_keys, seed))
 
     def __reduce__(self) -> tuple[type["Order"], tuple[int, int, int]]:
         return Order, (self.n, self.batch, self.seed)
-
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.n)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -46,12 +44,19 @@ class Order:
 
     def indices(self, step: int) -> list[int]:
         """The global batch of a step: position p = step * batch + i is entry p mod n of permutation p // n."""
-        start = step * self.batch
-        return [int(self._epoch(p // self.n)[p % self.n]) for p in range(start, start + self.batch)]
+        return self._entries(step * self.batch, self.batch)
 
     def part(self, step: int, rank: int, world: int) -> list[int]:
         """The contiguous part of a step's global batch that belongs to worker ``rank`` of ``world``."""
-        return self.indices(step)[self.batch * rank // world : self.batch * (rank + 1) // world]
+        start, end = self.batch * rank // world, self.batch * (rank + 1) // world
+        return self._entries(step * self.batch + start, end - start)
+
+    def _entries(self, start: int, count: int) -> list[int]:
+        """The entries of ``count`` positions from ``start``."""
+        epoch, entry = divmod(start, self.n)
+        epochs, entries = np.divmod(np.arange(entry, entry + count), self.n)
+        keys = np.stack([self._keys(epoch + i) for i in range((entry + count) // self.n + 1)])
+        return [int(i) for i in permuted(entries, self.n, keys[epochs].T)]
 
 
 def prefetch(load: Callable[[int], T], steps: Iterable[int], threads: int = 2, depth: int = 4) -> Iterator[T]:

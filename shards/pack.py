@@ -1,380 +1,241 @@
-"""Packing: a table of participants -> a data set of canonical volumes, in parallel; resumes after an interruption."""
+"""Packing: a table of participants -> a data set of canonical volumes; in parallel, in parts, and only what changed."""
 
-import contextlib
-import hashlib
-import json
+import errno
 import platform
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
-import numpy as np
-from numpy.typing import NDArray
-
-from shards.box import smallest_shape
-from shards.convert import brain_extents, convert, map_rows
-from shards.cpus import available_cores
 from shards.errors import DataError, TooManyRejects
 from shards.files import write_bytes
-from shards.index import PARTS, Index, Split
-from shards.participants import Reject, Row, Table, read_table
-from shards.preprocess.recipe import read_derivative
+from shards.index import Split
+from shards.packing.journal import locked
+from shards.packing.make import Job, Shard, make_shard
+from shards.packing.merge import clean, collect, draw_again, write_dataset
+from shards.packing.options import Options, check_options
+from shards.packing.places import Place, digest
+from shards.packing.plan import Task
+from shards.packing.pool import map_tasks
+from shards.packing.prepare import Packing, Source, prepare, read_source
+from shards.packing.summary import Summary, summarize
+from shards.participants import Reject
 from shards.progress import Progress
-from shards.qc.limits import LIMITS, verdict, violated
-from shards.schema import Schema
-from shards.split import FRACTIONS, check_groups, default_fractions, draw_folds, draw_fractions, merge_groups
-from shards.volumes import Canonical, Space, grid, place
-from shards.writer import DatasetWriter
+from shards.split import default_fractions, draw_folds, draw_fractions
 
 REJECTED = "rejected.tsv"
-CROPPED = 0.02  # share of a brain outside the box from which on a row is reported
-NAMED = 10  # keys in one note
-PACKAGES = ("numpy", "scipy", "nibabel", "zarr", "mvhpc")
+PACKAGES = ("numpy", "scipy", "nibabel", "numcodecs", "mvhpc")
+FULL = {errno.ENOSPC, errno.EDQUOT}
+Map = Callable[[Job, Sequence[Task]], Iterable[Shard]]
 
 
-class Summary(TypedDict):
-    """Counts and messages of a packing.
+class PartSummary(TypedDict):
+    """What a part of a packing has done.
 
     Attributes:
-        rows: of the source.
-        packed: rows packed.
-        rejected: rows rejected, which ``rejected.tsv`` lists.
-        subjects: of the packed rows.
-        split: part of the split ``default`` -> its subjects.
-        missing: variable -> packed rows without it.
-        shape: of the box, voxels.
-        cropped: packed rows that lose more than 2 % of the brain to the box.
-        touching: packed rows whose brain reaches an edge of the box.
-        bytes: of the data set's files.
-        notes: messages for the user.
+        shards: of the part.
+        made: of these, made now; the others were complete.
+        converted: rows converted now.
+        rejected: of these, rejected.
     """
 
-    rows: int
-    packed: int
+    shards: int
+    made: int
+    converted: int
     rejected: int
-    subjects: int
-    split: dict[str, int]
-    missing: dict[str, int]
-    shape: list[int]
-    cropped: int
-    touching: int
-    bytes: int
-    notes: list[str]
 
 
-def pack(
-    source: str | Path,
-    out: str | Path,
-    *,
-    storage: str = "zarr",
-    schema: Schema | str | Path = "default",
-    spacing: float,
-    shape: Sequence[int] | str,
-    max_rejects: str | int = "5%",
-    fractions: Sequence[float] | None = None,
-    split_column: str = "",
-    group: str | None = None,
-    folds: int = 0,
-    seed: int = 0,
-    workers: int = 1,
-    keep_suspect: bool = False,
-    entities: Mapping[str, str] | None = None,
-    rename: Mapping[str, str] | None = None,
-) -> Summary:
+def pack(source: str | Path, out: str | Path, *, map_shards: Map | None = None, **options: Any) -> Summary:
     """Pack a BIDS folder or a CSV into ``out``.
 
-    The result does not depend on ``workers`` or on interruptions, bit for bit: called again with the same arguments,
-    an interrupted packing resumes after the last complete shard.
+    A shard is one unit of work: a process converts its rows and writes it whole. The result does not depend on
+    ``workers``, on parts (:func:`pack_part`) or on interruptions, bit for bit: called again with the same arguments, an
+    interrupted packing resumes after the complete shards.
+
+    Called again for a finished data set, it converts the rows that are new or whose files have changed, and no others;
+    the old data set can be read until the new index replaces its own in one step.
 
     Args:
         source: see :func:`shards.participants.read_table`. Of a derivative of ``shards preprocess``, volumes stay where
             the template has them, and their tissue maps are stored beside them as ``VOLUME_TISSUE``.
-        out: folder without a packed data set.
-        storage: ``zarr`` or ``webdataset``.
-        schema: a schema, or the name or file of one.
-        spacing: mm.
-        shape: voxels, or ``auto``: the smallest box (:mod:`shards.box`) that holds every brain fit to be packed.
-        max_rejects: largest number of rejected rows, or share of all rows as in ``5%``.
-        fractions: of subjects in the train, validation and test parts of the split ``default``; by default those of
-            :func:`shards.split.default_fractions`.
-        split_column: column that gives the part of each row instead; see :func:`shards.split.parse_part`. Rows without
-            a value are packed and belong to no part.
-        group: column of groups, whose subjects belong to one part of a split; None for none.
-        folds: number of cross-validation folds to record as well; 0 for none.
-        seed: of the draws of splits.
-        workers: processes; 0 for one per core.
-        keep_suspect: pack scans that fail quality control (:mod:`shards.qc`) too, and flag their records.
-        entities, rename: see :func:`shards.participants.read_table`.
+        out: folder; new, or of a data set with the same grid, volumes and format.
+        map_shards: runs :func:`shards.packing.make.make_shard` on all tasks; processes of this machine by default.
+        options: keyword arguments:
+
+            * storage: ``zarr`` (default) or ``webdataset``.
+            * dtype: of the stored volumes, see :data:`shards.quantization.LARGEST`; ``float16`` by default.
+            * schema: a schema, or the name or file of one.
+            * spacing: mm.
+            * shape: voxels, or ``auto``: the smallest box (:mod:`shards.box`) that holds every brain fit to be packed;
+              that of ``out`` where it holds a data set.
+            * max_rejects: largest number of rejected rows, or share of all rows as in ``5%`` (default).
+            * fractions: of subjects in the train, validation and test parts of the split ``default``; by default those
+              of :func:`shards.split.default_fractions`.
+            * split_column: column that gives the part of each row instead; see :func:`shards.split.parse_part`. Rows
+              without a value are packed and belong to no part.
+            * group: column of groups, whose subjects belong to one part of a split; None for none.
+            * folds: number of cross-validation folds to record as well; 0 for none.
+            * seed: of the draws of splits; 0 by default.
+            * workers: processes, 1 by default; 0 for one per core.
+            * keep_suspect: pack scans that fail quality control (:mod:`shards.qc`) too, and flag their records.
+            * entities, rename, files_root: see :func:`shards.participants.read_table`.
+            * pseudonymise: key file, for pseudonyms in place of the ids of subjects, sessions and groups; see
+              :mod:`shards.pseudonyms`.
+            * exclusions: table of verdicts, see :func:`shards.exclusions.read_exclusions`; rows that it rejects are not
+              packed, and do not count as rejected for ``max_rejects``.
 
     Returns:
         A summary; ``out/rejected.tsv`` lists the rejected rows with their reasons.
 
     Raises:
-        DataError: source or arguments that cannot be used.
-        TooManyRejects: ``out`` then holds ``rejected.tsv`` and no data set.
+        DataError: source or arguments that cannot be used, or a full disk.
+        TooManyRejects: the data set is not made, or stays as it was. ``rejected.tsv`` is in ``out``, or in its folder
+            ``.partial`` where ``out`` holds a data set.
     """
-    schema = schema if isinstance(schema, Schema) else Schema.load(schema)
-    group = group or ""
-    size = _check_arguments(schema, spacing, shape)
-    cores = workers or available_cores()
-    table = read_table(source, schema, group, split_column, entities, rename)
-    if not table.rows:
-        raise DataError(f"{source}: the table has no rows")
-    allowed = _allowed_rejects(max_rejects, len(table.rows))
-    rows = [row for row in table.rows if isinstance(row, Row)]
-    groups = merge_groups([(row.subject, row.group) for row in rows])
-    if split_column:  # a split that cannot be used is refused before hours of work
-        _check_split_column(rows, groups, split_column)
-    else:
-        draw_fractions([], fractions or FRACTIONS, seed)
-    derivative = read_derivative(Path(source))
-    recipe, space = derivative or (None, None)
-    size = size or _smallest_box(rows, schema, spacing, space, cores, keep_suspect)
-    arrays = {v.name: {"shape": size, "dtype": "<f2"} for v in schema.volumes}
-    arrays |= {
-        f"{v.name}_{label}": {"shape": size, "dtype": "|u1"}
-        for v in schema.volumes
-        for label in (space.maps if space else ())
-    }
-    target = grid(spacing, size, space)
-    token = _token(table, schema, target, storage, group, keep_suspect)
-    arguments: dict[str, Any] = {
-        "source": table.kind,
-        "spacing": spacing,
-        "shape": list(size),
-        "format": storage,
-        "max_rejects": str(max_rejects),
-        "fractions": [float(f) for f in fractions or ()],
-        "group": group,
-        "folds": folds,
-        "seed": seed,
-    }
-    if keep_suspect:
-        arguments["keep_suspect"] = True
-    arguments |= {name: dict(pairs) for name, pairs in (("entities", entities), ("rename", rename)) if pairs}
-    if split_column:
-        arguments |= {"fractions": [], "split_column": split_column}
-    writer = DatasetWriter(out, storage, "volumes", schema, arrays, target, group=group, token=token)
-    with contextlib.closing(writer):
-        _convert_and_write(writer, table.rows, groups, spacing, size, space, cores, keep_suspect)
-        packed = [n for n in writer.notes if "sources" in n]
-        rejects = [n for n in writer.notes if "reason" in n]
-        listing = _listing(rejects)
-        if len(rejects) > allowed or not packed:
-            listed = writer.folder / REJECTED
-            write_bytes(listed, listing)
-            count = f"{len(rejects)} of {len(table.rows)} rows are faulty ({max_rejects} allowed)"
-            remedy = "Correct them, or raise the limit: complete shards are then reused"
-            if not packed:
-                count, remedy = f"none of {len(table.rows)} rows can be packed", "Correct them"
-            raise TooManyRejects(
-                f"{count}, first {_one_line(rejects[0]['key'])}: {_one_line(rejects[0]['reason'])}; all are listed in "
-                f"{listed}. {remedy}"
-            )
-        if split_column:
-            part = {row.key: row.part for row in rows if row.part}
-            assignment = {r.key: part[r.key] for r in writer.records if r.key in part}
-            splits = {"default": Split("column", 0, [], [], group, assignment)}
+    checked, out = check_options(**options), Path(out)
+    found = read_source(Path(source), checked)
+    with locked(out, ""):
+        packing = prepare(found, out, checked)
+        if packing.old is not None:
+            clean(out, packing.old)
+        if packing.old is not None and packing.done:
+            summary = summarize(packing.old, found.table, packing.plan.kept, 0)
         else:
-            shares = fractions or default_fractions(len({r.subject for r in writer.records}))
-            splits = {"default": draw_fractions(writer.records, shares, seed, group)}
-        if folds:
-            splits |= draw_folds(writer.records, folds, seed, group)
-        provenance = {
-            "software": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-            "arguments": arguments,
-            "source_sha256": _digest([table.sha256, [[n["key"], n["sources"]] for n in packed]]),
-            "rows": len(table.rows),
-            "rejected": len(rejects),
-        }
-        if recipe is not None:
-            provenance["recipe"] = recipe.to_dict()
-        index = writer.finish(splits, provenance, files={REJECTED: listing})
-    if recipe is not None and spacing < recipe.spacing:
-        table.notes.append(
-            f"the derivative has voxels of {recipe.spacing:g} mm, coarser than {spacing:g} mm: preprocess with "
-            f"--spacing {spacing:g}"
-        )
-    return _summary(index, table, packed, len(rejects))
+            made = _make(packing, packing.plan.tasks, checked, map_shards)
+            summary = _finish(packing, checked, sum(_converted(task) for task in made))
+        packing.journal.remove()
+    return summary
 
 
-def _check_split_column(rows: Sequence[Row], groups: Mapping[str, str], column: str) -> None:
-    """Refuse a split column without any value, or one that divides a group."""
-    if rows and not any(row.part for row in rows):
-        raise DataError(f"column {column!r} has no value in any row; expected train, validation or test")
-    check_groups([(row.subject, groups[row.subject], row.part) for row in rows], column)
+def pack_part(source: str | Path, out: str | Path, part: str, **options: Any) -> PartSummary:
+    """Make the shards of one part of a packing; parts may run at the same time, on machines that share ``out``.
 
+    :func:`pack` with the same arguments takes the shards of all parts, makes the missing ones and writes the index.
 
-def _convert_and_write(
-    writer: DatasetWriter,
-    rows: Sequence[Row | Reject],
-    groups: Mapping[str, str],
-    spacing: float,
-    shape: tuple[int, int, int],
-    space: Space | None,
-    workers: int,
-    keep_suspect: bool,
-) -> None:
-    """Convert and write the rows that the writer has no note of yet; each row leaves one note."""
-    done = len(writer.notes)
-    with Progress("packing", len(rows), "volume", initial=done) as bar:
-        for row, outcome in map_rows(partial(convert, spacing=spacing, shape=shape, space=space), rows[done:], workers):
-            suspect, flags = ("", []) if isinstance(outcome, str) else _judge(outcome, writer.schema)
-            if isinstance(outcome, str) or isinstance(row, Reject):
-                writer.note({"line": row.line, "key": row.key, "reason": outcome})
-            elif suspect and not keep_suspect:
-                writer.note({"line": row.line, "key": row.key, "reason": suspect})
-            else:
-                hashes = {name: volume.sha256 for name, volume in outcome.items()}
-                note = {"key": row.key, "sources": hashes, "cropped": max(v.cropped for v in outcome.values())}
-                writer.note(note | {"touches": sorted({side for v in outcome.values() for side in v.touches})})
-                voxels: dict[str, Any] = {name: volume.voxels for name, volume in outcome.items()}
-                for name, volume in outcome.items():
-                    voxels |= {f"{name}_{label}": values for label, values in volume.maps.items()}
-                figures = {f"{name}.{f}": x for name, volume in outcome.items() for f, x in volume.figures.items()}
-                affines = {name: place(writer.grid, volume.origin) for name, volume in outcome.items()}
-                writer.add(row.key, row.subject, row.values, voxels, groups[row.subject], figures, flags, affines)
-            bar.update()
+    Args:
+        source, out: see :func:`pack`.
+        part: ``I/N``, the I-th of N parts, from 1.
+        options: of :func:`pack`.
 
-
-def _judge(volumes: Mapping[str, Canonical], schema: Schema) -> tuple[str, list[str]]:
-    """Why a row's volumes should be rejected, '' for not at all; and ``VARIABLE.FIGURE`` of each violated limit."""
-    reasons, flags = [], []
-    for name, volume in volumes.items():
-        figures, suffix = volume.figures, schema[name].suffix
-        reasons += [f"{name}: {'; '.join(words)}" for words in [verdict(figures, suffix)] if words]
-        limits = violated(figures, suffix) or violated(figures, suffix, rejects=False)
-        flags += [f"{name}.{flag}" for flag in (*(limit.figure for limit in limits), *volume.flags)]
-    return "; ".join(reasons), flags
-
-
-def _listing(rejects: Sequence[dict[str, Any]]) -> bytes:
-    """The content of ``rejected.tsv``."""
-    lines = [f"{n['line']}\t{_one_line(n['key'])}\t{_one_line(n['reason'])}\n" for n in rejects]
-    return "".join(["line\tkey\treason\n", *lines]).encode()
-
-
-def _summary(index: Index, table: Table, packed: Sequence[dict[str, Any]], rejected: int) -> Summary:
-    notes = list(table.notes)
-    cropped = [n for n in packed if n["cropped"] > CROPPED]
-    if cropped:
-        worst = max(cropped, key=lambda n: n["cropped"])
-        notes.append(
-            f"{len(cropped)} volumes lose more than {CROPPED:.0%} of their signal to the box "
-            f"({worst['key']} {worst['cropped']:.0%}): choose a larger --shape, or --shape auto"
-        )
-    touching = [n for n in packed if n["touches"]]
-    if touching:
-        sides = Counter(side for n in touching for side in n["touches"])
-        more = f" and {len(touching) - NAMED} more" if len(touching) > NAMED else ""
-        notes.append(
-            f"{len(touching)} of {len(packed)} brains reach the edge of the box "
-            f"({', '.join(f'{side} {count}' for side, count in sides.most_common())}): "
-            f"{', '.join(n['key'] for n in touching[:NAMED])}{more}; --shape auto finds a box that holds all"
-        )
-    flagged = [r for r in index.records if r.flags]
-    if flagged:
-        notes.append(
-            f"quality control flags {len(flagged)} of the packed rows (first {flagged[0].key}: "
-            f"{', '.join(flagged[0].flags)}): see shards inspect"
-        )
-    records, schema = index.records, index.schema
-    assignment = index.split().assignment
-    parts = {part: len({r.subject for r in records if assignment.get(r.key) == part}) for part in PARTS}
-    if not index.provenance["arguments"].get("split_column") and not index.provenance["arguments"]["fractions"]:
-        share = parts["validation"] / max(1, sum(parts.values()))
-        if share > 2 * FRACTIONS[1]:
-            notes.append(
-                f"{parts['validation']} of {sum(parts.values())} subjects are for validation, since 1 % would be too "
-                "few to choose a step and to calibrate with; --split draws other fractions"
-            )
-    without = [r.key for r in records if r.key not in assignment]
-    if without:
-        more = f" and {len(without) - NAMED} more" if len(without) > NAMED else ""
-        notes.append(
-            f"{len(without)} rows have no value in the split column and belong to no part: "
-            f"{', '.join(without[:NAMED])}{more}"
-        )
-    return Summary(
-        rows=len(table.rows),
-        packed=len(packed),
-        rejected=rejected,
-        subjects=len({r.subject for r in records}),
-        split=parts,
-        missing={
-            **{v.name: sum(v.name not in r.checksums for r in records) for v in schema.volumes},
-            **{v.name: sum(r.values[v.name] is None for r in records) for v in schema.scalars},
-        },
-        shape=list(index.grid["shape"]),
-        cropped=len(cropped),
-        touching=len(touching),
-        bytes=sum(f["bytes"] for f in index.files.values()),
-        notes=notes,
+    Raises:
+        DataError: as :func:`pack`, or no part of that form.
+    """
+    number, count = _parse_part(part)
+    checked, out = check_options(**options), Path(out)
+    found = read_source(Path(source), checked)
+    with locked(out, f"{number}-of-{count}"):
+        packing = prepare(found, out, checked, (number, count))
+        tasks = [task for task in packing.plan.tasks if task.number % count == number - 1]
+        made = _make(packing, tasks, checked, None)
+        places = [place for task in made for place in packing.journal.shards[task.number].places]
+    return PartSummary(
+        shards=len(tasks),
+        made=len(made),
+        converted=sum(map(_converted, made)),
+        rejected=sum(bool(place.reason) for place in places),
     )
 
 
-def _smallest_box(
-    rows: Sequence[Row], schema: Schema, spacing: float, space: Space | None, workers: int, keep_suspect: bool
-) -> tuple[int, int, int]:
-    """The smallest box that holds the brains of all rows that will be packed."""
-    extents: list[NDArray[np.int64]] = []
-    with Progress("box", len(rows), "volume") as bar:
-        for _, outcome in map_rows(partial(brain_extents, spacing=spacing, space=space), rows, workers):
-            for name, (bounds, figures) in ({} if isinstance(outcome, str) else outcome).items():
-                if keep_suspect or not verdict(figures, schema[name].suffix):
-                    extents.append(bounds)
-            bar.update()
-    if not extents:
-        raise DataError("--shape auto: no scan can be packed; pack with a given --shape to see why")
-    return smallest_shape(extents)
+def _parse_part(part: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", part)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise DataError(f"part {part!r}: expected I/N, the I-th of N parts, as 1/4")
+    return int(match[1]), int(match[2])
 
 
-def _check_arguments(schema: Schema, spacing: float, shape: Sequence[int] | str) -> tuple[int, int, int] | None:
-    """The shape; None for ``auto``."""
-    if not schema.volumes:
-        raise DataError("the schema has no volume variable: nothing to pack")
-    if not 0.1 <= spacing <= 50:
-        raise DataError(f"spacing {spacing:g}: expected millimetres, 0.1 to 50")
-    if shape == "auto" or list(shape) == ["auto"]:
-        return None
+def _converted(task: Task) -> int:
+    """Rows of a shard that are not taken from the old data set."""
+    return sum(item.before is None for item in task.items)
+
+
+def _make(packing: Packing, tasks: Sequence[Task], options: Options, map_shards: Map | None) -> list[Task]:
+    """Make the shards that are not complete; returns their tasks."""
+    missing = packing.missing(tasks)
+    rows, done = sum(len(task.items) for task in tasks), sum(len(task.items) for task in missing)
+    run = map_shards or (lambda job, tasks: map_tasks(partial(make_shard, job=job), tasks, options.workers))
     try:
-        height, width, depth = (int(n) for n in shape)
-        if not all(2 <= n <= 1024 for n in (height, width, depth)):
-            raise ValueError
-    except (TypeError, ValueError):
-        raise DataError(f"shape {shape}: expected auto, or three numbers of voxels, 2 to 1024") from None
-    return height, width, depth
+        with Progress("packing", rows, "volume", initial=rows - done) as bar:
+            for shard in run(packing.job, missing):
+                packing.journal.add(shard)
+                bar.update(len(shard.places))
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise DataError(
+            f"{packing.job.folder}: {error.strerror}; free some space and run the same command again, which takes the "
+            f"{len(packing.journal.shards)} complete shards"
+        ) from error
+    return missing
 
 
-def _allowed_rejects(limit: str | int, rows: int) -> int:
-    """The largest number of rejected rows."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", str(limit).strip())
-    if not match or (not match[2] and "." in match[1]) or (match[2] and float(match[1]) > 100):
-        raise DataError(f"max-rejects {limit!r}: expected a number of rows, or a share of them as in 5%")
-    return int(float(match[1]) / 100 * rows + 1e-9) if match[2] else int(match[1])
+def _finish(packing: Packing, options: Options, converted: int) -> Summary:
+    """Write the data set."""
+    source, job, table = packing.source, packing.job, packing.source.table
+    shards = [packing.journal.shards[task.number] for task in packing.plan.tasks]
+    kept = packing.plan.kept
+    records, places = collect(source.rows, source.groups, job.schema, shards, kept, packing.old)
+    listing = _listing(source, places)
+    _check_rejects(packing, options, len(records), listing)
+    if options.split_column:
+        part = {row.key: row.part for row in source.rows if row.part}
+        assignment = {r.key: part[r.key] for r in records if r.key in part}
+        splits = {"default": Split("column", 0, [], [], options.group, assignment)}
+    else:
+        shares = options.fractions or default_fractions(len({r.subject for r in records}))
+        splits = {"default": draw_fractions(records, shares, options.seed, options.group)}
+    if options.folds:
+        splits |= draw_folds(records, options.folds, options.seed, options.group)
+    if packing.old is not None:
+        splits |= draw_again(packing.old, records, splits, options.group)
+    provenance: dict[str, Any] = {
+        "software": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "arguments": options.arguments(table.kind, job.grid["shape"]),
+        "source_sha256": digest([table.sha256, [[p.key, p.content] for p in places if not p.reason]]),
+        "rows": len(table.rows),
+        "rejected": len(table.rows) - len(records),
+        "packing": {"state": packing.state, "parameters": job.parameters},
+    }
+    if options.exclusions:
+        provenance["excluded"] = sum(isinstance(row, Reject) and options.is_exclusion(row) for row in table.rows)
+    if source.recipe is not None:
+        provenance["recipe"] = source.recipe.to_dict()
+        if options.spacing < source.recipe.spacing:
+            table.notes.append(
+                f"the derivative has voxels of {source.recipe.spacing:g} mm, coarser than {options.spacing:g} mm: "
+                f"preprocess with --spacing {options.spacing:g}"
+            )
+    files = {REJECTED: listing}
+    index = write_dataset(packing.journal, job, packing.old, records, places, splits, options.group, provenance, files)
+    return summarize(index, table, places, converted)
 
 
-def _one_line(text: str) -> str:
-    """One line without tabs."""
-    return " ".join(str(text).split())
+def _check_rejects(packing: Packing, options: Options, packed: int, listing: bytes) -> None:
+    """Refuse a data set with too many rejected rows, or without any other."""
+    table = packing.source.table
+    excluded = {row.line for row in table.rows if isinstance(row, Reject) and options.is_exclusion(row)}
+    lines = listing.decode().splitlines()[1:]
+    faulty = [line for line in lines if int(line.split("\t")[0]) not in excluded]
+    rows = len(table.rows)
+    if packed and len(faulty) <= options.allowed_rejects(rows):
+        return
+    listed = (packing.job.folder if packing.old is None else packing.job.partial) / REJECTED
+    write_bytes(listed, listing)
+    _, key, reason = (faulty or lines)[0].split("\t")
+    count = f"{len(faulty)} of {rows} rows are faulty ({options.max_rejects} allowed)"
+    remedy = "Correct them, or raise the limit: complete shards are then reused"
+    if not packed:
+        count, remedy = f"none of {rows} rows can be packed", "Correct them"
+    raise TooManyRejects(f"{count}, first {key}: {reason}; all are listed in {listed}. {remedy}")
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _token(table: Table, schema: Schema, target: dict[str, Any], storage: str, group: str, keep_suspect: bool) -> str:
-    """Hash of everything that decides the shards; an interrupted packing resumes only where it is the same."""
-    files = [
-        [row.key, row.values, name, path.name, path.stat().st_size, path.stat().st_mtime_ns]
-        for row in table.rows
-        if isinstance(row, Row)
-        for name, path in row.files.items()
-    ]
-    versions = [version(name) for name in PACKAGES]
-    limits = [[limit.figure, str(limit.low), str(limit.high)] for limit in LIMITS]
-    return _digest([table.sha256, files, schema.to_dict(), target, storage, group, versions, keep_suspect, limits])
+def _listing(source: Source, places: Sequence[Place]) -> bytes:
+    """The content of ``rejected.tsv``."""
+    reasons = {place.key: place.reason for place in places if place.reason}
+    lines = ["line\tkey\treason\n"]
+    for row in source.table.rows:
+        reason = row.reason if isinstance(row, Reject) else reasons.get(row.key)
+        if reason:
+            lines.append(f"{row.line}\t{' '.join(row.key.split())}\t{' '.join(reason.split())}\n")
+    return "".join(lines).encode()

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shards.bids_files import check_entities, find_files, several
+from shards.bids_files import check_entities, find_files, folder_names, several
 from shards.errors import DataError
+from shards.inside import inside
 from shards.schema import Schema, Value, Variable
 from shards.sheets import (
     Description,
@@ -84,24 +85,28 @@ def read_table(
     split_column: str = "",
     entities: Mapping[str, str] | None = None,
     rename: Mapping[str, str] | None = None,
+    files_root: str | Path | None = None,
 ) -> Table:
     """Read the rows of a BIDS folder or a CSV (or TSV) file.
 
     Args:
         source: a folder with ``participants.tsv``, or a table with the columns ``participant_id`` and ``path`` (or one
-            column for each volume variable; ``session_id`` optional), paths relative to the table.
+            column for each volume variable; ``session_id`` optional).
         schema: the variables.
         group: column of groups, whose subjects belong to one part of a split; empty for none.
         split_column: column with the part of each row, see :func:`shards.split.parse_part`; empty for none.
         entities: key -> value that the names of the volumes in a BIDS folder must have, as ``desc`` -> ``preproc``;
             masks have a ``desc`` of their own.
         rename: column of the tables -> the name that is read for it, as ``gender`` -> ``sex``.
+        files_root: folder that all files of a CSV must lie in, where its relative paths begin. None: relative paths
+            begin at the CSV's folder and stay in it, absolute ones may lie anywhere.
 
     Returns:
         Rows in the order of the table, each either ready to pack or rejected with a reason.
 
     Raises:
-        DataError: the source cannot be read, lacks a column, or has an unknown word in the split column.
+        DataError: the source cannot be read, lacks a column, has an unknown word in the split column, or a path that
+            leads out of its folder.
     """
     source = Path(source)
     check_entities(entities or {})
@@ -112,7 +117,7 @@ def read_table(
         if entities:
             raise DataError(f"{source}: entities choose the files of a BIDS folder; a CSV names its files")
         columns = _Columns(schema, group, split_column, rename or {})
-        table = _read_csv(source, schema, group, split_column, columns)
+        table = _read_csv(source, schema, group, split_column, columns, Path(files_root) if files_root else None)
     else:
         raise DataError(f"{source}: no such folder or file; give a BIDS folder or a CSV")
     columns.check_used(source)
@@ -198,7 +203,7 @@ class _Reader:
             self.rows.append(Reject(line, "", f"no {ID}"))
             return
         subject = prefixed("sub-", subject)
-        part = self._part(line, subject, cells.get(self.split_column, ""))
+        part = self._part(line, cells.get(self.split_column, ""))
         labels = [subject] if missing(session) else [subject, prefixed("ses-", session)]
         key = "_".join(labels)
         try:
@@ -219,15 +224,17 @@ class _Reader:
         group = cells.get(self.group, "")
         self.rows.append(Row(line, key, subject, "" if missing(group) else group, part, values, files))
 
-    def _part(self, line: int, subject: str, cell: str) -> str:
+    def _part(self, line: int, cell: str) -> str:
         """The part of a split that a cell names, '' where it is missing."""
         try:
             return "" if missing(cell) else parse_part(cell)
         except ValueError as error:  # not a row to reject: without it the split would be another one
-            raise DataError(f"{self.path}: line {line}, {subject}, column {self.split_column!r}: {error}") from error
+            raise DataError(f"{self.path}: line {line}, column {self.split_column!r}: {error}") from error
 
 
-def _read_csv(path: Path, schema: Schema, group: str, split_column: str, names: _Columns) -> Table:
+def _read_csv(
+    path: Path, schema: Schema, group: str, split_column: str, names: _Columns, files_root: Path | None
+) -> Table:
     sheet, renamed = names.name(path, read_sheet(path))
     sidecar = path.with_suffix(".json")  # of a TSV, as BIDS has it
     description = read_description(sidecar, renamed) if path.suffix == ".tsv" else {}
@@ -243,12 +250,20 @@ def _read_csv(path: Path, schema: Schema, group: str, split_column: str, names: 
         )
     reader = _Reader(path, schema, group, split_column)
     for line, cells in sheet.rows:
+        for column in columns.values():
+            try:
+                _file_of(path, files_root, cells[column])
+            except ValueError as error:  # nothing of such a table is to be read
+                raise DataError(
+                    f"{path}: line {line}, column {column!r}: the path {error}; give the folder that holds all files "
+                    "by --files-root, or absolute paths"
+                ) from None
 
         def find(variable: Variable, cells: Mapping[str, str] = cells) -> Path | None:
             cell = cells[columns[variable.name]]
             if missing(cell):
                 return None
-            file = path.parent / cell
+            file = _file_of(path, files_root, cell)
             _check_fetched(variable.name, file)
             if not file.is_file():
                 raise ValueError(f"{variable.name}: no file where column {columns[variable.name]} points")
@@ -256,6 +271,17 @@ def _read_csv(path: Path, schema: Schema, group: str, split_column: str, names: 
 
         reader.add(line, cells, find, description=description)
     return Table("csv", reader.rows, [], hashlib.sha256(sheet.text.encode()).hexdigest())
+
+
+def _file_of(table: Path, files_root: Path | None, cell: str) -> Path:
+    """The file that a cell names.
+
+    Raises:
+        ValueError: it leads out of the folder that it must lie in.
+    """
+    if files_root is None and Path(cell).is_absolute():
+        return Path(cell)
+    return inside(files_root or table.parent, cell)
 
 
 def _read_bids(
@@ -382,7 +408,7 @@ def _visits(
     if not missing(named):
         sessions = [prefixed("ses-", named)]
     else:
-        found = sorted(p.name for p in folder.glob("ses-*") if p.is_dir())
+        found = [name for name in folder_names(folder) if name.startswith("ses-") and (folder / name).is_dir()]
         sessions = [*([""] if (folder / "anat").is_dir() or not found else []), *found]
     for session in sessions:
         stem = "_".join(filter(None, (folder.name, session)))

@@ -1,7 +1,6 @@
 """The records of a data set as a sequence that reads them when they are used, and the sequences of their keys."""
 
 import hashlib
-from collections import Counter
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -10,12 +9,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from shards.arrow_files import ArrowFile
-from shards.errors import DataError
+from shards.arrow_files import ArrowFile, numbers_of
 from shards.records import BATCH_ROWS, Record, from_columns
 from shards.schema import Value
 
 PARTS = ("train", "validation", "test")
+
+
+Rows = NDArray[np.int64] | range
 
 
 class Place(NamedTuple):
@@ -40,7 +41,7 @@ class _Batch:
             if name.startswith("value.")
         }
         self.numbers: dict[str, NDArray[Any]] = {
-            name: batch.column(i).to_numpy()
+            name: numbers_of(batch.column(i))
             for i, name in enumerate(batch.schema.names)
             if name == "slot" or name.startswith(("offset.", "size.", "crc32c."))
         }
@@ -107,7 +108,7 @@ class Records(Sequence[Record]):
     def row(self, key: str) -> int:
         """The row of a key; -1 where no record has it."""
         wanted = key_hash(key)
-        at = int(np.searchsorted(self.hashes, wanted))
+        at = int(self.hashes.searchsorted(wanted))
         while at < self._count and self.hashes[at] == wanted:
             row = int(self.rows[at])
             if self.key(row) == key:
@@ -130,10 +131,22 @@ class Records(Sequence[Record]):
         """All keys, in order."""
         return Keys(self)
 
-    def column(self, name: str) -> Iterator[Any]:
-        """The values of one column, in order; for the names, see :func:`shards.records.record_schema`."""
-        for start in range(0, self._count, BATCH_ROWS):
-            yield from self._batch(start)[0].rows.column(name).to_pylist()
+    def column(self, name: str, rows: Rows | None = None) -> Iterator[Any]:
+        """The values of one column in the order of ``rows``, by default of all; a batch is decoded at a time.
+
+        For the names, see :func:`shards.records.record_schema`.
+        """
+        wanted = np.arange(self._count) if rows is None else np.asarray(rows)
+        numbers = wanted // BATCH_ROWS
+        for piece in np.split(wanted, np.flatnonzero(np.diff(numbers)) + 1):
+            if len(piece):
+                cells = self._batch(int(piece[0]))[0].rows.column(name).to_pylist()
+                yield from (cells[place] for place in (piece % BATCH_ROWS).tolist())
+
+    def has(self, variable: str) -> NDArray[np.bool_]:
+        """(N,) whether each record has a volume."""
+        batches = (self._batch(start)[0] for start in range(0, self._count, BATCH_ROWS))
+        return np.concatenate([np.zeros(0, bool), *(batch.numbers[f"offset.{variable}"] >= 0 for batch in batches)])
 
     def place(self, row: int, variable: str) -> Place | None:
         """Where a volume of a record is stored; None where the record lacks it."""
@@ -156,10 +169,10 @@ class Keys(Sequence[str]):
 
     Args:
         records: of the data set.
-        rows: (N,) of the records, ascending; None for all.
+        rows: (N,) of the records; None for all.
     """
 
-    def __init__(self, records: Records, rows: NDArray[np.int64] | range | None = None) -> None:
+    def __init__(self, records: Records, rows: Rows | None = None) -> None:
         self.records = records
         self.rows = range(len(records)) if rows is None else rows
 
@@ -178,9 +191,7 @@ class Keys(Sequence[str]):
         return self.records.key(int(self.rows[place]))
 
     def __iter__(self) -> Iterator[str]:
-        if isinstance(self.rows, range) and len(self.rows) == len(self.records) and self.rows.step == 1:
-            return self.records.column("key")
-        return (self.records.key(int(row)) for row in self.rows)
+        return self.records.column("key", self.rows)
 
     def __contains__(self, key: object) -> bool:
         row = self.records.row(key) if isinstance(key, str) else -1
@@ -196,6 +207,13 @@ class Keys(Sequence[str]):
 
     def __radd__(self, other: Iterable[str]) -> list[str]:
         return [*other, *self]
+
+    def having(self, variables: Iterable[str]) -> "Keys":
+        """Those whose records have all of the volumes."""
+        rows = np.asarray(self.rows, np.int64)
+        for variable in variables:
+            rows = rows[self.records.has(variable)[rows]]
+        return Keys(self.records, rows)
 
     def __repr__(self) -> str:
         return repr(list(self)) if len(self) <= 100 else f"<{len(self):,} keys, {self[0]} to {self[-1]}>"
@@ -232,6 +250,10 @@ class Assignment(Mapping[str, str]):
         """Pairs of key and part, in order."""
         return _Pairs(self)
 
+    def parts(self) -> Iterator[str | None]:
+        """The part of each record, None for none."""
+        return ((None, *PARTS)[code] for code in self.codes.tolist())
+
     def keys_of(self, part: str) -> Keys:
         """The keys of one part."""
         return Keys(self.records, np.flatnonzero(self.codes == PARTS.index(part) + 1))
@@ -246,7 +268,7 @@ class _Parts(ValuesView[str]):
     _mapping: Assignment
 
     def __iter__(self) -> Iterator[str]:
-        return (PARTS[code - 1] for code in self._mapping.codes.tolist() if code)
+        return (part for part in self._mapping.parts() if part is not None)
 
 
 class _Pairs(ItemsView[str, str]):
@@ -267,35 +289,3 @@ def _equal(one: Sequence[Any], other: object) -> bool:
 def key_hash(key: str) -> np.uint64:
     """The hash by which a key is found: the first 8 bytes, little endian, that BLAKE2b makes of it."""
     return np.uint64(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little"))
-
-
-def key_columns(keys: Sequence[str], splits: Mapping[str, NDArray[np.uint8]]) -> pa.RecordBatch:
-    """The columns by which keys are found, and one column of parts for each split.
-
-    Args:
-        keys: of all records, in order.
-        splits: name -> (N,) codes, see :class:`Assignment`.
-
-    Raises:
-        DataError: a key that two records have.
-    """
-    if isinstance(keys, Keys):
-        hashes, rows = keys.records.hashes, keys.records.rows
-    else:
-        hashes = np.array([key_hash(key) for key in keys], np.uint64)
-        rows = np.argsort(hashes, kind="stable").astype(np.uint32)
-        hashes = hashes[rows]
-        equal = np.flatnonzero(hashes[1:] == hashes[:-1])
-        found = [keys[rows[i]] for i in np.union1d(equal, equal + 1)]
-        if twice := [key for key, count in Counter(found).items() if count > 1]:
-            raise DataError(f"{twice[0]}: two records with this key")
-    columns = {"hash": hashes, "row": rows, **{f"split.{name}": codes for name, codes in splits.items()}}
-    return pa.record_batch({name: pa.array(values) for name, values in columns.items()})
-
-
-def part_codes(keys: Sequence[str], assignment: Mapping[str, str]) -> NDArray[np.uint8]:
-    """(N,) codes of an assignment, see :class:`Assignment`."""
-    if isinstance(assignment, Assignment) and isinstance(keys, Keys) and assignment.records is keys.records:
-        return assignment.codes
-    code = {part: i + 1 for i, part in enumerate(PARTS)}
-    return np.array([code[assignment[key]] if key in assignment else 0 for key in keys], np.uint8)

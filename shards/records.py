@@ -1,10 +1,12 @@
 """A record of a packed data set, and the Arrow columns in which records are stored."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from shards.errors import DataError
@@ -32,8 +34,8 @@ class Record:
         flags: ``VARIABLE.FIGURE`` of each limit of quality control that the scans violate.
         affines: volume variable -> (4, 4), from the voxels of the common grid to mm in the space of the source, where
             the volume lies; empty in data sets of earlier versions.
-        crcs: volume variable -> CRC-32C of the stored bytes: the array in a tar file, the Zstandard frame in a Zarr
-            store. Empty in data sets of version 1.
+        crcs: volume variable -> CRC-32C of the stored bytes: the array in a tar file, its chunks in a Zarr store. Empty
+            in data sets of version 1.
         sizes: volume variable -> number of stored bytes. Empty in data sets of version 1.
         slot: number of the record's place, counted over all shards: place ``slot % per_shard`` of the shard with number
             ``slot // per_shard``, and the row of the Zarr arrays.
@@ -87,40 +89,35 @@ def to_columns(records: Sequence[Record], schema: pa.Schema) -> pa.RecordBatch:
         DataError: a value that its column cannot hold; the message names the first record.
     """
     try:
-        return pa.record_batch(
-            [pa.array((_cell(r, name) for r in records), kind, size=len(records)) for name, kind in _fields(schema)],
-            schema=schema,
-        )
+        columns = [pa.array(map(_cells(field.name), records), field.type, size=len(records)) for field in schema]
     except (pa.ArrowException, ValueError, TypeError) as error:
         raise DataError(f"{records[0].key} and the {len(records) - 1} records after it: {error}") from error
+    return pa.record_batch(columns, schema=schema)
 
 
-def _fields(schema: pa.Schema) -> list[tuple[str, pa.DataType]]:
-    return [(column.name, column.type) for column in schema]
-
-
-def _cell(record: Record, column: str) -> Any:
+def _cells(column: str) -> Callable[[Record], Any]:
+    """What a column holds of a record."""
     what, _, name = column.partition(".")
     match what:
         case "value":
-            return record.values.get(name)
+            return lambda r: r.values.get(name)
         case "offset":
-            return record.offsets[name] if name in record.checksums else -1
+            return lambda r: r.offsets[name] if name in r.checksums else -1
         case "size":
-            return record.sizes.get(name, 0)
+            return lambda r: r.sizes.get(name, 0)
         case "crc32c":
-            return record.crcs.get(name, 0)
+            return lambda r: r.crcs.get(name, 0)
         case "sha256":
-            return bytes.fromhex(record.checksums[name]) if name in record.checksums else None
+            return lambda r: bytes.fromhex(r.checksums[name]) if name in r.checksums else None
         case "affine":
-            return np.ravel(record.affines[name]).tolist() if name in record.affines else None
+            return lambda r: list(itertools.chain(*r.affines[name])) if name in r.affines else None
         case "figure":
-            return _finite(record.figures.get(name))
-    return getattr(record, what)
+            return lambda r: _finite(r.figures.get(name))
+    return operator.attrgetter(what)
 
 
 def _finite(number: float | None) -> float | None:
-    if number is not None and not np.isfinite(number):
+    if number is not None and not math.isfinite(number):
         raise ValueError(f"a figure that is {number}")
     return number
 

@@ -1,5 +1,6 @@
 """The schema: ordered, named variables, and how each is read from a table."""
 
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -121,6 +122,10 @@ class Variable:
 
     def words(self) -> dict[str, Any]:
         """Word in lower case -> the class or number that it stands for."""
+        return self._words
+
+    @functools.cached_property
+    def _words(self) -> dict[str, Any]:
         known: dict[str, Any] = {w.casefold(): v for w, v in (self.aliases or self.values).items()}
         return known | {c.casefold(): c for c in self.classes}
 

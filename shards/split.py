@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shards.errors import DataError, nearest
+from shards.files import locked_folder
 from shards.index import PARTS, Index, Record, Split
 
 FRACTIONS = (0.89, 0.01, 0.10)  # train, validation, test of the MetaVoxel paper: 9,078 / 108 / 968 subjects
@@ -150,8 +151,8 @@ def merge_groups(subjects: Sequence[tuple[str, str]]) -> dict[str, str]:
     parent: dict[str, str] = {}
 
     def root(node: str) -> str:
-        while parent.setdefault(node, node) != node:
-            node = parent[node]
+        while (above := parent.setdefault(node, node)) != node:
+            parent[node] = node = parent[above]  # shortens the chain, which else grows with each subject of a group
         return node
 
     for subject, value in subjects:
@@ -209,7 +210,22 @@ def record_split(
     Raises:
         DataError: another split of that name, a group column the data set was not packed with, bad fractions or folds.
     """
-    index = Index.load(folder)
+    with locked_folder(folder):
+        index = Index.load(folder)
+        drawn = _draw(folder, index, fractions, folds, seed, group, name)
+        index.of_equal_data(splits={**index.splits, **drawn}).save(folder)
+    return list(drawn)
+
+
+def _draw(
+    folder: Path,
+    index: Index,
+    fractions: Sequence[float] | None,
+    folds: int | None,
+    seed: int,
+    group: str | None,
+    name: str | None,
+) -> dict[str, Split]:
     if group is not None and group != index.group:
         packed = f"with --group {index.group}" if index.group else "without --group"
         raise DataError(f"{folder} was packed {packed} and has no column {group!r}; pack it again with --group {group}")
@@ -224,5 +240,4 @@ def record_split(
             raise DataError(
                 f"{folder} already has another split named {key!r}, which results may depend on; choose another --name"
             )
-    index.with_splits({**index.splits, **drawn}).save(folder)
-    return list(drawn)
+    return drawn

@@ -1,39 +1,45 @@
 """A summary of a packed data set, as a dictionary or as text."""
 
+import itertools
 import statistics
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from shards.index import PARTS, Index
+from shards.record_table import Records
+from shards.schema import Value, Variable
 
 
 def summarize(index: Index) -> dict[str, Any]:
     """Counts, arrays, scalars, splits and provenance of a data set, as plain values."""
+    records = index.records
+    assert isinstance(records, Records)
+    flags = list(records.column("flags"))
     return {
         "kind": index.kind,
         "storage": index.storage,
-        "records": len(index.records),
-        "subjects": len({r.subject for r in index.records}),
+        "records": len(records),
+        "subjects": len(set(records.column("subject"))),
         "bytes": sum(f["bytes"] for f in index.files.values()),
         "files": len(index.files),
         "digest": index.digest,
         "grid": index.grid,
         "arrays": {
-            name: {**spec, "count": sum(name in r.checksums for r in index.records)}
+            name: {**spec, "count": sum(offset >= 0 for offset in records.column(f"offset.{name}"))}
             for name, spec in index.arrays.items()
         },
-        "scalars": {v.name: _scalar(index, v.name, v.kind, v.unit) for v in index.schema.scalars},
-        "flags": dict(Counter(flag for r in index.records for flag in r.flags).most_common()),
-        "flagged": sum(bool(r.flags) for r in index.records),
+        "scalars": {v.name: _scalar(list(records.column(f"value.{v.name}")), v) for v in index.schema.scalars},
+        "flags": dict(Counter(itertools.chain.from_iterable(flags)).most_common()),
+        "flagged": sum(map(bool, flags)),
         "splits": {
             name: {
                 "method": split.method,
                 "seed": split.seed,
                 "group": split.group,
-                **{part: sum(p == part for p in split.assignment.values()) for part in PARTS},
+                **{part: Counter(split.assignment.values())[part] for part in PARTS},
             }
             for name, split in index.splits.items()
         },
@@ -41,19 +47,18 @@ def summarize(index: Index) -> dict[str, Any]:
     }
 
 
-def _scalar(index: Index, name: str, kind: str, unit: str) -> dict[str, Any]:
-    values = [r.values[name] for r in index.records]
+def _scalar(values: Sequence[Value], variable: Variable) -> dict[str, Any]:
     known = [v for v in values if v is not None]
-    common = {"kind": kind, "missing": len(values) - len(known)}
-    if kind == "categorical":
+    common = {"kind": variable.kind, "missing": len(values) - len(known)}
+    if variable.kind == "categorical":
         counts = Counter(map(str, known))
-        return {**common, "counts": {c: counts[c] for c in index.schema[name].classes}}
+        return {**common, "counts": {c: counts[c] for c in variable.classes}}
     numbers = [float(v) for v in known]
     if not numbers:
         return common
     return {
         **common,
-        "unit": unit,
+        "unit": variable.unit,
         "mean": statistics.fmean(numbers),
         "sd": statistics.pstdev(numbers),
         "min": min(numbers),

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from shards.arrow_files import ArrowFile, checksums, write_arrow
-from shards.errors import IntegrityError
+from shards.arrow_files import ArrowFile, checksums, numbers_of, write_arrow
+from shards.errors import DataError, IntegrityError
 from shards.files import atomic_file, sha256, write_bytes
-from shards.record_table import Records, key_columns, part_codes
+from shards.record_table import PARTS, Assignment, Keys, Records, key_hash
 from shards.records import BATCH_ROWS, Record, record_schema, to_columns
 from shards.schema import Schema
 
 NAMES = re.compile(r"(records|keys)-[0-9a-f]{12}\.arrow|files-[0-9a-f]{12}\.json")
+UNFINISHED = re.compile(r"\.(records|keys|files|index)\b.*\.part")
 Entry = dict[str, Any]
 
 
@@ -65,7 +67,39 @@ def write_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> Entry:
 
 def _key_batch(records: Sequence[Record], splits: Mapping[str, Mapping[str, str]]) -> pa.RecordBatch:
     keys = records.all_keys if isinstance(records, Records) else [r.key for r in records]
-    return key_columns(keys, {name: part_codes(keys, assignment) for name, assignment in splits.items()})
+    return _key_columns(keys, {name: _part_codes(keys, assignment) for name, assignment in splits.items()})
+
+
+def _key_columns(keys: Sequence[str], splits: Mapping[str, NDArray[np.uint8]]) -> pa.RecordBatch:
+    """The columns by which keys are found, and one column of parts for each split.
+
+    Args:
+        keys: of all records, in order.
+        splits: name -> (N,) codes, see :class:`Assignment`.
+
+    Raises:
+        DataError: a key that two records have.
+    """
+    if isinstance(keys, Keys):
+        hashes, rows = keys.records.hashes, keys.records.rows
+    else:
+        hashes = np.array([key_hash(key) for key in keys], np.uint64)
+        rows = np.argsort(hashes, kind="stable").astype(np.uint32)
+        hashes = hashes[rows]
+        equal = np.flatnonzero(hashes[1:] == hashes[:-1])
+        found = [keys[rows[i]] for i in np.union1d(equal, equal + 1)]
+        if twice := [key for key, count in Counter(found).items() if count > 1]:
+            raise DataError(f"{twice[0]}: two records with this key")
+    columns = {"hash": hashes, "row": rows, **{f"split.{name}": codes for name, codes in splits.items()}}
+    return pa.record_batch({name: pa.array(values) for name, values in columns.items()})
+
+
+def _part_codes(keys: Sequence[str], assignment: Mapping[str, str]) -> NDArray[np.uint8]:
+    """(N,) codes of an assignment, see :class:`Assignment`."""
+    if isinstance(assignment, Assignment) and isinstance(keys, Keys) and assignment.records is keys.records:
+        return assignment.codes
+    code = {part: i + 1 for i, part in enumerate(PARTS)}
+    return np.array([code[assignment[key]] if key in assignment else 0 for key in keys], np.uint8)
 
 
 def _batches(records: Iterable[Record], columns: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -98,6 +132,9 @@ def open_records(folder: Path, records: Entry, keys: Entry) -> tuple[Records, di
         FileNotFoundError: one of the files is missing.
         IntegrityError: one of them is damaged.
     """
+    for entry in (records, keys):
+        if not NAMES.fullmatch(entry["file"]):
+            raise IntegrityError(f"{folder}: {entry['file']!r} is no table of an index")
     found = ArrowFile.open(folder / records["file"], records["ends"], records["crc32c"])
     hashes, rows, codes = _read_keys(ArrowFile.open(folder / keys["file"], keys["ends"], keys["crc32c"]))
     return Records(found, records["rows"], hashes, rows, folder, records), codes
@@ -122,7 +159,7 @@ def _in_memory(name: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) 
 
 
 def _read_keys(file: ArrowFile) -> tuple[NDArray[np.uint64], NDArray[np.uint32], dict[str, NDArray[np.uint8]]]:
-    columns = {name: column.to_numpy() for name, column in zip(file.schema.names, file.batch(0).columns)}
+    columns = {name: numbers_of(column) for name, column in zip(file.schema.names, file.batch(0).columns)}
     hashes, rows = columns.pop("hash"), columns.pop("row")
     return hashes, rows, {name.removeprefix("split."): codes for name, codes in columns.items()}
 
@@ -161,9 +198,9 @@ class Files(Mapping[str, dict[str, Any]]):
 
 
 def remove_others(folder: Path, entries: Iterable[Entry]) -> None:
-    """Remove tables that the present index does not name."""
+    """Remove tables that the present index does not name, and what a process that was killed left of one."""
     named = {entry["file"] for entry in entries}
     for path in folder.iterdir():
-        if NAMES.fullmatch(path.name) and path.name not in named:
+        if UNFINISHED.fullmatch(path.name) or (NAMES.fullmatch(path.name) and path.name not in named):
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()

@@ -5,21 +5,21 @@ volume. Time, owner and mode of the members are fixed, so equal content gives eq
 multiples of 512 bytes.
 """
 
-import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError, IntegrityError
 from shards.index import Index
+from shards.pieces import Piece, crc32c
 from shards.record_table import Place
+from shards.records import Record
 from shards.schema import Value
 from shards.stored_files import HashedFile, StoredFiles
 
@@ -99,7 +99,7 @@ class TarShard:
         places = {}
         for variable, array in arrays.items():
             offset = self._member(f"{key}.{variable}.npy", _npy_header(array.shape, array.dtype), array)
-            places[variable] = (offset, array.nbytes, int(google_crc32c.value(array)))
+            places[variable] = (offset, array.nbytes, crc32c(array))
         return places
 
     def _member(self, name: str, head: bytes, array: NDArray[Any] | None = None) -> int:
@@ -125,53 +125,65 @@ class TarShard:
 class TarReader:
     """Reads single arrays of tar shards by offset."""
 
-    def __init__(self, folder: Path, index: Index) -> None:
+    def __init__(self, folder: Path, index: Index, files: StoredFiles) -> None:
         self.folder, self.index = folder, index
-        self._files = StoredFiles(folder)
+        self._files = files
         self._specs = {name: (tuple(a["shape"]), np.dtype(a["dtype"])) for name, a in index.arrays.items()}
 
-    def read(self, key: str, variable: str, place: Place) -> NDArray[Any]:
+    def read(self, key: str, variable: str, place: Place, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """The array of ``variable``, (*arrays[variable].shape), checked where its CRC-32C is known.
 
         Raises:
             IntegrityError: the file is missing, too short or damaged.
         """
-        array: NDArray[Any] = np.empty(*self._specs[variable])
+        array: NDArray[Any] = np.empty(*self._specs[variable]) if out is None else out
         try:
-            count = self._files.read_into(place.shard, place.offset, array)
-        except OSError as error:
-            raise IntegrityError(f"{self.folder}: {place.shard}: {error.strerror} ({key} {variable})") from error
-        if count < array.nbytes:
-            raise IntegrityError(f"{self.folder}: {place.shard} ends within {key}.{variable}.npy")
-        if place.size and google_crc32c.value(array) != place.crc:
-            raise IntegrityError(f"{self.folder}: {key} {variable} is damaged (checksum); see `shards verify`")
+            if place.size:
+                self._files.read_checked(place.shard, place.offset, array, place.crc)
+            elif self._files.read_into(place.shard, place.offset, array) < array.nbytes:
+                raise ValueError(f"{place.shard} ends within it")
+        except (OSError, ValueError) as error:
+            raise IntegrityError(
+                f"{self.folder}: {key} {variable} is damaged or missing ({error}); see `shards verify`"
+            ) from error
         return array
 
-    def damaged_members(self, file: str) -> Iterator[str]:
-        """The members of a shard whose header, content or padding differs from what was written."""
-        if not file.startswith(f"{FOLDER}/"):
-            return
-        raw = memoryview((self.folder / file).read_bytes())
-        at = 0
-        for record in (r for r in self.index.records if r.shard == file):
-            values = _json(record.key, record.subject, record.values, record.affines)
-            members = [(f"{record.key}.json", values, hashlib.sha256(b"").hexdigest(), 0)]
-            for variable, checksum in record.checksums.items():
-                spec = self.index.arrays[variable]
-                dtype = np.dtype(spec["dtype"])
-                head = _npy_header(tuple(spec["shape"]), dtype)
-                size = int(np.prod(spec["shape"])) * dtype.itemsize
-                members.append((f"{record.key}.{variable}.npy", head, checksum, size))
-            for name, known, checksum, size in members:
-                before = _header(name, len(known) + size) + known
-                start, end = at + len(before), at + len(before) + size
-                after = _padding(len(known) + size)
-                at = end + len(after)
-                if (
-                    raw[start - len(before) : start] != before
-                    or hashlib.sha256(raw[start:end]).hexdigest() != checksum
-                    or raw[end:at] != after
-                ):
-                    yield name
-        if raw[at:] != _end(at):
-            yield "end of archive"
+    def locate(self, key: str, variable: str, place: Place) -> tuple[NDArray[Any], Place]:
+        """A volume of a data set of version 1, unchecked, and its place with size and CRC-32C.
+
+        Raises:
+            IntegrityError: as :meth:`read`.
+        """
+        array = self.read(key, variable, place)
+        return array, place._replace(size=array.nbytes, crc=crc32c(array))
+
+
+def layout(records: Iterable[Record], arrays: Mapping[str, Mapping[str, Any]]) -> Iterator[Piece]:
+    """The pieces of a tar file.
+
+    Args:
+        records: that it holds, in order.
+        arrays: volume variable -> {shape, dtype} of one record's array.
+    """
+    at = 0
+
+    def piece(name: str, size: int, **known: Any) -> Piece:
+        nonlocal at
+        at += size
+        return Piece(at - size, size, name, **known)
+
+    for record in records:
+        content = _json(record.key, record.subject, record.values, record.affines)
+        name = f"{record.key}.json"
+        content = _header(name, len(content)) + content + _padding(len(content))
+        yield piece(name, len(content), fixed=content)
+        for variable in record.checksums:
+            name = f"{record.key}.{variable}.npy"
+            shape, dtype = tuple(arrays[variable]["shape"]), np.dtype(arrays[variable]["dtype"])
+            head, size = _npy_header(shape, dtype), int(np.prod(shape)) * dtype.itemsize
+            before, after = _header(name, len(head) + size) + head, _padding(len(head) + size)
+            yield piece(name, len(before), fixed=before)
+            known: dict[str, Any] = {"key": record.key, "variable": variable, "sha256": record.checksums[variable]}
+            yield piece(name, size, crc=record.crcs.get(variable), **known)
+            yield piece(name, len(after), fixed=after)
+    yield piece("end of archive", len(_end(at)), fixed=_end(at))

@@ -1,7 +1,6 @@
 """Writing a packed data set: atomic, and resumable after an interruption."""
 
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -14,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError, nearest
-from shards.files import sha256, sync, write_bytes
-from shards.index import NAME, Index, Record, Split
+from shards.files import lock_folder, sha256, sync, write_bytes
+from shards.header import NAME, VERSION
+from shards.index import Index, Record, Split
 from shards.schema import Schema, Value
 from shards.shard_writer import STORAGES, ShardWriter, records_per_shard
-from shards.zarr_store import metadata
+from shards.zarr_coordinates import store_files
 
 PARTIAL = ".partial"
 
@@ -62,7 +62,7 @@ class DatasetWriter:
             raise DataError(f"{self.folder} already holds a packed data set; remove it or choose another folder")
         self.storage, self.kind, self.schema, self.group = storage, kind, schema, group
         self.arrays = {
-            name: {"shape": [int(n) for n in spec["shape"]], "dtype": np.dtype(spec["dtype"]).str}
+            name: {**spec, "shape": [int(n) for n in spec["shape"]], "dtype": np.dtype(spec["dtype"]).str}
             for name, spec in arrays.items()
         }
         self.grid = dict(grid)
@@ -74,20 +74,10 @@ class DatasetWriter:
         self._partial = self.folder / PARTIAL
         self._journal = self._partial / "journal.jsonl"
         self._partial.mkdir(parents=True, exist_ok=True)
-        self._lock()
+        self._unlock = weakref.finalize(self, os.close, lock_folder(self.folder))
         self._resume(token)
         self._keys = {r.key for r in self.records}
         self._shard: ShardWriter | None = None
-
-    def _lock(self) -> None:
-        """Lock the folder itself: a lock file would stay in the data set of a process that was killed."""
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        self._unlock = weakref.finalize(self, os.close, descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._unlock()
-            raise DataError(f"{self.folder} is being written by another process") from None
 
     def close(self) -> None:
         """Release the folder; complete shards stay for a writer with the same token."""
@@ -95,14 +85,15 @@ class DatasetWriter:
 
     def _resume(self, token: str | None) -> None:
         lines = self._read_journal()
-        if token is None or not lines or lines[0] != {"token": token}:
+        first = {"version": VERSION, "token": token}
+        if token is None or not lines or lines[0] != first:
             lines = []
         files = {name: entry for line in lines[1:] for name, entry in line["files"].items()}
         for name in {name.partition("/")[0] for name in files}:
             if not (self._partial / name).exists() and (self.folder / name).exists():
                 (self.folder / name).replace(self._partial / name)  # finish() was interrupted before the index
         if not lines or not all((self._partial / name).is_file() for name in files):
-            lines, files = [{"token": token}], {}
+            lines, files = [first], {}
             self._journal.unlink(missing_ok=True)  # first, so that a journal never lists what is gone
             for path in self._partial.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -210,7 +201,8 @@ class DatasetWriter:
         if self._shard is not None:
             self._flush()
         if self.storage == "zarr":
-            for name, content in metadata(self.arrays, len(self.records), self.per_shard).items():
+            described = (self.arrays, self.grid, self.schema, self.records)
+            for name, content in store_files(*described, len(self.records), self.per_shard).items():
                 (self._partial / name).parent.mkdir(parents=True, exist_ok=True)
                 write_bytes(self._partial / name, content)
                 self.files[name] = _file_entry(self._partial / name)

@@ -6,6 +6,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from shards.index import Split
 from shards.pack import pack
 
 SIZE = (20, 24, 18)
@@ -48,3 +49,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 PEOPLE = [(f"sub-{i:02d}", str(20 + 5 * i), "FM"[i % 2]) for i in range(7)]
+
+
+def split_of(assignment: dict[str, str]) -> Split:
+    """A split that a table gave."""
+    return Split("column", 0, [], [], "", assignment)

@@ -26,7 +26,7 @@ LAYERS = [
     ["__main__", "pyfunc"],
 ]
 ONLY = {  # slow or optional libraries, and who may import them
-    "ray": {"mvhpc.runtime.ray_cluster", "mvhpc.runtime.ray_subjects", "mvhpc.inference.ray_pool"},
+    "ray": {"mvhpc.runtime.ray_cluster", "mvhpc.inference.ray_pool"},
     "deepspeed": {"mvhpc.training.engines.deepspeed", "mvhpc.checkpoints.consolidate"},
     "mlflow": {"mvhpc.runs.mlflow_store"},
 }
@@ -100,6 +100,12 @@ def test_slow_libraries_are_imported_where_they_are_used_alone() -> None:
         for target in imported(path):
             library = target.split(".")[0]
             assert name in ONLY.get(library, {name}), f"{name} imports {library}"
+
+
+def test_the_data_plane_is_without_torch_but_for_its_torch_interface_and_brain_extraction() -> None:
+    known = {"shards.torch", "shards.preprocess.extraction", "shards.preprocess.requirements"}
+    found = {name for name, path in modules().items() if "torch" in {t.split(".")[0] for t in imported(path)}}
+    assert {name for name in found if name.startswith("shards.")} == known
 
 
 def test_every_module_can_be_imported_by_a_stranger_that_has_only_torch_and_monai() -> None:

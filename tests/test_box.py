@@ -5,9 +5,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from shards.__main__ import main
-from shards.box import MULTIPLE, extent, smallest_shape, touched
+from shards.box import MULTIPLE, Profile, smallest_shape, touched
 from shards.index import Index
 from tests.packing import packed
 
@@ -22,13 +23,36 @@ def brick(low: tuple[int, int, int], high: tuple[int, int, int], n: int = 60) ->
 
 def test_the_extent_leaves_out_stray_voxels_and_follows_the_axes_of_the_grid() -> None:
     low, high = (10, 14, 20), (39, 49, 37)
-    volume = brick(low, high)
+    brain = Profile(brick(low, high))
     centre = np.array([30.0, 30, 30])
-    assert (extent(volume, np.eye(3), centre) == np.array([low, high]).T - 30).all()
-    doubled = extent(volume, 2 * np.eye(3), centre)  # a grid of twice the spacing
+    assert (brain.extent(np.eye(3), centre) == np.array([low, high]).T - 30).all()
+    doubled = brain.extent(2 * np.eye(3), centre)  # a grid of twice the spacing
     assert (np.abs(doubled - (np.array([low, high]).T - 30) / 2) <= 0.5).all()
     turned = np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])  # grid axis 0 is the volume's axis 1
-    assert (extent(volume, turned, centre)[0] == np.array([low[1], high[1]]) - 30).all()
+    assert (brain.extent(turned, centre)[0] == np.array([low[1], high[1]]) - 30).all()
+
+
+def test_sums_over_axes_give_what_the_voxels_give() -> None:
+    """Centre of mass and extent of a part of a volume, along the axes and oblique to them."""
+    rng = np.random.default_rng(0)
+    whole = np.zeros((40, 44, 36), np.float32)
+    part = rng.random((20, 25, 18), np.float32)
+    whole[8:28, 10:35, 6:24] = part
+    brain, centre = Profile(part, (8, 10, 6)), np.array([18.0, 22, 15])
+    assert brain.centre() == pytest.approx(ndimage.center_of_mass(whole), abs=1e-4)
+    for step in (np.diag([0.7, 1.3, 2.0]), np.diag([0.7, 1.3, 2.0]) @ turn(10)):
+        where = np.stack(np.nonzero(whole))
+        layers = np.rint(np.linalg.inv(step) @ (where - centre[:, None])).astype(int)
+        for axis, (first, last) in zip(layers, brain.extent(step, centre)):
+            beyond = [float(whole[tuple(where)][side].sum()) for side in (axis < first, axis > last)]
+            assert max(beyond) <= 1e-3 * whole.sum()
+            assert [float(whole[tuple(where)][s].sum()) > 1e-3 * whole.sum() for s in (axis <= first, axis >= last)]
+
+
+def turn(degrees: float) -> np.ndarray:
+    """Of the first two axes."""
+    a = np.radians(degrees)
+    return np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
 
 
 def test_the_smallest_box_holds_all_and_the_next_smaller_one_does_not() -> None:

@@ -32,6 +32,7 @@ NO_EFFECT = {  # of the stages that train
     "tracking.experiment",
     "tracking.uri",
     "training.checkpoint_every",
+    "training.damaged",
     "training.keep",
     "training.log_every",
 }

@@ -18,9 +18,11 @@ from mvhpc.models.training_people import TrainingPeople
 from mvhpc.runs.folder import Run
 from shards.dataset import open_dataset
 from shards.index import Index
+from shards.intensity import intensity_scale
+from shards.nifti import read
 from shards.schema import Schema
 from shards.verify import verify
-from shards.volumes import canonical, grid, intensity_scale, read
+from shards.volumes import canonical, grid
 from tests.conftest import SCHEMA
 from tests.packing import PEOPLE, bids, head, packed, save
 

@@ -62,7 +62,7 @@ def test_dry_run_prints_the_resolved_configuration_and_starts_nothing(
         ("--stage pack sorce=a out=b", "Did you mean 'source'?"),
         ("--stage pack --config dmo source=a out=b", "Did you mean 'demo'?"),
         ("--stage pack --cluster locl source=a out=b", "Did you mean 'local'?"),
-        ("--stage pack --nodes 2 --cluster local source=a out=b", "take --nodes 1"),
+        ("--stage phantom --nodes 2 --cluster local out=b", "take --nodes 1"),
         ("--stage pack --root nowhere out=b", "source=nowhere/source: no such file or folder"),
     ],
 )

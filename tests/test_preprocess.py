@@ -18,6 +18,7 @@ from mvhpc.pipeline.plan import Pipeline, PipelineConfig
 from shards.__main__ import main
 from shards.dataset import open_dataset
 from shards.errors import DataError
+from shards.nifti import read
 from shards.pack import pack
 from shards.phantom.anatomy import draw_anatomy
 from shards.phantom.brain import Tissues, render_tissues, spacing
@@ -31,7 +32,6 @@ from shards.preprocess.registration import FLIP, load_template, register, transf
 from shards.preprocess.run import preprocess
 from shards.preprocess.scan import preprocess_scan
 from shards.preprocess.tissue import tissue_maps
-from shards.volumes import read
 
 pytest.importorskip("ants")
 pytest.importorskip("nilearn")
@@ -263,7 +263,7 @@ def test_a_csv_becomes_tables_that_pack_reads(source: Path, tmp_path: Path) -> N
     rows = [f"a,1,{scans[0]},40,F", f"a,2,{scans[1]},,F", f"b,,{scans[2]},50,M"]
     table.write_text("\n".join(["participant_id,session_id,path,age,sex", *rows]) + "\n")
     out, packed = tmp_path / "out", tmp_path / "packed"
-    preprocess(table, out, dataclasses.replace(QUICK, steps=("brain",)), workers=1)
+    preprocess(table, out, dataclasses.replace(QUICK, steps=("brain",)), workers=1, files_root=source)
     pack(out, packed, spacing=8.0, shape=(24, 24, 24), fractions=(0, 0, 1), workers=1)
     values = {r.key: r.values for r in open_dataset(packed).index.records}
     assert values == {
@@ -442,6 +442,6 @@ def test_deepbet_finds_the_brain_of_a_real_head(tmp_path: Path) -> None:
     name = Path("sub-IXI012/anat/sub-IXI012_T1w.nii.gz")
     table = tmp_path / "scans.csv"
     table.write_text(f"participant_id,path\nsub-IXI012,{REAL / 'heads' / name}\n")
-    preprocess(table, tmp_path / "out", Recipe(steps=("brain",)), device="cpu", workers=1)
+    preprocess(table, tmp_path / "out", Recipe(steps=("brain",)), device="cpu", workers=1, files_root=REAL)
     mask = read(tmp_path / "out" / "sub-IXI012" / "anat" / "sub-IXI012_desc-brain_mask.nii.gz").voxels > 0
     assert dice(mask, read(REAL / "ixi" / name).voxels > 0) > 0.93

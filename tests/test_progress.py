@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import select
 import struct
 import sys
 import termios
@@ -48,17 +49,25 @@ def terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
         os.close(screen)
 
 
+def on(screen: int) -> str:
+    """All that was written to a screen; one call of the system may give a part of it."""
+    found = b""
+    while select.select([screen], [], [], 0.5)[0]:
+        found += os.read(screen, 10_000)
+    return found.decode()
+
+
 @pytest.mark.parametrize("columns", [20, 40, 80, 200])
 def test_on_a_terminal_the_bar_appears_at_once_on_one_line_of_it(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with terminal(columns, monkeypatch) as screen:
         bar = Progress("vae", 600, "step", at_once=True)
-        shown = os.read(screen, 10_000).decode()
+        shown = on(screen)
         assert "0/600" in shown
         bar.update(2, NOTES, rate=1 / 12)
         bar.refresh()
         bar.say("vae: about 2 h left")
         bar.close()
-        shown += os.read(screen, 10_000).decode()
+        shown += on(screen)
     assert "2/600" in shown and "vae: about 2 h left" in shown
     pieces = re.split(r"[\r\n]+", re.sub(r"\x1b\[\w", "", shown))
     assert max(len(piece) for piece in pieces if "about" not in piece) < columns

@@ -15,6 +15,7 @@ from scipy.spatial.transform import Rotation
 
 from shards.__main__ import main
 from shards.index import Index, Record
+from shards.nifti import read
 from shards.pack import pack
 from shards.phantom.anatomy import draw_anatomy
 from shards.phantom.brain import Tissues, render_tissues, spacing
@@ -22,7 +23,7 @@ from shards.phantom.make import T1W, T2W, draw_subject, render_image
 from shards.qc.figures import measure
 from shards.qc.limits import LIMITS, explain, verdict, violated
 from shards.qc.registered import compare
-from shards.volumes import canonical, read
+from shards.volumes import canonical
 
 SHAPE, MM = (40, 48, 40), 4.0
 AFFINE = np.diag([MM, MM, MM, 1.0])

@@ -219,7 +219,8 @@ def test_a_scan_of_noise_is_flagged_and_held_out_people_are_not(trained: Path, p
 def test_ages_outside_of_the_training_are_flagged(trained: Path, packed: Path) -> None:
     answer = predictor(trained, packed, want=["sex"], given=["age"])
     key = next(key for key in answer.dataset.keys(None) if answer.dataset.values(key)["age"] is not None)
-    answer.dataset.record(key).values["age"] = 110.0
+    values = answer.dataset.values
+    answer.dataset.values = lambda key: {**values(key), "age": 110.0}  # type: ignore[method-assign]
     assert "age 110 lies outside of the training's" in answer([key])[0]["flag"]
 
 

@@ -17,7 +17,7 @@ from mvhpc.config import load_config
 from mvhpc.data_stages import PackConfig
 from shards.__main__ import main
 from shards.dataset import open_dataset
-from shards.errors import DataError, TooManyRejects
+from shards.errors import TooManyRejects
 from shards.files import is_complete
 from shards.index import Index
 from shards.pack import pack
@@ -30,21 +30,25 @@ from tests.packing import PEOPLE, bids, content, packed
 KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
-import shards.files, shards.header, shards.index, shards.shard_writer, shards.writer
+import shards.header, shards.index, shards.shard_writer
 from shards.pack import pack
+from shards.packing.journal import Journal
 shards.shard_writer.SHARD_RECORDS = 2
 moment, source, out, storage = sys.argv[1:]
 def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
-writer = shards.writer.DatasetWriter
-flush = writer._flush
-def second_flush(self):
-    if self._saved_records: die()
-    flush(self)
+add = Journal.add
+def second_shard(self, shard):
+    if self.shards: die()
+    add(self, shard)
+moved = []
+def second_move(self, target):
+    moved.extend([target] if target.suffix in ("", ".tar") else [])
+    return die() if len(moved) == 2 else os.replace(self, target)
 def torn(path, content):
     path.with_name(".index.json.part").write_bytes(content[:100])
     die()
-if moment == "second shard": writer._flush = second_flush
-if moment == "move": Path.replace = lambda self, target: die() if self.is_dir() else os.replace(self, target)
+if moment == "second shard": Journal.add = second_shard
+if moment == "move": Path.replace = second_move
 if moment == "index": shards.index.Index.save = die
 if moment == "torn index": shards.header.write_bytes = torn
 if moment == "clean-up": shutil.rmtree = lambda path, **_: die() if Path(path).name == ".partial" else None
@@ -56,7 +60,7 @@ pack(source, out, storage=storage, spacing=2.0, shape=(20, 24, 18), workers=1, k
     ("moment", "storage"),
     [
         *((moment, "zarr") for moment in ("second shard", "move", "index", "torn index", "clean-up")),
-        *((moment, "webdataset") for moment in ("second shard", "index")),
+        *((moment, "webdataset") for moment in ("second shard", "move", "index")),
     ],
 )
 def test_a_killed_packing_is_complete_or_resumes(
@@ -72,13 +76,10 @@ def test_a_killed_packing_is_complete_or_resumes(
     packed(source, tmp_path / "once", storage=storage, max_rejects="5%")
     if moment == "clean-up":
         assert list(verify(out)) == []
-        with pytest.raises(DataError, match="already holds"):
-            packed(source, out, storage=storage, max_rejects="5%")
-        shutil.rmtree(out / ".partial")
-    else:
-        monkeypatch.setattr("shards.convert.canonical", counted := Counted(canonical))
-        packed(source, out, storage=storage, max_rejects="5%")
-        assert counted.calls == (5 if moment == "second shard" else 0)  # complete shards are not made again
+    monkeypatch.setattr("shards.convert.canonical", counted := Counted(canonical))
+    packed(source, out, storage=storage, max_rejects="5%")
+    assert counted.calls == (5 if moment == "second shard" else 0)  # complete shards are not made again
+    if moment != "clean-up":
         (out / ".index.json.part").unlink(missing_ok=True)
     assert content(out) == content(tmp_path / "once") and is_complete(out)
 

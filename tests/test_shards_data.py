@@ -18,18 +18,8 @@ from shards.order import Order, prefetch
 from shards.schema import Schema, Variable
 from shards.verify import verify
 from shards.writer import DatasetWriter
+from tests.stored import ARRAYS, SCHEMA, SHAPE, STORAGES
 
-SHAPE = (6, 7, 8)
-SCHEMA = Schema.from_dict(
-    {
-        "scan": {"kind": "volume", "suffix": "T1w"},
-        "mask": {"kind": "volume", "suffix": "mask"},
-        "weight": {"kind": "continuous", "range": [0, 300], "unit": "kg"},
-        "hand": {"kind": "categorical", "classes": ["L", "R"], "aliases": {"left": "L"}},
-    }
-)
-ARRAYS = {name: {"shape": SHAPE, "dtype": "float16"} for name in ("scan", "mask")}
-STORAGES = ("webdataset", "zarr")
 Volumes = dict[str, dict[str, np.ndarray]]
 
 
@@ -157,9 +147,9 @@ def test_every_single_bit_counts(tmp_path: Path, storage: str, volumes: Volumes)
             broken[byte] ^= 1 << rng.integers(8)
             path.write_bytes(broken)
             damages = list(verify(tmp_path))
-            assert damages and all(line.startswith(name) for line in damages), (name, byte)
+            assert damages and all(str(damage).startswith(name) for damage in damages), (name, byte)
         path.write_bytes(whole[:-1])
-        assert any(line.startswith(name) for line in verify(tmp_path))
+        assert any(damage.file == name for damage in verify(tmp_path))
         path.write_bytes(whole)
     assert list(verify(tmp_path)) == []
 
@@ -170,16 +160,17 @@ def test_damage_is_named_by_member(tmp_path: Path, volumes: Volumes) -> None:
     shard = tmp_path / "webdataset/shards/shard-00000.tar"
     raw = shard.read_bytes()
     places = {
-        b"sub-3.scan.npy": (0, "sub-3.scan.npy"),
-        b"sub-2.json": (512 + 3, "sub-2.json"),
-        b"sub-1.mask.npy": (512 + 128 + 5, "sub-1.mask.npy"),
-        b"sub-0.scan.npy": (512 + 128 + 2 * 6 * 7 * 8 + 1, "sub-0.scan.npy"),  # padding
+        b"sub-3.scan.npy": (0, 0),
+        b"sub-2.json": (512 + 3, 0),
+        b"sub-1.mask.npy": (512 + 128 + 5, 512 + 128),
+        b"sub-0.scan.npy": (512 + 128 + 2 * 6 * 7 * 8 + 1, 512 + 128 + 2 * 6 * 7 * 8),  # padding
     }
-    for needle, (offset, member) in places.items():
+    for needle, (offset, piece) in places.items():
         broken = bytearray(raw)
         broken[raw.index(needle) + offset] ^= 4
+        member = f"{needle.decode()} at byte {raw.index(needle) + piece:,}"
         shard.write_bytes(broken)
-        assert list(verify(tmp_path / "webdataset")) == [f"shards/shard-00000.tar: {member}: damaged"]
+        assert list(map(str, verify(tmp_path / "webdataset"))) == [f"shards/shard-00000.tar: {member}: damaged"]
     dataset = open_dataset(tmp_path / "webdataset")
     shard.write_bytes(raw.replace(volumes["sub-5"]["scan"].tobytes(), bytes(2 * 6 * 7 * 8)))
     with pytest.raises(IntegrityError, match="sub-5 scan"):
@@ -190,11 +181,11 @@ def test_damage_is_named_by_member(tmp_path: Path, volumes: Volumes) -> None:
     broken = bytearray(chunk.read_bytes())
     broken[20] ^= 1  # within the first volume
     chunk.write_bytes(broken)
-    assert list(verify(tmp_path / "zarr")) == ["data.zarr/mask/c/0/0/0/0: sub-0 mask: damaged"]
+    assert list(map(str, verify(tmp_path / "zarr"))) == ["data.zarr/mask/c/0/0/0/0: sub-0 mask at byte 0: damaged"]
     with pytest.raises(IntegrityError, match="sub-0"):
         open_dataset(tmp_path / "zarr").read("sub-0", "mask")
     chunk.unlink()
-    assert list(verify(tmp_path / "zarr")) == ["data.zarr/mask/c/0/0/0/0: missing"]
+    assert list(map(str, verify(tmp_path / "zarr"))) == ["data.zarr/mask/c/0/0/0/0: missing"]
 
 
 def test_index_survives_a_round_trip(tmp_path: Path, volumes: Volumes) -> None:

@@ -167,7 +167,7 @@ def test_a_split_is_taken_from_a_column(tmp_path: Path, kind: str, capsys: pytes
 def test_a_split_column_that_cannot_be_used_is_refused_before_any_work(tmp_path: Path) -> None:
     family = {"sub-01": "p", "sub-04": "p"}
     for name, cells, reason in [
-        ("word", ["train"] * 6 + ["held-out"], r"line 8, sub-06, column 'word': unknown part of a split 'held-out'"),
+        ("word", ["train"] * 6 + ["held-out"], r"line 8, column 'word': unknown part of a split 'held-out'"),
         ("typo", ["train"] * 6 + ["tets"], "Did you mean 'test'"),
         ("empty", ["n/a", ""] * 3 + ["na"], "column 'empty' has no value"),
         ("group", ["train"] * 4 + ["test"] * 3, r"puts sub-01 and sub-04, one group, into both train and test"),

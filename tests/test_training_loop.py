@@ -191,7 +191,7 @@ def test_the_last_k_are_kept_and_what_is_incomplete_is_swept(tmp_path: Path) -> 
 
 
 def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
-    worse = toy_config(optimizer__lr=0.5, optimizer__clip=0.0, training__epochs=6, training__keep=1)
+    worse = toy_config(optimizer__lr=2.0, optimizer__clip=0.0, training__epochs=6, training__keep=1, training__seed=2)
     summary = run_toy(worse, tmp_path, 0, 1)
     best, last = int(summary["best_step"]), int(summary["steps"])
     assert best < last  # with that rate the score soon rises

@@ -17,6 +17,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.nifti import read
 from shards.preprocess.bias import correct_bias
 from shards.preprocess.extraction import deepbet, extracted_mask
 from shards.preprocess.images import Volume, ants_library, resample, to_ants
@@ -24,7 +25,6 @@ from shards.preprocess.recipe import Recipe
 from shards.preprocess.registration import load_template, register
 from shards.preprocess.tissue import tissue_maps
 from shards.qc.registered import compare
-from shards.volumes import read
 
 T = TypeVar("T")
 CHOSEN_ON = {  # of OASIS, seen when the settings of N4 and of the mixture were chosen

@@ -33,6 +33,7 @@ EFFECTS = {
     "workers": Effect.NONE,  # of packing
     "model.checkpointing": Effect.NONE,  # activations are recomputed instead of stored
     "training.checkpoint_every": Effect.NONE,
+    "training.damaged": Effect.NONE,  # a run that met damage may go on without it
     "training.keep": Effect.NONE,
     "training.log_every": Effect.NONE,
     "training.validate_every": Effect.SELECTION,

@@ -30,6 +30,7 @@ class Training:
     keep: int  # checkpoints
     log_every: int  # steps
     seed: int
+    damaged: str = "error"  # a sample whose stored volume is damaged: error | skip, in favour of the next one
 
     def __post_init__(self) -> None:
         counts = ("epochs", "batch", "accumulate", "validate_every", "checkpoint_every", "log_every")

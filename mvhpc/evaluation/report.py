@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from mvhpc.evaluation.figures import views
-from mvhpc.evaluation.page import inline, render
+from mvhpc.evaluation.page import render
 from shards.files import write_text
+from shards.web_page import inline
 
 MASK, TEMPLATE, LINE, FILL = "#ff5a4f", "#5aa2ff", "#1f5fa8", "#cfe0f3"
 

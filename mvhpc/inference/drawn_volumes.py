@@ -15,9 +15,9 @@ from mvhpc.records import scalar_values
 from mvhpc.runtime.randomness import generator
 from mvhpc.variables import Value
 from shards.dataset import Dataset
+from shards.nifti import read
 from shards.schema import Schema, Variable
 from shards.sheets import read_sheet, require_column
-from shards.volumes import read
 
 Floats = NDArray[np.float32]
 

@@ -32,7 +32,7 @@ from mvhpc.records import check_data
 from mvhpc.runs.folder import Run, identity
 from mvhpc.runtime.randomness import generator
 from mvhpc.variables import Volume
-from shards import volumes
+from shards import nifti, resample, volumes
 from shards.dataset import Dataset
 from shards.files import atomic_file, write_text
 from shards.index import array_checksum
@@ -192,12 +192,12 @@ def place(image: Path, mask: Path, grid: Mapping[str, Any]) -> tuple[NDArray, ND
         raise ConfigError(f"image={image}: {error}") from error
     affine = volumes.place(grid, brain.origin)
     try:
-        marked = volumes.read(mask)
+        marked = nifti.read(mask)
     except (OSError, ValueError) as error:
         raise ConfigError(f"mask={mask}: {error}") from error
     there = np.linalg.inv(marked.affine) @ affine  # from the grid's voxels to the mask's
     weight = (marked.voxels != 0).astype(np.float32)
-    share = volumes.sample(weight, there[:3, :3], there[:3, 3], (height, width, depth), beyond="nearest")
+    share = resample.sample(weight, there[:3, :3], there[:3, 3], (height, width, depth), beyond="nearest")
     return brain.voxels.astype(np.float32), share > 0.99, affine
 
 

@@ -12,8 +12,8 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 from nibabel.spatialimages import SpatialImage
 from numpy.typing import NDArray
 
-from shards import volumes
-from shards.qc.figures import background
+from shards import intensity, nifti, resample
+from shards.foreground import background
 
 FAINT = 0.02  # of a drawn volume; what is fainter is background
 KNOWN = 0.99  # share of known voxels of the mask from which on a voxel is known
@@ -34,7 +34,7 @@ class OwnGrid:
 
     raw: NDArray
     image: SpatialImage
-    scan: volumes.Scan
+    scan: nifti.Scan
     known: NDArray[np.bool_]
     inside: NDArray[np.bool_]
     to_grid: NDArray[np.float64]
@@ -47,8 +47,8 @@ class OwnGrid:
         Args:
             drawn: (H, W, D) in [0, 1], on the model's grid.
         """
-        low, high = volumes.intensity_scale(self.scan.voxels)
-        signal = volumes.sample(drawn, self.to_grid[:3, :3], self.to_grid[:3, 3], self.scan.voxels.shape)
+        low, high = intensity.intensity_scale(self.scan.voxels)
+        signal = resample.sample(drawn, self.to_grid[:3, :3], self.to_grid[:3, 3], self.scan.voxels.shape)
         values = np.where(signal > FAINT, low + signal * (high - low), background(self.scan.voxels))
         stored = self._stored(self._native(values.astype(np.float64)))
         whole = np.where(self._native(self.known), self.raw, stored)
@@ -93,7 +93,7 @@ def open_own_grid(path: Path, mask: Path, affine: NDArray[np.float64], shape: tu
     Raises:
         ValueError: a file that cannot be read, or whose header allows more than one place.
     """
-    scan, marked = volumes.read(path), volumes.read(mask)
+    scan, marked = nifti.read(path), nifti.read(mask)
     try:
         image: Any = nib.load(path)
         raw = np.asanyarray(image.dataobj.get_unscaled())
@@ -103,7 +103,7 @@ def open_own_grid(path: Path, mask: Path, affine: NDArray[np.float64], shape: tu
     there = np.linalg.inv(marked.affine) @ scan.affine
     weight = (marked.voxels != 0).astype(np.float32)
     size = scan.voxels.shape
-    share = volumes.sample(weight, there[:3, :3], there[:3, 3], size, beyond="nearest")
+    share = resample.sample(weight, there[:3, :3], there[:3, 3], size, beyond="nearest")
     to_grid = np.linalg.inv(affine) @ scan.affine
     places = np.moveaxis(np.indices(size), 0, -1) @ to_grid[:3, :3].T + to_grid[:3, 3]  # (X, Y, Z, 3)
     inside = ((places > -0.5) & (places < np.array(shape) - 0.5)).all(-1)

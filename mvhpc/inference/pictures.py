@@ -16,9 +16,9 @@ from mvhpc.inference.sampler import Sampler
 from mvhpc.runtime.randomness import generator
 from mvhpc.variables import Continuous
 from shards.dataset import Dataset
+from shards.nifti import read
 from shards.schema import Variable
 from shards.sheets import read_sheet
-from shards.volumes import read
 
 QUANTILES = (0.02, 1 / 3, 2 / 3, 0.98)  # of the training people's values
 Points = list[tuple[float, float]]  # value of the variable, ml

@@ -17,7 +17,7 @@ from mvhpc.config import ConfigError, to_yaml
 from mvhpc.evaluation import comparison_figures
 from mvhpc.evaluation.answers import Answers, read_answers
 from mvhpc.evaluation.calibration import SHARES
-from mvhpc.evaluation.page import inline, inline_file, render
+from mvhpc.evaluation.page import render
 from mvhpc.evaluation.paper_tables import by_group, calibration_of_number, measure, score_of
 from mvhpc.evaluation.tables import Table, label, read_predictions, subject_of
 from mvhpc.models.model_card import INTENDED_USE, LIMITS
@@ -33,6 +33,7 @@ from shards.index import PARTS
 from shards.pack import REJECTED
 from shards.schema import Variable
 from shards.sheets import read_sheet
+from shards.web_page import inline, inline_file
 
 COLOURS = {"train": "#14708a", "validation": "#8a8f98", "test": "#c4572e"}
 PICTURES = {  # below the pipeline's figures: title and what is seen
@@ -182,7 +183,7 @@ def _data_sheet(dataset: Dataset, pipeline: Pipeline) -> list[Section]:
     index, split = dataset.index, list(pipeline.splits)[-1]
     parts = index.split(split).assignment
     scans = Counter(parts.values())
-    people = {part: len({r.subject for r in index.records if parts.get(r.key) == part}) for part in PARTS}
+    people = {part: len(found) for part, found in index.subjects(split).items()}
     rows = [["people", *(str(people[part]) for part in PARTS)], ["scans", *(str(scans[part]) for part in PARTS)]]
     for variable in index.schema.scalars:
         by_part = {p: [r.values.get(variable.name) for r in index.records if parts.get(r.key) == p] for p in PARTS}

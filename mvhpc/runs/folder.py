@@ -62,10 +62,10 @@ def identity(path: str | Path, split: str = "default") -> str:
         index = Index.load(path)
         if split == ANY_SPLIT:
             return fingerprint(
-                index.digest, {name: dict(recorded.assignment) for name, recorded in index.splits.items()}
+                index.digest, {name: dict(recorded.assignment.items()) for name, recorded in index.splits.items()}
             )
         recorded = index.splits.get(split)
-        return fingerprint(index.digest, dict(recorded.assignment) if recorded else {})
+        return fingerprint(index.digest, dict(recorded.assignment.items()) if recorded else {})
     for model in (path / "model" / "model.json", path / "model.json", path):
         if model.is_file():
             return hashlib.sha256(model.read_bytes()).hexdigest()[:16]

@@ -248,7 +248,37 @@ class _Empty(list[str]):
         """Nothing."""
 
 
-def quiet_ray_data() -> None:
+def map_by_ray(actor: type, arguments: tuple[Any, ...], count: int, logs: Path, unit: str = "CPU") -> Iterator[Any]:
+    """Rows that actors give, in the order in which they are done.
+
+    Joins the Ray cluster that ``RAY_ADDRESS`` names, or starts one on this machine. There is one actor for each core or
+    GPU of the cluster; Ray restarts those of a lost node.
+
+    Args:
+        actor: class whose instances take batches of one number, ``{"index": ...}``, and give rows.
+        arguments: of the class.
+        count: the numbers are 0 to ``count`` - 1.
+        logs: folder for Ray's own logs where it fails.
+        unit: ``CPU`` or ``GPU``, of an actor.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's core writes advice to the terminal
+    with ray_session(1, logs):
+        import ray.data
+
+        _quiet_ray_data()
+        actors = max(1, min(count, int(ray.cluster_resources().get(unit, 0))))
+        done = ray.data.from_items([{"index": index} for index in range(count)]).map_batches(
+            actor,
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            fn_constructor_args=arguments,
+            num_cpus=1,
+            num_gpus=1 if unit == "GPU" else 0,
+        )
+        yield from done.iter_rows()
+
+
+def _quiet_ray_data() -> None:
     """Keep Ray Data's messages to its own log file, ``ray-data.log`` in the session's folder."""
     import ray.data
 

@@ -31,6 +31,7 @@ from mvhpc.runtime.devices import describe_device, resolve_device, resolve_preci
 from mvhpc.runtime.randomness import generator
 from mvhpc.runtime.watchdog import Interrupted, PollInterval, Watchdog, stop_requested
 from mvhpc.training.best import BestModel
+from mvhpc.training.damaged import Samples
 from mvhpc.training.engines.base import Engine, learning_rate
 from mvhpc.training.engines.make import make_engine
 from mvhpc.training.metrics import Diverged, MetricMeans, SkippedUpdates, Stopwatch, peak_tflops
@@ -84,12 +85,14 @@ class _Run:
         self.micro_batch = micro_batch(training, collectives.world)
         if task.samples < 1:
             raise ValueError("there are no training samples; check the split of the data")
+        self.samples = Samples(task, training.damaged)
         self.order = Order(task.samples, training.batch, training.seed)
         self.total = training.epochs * self.order.steps_per_epoch
         self.device = resolve_device(config.compute.device)
         self.journal = Journal(folder) if collectives.rank == 0 else None
         self.checkpoints = Checkpoints(folder / "checkpoints", training.keep, collectives)
         self.means, self.skipped = MetricMeans(collectives), SkippedUpdates()
+        self.damaged: set[str] = set()
         self.watchdog = Watchdog(config.compute.hang_minutes)
         self.stopwatch = Stopwatch()
         self.engines: dict[str, Engine] = {}
@@ -251,11 +254,12 @@ class _Run:
         def load(unit: int) -> tuple[list[int], dict[str, Any]]:
             step, part = divmod(unit, accumulate)
             indices = self.order.part(step, rank + part, world)
-            return indices, self.task.load(indices)
+            return indices, self.samples.load(indices)
 
         yield from prefetch(load, range(start * accumulate, self.total * accumulate))
 
     def _log(self, step: int) -> None:
+        self._report_damaged(step)
         self.skipped.collect()
         metrics = {f"train/{name}": value for name, value in self.means.mean().items()}
         first, *_ = self.task.exported
@@ -266,6 +270,8 @@ class _Run:
             base = self.task.learning_rates[name]
             metrics[f"train/lr{suffix}"] = learning_rate(step - 1, self.total, base, self.config.optimizer)
         metrics["train/skipped_steps"] = float(self.skipped.total)
+        if self.samples.skip:
+            metrics["train/damaged_samples"] = float(len(self.damaged))
         metrics |= self.stopwatch.interval(self.training.batch)
         # Of the exported networks alone; a backward pass costs as much as two forward passes.
         flops = 3 * sum(self.engines[name].flops for name in self.task.exported) / self.micro_batch
@@ -278,6 +284,15 @@ class _Run:
         if self.device.type == "cuda":
             metrics["system/gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self._write("metrics", step=step, metrics=metrics)
+
+    def _report_damaged(self, step: int) -> None:
+        """Damaged samples that any worker has found; the metric counts them since this start."""
+        if not self.samples.skip:
+            return
+        found = sorted({text for texts in self.collectives.gather(self.samples.news()) for text in texts})
+        for text in found:
+            self._warn(step, f"sample skipped: {text}")
+        self.damaged |= set(found)
 
     # --- validation ---
 

@@ -11,7 +11,7 @@ from mvhpc.runtime.interrupts import interrupts_request
 from mvhpc.runtime.ray_cluster import launch
 from mvhpc.runtime.watchdog import request_stop, stop_file
 from mvhpc.training.loop import train
-from shards.index import PARTS, Index
+from shards.index import Index
 
 STOP = ".stop"  # in the run folder
 
@@ -42,9 +42,7 @@ def run_training(task: str, config: Any, run: Run) -> dict[str, float]:
 
 def people(index: Index, split: str) -> str:
     """How many people are in each part of a split, as one line."""
-    assignment = index.split(split).assignment
-    subjects = {part: {r.subject for r in index.records if assignment.get(r.key) == part} for part in PARTS}
-    counts = ", ".join(f"{part} {len(found):,}" for part, found in subjects.items())
+    counts = ", ".join(f"{part} {len(found):,}" for part, found in index.subjects(split).items())
     return f"people by part of the split {split!r}: {counts}"
 
 

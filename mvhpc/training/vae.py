@@ -7,7 +7,6 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from mvhpc.evaluation.similarity import psnr, ssim
 from mvhpc.models.autoencoder import Autoencoder, kl_divergence
 from mvhpc.models.bundle import save_autoencoder
 from mvhpc.models.perceptual import SqueezeLPIPS, load_lpips, slice_distance
-from mvhpc.records import volume_shape
+from mvhpc.records import read_volumes, volume_shape
 from mvhpc.runtime.devices import one_thread
 from mvhpc.runtime.randomness import generator, rand, randn
 from mvhpc.training.engines.base import Engine
@@ -190,7 +189,7 @@ class VAETask(Task):
 
     def _read(self, samples: list[tuple[str, str]]) -> Tensor:
         """Volumes (B, 1, H, W, D) as stored, float16."""
-        return torch.from_numpy(np.stack([self.dataset.read(*sample) for sample in samples])[:, None])
+        return read_volumes(self.dataset, samples)[:, None]
 
     def load(self, indices: list[int]) -> dict[str, Any]:
         """``volume`` (B, 1, H, W, D), float16."""

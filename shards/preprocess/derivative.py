@@ -93,13 +93,18 @@ def write_result(
     write_text(files["sidecar"], json.dumps(sidecar, indent=1) + "\n")
 
 
+def quality_file(image: Path) -> Path:
+    """The sidecar of a preprocessed volume."""
+    return image.with_name(f"{image.name.partition('.')[0]}.json")
+
+
 def read_quality(image: Path) -> tuple[dict[str, float], list[str]]:
     """Figures and flags of quality control in the sidecar of a preprocessed volume.
 
     Raises:
         ValueError: no sidecar, or a damaged one.
     """
-    path = image.with_name(f"{image.name.partition('.')[0]}.json")
+    path = quality_file(image)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {name: float(x) for name, x in content["Figures"].items()}, [str(x) for x in content["Flags"]]

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from shards.errors import DataError
+from shards.foreground import background
 from shards.preprocess.images import Volume
-from shards.qc.figures import background
 
 CLEAR_FACES = 0.95  # share of the voxels on a volume's faces that are background where the brain is extracted
 LARGEST_BRAIN_ML = 2400.0  # with all fluid inside the skull; heads without a neck are larger

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.volumes import sample
+from shards.resample import sample
 
 SEED = 1  # of ANTs' random sampling
 MARGIN = 20.0  # mm around the foreground of a working volume
@@ -65,7 +65,7 @@ def resample(
         affine: (4, 4) of the target grid, voxel to mm.
         shape: of the target grid.
         transform: (4, 4), mm in the target's space to mm in the volume's space; None where these are one space.
-        beyond: outside of the volume, see :func:`shards.volumes.sample`.
+        beyond: outside of the volume, see :func:`shards.resample.sample`.
     """
     to_voxel = np.linalg.inv(volume.affine) @ (np.eye(4) if transform is None else transform) @ affine
     voxels = sample(volume.voxels, to_voxel[:3, :3], to_voxel[:3, 3], shape, beyond)

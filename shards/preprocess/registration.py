@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError
+from shards.nifti import read
 from shards.preprocess.extraction import extracted_mask
 from shards.preprocess.images import Volume, ants_library, resample, to_ants, working_grid
 from shards.preprocess.recipe import Recipe
-from shards.volumes import read
 
 SPACING = 4.0  # mm, at which volumes are registered
 KINDS = {"rigid": "Rigid", "affine": "Affine"}

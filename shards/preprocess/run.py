@@ -56,6 +56,7 @@ def preprocess(
     keep_suspect: bool = False,
     map_subjects: Map | None = None,
     entities: Mapping[str, str] | None = None,
+    files_root: str | Path | None = None,
 ) -> Summary:
     """Preprocess the scans of a BIDS folder or a CSV into a BIDS derivative.
 
@@ -76,7 +77,7 @@ def preprocess(
         keep_suspect: keep scans that fail quality control (:mod:`shards.qc`) too, and flag them in their sidecars.
         map_subjects: runs :class:`shards.preprocess.subject.Worker` on all subjects; processes of this machine by
             default.
-        entities: see :func:`shards.participants.read_table`.
+        entities, files_root: see :func:`shards.participants.read_table`.
 
     Returns:
         A summary; ``out/rejected.tsv`` lists the scans without a result with the reasons.
@@ -99,7 +100,7 @@ def preprocess(
         device=find_device(device) if "brain" in recipe.steps and recipe.brain not in {"mask", "none"} else "cpu",
         keep_suspect=keep_suspect,
     )
-    table = read_table(source, _schema(suffix, recipe), entities=entities)
+    table = read_table(source, _schema(suffix, recipe), entities=entities, files_root=files_root or None)
     if not table.rows:
         raise DataError(f"{source}: the table has no rows")
     _check_folder(Path(source), out)

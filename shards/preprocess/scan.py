@@ -7,15 +7,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.foreground import background, tissue_bounds
+from shards.nifti import read
 from shards.preprocess import bias, images, registration, tissue
 from shards.preprocess.extraction import extracted_mask
 from shards.preprocess.images import Volume, resample
 from shards.preprocess.recipe import Recipe
 from shards.preprocess.registration import Template
-from shards.qc.figures import background, measure, tissue_bounds
+from shards.qc.figures import measure
 from shards.qc.limits import T1W, verdict, violated
 from shards.qc.registered import compare
-from shards.volumes import read
 
 Extractor = Callable[[Volume], Volume]
 

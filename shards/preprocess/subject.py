@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from shards.nifti import file_sha256, read
 from shards.participants import Row
 from shards.preprocess.derivative import clear_visit, read_sidecar, result_files, write_result
 from shards.preprocess.extraction import deepbet, hd_bet
@@ -13,7 +14,6 @@ from shards.preprocess.images import Volume
 from shards.preprocess.recipe import Recipe
 from shards.preprocess.registration import Template, load_template
 from shards.preprocess.scan import Extractor, preprocess_scan
-from shards.volumes import file_sha256, read
 
 
 @dataclass(frozen=True)

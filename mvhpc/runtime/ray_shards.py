@@ -1,0 +1,50 @@
+"""Packing of shards on all cores of a Ray cluster."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mvhpc.runtime.ray_cluster import map_by_ray
+from shards.packing.make import Job, Shard, make_shard
+from shards.packing.plan import Task
+
+
+class _Actor:
+    """Makes shards, whose numbers come as a column of Ray Data."""
+
+    def __init__(self, job: Job, tasks: Sequence[Task]) -> None:
+        self.job, self.tasks = job, tasks
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        made = [make_shard(self.tasks[int(index)], self.job) for index in batch["index"]]
+        return {"shards": [json.dumps(shard.to_dict()) for shard in made]}
+
+
+def map_shards_by_ray(job: Job, tasks: Sequence[Task], *, logs: Path) -> Iterator[Shard]:
+    """The shards of each task, in the order in which they are done.
+
+    Paths of the source and of the data set have to be the same on all nodes; see
+    :func:`mvhpc.runtime.ray_cluster.map_by_ray`.
+
+    Args:
+        job: what the shards have in common.
+        tasks: the shards.
+        logs: folder for Ray's own logs where it fails.
+    """
+    if not tasks:
+        return
+    job = dataclasses.replace(job, folder=job.folder.absolute(), partial=job.partial.absolute())
+    tasks = [_absolute(task) for task in tasks]
+    for row in map_by_ray(_Actor, (job, tasks), len(tasks), logs):
+        yield Shard.from_dict(json.loads(row["shards"]))
+
+
+def _absolute(task: Task) -> Task:
+    """The task with absolute paths of its files."""
+    items = []
+    for item in task.items:
+        files = {name: path.absolute() for name, path in item.row.files.items()}
+        items.append(dataclasses.replace(item, row=dataclasses.replace(item.row, files=files)))
+    return dataclasses.replace(task, items=tuple(items))

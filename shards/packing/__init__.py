@@ -1,0 +1,1 @@
+"""Packing in units of whole shards: plan, make, journal, merge."""

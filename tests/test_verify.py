@@ -1,0 +1,229 @@
+"""Laws of verifying and repairing."""
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shards.__main__ import main
+from shards.dataset import open_dataset
+from shards.errors import DataError, IntegrityError
+from shards.index import Index
+from shards.repair import repair
+from shards.verify import Damage, foreign_files, verify
+from tests.packing import PEOPLE, bids, content, head, packed, save
+
+STORAGES = ("zarr", "webdataset")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bids(tmp_path_factory.mktemp("source"), PEOPLE)
+
+
+@pytest.fixture(params=STORAGES)
+def out(request: pytest.FixtureRequest, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Seven records in three shards."""
+    monkeypatch.setattr("shards.shard_writer.SHARD_RECORDS", 3)
+    packed(source, tmp_path / "out", storage=request.param)
+    return tmp_path / "out"
+
+
+def shards(out: Path) -> list[Path]:
+    return sorted([*out.glob("shards/*.tar"), *out.glob("data.zarr/image/c/*/0/0/0")])
+
+
+def flip(path: Path, offset: int, bit: int = 0) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[offset] ^= 1 << bit
+    path.write_bytes(raw)
+
+
+def test_damage_is_named_by_file_record_variable_and_offset(out: Path) -> None:
+    record = open_dataset(out).record("sub-04")
+    path = shards(out)[1]
+    flip(path, record.offsets["image"] + record.sizes["image"] // 2)
+    (found,) = verify(out)
+    assert (found.file, found.key, found.variable) == (path.relative_to(out).as_posix(), "sub-04", "image")
+    assert found.offset == record.offsets["image"]
+    assert str(found).startswith(f"{found.file}: sub-04") and str(found).endswith(f"{found.offset:,}: damaged")
+    with pytest.raises(IntegrityError, match="sub-04 image"):
+        open_dataset(out).read("sub-04", "image")
+
+
+def test_the_number_of_threads_does_not_matter(out: Path) -> None:
+    for i, path in enumerate(shards(out)):
+        flip(path, path.stat().st_size // (i + 2))
+    found = [list(verify(out, workers)) for workers in (1, 2, 8)]
+    assert found[0] == found[1] == found[2] and len(found[0]) >= 3
+
+
+def test_small_blocks_find_the_same(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Volumes that begin and end anywhere in the blocks that are read."""
+    for block in (64, 1000, 4096):
+        monkeypatch.setattr("shards.verify.BLOCK", block)
+        assert list(verify(out)) == []
+    for path in shards(out):
+        flip(path, 1234)
+    assert len({damage.file for damage in verify(out)}) == 3
+
+
+def test_an_index_that_disagrees_with_intact_files_is_found(out: Path) -> None:
+    """A file has the right SHA-256, and a volume is not where the index says."""
+    index = Index.load(out)
+    records = list(index.records)
+    first, second = records[0], records[1]
+    vars(first)["crcs"], vars(second)["crcs"] = second.crcs, first.crcs
+    save_records(index, records, out)
+    assert {damage.key for damage in verify(out)} == {"sub-00", "sub-01"}
+
+
+def test_a_shard_that_the_list_of_files_lacks_is_found(out: Path) -> None:
+    index = Index.load(out)
+    name = shards(out)[1].relative_to(out).as_posix()
+    vars(index)["files"] = {file: entry for file, entry in index.files.items() if file != name}
+    save_records(index, list(index.records), out)
+    assert list(verify(out)) == [Damage(name, "holds volumes and is not in the list of files")]
+
+
+def save_records(index: Index, records: list[Any], out: Path) -> None:
+    names = (
+        "kind",
+        "storage",
+        "schema",
+        "arrays",
+        "grid",
+        "group",
+        "files",
+        "splits",
+        "provenance",
+        "extra",
+        "per_shard",
+    )
+    Index(**{name: getattr(index, name) for name in names}, records=records).save(out)
+
+
+def test_foreign_and_missing_files_are_found(out: Path) -> None:
+    assert foreign_files(out) == []
+    (out / "notes.txt").write_text("x")
+    (out / "shards").mkdir(exist_ok=True)
+    (out / "shards/shard-00099.tar").write_text("x")
+    assert foreign_files(out) == ["notes.txt", "shards/shard-00099.tar"]
+    missing = shards(out)[0]
+    missing.unlink()
+    assert list(verify(out)) == [Damage(missing.relative_to(out).as_posix(), "missing")]
+
+
+# --- repair -------------------------------------------------------------------------------------------------------
+
+
+def damage_anything(out: Path, seed: int) -> None:
+    """Flip bits in, cut, lengthen or remove some of the files that a repair can make again."""
+    rng = random.Random(seed)
+    paths = [p for p in sorted(out.rglob("*")) if p.is_file() and p.parent != out]
+    for path in rng.sample(paths, rng.randint(1, len(paths))):
+        size = path.stat().st_size
+        match rng.choice(["flip", "flip", "cut", "lengthen", "remove", "zeros"]):
+            case "flip":
+                for _ in range(rng.randint(1, 3)):
+                    flip(path, rng.randrange(size), rng.randrange(8))
+            case "cut":
+                path.write_bytes(path.read_bytes()[: rng.randrange(size)])
+            case "lengthen":
+                path.write_bytes(path.read_bytes() + b"x")
+            case "zeros":
+                path.write_bytes(bytes(size))
+            case "remove":
+                path.unlink()
+
+
+def test_any_damage_is_repaired_to_the_same_bytes(out: Path, source: Path) -> None:
+    before = content(out)
+    for seed in range(8):
+        damage_anything(out, seed)
+        damages = list(verify(out))
+        assert damages
+        assert list(repair(out, source, workers=1)) == [(damage, "") for damage in damages]
+        assert content(out) == before
+    assert list(repair(out, source, workers=1)) == []
+
+
+def test_only_what_is_damaged_is_converted(out: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = open_dataset(out).record("sub-04")
+    flip(shards(out)[1], record.offsets["image"])
+    (out / "foreign").write_text("mine")
+    converted = []
+    from shards.convert import convert
+
+    def counted(row: Any, *options: Any) -> Any:
+        converted.append(row.key)
+        return convert(row, *options)
+
+    monkeypatch.setattr("shards.repair.convert", counted)
+    untouched = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path != shards(out)[1]}
+    assert [reason for _, reason in repair(out, source, workers=1)] == [""]
+    assert converted == ["sub-04"]
+    assert untouched == {path: path.stat().st_mtime_ns for path in untouched}
+
+
+def test_a_changed_source_repairs_nothing(out: Path, source: Path, tmp_path: Path) -> None:
+    """The damaged file stays as it is, and the reason is given; other files are repaired."""
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    save(other / "sub-04/anat/sub-04_T1w.nii.gz", head(99))
+    for path, key in zip(shards(out), ("sub-01", "sub-04", "sub-06")):
+        flip(path, open_dataset(out).record(key).offsets["image"] + 5)
+    damaged = shards(out)[1].read_bytes()
+    reasons = {damage.key: reason for damage, reason in repair(out, other, workers=1)}
+    assert reasons["sub-01"] == reasons["sub-06"] == ""
+    assert "sub-04 image: the source gives other voxels than were packed" in reasons["sub-04"]
+    assert shards(out)[1].read_bytes() == damaged
+    shutil.rmtree(other / "sub-04")
+    ((_, reason),) = repair(out, other, workers=1)
+    assert "sub-04: " in reason and "no such row" in reason
+    assert [damage.key for damage in verify(out)] == ["sub-04"]
+
+
+def test_a_data_set_with_pseudonyms_needs_its_key(out: Path, source: Path, tmp_path: Path) -> None:
+    key, other = tmp_path / "key", tmp_path / "other-key"
+    for path in (key, other):
+        path.write_bytes(path.name.encode() * 6)
+        path.chmod(0o600)
+    hidden = tmp_path / "hidden"
+    packed(source, hidden, storage=Index.load(out).storage, pseudonymise=key)
+    before = content(hidden)
+    flip(shards(hidden)[0], 900)
+    for given in (None, other):
+        with pytest.raises(DataError, match="give the key that the data set was packed with"):
+            list(repair(hidden, source, pseudonymise=given))
+    assert [reason for _, reason in repair(hidden, source, pseudonymise=key, workers=1)] == [""]
+    assert content(hidden) == before
+
+
+def test_a_damaged_index_is_not_repaired(out: Path, source: Path) -> None:
+    for path in sorted(p for p in out.iterdir() if p.name.startswith(("index", "records", "keys", "files"))):
+        raw = path.read_bytes()
+        flip(path, len(raw) // 2)
+        with pytest.raises(IntegrityError, match="a repair needs the index"):
+            list(repair(out, source))
+        path.write_bytes(raw)
+    flip(out / "rejected.tsv", 0)
+    ((damage, reason),) = repair(out, source)
+    assert damage == Damage("rejected.tsv") and "does not follow from the records" in reason
+
+
+def test_the_command(out: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(out)]) == 0
+    flip(shards(out)[0], 800)
+    assert main(["verify", str(out)]) == 1
+    shown = capsys.readouterr()
+    assert "1 damaged; restore or --repair them" in shown.err and shards(out)[0].name in shown.err
+    assert main(["verify", str(out), "--repair"]) == 2
+    assert main(["verify", str(out), "--repair", "--source", str(source), "--workers", "1"]) == 0
+    assert "repaired" in capsys.readouterr().err
+    (out / "foreign.txt").write_text("x")
+    assert main(["verify", str(out)]) == 0
+    shown = capsys.readouterr()
+    assert "note: foreign.txt does not belong to the data set" in shown.err and "intact" in shown.out
