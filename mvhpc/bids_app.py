@@ -9,8 +9,9 @@ from pathlib import Path
 from mvhpc.config import ConfigError
 from mvhpc.inference.prediction_tables import Row, without_answer
 from mvhpc.scans import OK, TABLE, Request, predict_scans
-from shards.__main__ import ENTITIES, FILES_ROOT, RENAME, OneLineParser, pairs
+from shards.__main__ import OneLineParser, pairs
 from shards.errors import DataError
+from shards.help_texts import ENTITIES, FILES_ROOT, RENAME
 
 ABOUT = "From raw scans to predictions: the preprocessing that the model's data had, quality control, answers, pages."
 

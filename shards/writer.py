@@ -38,7 +38,7 @@ class DatasetWriter:
         grid: of the volumes, see :class:`shards.index.Index`.
         group: the table's column that ``group`` of :meth:`add` stands for.
         token: identifies the content. A writer resumes after the complete shards of an interrupted writer with the
-            same token: ``records`` and ``notes`` hold what these contain. None starts from the beginning.
+            same token: ``records`` hold what these contain. None starts from the beginning.
 
     Raises:
         DataError: the folder holds a data set already, another process writes to it, or an argument cannot be used.
@@ -67,9 +67,8 @@ class DatasetWriter:
         }
         self.grid = dict(grid)
         self.records: list[Record] = []
-        self.notes: list[Any] = []
         self.files: dict[str, dict[str, Any]] = {}
-        self._saved_records = self._saved_notes = 0
+        self._saved_records = 0
         self.per_shard = records_per_shard(self.arrays)
         self._partial = self.folder / PARTIAL
         self._journal = self._partial / "journal.jsonl"
@@ -100,15 +99,14 @@ class DatasetWriter:
         self.files = files
         for line in lines[1:]:
             self.records += [Record(**r) for r in line["records"]]
-            self.notes += line["notes"]
-        self._saved_records, self._saved_notes = len(self.records), len(self.notes)
+        self._saved_records = len(self.records)
         self._complete = len(lines) - 1
         for path in self._written():
             path.unlink()
         write_bytes(self._journal, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def _read_journal(self) -> list[dict[str, Any]]:
-        """The complete lines: a token, then records, notes and files of each shard."""
+        """The complete lines: a token, then records and files of each shard."""
         lines = []
         if self._journal.exists():
             for line in self._journal.read_text(encoding="utf-8").splitlines():
@@ -122,10 +120,6 @@ class DatasetWriter:
         """Data files that are not in the journal yet."""
         found = (p for p in self._partial.rglob("*") if p.is_file() and p != self._journal)
         return sorted(p for p in found if p.relative_to(self._partial).as_posix() not in self.files)
-
-    def note(self, item: Any) -> None:
-        """Store a JSON-able ``item`` with the records; a resumed writer has it in ``notes``."""
-        self.notes.append(item)
 
     def add(
         self,
@@ -170,14 +164,13 @@ class DatasetWriter:
         self.files |= new
         line = {
             "records": [dataclasses.asdict(r) for r in self.records[self._saved_records :]],
-            "notes": self.notes[self._saved_notes :],
             "files": new,
         }
         with self._journal.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self._saved_records, self._saved_notes = len(self.records), len(self.notes)
+        self._saved_records = len(self.records)
         self._shard, self._complete = None, self._complete + 1
 
     def finish(

@@ -6,6 +6,7 @@ array float16 (H, W, D).
 
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ def shuffled(n: int, seed: int) -> list[int]:
     return [int(i) for i in np.random.default_rng(seed).permutation(n)]
 
 
-class Way:
+class Way(ABC):
     """One way to store and read volumes.
 
     Attributes:
@@ -34,13 +35,13 @@ class Way:
     checked = ""
     module = package = ""
 
+    @abstractmethod
     def write(self, folder: Path, volumes: Volume, scans: Sequence[Path]) -> None:
         """Store volumes (n, H, W, D) in an empty folder; ``scans`` are their source files."""
-        raise NotImplementedError
 
+    @abstractmethod
     def open(self, folder: Path) -> Epoch:
         """Open what :meth:`write` stored."""
-        raise NotImplementedError
 
 
 class Memmap(Way):
