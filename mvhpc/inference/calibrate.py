@@ -16,9 +16,10 @@ from mvhpc.diffusion.laws import Law, join, take
 from mvhpc.inference.sampler import set_threads
 from mvhpc.inference.scalar_inputs import read_inputs
 from mvhpc.models.bundle import load_model_of_scalars
+from mvhpc.models.conformal import FEWEST
 from mvhpc.models.scalar_bundle import save_calibrated
 from mvhpc.models.scalar_stack import StackPosterior
-from mvhpc.models.site_calibration import FEWEST, SiteCalibration, calibrate_site
+from mvhpc.models.site_calibration import SiteCalibration, calibrate_site
 from mvhpc.models.training_people import TrainingPeople
 from mvhpc.records import check_data, scalar_values, subjects
 from mvhpc.runs.folder import Run

@@ -16,11 +16,9 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import Tensor
 
-from mvhpc.diffusion.density import quantile
 from mvhpc.diffusion.laws import LEAST, Law, mixture, parts
+from mvhpc.models.conformal import FEWEST, conformal_temperature, needed_stretch
 
-LEVEL = 0.9  # of the interval whose coverage is set
-FEWEST = 10  # people; the conformal interval of fewer is not finite
 STRETCH_SD = 0.5  # of the normal prior of a number's stretch, about 1
 OFFSET_SD, LOG_SD = 2.0, math.log(2)  # of the normal priors of logits' shifts and of the logarithm of a temperature
 
@@ -67,16 +65,14 @@ def calibrate_site(law: Law, truth: Tensor) -> SiteCalibration:
     if isinstance(law, Tensor):
         return _of_classes(law, truth)
     mean, y = law.mean.numpy(), truth[:, 0].double().numpy()
-    ends = quantile(law, torch.tensor([0.5 - LEVEL / 2, 0.5 + LEVEL / 2], dtype=torch.float64)).numpy()
-    half = (ends[:, 1] - ends[:, 0]) / 2
     shift, stretch = _regression(mean, y)
-    scores = []
+    errors = []
     for i in range(len(y)):
         left = np.arange(len(y)) != i
         a, b = _regression(mean[left], y[left])
-        scores.append(abs(y[i] - a - b * mean[i]) / half[i])
-    place = math.ceil((len(y) + 1) * LEVEL)  # at most N, from ten people on
-    return SiteCalibration((shift,), stretch, float(np.sort(scores)[place - 1]))
+        errors.append(y[i] - a - b * mean[i])
+    temperature = conformal_temperature(needed_stretch(law, torch.tensor(errors)))
+    return SiteCalibration((shift,), stretch, temperature)
 
 
 def _regression(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]:

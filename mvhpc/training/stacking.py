@@ -4,19 +4,21 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from mvhpc.diffusion.laws import Law, join, log_score, mix, stacking_weights, take, temper
+from mvhpc.models.conformal import FEWEST, conformal_temperature, needed_stretch
 from mvhpc.models.linear_member import LinearMember
 from mvhpc.models.scalar_predictor import ScalarPredictor
 from mvhpc.models.scalar_stack import CONTEXTS, Mixing, encode, law_of, predict
 from mvhpc.variables import Categorical, Variables
 
 BATCH = 64  # people encoded at a time
-PRIOR = math.log(2)  # SD of the prior of the temperature's logarithm; with few subjects the temperature stays near 1
-LIMITS = (math.log(0.25), math.log(8))
+PRIOR = math.log(2)  # SD of the prior of a category's log temperature; with few people it stays near 0
+LIMITS = (math.log(0.25), math.log(8))  # of the log temperature
 NEGLIGIBLE = 0.05  # weight of a member that is left out
 CHANCE = 2.0  # standard errors over people
 
@@ -159,10 +161,25 @@ def _mixing(laws: Sequence[Sequence[Law]], truth: Tensor) -> Mixing:
         torch.stack([torch.stack([log_score(law, truth) for law in of_query], 1) for of_query in laws])
     )
     columns = torch.tensor([weights], dtype=torch.float64).expand(len(truth), -1)
-    mixed = [mix(of_query, columns) for of_query in laws]
+    return Mixing(tuple(weights), _temperature([mix(of_query, columns) for of_query in laws], truth))
+
+
+def _temperature(laws: Sequence[Law], truth: Tensor) -> float:
+    """The temperature of several laws of the same people.
+
+    That of a number is conformal, the geometric mean over the laws; 1 where the people are too few for that. That of a
+    category makes the people most probable.
+    """
+    numbers = [law for law in laws if not isinstance(law, Tensor)]
+    if numbers and len(truth) < FEWEST:
+        return 1.0
+    if numbers:
+        errors = [truth[:, 0].double() - law.mean for law in numbers]
+        found = [conformal_temperature(needed_stretch(law, error)) for law, error in zip(numbers, errors)]
+        return float(np.clip(math.prod(found) ** (1 / len(found)), *np.exp(LIMITS)))
 
     def objective(log: float) -> float:
-        nll = -sum(log_score(temper(law, math.exp(log)), truth).sum() for law in mixed) / len(mixed)
+        nll = -sum(log_score(temper(law, math.exp(log)), truth).sum() for law in laws) / len(laws)
         return float(nll) + 0.5 * (log / PRIOR) ** 2
 
-    return Mixing(tuple(weights), math.exp(minimize_scalar(objective, bounds=LIMITS, method="bounded").x))
+    return math.exp(minimize_scalar(objective, bounds=LIMITS, method="bounded").x)
