@@ -24,7 +24,7 @@ from mvhpc.models.scalar_bundle import ScalarsModel
 from mvhpc.runtime.devices import resolve_device
 from mvhpc.scans import Request, predict_scans
 from shards.dataset import Dataset, open_dataset
-from shards.participants import ID, PATH
+from shards.participant_rows import ID, PATH
 from shards.schema import Schema, Value
 
 SUBJECT = "sub-scan"

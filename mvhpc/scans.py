@@ -30,12 +30,14 @@ from mvhpc.models.scalar_stack import StackPosterior
 from mvhpc.runs.folder import identity
 from mvhpc.runtime.devices import one_thread, resolve_device
 from mvhpc.variables import Categorical, Continuous
+from shards.bids_source import MASK
 from shards.errors import DataError, TooManyRejects
 from shards.files import atomic_file, rename_aside
 from shards.nifti import read
 from shards.pack import pack
-from shards.participants import ID, MASK, PATH, SESSION, Reject, read_table
-from shards.participants import Row as Visit
+from shards.participant_rows import ID, PATH, SESSION, Reject
+from shards.participant_rows import Row as Visit
+from shards.participants import read_table
 from shards.preprocess.derivative import result_files
 from shards.preprocess.recipe import MNI, Recipe
 from shards.preprocess.registration import load_template

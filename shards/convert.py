@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from numpy.typing import NDArray
 
 from shards.nifti import PAIR
-from shards.participants import Row
+from shards.participant_rows import Row
 from shards.preprocess.derivative import quality_file, read_quality
 from shards.qc.limits import verdict, violated
 from shards.schema import Schema

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shards.errors import DataError, nearest
-from shards.participants import Reject, Row
+from shards.participant_rows import Reject, Row
 from shards.sheets import read_sheet
 
 KEY, VERDICT, REASON = "key", "verdict", "reason"

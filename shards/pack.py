@@ -21,7 +21,7 @@ from shards.packing.plan import Task
 from shards.packing.pool import map_tasks
 from shards.packing.prepare import Packing, Source, prepare, read_source
 from shards.packing.summary import Summary, summarize
-from shards.participants import Reject
+from shards.participant_rows import Reject
 from shards.progress import Progress
 from shards.split import default_fractions, draw_folds, draw_fractions
 

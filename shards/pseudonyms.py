@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from shards.errors import DataError
-from shards.participants import Reject, Row, Table
+from shards.participant_rows import Reject, Row, Table
 
 SHORTEST = 16  # bytes of a key
 LETTERS = 16  # of a pseudonym, 5 bits each

@@ -17,7 +17,8 @@ from shards.errors import DataError, IntegrityError
 from shards.files import locked_folder, sync, write_bytes
 from shards.index import Index, array_checksum
 from shards.inside import inside
-from shards.participants import Row, read_table
+from shards.participant_rows import Row
+from shards.participants import read_table
 from shards.preprocess.recipe import read_derivative
 from shards.processes import process_pool
 from shards.pseudonyms import fingerprint, pseudonymised, read_key

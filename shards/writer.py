@@ -1,7 +1,5 @@
-"""Writing a packed data set: atomic, and resumable after an interruption."""
+"""Writing a packed data set by one process: atomic."""
 
-import dataclasses
-import json
 import os
 import shutil
 import weakref
@@ -14,7 +12,7 @@ from numpy.typing import NDArray
 
 from shards.errors import DataError, nearest
 from shards.files import lock_folder, sha256, sync, write_bytes
-from shards.header import NAME, VERSION
+from shards.header import NAME
 from shards.index import Index, Record, Split
 from shards.schema import Schema, Value
 from shards.shard_writer import STORAGES, ShardWriter, records_per_shard
@@ -27,7 +25,7 @@ class DatasetWriter:
     """Writes records in the order of :meth:`add`.
 
     Everything is written to ``FOLDER/.partial`` and moved by :meth:`finish`; ``index.json`` comes last, and a folder
-    without it holds no data set. Other files in the folder are not touched.
+    without it holds no data set. What an interrupted writer left is replaced. Other files are not touched.
 
     Args:
         folder: created where missing.
@@ -37,8 +35,6 @@ class DatasetWriter:
         arrays: volume variable -> {shape, dtype} of one record's array.
         grid: of the volumes, see :class:`shards.index.Index`.
         group: the table's column that ``group`` of :meth:`add` stands for.
-        token: identifies the content. A writer resumes after the complete shards of an interrupted writer with the
-            same token: ``records`` hold what these contain. None starts from the beginning.
 
     Raises:
         DataError: the folder holds a data set already, another process writes to it, or an argument cannot be used.
@@ -53,7 +49,6 @@ class DatasetWriter:
         arrays: Mapping[str, Mapping[str, Any]],
         grid: Mapping[str, Any],
         group: str = "",
-        token: str | None = None,
     ) -> None:
         if storage not in STORAGES:
             raise DataError(nearest(storage, STORAGES, "format"))
@@ -68,58 +63,19 @@ class DatasetWriter:
         self.grid = dict(grid)
         self.records: list[Record] = []
         self.files: dict[str, dict[str, Any]] = {}
-        self._saved_records = 0
         self.per_shard = records_per_shard(self.arrays)
-        self._partial = self.folder / PARTIAL
-        self._journal = self._partial / "journal.jsonl"
-        self._partial.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._unlock = weakref.finalize(self, os.close, lock_folder(self.folder))
-        self._resume(token)
-        self._keys = {r.key for r in self.records}
+        self._partial = self.folder / PARTIAL
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.mkdir()
+        self._keys: set[str] = set()
+        self._complete = 0  # shards
         self._shard: ShardWriter | None = None
 
     def close(self) -> None:
-        """Release the folder; complete shards stay for a writer with the same token."""
+        """Release the folder without a data set in it."""
         self._unlock()
-
-    def _resume(self, token: str | None) -> None:
-        lines = self._read_journal()
-        first = {"version": VERSION, "token": token}
-        if token is None or not lines or lines[0] != first:
-            lines = []
-        files = {name: entry for line in lines[1:] for name, entry in line["files"].items()}
-        for name in {name.partition("/")[0] for name in files}:
-            if not (self._partial / name).exists() and (self.folder / name).exists():
-                (self.folder / name).replace(self._partial / name)  # finish() was interrupted before the index
-        if not lines or not all((self._partial / name).is_file() for name in files):
-            lines, files = [first], {}
-            self._journal.unlink(missing_ok=True)  # first, so that a journal never lists what is gone
-            for path in self._partial.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self.files = files
-        for line in lines[1:]:
-            self.records += [Record(**r) for r in line["records"]]
-        self._saved_records = len(self.records)
-        self._complete = len(lines) - 1
-        for path in self._written():
-            path.unlink()
-        write_bytes(self._journal, "".join(json.dumps(line) + "\n" for line in lines).encode())
-
-    def _read_journal(self) -> list[dict[str, Any]]:
-        """The complete lines: a token, then records and files of each shard."""
-        lines = []
-        if self._journal.exists():
-            for line in self._journal.read_text(encoding="utf-8").splitlines():
-                try:
-                    lines.append(json.loads(line))
-                except ValueError:  # the process was killed while it wrote this line
-                    break
-        return lines
-
-    def _written(self) -> list[Path]:
-        """Data files that are not in the journal yet."""
-        found = (p for p in self._partial.rglob("*") if p.is_file() and p != self._journal)
-        return sorted(p for p in found if p.relative_to(self._partial).as_posix() not in self.files)
 
     def add(
         self,
@@ -160,17 +116,7 @@ class DatasetWriter:
 
     def _flush(self) -> None:
         assert self._shard is not None
-        new = self._shard.close()
-        self.files |= new
-        line = {
-            "records": [dataclasses.asdict(r) for r in self.records[self._saved_records :]],
-            "files": new,
-        }
-        with self._journal.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self._saved_records = len(self.records)
+        self.files |= self._shard.close()
         self._shard, self._complete = None, self._complete + 1
 
     def finish(
@@ -204,7 +150,7 @@ class DatasetWriter:
             self.files[name] = _file_entry(self.folder / name)
         for source in sorted(p for p in self._partial.iterdir() if p.is_dir()):
             target = self.folder / source.name
-            shutil.rmtree(target, ignore_errors=True)  # of an interrupted writer with another token
+            shutil.rmtree(target, ignore_errors=True)  # of a writer that was interrupted here
             source.replace(target)
         sync(self.folder)
         index = Index(

@@ -25,7 +25,7 @@ from shards.index import Index
 from shards.pack import pack_part
 from shards.packing.places import Place
 from shards.packing.plan import make_plan
-from shards.participants import Row
+from shards.participant_rows import Row
 from shards.split import record_split
 from shards.stored_files import HashedFile
 from shards.verify import verify

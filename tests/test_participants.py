@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from shards.errors import DataError
-from shards.participants import Reject, Row, Table, read_table
+from shards.participant_rows import Reject, Row, Table
+from shards.participants import read_table
 from shards.preprocess.tables import carry_tables
 from shards.schema import Schema
 from shards.sheets import read_sheet

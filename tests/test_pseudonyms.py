@@ -12,7 +12,8 @@ from shards.errors import DataError, IntegrityError
 from shards.header import read_header, write_header
 from shards.index import Index
 from shards.inside import inside
-from shards.participants import Reject, Row, Table, read_table
+from shards.participant_rows import Reject, Row, Table
+from shards.participants import read_table
 from shards.pseudonyms import pseudonymised, read_key
 from shards.schema import Schema
 from shards.verify import verify

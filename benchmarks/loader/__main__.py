@@ -21,7 +21,8 @@ from benchmarks.loader.measure import WAYS, measure, missing
 from benchmarks.loader.ways import LIMITS, Nibabel, NibabelPrepared, Volume
 from shards.dataset import open_dataset
 from shards.files import write_text
-from shards.participants import Row, read_table
+from shards.participant_rows import Row
+from shards.participants import read_table
 
 
 def unpacked(packed: Path, source: Path, n: int, scratch: Path) -> tuple[Volume, list[Path]]:

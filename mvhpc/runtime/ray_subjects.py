@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mvhpc.runtime.ray_cluster import map_by_ray
-from shards.participants import Row
+from shards.participant_rows import Row
 from shards.preprocess.subject import Job, Outcome, Worker
 
 

@@ -13,7 +13,7 @@ from shards.errors import DataError
 from shards.files import write_bytes
 from shards.packing.places import digest
 from shards.packing.pool import map_tasks
-from shards.participants import Row
+from shards.participant_rows import Row
 from shards.progress import Progress
 from shards.qc.limits import verdict
 from shards.schema import Schema

@@ -14,7 +14,7 @@ from shards.errors import IntegrityError
 from shards.index import Record
 from shards.packing.places import Place, content, stamp
 from shards.packing.plan import Item, Task
-from shards.participants import Row
+from shards.participant_rows import Row
 from shards.schema import Schema
 from shards.shard_writer import ShardWriter
 from shards.volumes import Space, place

@@ -13,7 +13,7 @@ from shards.index import Index, Record, Split
 from shards.packing.journal import PARTIAL, Journal
 from shards.packing.make import Job, Shard
 from shards.packing.places import Place, digest, read_places, write_places
-from shards.participants import Row
+from shards.participant_rows import Row
 from shards.schema import Schema
 from shards.split import draw_folds, draw_fractions
 from shards.tar_shards import shard_path as tar_path

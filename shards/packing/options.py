@@ -9,7 +9,7 @@ from typing import Any
 from shards.cpus import available_cores
 from shards.errors import DataError, nearest
 from shards.exclusions import read_exclusions
-from shards.participants import Reject
+from shards.participant_rows import Reject
 from shards.pseudonyms import fingerprint, read_key
 from shards.quantization import stored_as
 from shards.schema import Schema

@@ -14,7 +14,7 @@ from shards.convert import row_files
 from shards.files import sha256
 from shards.nifti import PAIR, file_sha256
 from shards.packing.pool import map_tasks
-from shards.participants import Row
+from shards.participant_rows import Row
 from shards.volumes import Space
 
 COLUMNS = ("shard", "place", "key", "stamp", "content", "cropped", "touches", "reason")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from shards.packing.places import Place
-from shards.participants import Row
+from shards.participant_rows import Row
 
 
 @dataclass(frozen=True)

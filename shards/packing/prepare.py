@@ -18,7 +18,8 @@ from shards.packing.merge import old_places
 from shards.packing.options import Options
 from shards.packing.places import Place, digest, find_unchanged, stamp
 from shards.packing.plan import Plan, Task, make_plan
-from shards.participants import Row, Table, read_table
+from shards.participant_rows import Row, Table
+from shards.participants import read_table
 from shards.preprocess.recipe import Recipe, read_derivative
 from shards.pseudonyms import pseudonymised
 from shards.qc.limits import LIMITS

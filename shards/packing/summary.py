@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from shards.index import PARTS, Index
 from shards.packing.places import Place
-from shards.participants import Table
+from shards.participant_rows import Table
 from shards.split import FRACTIONS
 
 CROPPED = 0.02  # share of a brain outside the box from which on a row is reported

@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 
 from shards.files import write_bytes, write_text
-from shards.participants import Row
+from shards.participant_rows import Row
 from shards.preprocess.images import Volume
 from shards.preprocess.recipe import TISSUES, Recipe
 from shards.preprocess.registration import transform_bytes

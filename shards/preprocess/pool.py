@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 
-from shards.participants import Row
+from shards.participant_rows import Row
 from shards.preprocess.subject import Job, Outcome, Worker
 from shards.processes import process_pool
 

@@ -9,7 +9,8 @@ from typing import TypedDict
 from shards.cpus import available_cores
 from shards.errors import DataError
 from shards.files import lock_file, sha256, write_bytes, write_text
-from shards.participants import PATH, Reject, Row, read_table
+from shards.participant_rows import PATH, Reject, Row
+from shards.participants import read_table
 from shards.preprocess.derivative import versions
 from shards.preprocess.pool import map_processes
 from shards.preprocess.recipe import DESCRIPTION, MNI, Recipe, describe, read_derivative

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from shards.nifti import file_sha256, read
-from shards.participants import Row
+from shards.participant_rows import Row
 from shards.preprocess.derivative import clear_visit, read_sidecar, result_files, write_result
 from shards.preprocess.extraction import deepbet, hd_bet
 from shards.preprocess.images import Volume

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from shards.files import atomic_file, write_text
-from shards.participants import ID, PATH, SESSION, prefixed
+from shards.participant_rows import ID, PATH, SESSION, prefixed
 from shards.sheets import column_names, missing, read_sheet
 
 MISSING = "n/a"

@@ -1,0 +1,153 @@
+"""Reading a BIDS folder: participants, sessions, and the volumes of each visit."""
+
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from shards.bids_files import find_files, folder_names, several
+from shards.errors import DataError
+from shards.participant_rows import ID, LABEL, SESSION, Columns, RowBuilder, Table, check_fetched, prefixed
+from shards.schema import Schema, Variable
+from shards.sheets import Description, Sheet, check_units, missing, read_description, read_sheet, require_column
+
+MASK = "mask"  # suffix of brain masks
+
+
+def read_bids(
+    folder: Path,
+    schema: Schema,
+    group: str,
+    split_column: str,
+    entities: Mapping[str, str],
+    names: Columns,
+) -> Table:
+    path = folder / "participants.tsv"
+    if not path.exists() and schema.scalars and folder.is_dir():
+        raise DataError(
+            f"{path}: No such file; write one, or for a derivative copy that of the data set it was made from"
+        )
+    sheet, renamed = names.name(path, read_sheet(path) if path.exists() else _list_subjects(folder))
+    require_column(sheet.columns, ID, path)
+    if group:
+        require_column(sheet.columns, group, path)
+    description = read_description(folder / "participants.json", renamed)
+    names.add_notes(check_units(path, description, schema, renamed))
+    sessions_known: set[str] = set()
+    builder = RowBuilder(path, schema, group, split_column)
+    folders = {p.name[4:].lstrip("0"): p.name for p in folder.glob("sub-*")}  # label without leading zeros -> name
+    digest = hashlib.sha256(sheet.text.encode())
+    empty_sessions = 0
+    for line, cells in sheet.rows:
+        subject = prefixed("sub-", cells[ID])
+        if missing(cells[ID]) or not LABEL.fullmatch(subject):  # not a safe path
+            builder.add(line, cells, lambda variable: None)
+            continue
+        table = folder / subject / f"{subject}_sessions.tsv"
+        by_session: dict[str, dict[str, str]] = {}
+        of_sessions: Description = {}
+        if table.is_file():
+            sessions, renamed = names.name(table, read_sheet(table))
+            for sidecar in (folder / "sessions.json", table.with_suffix(".json")):
+                of_sessions = {**of_sessions, **read_description(sidecar, renamed)}
+            names.add_notes(check_units(table, of_sessions, schema, renamed))
+            require_column(sessions.columns, SESSION, table)
+            sessions_known.update(sessions.columns)
+            digest.update(sessions.text.encode())
+            by_session = {prefixed("ses-", row[SESSION]): row for _, row in sessions.rows}
+        visits = list(_visits(folder / subject, cells, schema, entities))
+        full = [visit for visit in visits if visit[1]]
+        empty_sessions += len(visits) - len(full) if full else 0
+        for session, files in full or visits[:1]:
+
+            def find(
+                variable: Variable,
+                files: Mapping[str, list[Path]] = files,
+                subject: str = subject,
+                session: str = session,
+            ) -> Path | None:
+                matches = files.get(variable.name, [])
+                if len(matches) > 1:
+                    stem = "_".join(filter(None, (subject, session)))
+                    raise ValueError(f"{variable.name}: {several(matches, stem, variable.suffix)}")
+                if not matches:
+                    return None
+                check_fetched(variable.name, matches[0])
+                return matches[0]
+
+            own = {k: v for k, v in by_session.get(session, {}).items() if k != SESSION and not missing(v)}
+            why = functools.partial(_why_none, folder, subject, session, schema, folders, entities)
+            own_names = {*own, *map(str.casefold, own)}
+            described = {**description, **{c: entry for c, entry in of_sessions.items() if c in own_names}}
+            builder.add(line, {**cells, **own, SESSION: session}, find, why, described)
+    for variable in schema.scalars:
+        if variable.column not in sessions_known:
+            require_column(
+                sheet.columns, variable.column, path, " Name the table's by --rename COLUMN=" + variable.column
+            )
+    if split_column and split_column not in sessions_known:
+        require_column(sheet.columns, split_column, path)
+    notes = []
+    listed = {prefixed("sub-", cells[ID]) for _, cells in sheet.rows}
+    unlisted = sum(p.is_dir() and p.name not in listed for p in folder.glob("sub-*"))
+    if unlisted:
+        notes.append(f"{unlisted} subject folders have no row in participants.tsv and were skipped")
+    if empty_sessions:
+        notes.append(f"{empty_sessions} sessions hold none of the volumes and were skipped")
+    return Table("bids", builder.rows, notes, digest.hexdigest())
+
+
+def _why_none(
+    folder: Path,
+    subject: str,
+    session: str,
+    schema: Schema,
+    folders: Mapping[str, str],
+    entities: Mapping[str, str],
+) -> str:
+    """The most likely reason why a BIDS folder has no volume of a subject, and what to do."""
+    if not (folder / subject).is_dir():
+        same = folders.get(subject.removeprefix("sub-").lstrip("0"))
+        zeros = f", but {same}: write the id with its zeros in participants.tsv" if same else ""
+        return f"; there is no folder {subject}{zeros}"
+    chosen = "".join(f"_{key}-{value}*" for key, value in entities.items())
+    place = f"{session}/anat" if session else "anat"
+    wanted = " or ".join(f"{place}/*{chosen}_{v.suffix}.nii.gz" for v in schema.volumes)
+    suffixes = tuple(f"_{v.suffix}".casefold() for v in schema.volumes)
+    files = (p for p in (folder / subject).rglob("*.*") if p.suffix != ".json")
+    near = [p for p in files if p.name.partition(".")[0].casefold().endswith(suffixes)]
+    if near:
+        remedy = "check --entities, or move or rename it" if entities else "move or rename it"
+        return f"; looked for {wanted}, found {min(near).relative_to(folder)}: {remedy}"
+    return f"; looked for {wanted} in {subject}"
+
+
+def _list_subjects(folder: Path) -> Sheet:
+    """A table of the subject folders, for a source without ``participants.tsv`` of which no scalar is wanted."""
+    names = sorted(path.name for path in folder.glob("sub-*") if path.is_dir())
+    if not names:
+        raise DataError(f"{folder}: no participants.tsv and no folder sub-*; give a BIDS folder")
+    return Sheet([ID], [(line, {ID: name}) for line, name in enumerate(names, 2)], "\n".join(names))
+
+
+def _visits(
+    folder: Path, cells: Mapping[str, str], schema: Schema, entities: Mapping[str, str]
+) -> Iterator[tuple[str, dict[str, list[Path]]]]:
+    """The sessions of a subject ('' where there are none) and, by variable, the files that match."""
+    named = cells.get(SESSION, "")
+    if not missing(named):
+        sessions = [prefixed("ses-", named)]
+    else:
+        found = [name for name in folder_names(folder) if name.startswith("ses-") and (folder / name).is_dir()]
+        sessions = [*([""] if (folder / "anat").is_dir() or not found else []), *found]
+    for session in sessions:
+        stem = "_".join(filter(None, (folder.name, session)))
+        files = {}
+        for variable in schema.volumes:
+            wanted: Mapping[str, str] = entities
+            free: tuple[str, ...] = ()
+            if variable.suffix == MASK:  # the brain mask of an image has a description of its own
+                wanted, free = {key: value for key, value in entities.items() if key != "desc"}, ("desc",)
+            if matches := find_files(folder / session / "anat", stem, variable.suffix, wanted, free):
+                files[variable.name] = matches
+        yield session, files
