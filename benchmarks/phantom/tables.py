@@ -1,0 +1,150 @@
+"""The paper's tables on the phantoms of the demo: every method trained, evaluated, and its drawings judged.
+
+    python -m benchmarks.phantom.tables [--root runs/tables]
+
+375 people for training, 25 for validation, 100 for testing; 32 x 32 x 32 voxels. Rows: the default (model of scalars
+and joint model), the paper's procedure and its variant with the sex as a number (one shared time, prediction of the
+noise, scalars in the U-Net, repainting), latent diffusion of the volume alone, DenseNet121, ViT, BRAID. `mvhpc
+evaluate` adds XX ``evaluation/results.md`` and ``times.tsv`` to the root. Stages that
+are complete are reused.
+"""
+
+import argparse
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from benchmarks.phantom.models import complete, end_with_parent
+from mvhpc.runs.folder import read_record
+from shards.files import write_text
+
+Stage = tuple[str, str, dict[str, Any]]  # name, preset, values
+PAPER: dict[str, Any] = {
+    "scaling": "range",
+    "model.scalars": "early",
+    "model.linear_components": 0,
+    "diffusion.time": "shared",
+    "diffusion.volume": "eps",
+    "diffusion.continuous": "eps",
+    "training.epochs": 20,
+}
+ONE_VARIABLE = PAPER | {"model.scalars": "auto", "diffusion.time": "independent"}  # which has one time in any case
+NAMES = {
+    "joint": "mvhpc",
+    "paper": "the paper's procedure",
+    "continuous-sex": "Continuous-Sex",
+    "ldm": "LDM",
+    "densenet-age": "3D DenseNet121 (MSE)",
+    "densenet-sex": "3D DenseNet121 (CE)",
+    "vit-age": "3D ViT (MSE)",
+    "vit-sex": "3D ViT (CE)",
+    "braid-age": "BRAID (MSE)",
+}
+READER = "densenet-image"  # its features are those of the FID
+DRAWN = ("joint", "paper", "continuous-sex", "ldm")
+
+
+def trainings(root: Path) -> list[list[Stage]]:
+    """Chains of stages that depend on one another, the longest first."""
+    core = {"compute.workers": 1, "compute.threads": 1, "compute.zero_stage": 0}
+
+    def train(name: str, out: str, **values: Any) -> Stage:
+        return name, "demo", core | {"out": root / out} | values
+
+    def joint(out: str, vae: str, **values: Any) -> Stage:
+        return train("joint", out, latents=root / f"latents-{vae}", vae=root / vae, **values)
+
+    def encode(vae: str) -> Stage:
+        values = {"data": root / "packed", "vae": root / vae, "out": root / f"latents-{vae}", "compute.threads": 1}
+        return "encode", "demo", values
+
+    def baseline(out: str, name: str, want: str, given: list[str], epochs: int) -> list[Stage]:
+        values: dict[str, Any] = {"name": name, "want": want, "given": given, "training.epochs": epochs}
+        return [train("baseline", out, data=root / "packed", **values)]
+
+    few_channels = {  # the paper's U-Net predicts scalars from latents, of which it needs few
+        "model.latent_channels": 8,
+        "model.shortcut": False,
+        "optimizer.lr": 2.0e-3,
+        "training.batch": 4,
+        "training.epochs": 5,
+    }
+    ours = [
+        train("scalars", "scalars", data=root / "packed"),
+        train("vae", "vae", data=root / "packed"),
+        encode("vae"),
+        joint("joint", "vae", scalars=root / "scalars"),
+    ]
+    paper = [
+        train("vae", "vae-paper", data=root / "packed", **few_channels),
+        encode("vae-paper"),
+        joint("paper", "vae-paper", **PAPER),
+        joint("continuous-sex", "vae-paper", schema="continuous-sex", **PAPER),
+        joint("ldm", "vae-paper", schema="image-only", **ONE_VARIABLE),
+    ]
+    age, sex = ["image", "sex"], ["image", "age"]
+    return [
+        ours,
+        paper,
+        baseline("densenet-age", "densenet", "age", age, 8),
+        baseline("densenet-sex", "densenet", "sex", sex, 8),
+        baseline(READER, "densenet", "age", ["image"], 8),
+        baseline("braid-age", "braid", "age", age, 10),
+        baseline("vit-age", "vit", "age", age, 16),
+        baseline("vit-sex", "vit", "sex", sex, 16),
+    ]
+
+
+def run_chain(root: Path, stages: list[Stage]) -> None:
+    """Run the stages of one chain that are not complete."""
+    for stage in stages:
+        complete(root, *stage)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path("runs/tables"))
+    root, start = parser.parse_args().root.resolve(), time.monotonic()
+    complete(root, "phantom", "demo", {"out": root / "source"})
+    complete(root, "pack", "demo", {"source": root / "source", "out": root / "packed"})
+    drawings: list[list[Stage]] = [
+        [
+            (
+                "evaluate-generation",
+                "demo",
+                {
+                    "model": root / name,
+                    "data": root / "packed",
+                    "features": root / READER,
+                    "out": root / f"drawn-{name}",
+                    "compute.threads": 1,
+                },
+            )
+        ]
+        for name in DRAWN
+    ]
+    # One core each is faster than one after the other.
+    with ProcessPoolExecutor(2, get_context("spawn"), end_with_parent, (os.getpid(),)) as two:
+        for chains in (trainings(root), drawings):
+            for future in [two.submit(run_chain, root, chain) for chain in chains]:
+                future.result()
+    values = {
+        "runs": [str(root / name) for name in NAMES],
+        "names": list(NAMES.values()),
+        "generation": [str(root / f"drawn-{name}") for name in DRAWN],
+        "data": root / "packed",
+        "split": "test",
+        "out": root / "evaluation",
+    }
+    complete(root, "evaluate", "default", values)
+    marks = sorted(root.glob("*/stage.json"), key=lambda path: path.stat().st_mtime)
+    rows = [f"{mark.parent.name.removesuffix('.run')}\t{read_record(mark.parent)['seconds']:.0f}" for mark in marks]
+    write_text(root / "times.tsv", "\n".join(["stage\tseconds", *rows, f"all\t{time.monotonic() - start:.0f}"]) + "\n")
+    print((root / "evaluation" / "results.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
