@@ -51,8 +51,8 @@ def trainings(root: Path) -> list[list[Stage]]:
     """Chains of stages that depend on one another, the longest first."""
     core = {"compute.workers": 1, "compute.threads": 1, "compute.zero_stage": 0}
 
-    def train(name: str, out: str, **values: Any) -> Stage:
-        return name, "demo", core | {"out": root / out} | values
+    def train(stage: str, out: str, **values: Any) -> Stage:
+        return stage, "demo", core | {"out": root / out} | values
 
     def joint(out: str, vae: str, **values: Any) -> Stage:
         return train("joint", out, latents=root / f"latents-{vae}", vae=root / vae, **values)

@@ -50,7 +50,11 @@ def slices(volume: NDArray) -> NDArray:
     Returns:
         An image (rows, columns), for ``imshow(..., cmap="gray", vmin=0, vmax=1)``.
     """
-    images = views(np.asarray(volume, np.float32))
+    return side_by_side(views(np.asarray(volume, np.float32)))
+
+
+def side_by_side(images: Sequence[NDArray]) -> NDArray:
+    """Images (rows, columns) as one, the lower ones padded at top and bottom."""
     height = max(image.shape[0] for image in images)
     padded = []
     for image in images:

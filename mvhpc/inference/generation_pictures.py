@@ -94,8 +94,10 @@ def draw_figures(
             label = f"{number.name} ({number.unit})" if number.unit else number.name
             fluid_over_number(points[0], points[1], path, label)
         yield path
-    if number and who.sampler:
-        with run.figure(f"drawn-over-{number.name}.png") as path:
+    drawable = who.sampler.model.schema.scalars if who.sampler else []
+    varied = next((v for v in drawable if v.kind != "categorical"), None)
+    if who.sampler and varied:
+        with run.figure(f"drawn-over-{varied.name}.png") as path:
             draw_over_number(who.sampler, who.dataset, config.split_name, path, config.seed, config.at)
         yield path
 

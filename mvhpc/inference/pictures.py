@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from mvhpc.evaluation.figures import gallery, least_squares_line, save, slices
+from mvhpc.evaluation.figures import DIFFERENCE, difference, gallery, least_squares_line, save, side_by_side, views
 from mvhpc.evaluation.ventricles import deep_fluid_ml
 from mvhpc.inference.generate import decode
 from mvhpc.inference.sampler import Sampler
@@ -28,6 +28,8 @@ def draw_over_number(
     sampler: Sampler, dataset: Dataset, split: str, path: Path, seed: int = 0, at: Sequence[float] = ()
 ) -> None:
     """Draw one person at some values of the first number, with the same noise, in each class of the first category.
+
+    Below each person stand the differences from the one of the first value.
 
     Args:
         sampler: of a joint model.
@@ -56,11 +58,15 @@ def draw_over_number(
     fixed = {name: scalars[name] for name in given[0]}
     volume = schema.volumes[0].name
     drawn = sampler(fixed, [generator(seed, "generate", 0) for _ in given])[volume]  # (B, C, h, w, d)
-    images = [slices(decode(sampler, volume, drawn[i : i + 1])) for i in range(len(given))]
-    lines = [" ".join(f"{name} {number.name} {v:g} {number.unit}".split()) for name in classes for v in values]
-    cut = [slice(i, i + len(values)) for i in range(0, len(given), len(values))]
-    title = f"one person (the same noise) at {len(values)} values of {number.name}"
-    gallery([images[s] for s in cut], path, [lines[s] for s in cut], title=title, spacing=sampler.model.grid["spacing"])
+    images = [side_by_side(views(decode(sampler, volume, drawn[i : i + 1]))[:2]) for i in range(len(given))]
+    rows, captions = [], []
+    for i, name in enumerate(classes):
+        row = images[i * len(values) : (i + 1) * len(values)]
+        rows += [row, [np.zeros_like(row[0]), *(difference(row[0], image) for image in row[1:])]]
+        captions.append([" ".join(f"{name} {number.name} {v:g} {number.unit}".split()) for v in values])
+        captions.append(["", *(f"change since {values[0]:g}" for _ in values[1:])])
+    title = f"one person (the same noise) at {len(values)} values of {number.name}\n{DIFFERENCE}"
+    gallery(rows, path, captions, title=title, spacing=sampler.model.grid["spacing"])
 
 
 def fluid_of_dataset(dataset: Dataset, keys: Sequence[str], volume: str, number: str) -> Points:
