@@ -1,6 +1,7 @@
 """Small real inputs shared by the tests: a BIDS tree, shards packed from it, and an untrained joint model."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from mvhpc.inference.encode import EncodeConfig
@@ -162,9 +163,11 @@ def tiny_early(tiny_dataset: Path, tiny_vae: Path) -> Path:
     return save_untrained(tiny_dataset, "early", tiny_vae, None)
 
 
-def save_untrained(data: Path, design: str, vae: Path, scalars: Path | None) -> Path:
-    """The run folder of a joint model with an untrained U-Net, beside the data."""
-    schema, dataset = Schema.from_dict(SCHEMA), open_dataset(data)
+def save_untrained(
+    data: Path, design: str, vae: Path, scalars: Path | None, variables: Sequence[str] = tuple(SCHEMA)
+) -> Path:
+    """The run folder of a joint model of some variables with an untrained U-Net, beside the data."""
+    schema, dataset = Schema.from_dict({name: SCHEMA[name] for name in variables}), open_dataset(data)
     unet = config.DenoiserConfig(
         scalars=design,
         channels=[16, 32],

@@ -131,6 +131,17 @@ def test_a_model_draws_for_the_scalars_of_each_person(data: Path, weights, tiny_
     assert "the model learnt from" in (tmp_path / "seen" / "generation.md").read_text()
 
 
+@pytest.mark.slow
+def test_a_model_of_the_volume_alone_draws_without_scalars(data: Path, weights, tiny_vae: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "beside"
+    folder.mkdir()
+    shutil.copytree(data, folder / "packed")
+    model = save_untrained(folder / "packed", "late", tiny_vae, None, ["image"])
+    found = results(configuration(folder / "packed", weights, tmp_path / "out", model=str(model)), tmp_path)
+    assert found.loc[("fid", "mean"), "drawn"] > 0
+    assert not (tmp_path / "out" / "drawn-over-age.png").exists()
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
