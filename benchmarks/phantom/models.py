@@ -4,7 +4,7 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,6 +23,7 @@ QUERIES = [  # wanted, given
     ("sex", ("image",)),
 ]
 PEOPLE = {"train": 2000, "validation": 300, "test": 1700}  # many to test: the differences between methods are small
+METHODS = ("ideal", "mean", "densenet", "paper", "ours")
 EPOCHS = {"vae": 5, "joint": 40, "densenet": 8, "scalars": 20}
 WIDTHS = {
     "model.channels": [32, 64],
@@ -34,8 +35,14 @@ WIDTHS = {
 }
 
 
-def stages(root: Path, quick: bool) -> None:
-    """Run every stage that is not complete: phantoms, packing, autoencoder, encoding, models."""
+def stages(root: Path, quick: bool, methods: Collection[str]) -> None:
+    """Run every stage that is not complete: phantoms, packing, and for some methods their networks.
+
+    Args:
+        root: of all folders.
+        quick: 60 people and one epoch.
+        methods: among :data:`METHODS`.
+    """
     people = 60 if quick else sum(PEOPLE.values())
     split = [n / sum(PEOPLE.values()) for n in PEOPLE.values()]
     epochs = {name: 1 if quick else n for name, n in EPOCHS.items()}
@@ -74,19 +81,21 @@ def stages(root: Path, quick: bool) -> None:
         ),
         ("encode", "demo", {"data": root / "packed", "vae": root / "vae", "out": root / "latents"}),
     ]
-    for part in plan:
+    for part in plan if "paper" in methods else plan[:2]:
         complete(root, *part)
     voxels = {"data": root / "packed", "compute.precision": "auto", "compute.threads": 1}
     densenet, scalars = (voxels | {"training.epochs": epochs[name]} for name in ("densenet", "scalars"))
-    models: list[tuple[str, str, dict[str, Any]]] = [
-        ("joint", "paper", joint),
-        ("scalars", "default", scalars | {"out": root / "scalars"}),
-        *(
+    models: list[tuple[str, str, dict[str, Any]]] = []
+    if "paper" in methods:
+        models.append(("joint", "paper", joint))
+    if "ours" in methods:
+        models.append(("scalars", "default", scalars | {"out": root / "scalars"}))
+    if "densenet" in methods:
+        models += [
             ("baseline", "default", densenet | {"want": w, "given": list(g), "out": root / densenet_name(w, g)})
             for w, g in QUERIES
             if "image" in g
-        ),
-    ]
+        ]
     # One core each is faster than one after the other.
     with ProcessPoolExecutor(2, get_context("spawn"), end_with_parent, (os.getpid(),)) as two:
         for future in [two.submit(complete, root, *model) for model in models]:
