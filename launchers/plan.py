@@ -7,10 +7,10 @@ from typing import Any
 
 from launchers.allocation import Assignment
 from launchers.site import Site
-from mvhpc.config import ConfigError, Training, flatten, load_config, to_dict
+from mvhpc.config import ConfigError, Training, flatten, to_dict
 from mvhpc.execute import plan
-from mvhpc.pipeline.plan import Pipeline, PipelineConfig
-from mvhpc.pipeline.project import Configured
+from mvhpc.pipeline.plan import Pipeline
+from mvhpc.pipeline.project import Configured, configure_pipeline
 from mvhpc.stages import STAGES
 
 ALL = "all"
@@ -97,9 +97,14 @@ def single(configured: Configured, with_inputs: bool, nodes: int, gpus: int, slu
     return steps
 
 
-def chain(preset: str, overrides: Sequence[str], nodes: int, gpus: int, slurm: bool) -> tuple[Pipeline, list[Step]]:
-    """All stages of a pipeline preset, in order; the arguments are those of :func:`single`."""
-    pipeline = Pipeline(load_config(PipelineConfig, "pipeline", preset, overrides))
+def chain(
+    preset: str | None, overrides: Sequence[str], nodes: int, gpus: int, slurm: bool
+) -> tuple[Pipeline, list[Step]]:
+    """All stages of a pipeline, in order; the arguments are those of :func:`single`.
+
+    Without a preset, that of the project in the root, else ``default``.
+    """
+    pipeline = Pipeline(configure_pipeline(preset, overrides, "default"))
     steps: list[Step] = []
     for stage, config in pipeline.steps():
         workers_set = project_sets_workers(pipeline, stage)

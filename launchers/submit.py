@@ -121,7 +121,7 @@ def _submit(options: argparse.Namespace) -> int:
     if stage == plan.ALL:
         if query:
             raise ConfigError(f"--{next(iter(query))} is of a single stage; a pipeline has `queries` in its YAML")
-        project, steps = plan.chain(options.config or "default", options.overrides, *layout)
+        project, steps = plan.chain(options.config, options.overrides, *layout)
     else:
         for key in query.keys() - {field.name for field in dataclasses.fields(STAGES[stage].config_class())}:
             raise ConfigError(f"--{key}: stage {stage} has no key {key}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mvhpc import __version__
-from mvhpc.config import ConfigError, MissingKeys, check_store, load_config, to_yaml
+from mvhpc.config import ConfigError, MissingKeys, check_store, to_yaml
 from mvhpc.parsers import (
     COMMANDS,
     GROUP,
@@ -108,13 +108,14 @@ def _interrupted(command: str, consequence: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from mvhpc.pipeline.plan import PipelineConfig
+    from mvhpc.pipeline.project import configure_pipeline
     from mvhpc.pipeline.run import run_pipeline
 
-    config = load_config(PipelineConfig, "pipeline", options.config, options.overrides)
+    config = configure_pipeline(options.config, options.overrides, "demo")
     if options.show_config:
         print(to_yaml(config), end="")
         return 0
+    print(f"run: project {config.root} (preset {config.preset})", file=sys.stderr)
     _loading()
     try:
         run_pipeline(config)

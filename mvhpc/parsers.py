@@ -82,13 +82,13 @@ def _stage_command(stage: Stage) -> Command:
     return Command(stage.help, about, stage.examples, fill)
 
 
-def _add_preset(parser: argparse.ArgumentParser, folder: str, text: str, default: str | None = None) -> None:
-    option = parser.add_argument("--config", metavar="NAME_OR_FILE", help=text, default=default)
+def _add_preset(parser: argparse.ArgumentParser, folder: str, text: str) -> None:
+    option = parser.add_argument("--config", metavar="NAME_OR_FILE", help=text)
     option.presets = folder  # type: ignore[attr-defined]  # for completion
 
 
 def _run(parser: argparse.ArgumentParser) -> None:
-    _add_preset(parser, "pipeline", "pipeline preset or YAML file", "demo")
+    _add_preset(parser, "pipeline", "pipeline preset or YAML file (default: that of the project in root, else demo)")
     parser.add_argument("--show-config", action="store_true", help="print the configuration as YAML, run nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key; of one stage as STAGE.key=value")
 

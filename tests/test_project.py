@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from launchers.plan import chain
 from mvhpc.cli import main
 from mvhpc.config import ConfigError, load_config
 from mvhpc.execute import plan
 from mvhpc.pipeline.plan import Pipeline, PipelineConfig
-from mvhpc.pipeline.project import Configured, Request, find_root, record_project
+from mvhpc.pipeline.project import Configured, Request, configure_pipeline, find_root, record_project
 from mvhpc.pipeline.run import do, run_pipeline
 from mvhpc.runs.folder import read_record
 from mvhpc.stages import STAGES
@@ -169,6 +170,23 @@ def test_an_input_that_is_away_is_no_changed_one(home: Path) -> None:
     with pytest.raises(ConfigError, match="is its file system mounted"):
         do(plan("pack", packed))
     assert not Path("runs/small/packed.old-1").exists()
+
+
+def test_a_project_goes_on_with_its_own_configuration(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And not with the demo's, whose phantoms would replace the packed people; a preset that is named is taken."""
+
+    def shown(*words: str) -> str:
+        capsys.readouterr()
+        assert main(["run", *words, "--show-config"]) == 0
+        return capsys.readouterr().out
+
+    assert "preset: demo" in shown("root=runs/study")
+    record_project(configure_pipeline("small", ["root=runs/study", "source=people", "vae.training.epochs=3"], "demo"))
+    again = shown("root=runs/study", "folds=2")
+    assert "preset: small" in again and "source: people" in again and "epochs: 3" in again and "folds: 2" in again
+    assert "preset: demo" in shown("--config", "demo", "root=runs/study")
+    assert chain(None, ["root=runs/study"], 1, 0, False)[0].config.source == "people"
+    assert chain(None, ["root=runs/new"], 1, 0, False)[0].config.preset == "default"
 
 
 def test_a_model_of_scalars_is_trained_where_the_design_needs_one(home: Path) -> None:

@@ -45,6 +45,26 @@ def record_project(config: PipelineConfig) -> None:
     write_text(Path(config.root) / FILE, to_yaml(config))
 
 
+def configure_pipeline(preset: str | None, overrides: Sequence[str], new: str) -> PipelineConfig:
+    """The configuration of a whole pipeline.
+
+    Args:
+        preset: a preset or a YAML file. None: the project that is in the root already goes on with its own
+            configuration.
+        overrides: ``key=value``, of the pipeline.
+        new: preset of a project that is not there yet.
+
+    Raises:
+        ConfigError: an invalid configuration, or project file.
+        MissingKeys: keys without value.
+    """
+    config = load_config(PipelineConfig, "pipeline", preset or new, overrides)
+    recorded = Path(config.root) / FILE
+    if preset or not recorded.is_file():
+        return config
+    return load_config(PipelineConfig, "pipeline", str(recorded), overrides, {"root": config.root})
+
+
 def open_project(root: Path, preset: str | None = None) -> Pipeline:
     """The project in ``root``; if there is none yet, a new one of ``preset``.
 
