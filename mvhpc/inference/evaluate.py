@@ -151,7 +151,8 @@ def compare(config: EvaluateConfig, dataset: Dataset, methods: Sequence[Method],
             comparison.add(comparison.found, answers)
     answering = {m.name for m in methods} | {method for method, *_ in comparison.found}
     comparison.methods = [name for name in comparison.methods if name in answering]
-    comparison.notes.insert(0, _people(comparison, dataset, part, list(by_split)))
+    splits = [name for name in dataset.index.splits if name in by_split]
+    comparison.notes.insert(0, _people(comparison, dataset, part, splits))
     if (people := len({s for a in comparison.found.values() for s in a.subjects})) < RELIABLE:
         comparison.notes.append(
             f"warning: {people} people; bootstrap intervals of fewer than {RELIABLE} are too narrow"
