@@ -22,6 +22,16 @@ def read_bids(
     entities: Mapping[str, str],
     names: Columns,
 ) -> Table:
+    """The rows of a BIDS folder; see :func:`shards.participants.read_table`.
+
+    Args:
+        folder: with ``participants.tsv``, or at least folders ``sub-*`` where the schema has no scalar.
+        schema, group, split_column, entities: as there.
+        names: gives columns the schema's names.
+
+    Raises:
+        DataError: the table cannot be read, or lacks a column.
+    """
     path = folder / "participants.tsv"
     if not path.exists() and schema.scalars and folder.is_dir():
         raise DataError(

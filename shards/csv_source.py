@@ -14,6 +14,16 @@ from shards.sheets import check_units, missing, read_description, read_sheet, re
 def read_csv(
     path: Path, schema: Schema, group: str, split_column: str, names: Columns, files_root: Path | None
 ) -> Table:
+    """The rows of a CSV, or of a TSV; see :func:`shards.participants.read_table`.
+
+    Args:
+        path: of the table.
+        schema, group, split_column, files_root: as there.
+        names: gives columns the schema's names.
+
+    Raises:
+        DataError: the table cannot be read, lacks a column, or has a path that leads out of its folder.
+    """
     sheet, renamed = names.name(path, read_sheet(path))
     sidecar = path.with_suffix(".json")  # of a TSV, as BIDS has it
     description = read_description(sidecar, renamed) if path.suffix == ".tsv" else {}

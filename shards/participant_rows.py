@@ -98,6 +98,7 @@ class Columns:
 
 
 def prefixed(prefix: str, label: str) -> str:
+    """A BIDS label with its prefix, ``sub-`` or ``ses-``, which tables may leave out."""
     return label if label.startswith(prefix) else prefix + label
 
 
