@@ -9,6 +9,7 @@ that are complete are reused.
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,12 +47,12 @@ def main() -> None:
         "age": np.array([dataset.values(key)["age"] for key in keys], float),
         "sex": np.array([dataset.values(key)["sex"] == "M" for key in keys], float),
     }
-    paper = Paper(root, PAPER, 3) if "paper" in options.methods else None
+    paper = functools.cache(lambda: Paper(root, PAPER, 3))
     every: dict[str, tuple[str, Callable[[str, Sequence[str], Sequence[str]], Prediction | None]]] = {
         "ideal": ("best possible", lambda want, given, k: ideal(root, k, want, given, truth[want][: len(k)])),
         "mean": ("predicting the mean", lambda want, given, k: constant(dataset, len(k), want, truth[want][: len(k)])),
         "densenet": (DENSENET, lambda want, given, k: densenet(root, k, want, given)),
-        "paper": (SLOW, lambda want, given, k: paper and paper.predict(k, want, given, truth[want][: len(k)])),
+        "paper": (SLOW, lambda want, given, k: paper().predict(k, want, given, truth[want][: len(k)])),
         "ours": (OURS, lambda want, given, k: ours(root, k, want, given, truth[want])),
     }
     methods = dict(every[name] for name in METHODS if name in options.methods)

@@ -5,8 +5,8 @@
 375 people for training, 25 for validation, 100 for testing; 32 x 32 x 32 voxels. Rows: the default (model of scalars
 and joint model), the paper's procedure and its variant with the sex as a number (one shared time, prediction of the
 noise, scalars in the U-Net, repainting), latent diffusion of the volume alone, DenseNet121, ViT, BRAID. `mvhpc
-evaluate` adds XX ``evaluation/results.md`` and ``times.tsv`` to the root. Stages that
-are complete are reused.
+evaluate` adds the linear reading and predicting the mean. Writes ``evaluation/results.md`` and ``times.tsv`` to the
+root. Stages that are complete are reused.
 """
 
 import argparse
@@ -98,6 +98,12 @@ def trainings(root: Path) -> list[list[Stage]]:
     ]
 
 
+def drawing(root: Path, name: str) -> Stage:
+    """The stage that draws by a joint model and judges what it drew."""
+    values = {"model": root / name, "data": root / "packed", "features": root / READER, "out": root / f"drawn-{name}"}
+    return "evaluate-generation", "demo", values | {"compute.threads": 1}
+
+
 def run_chain(root: Path, stages: list[Stage]) -> None:
     """Run the stages of one chain that are not complete."""
     for stage in stages:
@@ -110,25 +116,9 @@ def main() -> None:
     root, start = parser.parse_args().root.resolve(), time.monotonic()
     complete(root, "phantom", "demo", {"out": root / "source"})
     complete(root, "pack", "demo", {"source": root / "source", "out": root / "packed"})
-    drawings: list[list[Stage]] = [
-        [
-            (
-                "evaluate-generation",
-                "demo",
-                {
-                    "model": root / name,
-                    "data": root / "packed",
-                    "features": root / READER,
-                    "out": root / f"drawn-{name}",
-                    "compute.threads": 1,
-                },
-            )
-        ]
-        for name in DRAWN
-    ]
     # One core each is faster than one after the other.
     with ProcessPoolExecutor(2, get_context("spawn"), end_with_parent, (os.getpid(),)) as two:
-        for chains in (trainings(root), drawings):
+        for chains in (trainings(root), [[drawing(root, name)] for name in DRAWN]):
             for future in [two.submit(run_chain, root, chain) for chain in chains]:
                 future.result()
     values = {
