@@ -14,7 +14,7 @@ from shards.files import write_bytes
 from shards.index import Split
 from shards.packing.journal import locked
 from shards.packing.make import Job, Shard, make_shard
-from shards.packing.merge import clean, collect, draw_again, write_dataset
+from shards.packing.merge import clean, collect, draw_again, put, write_dataset
 from shards.packing.options import Options, check_options
 from shards.packing.places import Place, digest
 from shards.packing.plan import Task
@@ -221,7 +221,10 @@ def _check_rejects(packing: Packing, options: Options, packed: int, listing: byt
     if packed and len(faulty) <= options.allowed_rejects(rows):
         return
     listed = (packing.job.folder if packing.old is None else packing.job.partial) / REJECTED
-    write_bytes(listed, listing)
+    if packing.old is None:
+        put(packing.journal, REJECTED, listing)
+    else:
+        write_bytes(listed, listing)
     _, key, reason = (faulty or lines)[0].split("\t")
     count = f"{len(faulty)} of {rows} rows are faulty ({options.max_rejects} allowed)"
     remedy = "Correct them, or raise the limit: complete shards are then reused"

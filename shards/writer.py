@@ -146,7 +146,8 @@ class DatasetWriter:
                 write_bytes(self._partial / name, content)
                 self.files[name] = _file_entry(self._partial / name)
         for name, content in (files or {}).items():
-            write_bytes(self.folder / name, content)
+            write_bytes(self._partial / name, content)  # a process that is killed leaves nothing of it in the folder
+            (self._partial / name).replace(self.folder / name)
             self.files[name] = _file_entry(self.folder / name)
         for source in sorted(p for p in self._partial.iterdir() if p.is_dir()):
             target = self.folder / source.name

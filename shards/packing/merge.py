@@ -16,6 +16,7 @@ from shards.packing.places import Place, digest, read_places, write_places
 from shards.participant_rows import Row
 from shards.schema import Schema
 from shards.split import draw_folds, draw_fractions
+from shards.tables import remove_others
 from shards.tar_shards import shard_path as tar_path
 from shards.writer import as_value
 from shards.zarr_coordinates import store_files
@@ -114,8 +115,7 @@ def write_dataset(
     name = f"{PLACES}{digest(table.decode())[:12]}.tsv"
     small[name] = table
     for path, content in small.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / path, content)
+        put(journal, path, content)
         entries[path] = {"bytes": len(content), "sha256": sha256(folder / path)}
     for parent in {(folder / path).parent for path in entries}:
         sync(parent)
@@ -135,12 +135,31 @@ def write_dataset(
     unused = sorted({*known, *outdated} - entries.keys())
     write_bytes(journal.partial / OBSOLETE, json.dumps([name, unused]).encode())
     index.save(folder)
-    clean(folder, index)
+    _remove_obsolete(folder, index)
     return index
 
 
+def put(journal: Journal, name: str, content: bytes) -> None:
+    """Write a small file of the data set in one step; a process that is killed leaves nothing of it there."""
+    for folder in (journal.partial, journal.folder):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(journal.partial / name, content)
+    (journal.partial / name).replace(journal.folder / name)
+
+
 def clean(folder: Path, index: Index) -> None:
-    """Remove what an interrupted end has left of the data set before; nothing where the index is still the old one."""
+    """Remove what an interrupted end has left.
+
+    Args:
+        folder: of the data set.
+        index: as it was read from there.
+    """
+    remove_others(folder, index.tables.values())
+    _remove_obsolete(folder, index)
+
+
+def _remove_obsolete(folder: Path, index: Index) -> None:
+    """Remove the files of the data set before; none where the index is still the old one."""
     path = folder / PARTIAL / OBSOLETE
     if path.is_file():
         name, unused = json.loads(path.read_bytes())
