@@ -24,8 +24,10 @@ from mvhpc.runs.folder import identity
 from mvhpc.training.baseline import BaselineConfig
 from mvhpc.training.scalars import ScalarsConfig
 from shards.dataset import open_dataset
+from shards.errors import IntegrityError
 from shards.split import record_split
 from tests.conftest import SMALL_SCALARS
+from tests.test_predict import copy_of, damage
 
 OURS, PAPER, VIT = "model of scalars", "the chains", "3D ViT (MSE)"
 TABLES = ["table-1", "table-2-age", "table-2-sex", "comparisons-age", "comparisons-sex"]
@@ -162,6 +164,14 @@ def test_people_whom_a_model_learnt_from_are_named(
     assert LINEAR not in table(tmp_path / "train", "table-2-age")["method"].tolist()
 
 
+def test_somebody_without_an_answer_ends_the_comparison(tiny_dataset: Path, tiny_scalars: Path, tmp_path: Path) -> None:
+    data = copy_of(tiny_dataset, tmp_path / "packed")
+    key = open_dataset(data).keys("test")[0]
+    damage(data, key)
+    with pytest.raises(IntegrityError, match=rf"model of scalars: age given .*{key} has no answer .*is damaged"):
+        evaluate(data, tmp_path / "out", [tiny_scalars])
+
+
 def test_the_queries_are_those_of_table_2_and_of_the_baselines(tiny_dataset: Path, tiny_scalars: Path) -> None:
     schema = open_dataset(tiny_dataset).index.schema
     ours = Method.open(str(tiny_scalars))
@@ -210,9 +220,9 @@ def test_runs_are_checked_and_distinguished(
 
 def test_several_runs_are_words_of_one_option() -> None:
     options = parser_of("evaluate").parse_intermixed_args(
-        ["batch=4", "--runs", "a", "b", "--out", "o", "--names", "A", "B"]
+        ["samples=4", "--runs", "a", "b", "--out", "o", "--names", "A", "B"]
     )
-    assert options.runs == ["a", "b"] and options.names == ["A", "B"] and options.overrides == ["batch=4"]
+    assert options.runs == ["a", "b"] and options.names == ["A", "B"] and options.overrides == ["samples=4"]
 
 
 def test_a_sex_predicted_as_a_number_is_scored_as_a_class(

@@ -47,8 +47,8 @@ READER = "densenet-image"  # its features are those of the FID
 DRAWN = ("joint", "paper", "continuous-sex", "ldm")
 
 
-def trainings(root: Path) -> list[list[Stage]]:
-    """Chains of stages that depend on one another, the longest first."""
+def trainings(root: Path) -> list[list[list[Stage]]]:
+    """Rounds of chains of stages. A chain depends on those of the rounds before; long ones come first."""
     core = {"compute.workers": 1, "compute.threads": 1, "compute.zero_stage": 0}
 
     def train(stage: str, out: str, **values: Any) -> Stage:
@@ -76,26 +76,22 @@ def trainings(root: Path) -> list[list[Stage]]:
         train("scalars", "scalars", data=root / "packed"),
         train("vae", "vae", data=root / "packed"),
         encode("vae"),
-        joint("joint", "vae", scalars=root / "scalars"),
     ]
-    paper = [
-        train("vae", "vae-paper", data=root / "packed", **few_channels),
-        encode("vae-paper"),
-        joint("paper", "vae-paper", **PAPER),
-        joint("continuous-sex", "vae-paper", schema="continuous-sex", **PAPER),
-        joint("ldm", "vae-paper", schema="image-only", **ONE_VARIABLE),
-    ]
+    paper = [train("vae", "vae-paper", data=root / "packed", **few_channels), encode("vae-paper")]
     age, sex = ["image", "sex"], ["image", "age"]
-    return [
-        ours,
-        paper,
+    models = [
+        [joint("continuous-sex", "vae-paper", schema="continuous-sex", **PAPER)],
+        [joint("paper", "vae-paper", **PAPER)],
+        [joint("ldm", "vae-paper", schema="image-only", **ONE_VARIABLE)],
         baseline("densenet-age", "densenet", "age", age, 8),
         baseline("densenet-sex", "densenet", "sex", sex, 8),
         baseline(READER, "densenet", "age", ["image"], 8),
+        [joint("joint", "vae", scalars=root / "scalars")],
         baseline("braid-age", "braid", "age", age, 10),
         baseline("vit-age", "vit", "age", age, 16),
         baseline("vit-sex", "vit", "sex", sex, 16),
     ]
+    return [[ours, paper], models]
 
 
 def drawing(root: Path, name: str) -> Stage:
@@ -118,7 +114,7 @@ def main() -> None:
     complete(root, "pack", "demo", {"source": root / "source", "out": root / "packed"})
     # One core each is faster than one after the other.
     with ProcessPoolExecutor(2, get_context("spawn"), end_with_parent, (os.getpid(),)) as two:
-        for chains in (trainings(root), [[drawing(root, name)] for name in DRAWN]):
+        for chains in (*trainings(root), [[drawing(root, name)] for name in DRAWN]):
             for future in [two.submit(run_chain, root, chain) for chain in chains]:
                 future.result()
     values = {

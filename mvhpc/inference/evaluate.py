@@ -54,14 +54,13 @@ class EvaluateConfig:
     split: str  # train | validation | test | all | auto
     split_name: str  # which recorded split; auto: that of each model
     samples: int  # chains per subject, for models whose U-Net predicts scalars
-    batch: int
     seed: int
     sampling: Sampling
     compute: Device
     tracking: Tracking
 
     def __post_init__(self) -> None:
-        at_least(1, {"samples": self.samples, "batch": self.batch})
+        at_least(1, {"samples": self.samples})
         choose_part(self.split, auto=True)
         if twice := [path for path in self.runs if self.runs.count(path) > 1]:
             raise ConfigError(f"runs: {twice[0]} is named twice")
@@ -70,7 +69,7 @@ class EvaluateConfig:
 
     def predictions(self) -> PredictConfig:
         """The configuration of predictions, but for model and query."""
-        own = {"data": self.data, "samples": self.samples, "batch": self.batch, "seed": self.seed}
+        own = {"data": self.data, "samples": self.samples, "seed": self.seed}
         nested = flatten({"sampling": to_dict(self.sampling), "compute": to_dict(self.compute)})
         unset = {"out": "", "model": "", "given": [], "want": []}
         return load_config(PredictConfig, "predict", values={**unset, **own, **nested})
@@ -85,7 +84,7 @@ def run(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     Raises:
         ConfigError: no runs, a run that predicts nothing, an unknown part or split, an empty part, or data that do not
             fit a model.
-        IntegrityError: a damaged volume, with its record.
+        IntegrityError: somebody has no answer, as of a damaged volume; with the record.
     """
     set_threads(config.predictions().compute)
     dataset = open_dataset(config.data)

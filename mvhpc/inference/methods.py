@@ -11,15 +11,19 @@ from mvhpc.config import ConfigError, fingerprint
 from mvhpc.evaluation.answers import Answers, read_answers
 from mvhpc.evaluation.comparison import Query
 from mvhpc.evaluation.tables import label, subject_of
+from mvhpc.inference.answers import answers, threads_of
 from mvhpc.inference.linear_floor import LinearFloor
 from mvhpc.inference.open_predictor import open_predictor
+from mvhpc.inference.prediction_tables import Row
 from mvhpc.inference.predictor import PredictConfig
 from mvhpc.models.baseline import TITLES
 from mvhpc.models.bundle import AutoencoderModel, BaselineModel, JointModel, load
 from mvhpc.models.training_people import TrainingPeople
 from mvhpc.records import true_value
 from mvhpc.runs.folder import identity
+from mvhpc.runtime.devices import resolve_device
 from shards.dataset import Dataset
+from shards.errors import IntegrityError
 from shards.files import write_bytes
 from shards.progress import Progress
 from shards.schema import Schema
@@ -147,7 +151,7 @@ def ask(
 
     Raises:
         ConfigError: the data do not fit the model.
-        IntegrityError: a damaged volume, with its record.
+        IntegrityError: somebody has no answer, as of a damaged volume; with the record.
     """
     want, given = query
     settings = replace(config, model=method.path, data=str(dataset.folder), given=list(given), want=[want])
@@ -158,17 +162,26 @@ def ask(
     if path.is_file():
         frame = pd.read_json(path, orient="records", lines=True, dtype=False, convert_dates=False)
     else:
-        predict, rows = open_predictor(settings), []
-        with Progress(f"{method.name}: {want} given {label(given)}", len(keys), "visit") as bar:
-            for first in range(0, len(keys), config.batch):
-                rows += predict(keys[first : first + config.batch])
-                bar.update(min(config.batch, len(keys) - first))
-        frame = pd.DataFrame(rows)
+        frame = pd.DataFrame(_rows(method, settings, keys))
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(path, frame.to_json(orient="records", lines=True, double_precision=15).encode())
     variable = dataset.index.schema[want]
     frame["recorded"] = [true_value(dataset, key, variable) for key in frame["key"]]
     return read_answers(method.name, variable, given, frame, method.schema[want])
+
+
+def _rows(method: Method, config: PredictConfig, keys: Sequence[str]) -> list[Row]:
+    """The rows of ``mvhpc predict``, of everybody: methods are compared on the same people."""
+    predictor, rows = open_predictor(config), []
+    threads = threads_of(resolve_device(config.compute.device), config.compute.threads)
+    query = f"{method.name}: {config.want[0]} given {label(config.given)}"
+    with Progress(query, len(keys), "visit") as bar:
+        for found in answers(predictor, keys, threads):
+            for key, reason in found.failed.items():
+                raise IntegrityError(f"{query}: {key} has no answer ({reason}); mend it, or compare without this model")
+            rows += found.rows
+            bar.update(len(found.rows))
+    return rows
 
 
 def read_reference(
