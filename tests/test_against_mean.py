@@ -32,6 +32,14 @@ def test_the_verdict_is_that_of_the_paired_differences(skill: float, better: boo
     assert ("NOT better than predicting the mean" in found.text()) != better
 
 
+def test_a_gain_that_may_be_chance_is_not_called_better_nor_none() -> None:
+    true = [20.0, 30.0, 45.0, 55.0, 70.0, 80.0]
+    errors = [1.0, 1.0, 20.0, 20.0, 1.0, 1.0]  # those near the mean are predicted badly
+    found = compare(table([t + e for t, e in zip(true, errors)], true), [50.0] * 6, SCHEMA["age"])
+    assert found is not None and found.gain.low < 0 < found.gain.value and not found.better
+    assert "not shown to be better than predicting the mean (gain 11.00 [" in found.text()
+
+
 def test_rounding_is_no_gain() -> None:
     true = list(np.linspace(20, 80, 50))
     found = compare(table([50.0 + 1e-5 * np.sign(x - 50) for x in true], true), [50.0] * 50, SCHEMA["age"])

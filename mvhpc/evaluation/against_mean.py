@@ -41,12 +41,14 @@ class Comparison:
         return "the most frequent class" if self.variable.kind == "categorical" else "the mean"
 
     def verdict(self) -> str:
-        """``better than predicting the mean``, or not, with the gain and its interval."""
+        """``better than predicting the mean``, not shown to be (a gain that may be chance), or not, with the gain."""
         unit = f" {self.variable.unit}" if self.variable.unit and self.variable.kind != "categorical" else ""
         gain = f"gain {self.gain.format(2)}{unit}"
         if self.gain.n < 2:
             return f"too few people with a known {self.variable.name} to compare with predicting {self.yardstick}"
-        return f"{'better' if self.better else 'NOT better'} than predicting {self.yardstick} ({gain})"
+        chance = self.gain.value > ROUNDING * abs(self.constant.value)
+        words = "better" if self.better else "not shown to be better" if chance else "NOT better"
+        return f"{words} than predicting {self.yardstick} ({gain})"
 
     def text(self) -> str:
         """Both scores and the verdict, in one line."""

@@ -44,10 +44,14 @@ def do(planned: PlannedStage, label: str = "", numbers: bool = True) -> dict[str
         set_aside(planned)
     start = time.monotonic()
     summary = execute(planned)
-    shown = ", ".join(f"{k} {v:.4g}" for k, v in summary.items() if isinstance(v, int | float))
+    shown = ", ".join(f"{k} {_number(v)}" for k, v in summary.items() if isinstance(v, int | float))
     took = f"{' ' * len(label)}done in {time.monotonic() - start:.0f} s"
     print(f"{took}: {shown}" if numbers else took, file=sys.stderr)
     return summary
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 
 def run_pipeline(config: PipelineConfig) -> Pipeline:
