@@ -10,7 +10,7 @@ from mvhpc.cli import main
 from mvhpc.config import ConfigError, load_config
 from mvhpc.execute import plan
 from mvhpc.pipeline.plan import Pipeline, PipelineConfig
-from mvhpc.pipeline.project import Configured, Request, configure_pipeline, find_root, record_project
+from mvhpc.pipeline.project import Configured, Request, configure_pipeline, find_root, open_project, record_project
 from mvhpc.pipeline.run import do, run_pipeline
 from mvhpc.runs.folder import read_record
 from mvhpc.stages import STAGES
@@ -90,10 +90,15 @@ def test_lists_and_mappings_are_written_one_way(home: Path) -> None:
         configure("generate", given="age=70,age=71")
 
 
-def test_with_folds_one_is_named(home: Path) -> None:
+def test_folds_have_models_of_their_own_beside_the_one_to_keep(home: Path) -> None:
     project("runs/small", "small", source="scans")
-    with pytest.raises(ConfigError, match=r"3 folds; name one: split=fold-1-of-3"):
-        configure("vae")
+    steps = list(open_project(Path("runs/small")).steps())
+    models = [config.out for stage, config in steps if stage == "joint"]
+    assert models == [*(f"runs/small/fold-{k}/joint" for k in (1, 2, 3)), "runs/small/joint"]
+    assert all("/fold-" in config.out for stage, config in steps if stage == "predict")
+    assert [config.model for stage, config in steps if stage == "generate"] == ["runs/small/joint"]
+    kept = configure("vae").config
+    assert (kept.split, kept.out) == ("default", "runs/small/vae")
     second = configure("joint", "split=fold-2-of-3").config
     assert (second.latents, second.out) == ("runs/small/fold-2/latents", "runs/small/fold-2/joint")
     config = configure("predict", "split_name=fold-2-of-3", want="age", given="image").config

@@ -11,6 +11,8 @@ from mvhpc.config import CONFIGS, flatten, load_config
 from mvhpc.stages import STAGES, query_name
 from shards.schema import Schema
 
+FINAL = "default"  # the split of the model that a project keeps
+
 
 @dataclass
 class Query:
@@ -55,7 +57,8 @@ class Pipeline:
     Attributes:
         root: the project's folder.
         source: BIDS tree or CSV that is preprocessed, or packed as it is.
-        splits: name of each split -> folder of the models trained on it.
+        splits: name of each split whose test part is predicted -> folder of the models trained on it. With folds, the
+            model to keep is trained once more, on the split :data:`FINAL`, and is in ``root``.
     """
 
     def __init__(self, config: PipelineConfig) -> None:
@@ -65,7 +68,7 @@ class Pipeline:
         self.splits = (
             {f"fold-{k}-of-{config.folds}": self.root / f"fold-{k}" for k in range(1, config.folds + 1)}
             if config.folds
-            else {"default": self.root}
+            else {FINAL: self.root}
         )
 
     @cached_property
@@ -92,7 +95,7 @@ class Pipeline:
         """Path of a stage's result, for one split and, if it depends on them, a query and a network's name."""
         if stage == "phantom":
             return self.source
-        folder = "" if self.splits[split] == self.root else f"{self.splits[split].name}/"
+        folder = "" if split == FINAL else f"{self.splits[split].name}/"
         return self.root / STAGES[stage].out.format(split=folder, query=query, name=name)
 
     def predictions(self, split: str, query: Query) -> Path:
@@ -133,15 +136,14 @@ class Pipeline:
 
     def steps(self) -> Iterator[tuple[str, Any]]:
         """(stage, configuration) in the order in which they run."""
-        splits = list(self.splits)
         if not self.config.source:
-            yield "phantom", self.configure("phantom", splits[0])
+            yield "phantom", self.configure("phantom", FINAL)
         if self.config.preprocess_source:
-            yield "preprocess", self.configure("preprocess", splits[0])
-        yield "pack", self.configure("pack", splits[0])
-        for split in splits:
+            yield "preprocess", self.configure("preprocess", FINAL)
+        yield "pack", self.configure("pack", FINAL)
+        for split in dict.fromkeys([*self.splits, FINAL]):
             for stage in (*["scalars"] * self.uses_scalars, "vae", "encode", "joint"):
                 yield stage, self.configure(stage, split)
-            for query in self.config.queries:
+            for query in self.config.queries if split in self.splits else ():
                 yield "predict", self.configure("predict", split, query)
-        yield "generate", self.configure("generate", splits[-1])
+        yield "generate", self.configure("generate", FINAL)

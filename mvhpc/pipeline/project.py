@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from mvhpc.config import CONFIGS, ConfigError, flatten, flatten_override, keys_without_default, load_config, to_yaml
 from mvhpc.execute import PlannedStage, plan
-from mvhpc.pipeline.plan import Pipeline, PipelineConfig
+from mvhpc.pipeline.plan import FINAL, Pipeline, PipelineConfig
 from mvhpc.runs.folder import read_record
 from mvhpc.stages import STAGES, Stage, query_name
 from shards.files import write_text
@@ -115,7 +115,7 @@ class Request:
         """The stage's configuration.
 
         Raises:
-            ConfigError: an invalid configuration, or no fold named although the project has several.
+            ConfigError: an invalid configuration.
         """
         kind, name = self.stage.config_class(), self.stage.name
         if not self.needs_project():
@@ -133,17 +133,10 @@ class Request:
         return configured
 
     def _split(self, project: Pipeline) -> str:
-        if len(project.splits) == 1:
-            return next(iter(project.splits))
+        """The fold that is named, else the split of the model that the project keeps."""
         words = {**dict(override.partition("=")[::2] for override in self.overrides), **self.flags}
         named = str(words.get("split_name", words.get("split", "")))
-        if named in project.splits or self.stage.out.find("{split}") < 0:
-            return named if named in project.splits else list(project.splits)[-1]
-        key = "split_name" if self.stage.name in {"predict", "translate"} else "split"
-        raise ConfigError(
-            f"{project.root} has {len(project.splits)} folds; name one: {key}={next(iter(project.splits))} "
-            f"(there are {', '.join(project.splits)})"
-        )
+        return named if named in project.splits else FINAL
 
 
 @dataclass(frozen=True)

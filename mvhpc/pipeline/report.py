@@ -21,7 +21,7 @@ from mvhpc.evaluation.page import render
 from mvhpc.evaluation.paper_tables import by_group, calibration_of_number, measure, score_of
 from mvhpc.evaluation.tables import Table, label, read_predictions, subject_of
 from mvhpc.models.model_card import INTENDED_USE, LIMITS
-from mvhpc.pipeline.plan import Pipeline, Query
+from mvhpc.pipeline.plan import FINAL, Pipeline, Query
 from mvhpc.pipeline.project import FILE, open_project
 from mvhpc.pipeline.summary import table_of_results
 from mvhpc.runs.folder import read_record
@@ -73,12 +73,12 @@ def write_report(root: Path, out: Path) -> None:
         raise ConfigError(f"{root}: no project (it has no {FILE}); give the folder of `mvhpc run`, its root")
     pipeline = open_project(root)
     _check_complete(pipeline)
-    dataset = open_dataset(pipeline.place("pack", list(pipeline.splits)[-1]))
+    dataset = open_dataset(pipeline.place("pack", FINAL))
     (results, verdicts), predictions = table_of_results(pipeline), _predictions(pipeline)
     people = len({record.subject for record in dataset.index.records})
-    about = f"Preset {pipeline.config.preset}, {people} people" + (
-        f", every one tested once in {pipeline.config.folds} folds" if pipeline.config.folds else ""
-    )
+    about = f"Preset {pipeline.config.preset}, {people} people"
+    if folds := pipeline.config.folds:
+        about += f"; results of {folds} folds, which test everybody once; model and pictures of one more training"
     page = render(
         "study.html",
         title=root.resolve().name,
@@ -180,10 +180,10 @@ def _pictures(pipeline: Pipeline) -> list[Section]:
 
 def _data_sheet(dataset: Dataset, pipeline: Pipeline) -> list[Section]:
     """Who is in the data: parts, numbers, classes, missing values, flags, and who was rejected and why."""
-    index, split = dataset.index, list(pipeline.splits)[-1]
-    parts = index.split(split).assignment
+    index = dataset.index
+    parts = index.split(FINAL).assignment
     scans = Counter(parts.values())
-    people = {part: len(found) for part, found in index.subjects(split).items()}
+    people = {part: len(found) for part, found in index.subjects(FINAL).items()}
     rows = [["people", *(str(people[part]) for part in PARTS)], ["scans", *(str(scans[part]) for part in PARTS)]]
     for variable in index.schema.scalars:
         by_part = {p: [r.values.get(variable.name) for r in index.records if parts.get(r.key) == p] for p in PARTS}
@@ -191,7 +191,7 @@ def _data_sheet(dataset: Dataset, pipeline: Pipeline) -> list[Section]:
     for variable in index.schema.volumes:
         missing = [sum(variable.name not in r.checksums for r in index.records if parts.get(r.key) == p) for p in PARTS]
         rows.append([f"{variable.name}, missing", *map(str, missing)])
-    note = f"Parts of the split {split!r}; nobody is in two of them."
+    note = f"Parts of the split {FINAL!r}; nobody is in two of them."
     found = [Section("Who", note, table=Table(["", *PARTS], rows))]
     found += [
         Section(f"{v.name[0].upper()}{v.name[1:]}", "", picture, alt=f"Histogram of {v.name}")
@@ -249,8 +249,7 @@ def _histogram(variable: Variable, dataset: Dataset, parts: Mapping[str, str]) -
 
 def _model_card(pipeline: Pipeline) -> list[tuple[str, str]]:
     """What the model is for, what it knows and does not know: (heading, text)."""
-    split = list(pipeline.splits)[-1]
-    meta = json.loads((pipeline.place("joint", split) / "model" / "model.json").read_text())
+    meta = json.loads((pipeline.place("joint", FINAL) / "model" / "model.json").read_text())
     schema, training, grid = meta["schema"], meta.get("training") or {}, meta["grid"]
     names = [f"{name} ({spec['kind']})" for name, spec in schema.items()]
     known = training.get("variables", {})
@@ -269,7 +268,7 @@ def _model_card(pipeline: Pipeline) -> list[tuple[str, str]]:
         ("Variables", ", ".join(names)),
         ("Learnt from", f"{len(training.get('names', ()))} people of the training and validation part"),
         ("Knows", "; ".join([*ranges, *classes]) or "not recorded"),
-        ("Calibrated on", _calibrated(pipeline, split)),
+        ("Calibrated on", _calibrated(pipeline)),
         ("Scans", f"{' x '.join(map(str, grid['shape']))} voxels of {grid['spacing']:g} mm; {_recipe(meta)}"),
         ("Limits", " ".join(LIMITS)),
     ]
@@ -282,10 +281,10 @@ def _recipe(meta: dict[str, Any]) -> str:
     return f"preprocessed by {', '.join(recipe['steps'])}"
 
 
-def _calibrated(pipeline: Pipeline, split: str) -> str:
+def _calibrated(pipeline: Pipeline) -> str:
     """On how many people the answers were calibrated, and for which site."""
     for stage in ("scalars", "joint"):
-        path = pipeline.place(stage, split) / "model" / "model.json"
+        path = pipeline.place(stage, FINAL) / "model" / "model.json"
         meta = json.loads(path.read_text()) if path.is_file() else {}
         if people := meta.get("extra", {}).get("calibrated on"):
             site = meta.get("site")

@@ -12,7 +12,7 @@ from mvhpc.evaluation.tables import Table, constant_predictions, label, read_pre
 from mvhpc.inference.inpaint import InpaintConfig, inpaint_half
 from mvhpc.inference.pictures import draw_over_number, fluid_of_dataset, fluid_of_tree, fluid_over_number
 from mvhpc.inference.sampler import Sampler
-from mvhpc.pipeline.plan import Pipeline
+from mvhpc.pipeline.plan import FINAL, Pipeline
 from mvhpc.stages import STAGES
 from shards.dataset import open_dataset
 from shards.files import write_text
@@ -49,7 +49,7 @@ def table_of_results(pipeline: Pipeline) -> tuple[Table, list[str]]:
     Returns:
         The table; and of each query that gives something, whether it is better than predicting the mean.
     """
-    dataset = open_dataset(pipeline.place("pack", list(pipeline.splits)[-1]))
+    dataset = open_dataset(pipeline.place("pack", FINAL))
     schema = dataset.index.schema
     phantom = (pipeline.source / "derivatives" / "phantom" / "anatomy.tsv").is_file()
     wanted = [v.name for v in schema.scalars if any(v.name in q.want for q in pipeline.config.queries)]
@@ -95,21 +95,20 @@ def collect_figures(pipeline: Pipeline) -> Path:
     """
     folder = pipeline.root / "figures"
     folder.mkdir(exist_ok=True)
-    split = list(pipeline.splits)[-1]
-    synthetic = STAGES["generate"].run_folder(pipeline.place("generate", split))
+    synthetic = STAGES["generate"].run_folder(pipeline.place("generate", FINAL))
     for picture in (
-        pipeline.place("vae", split) / "figures" / "reconstruction.png",
+        pipeline.place("vae", FINAL) / "figures" / "reconstruction.png",
         synthetic / "figures" / "people.png",
     ):
         if picture.is_file():
             shutil.copy(picture, folder)
-    dataset = open_dataset(pipeline.place("pack", split))
+    dataset = open_dataset(pipeline.place("pack", FINAL))
     volume = dataset.index.schema.volumes[0]
     places = dict.fromkeys(("out", "model", "image", "mask"), "")
-    places["model"] = str(pipeline.place("joint", split))
+    places["model"] = str(pipeline.place("joint", FINAL))
     sampler = Sampler.of(load_config(InpaintConfig, "inpaint", values=places))
     trained = (Path(places["model"]) / "model" / "model.json").stat().st_mtime
-    key = next((key for key in dataset.keys("test", split) if dataset.has(key, volume.name)), None)
+    key = next((key for key in dataset.keys("test", FINAL) if dataset.has(key, volume.name)), None)
     half = folder / "inpainted-half.png"
     if key is not None and _older(half, trained):
         inpaint_half(sampler, dataset, key, half)
@@ -118,10 +117,10 @@ def collect_figures(pipeline: Pipeline) -> Path:
         return folder
     ages = folder / f"drawn-over-{number.name}.png"
     if _older(ages, trained):
-        draw_over_number(sampler, dataset, split, ages)
-    tree = Path(pipeline.place("generate", split))
+        draw_over_number(sampler, dataset, FINAL, ages)
+    tree = Path(pipeline.place("generate", FINAL))
     if volume.suffix == "T1w" and tree.is_dir():
-        real = fluid_of_dataset(dataset, dataset.keys("test", split), volume.name, number.name)
+        real = fluid_of_dataset(dataset, dataset.keys("test", FINAL), volume.name, number.name)
         drawn = fluid_of_tree(tree, number, volume, dataset.index.grid["spacing"])
         label = f"{number.name} ({number.unit})" if number.unit else number.name
         fluid_over_number(real, drawn, folder / f"ventricles-over-{number.name}.png", label)
@@ -158,9 +157,8 @@ def summarize(pipeline: Pipeline) -> str:
 
 
 def _next_query(pipeline: Pipeline) -> str:
-    """A command that predicts all scalars given the volumes by the last model."""
-    schema = open_dataset(pipeline.place("pack", list(pipeline.splits)[-1])).index.schema
+    """A command that predicts all scalars given the volumes by the model to keep."""
+    schema = open_dataset(pipeline.place("pack", FINAL)).index.schema
     given, want = (",".join(v.name for v in group) for group in (schema.volumes, schema.scalars))
-    split = list(pipeline.splits)[-1]
-    model, data = pipeline.place("joint", split), pipeline.place("pack", split)
+    model, data = pipeline.place("joint", FINAL), pipeline.place("pack", FINAL)
     return f"mvhpc predict --model {model} --data {data} --given {given} --want {want} --out predictions.tsv"
