@@ -130,9 +130,9 @@ def _submit(options: argparse.Namespace) -> int:
     start: Callable[[Step, str | None], Job] = (
         (lambda step, after: _to_slurm(step, site, options.min_nodes, after)) if on_slurm else _to_local(site)
     )
-    for step in steps:
-        if step.note and not step.finished:
-            print(f"{step.stage}: {step.note}", file=sys.stderr)
+    notes = dict.fromkeys(f"{step.stage}: {step.note}" for step in steps if step.note and not step.finished)
+    for note in notes:  # of several queries one
+        print(note, file=sys.stderr)
     if options.dry_run:
         for step in steps:
             _show(step, site, options.min_nodes, on_slurm)
