@@ -81,10 +81,7 @@ class Assignment:
 
         With fewer nodes than requested, it is the largest number that has room there and divides the batch.
         """
-        compute = self.values.get("compute")
-        if compute is None:
-            return 1
-        requested = int(compute["workers"])
+        requested = int(self.values.get("compute", {}).get("workers", 1))  # a stage of one process has no such key
         if allocation.nodes >= self.nodes:
             return requested
         slots = allocation.nodes * max(1, allocation.gpus)

@@ -152,7 +152,7 @@ class Head:
 
     def _run_driver(self, nodes: NodeGroup, attempt: int) -> int:
         values = self.assignment.values
-        if "compute" in values:
+        if "workers" in values.get("compute", {}):
             values = {**values, "compute": {**values["compute"], "workers": self.workers}}
         # Only the first attempt looks for an earlier result: what the later ones find is this job's own.
         first = attempt == 0 and self.allocation.restart == 0

@@ -240,5 +240,5 @@ def outcome(job: Job) -> str:
     events = job.events()
     last = next((e for e in reversed(events) if e["event"] in END_EVENTS), None)
     if last is None:
-        return NO_RESULT if events else "never started"
+        return f"{NO_RESULT}; see its log" if events or job.log.is_file() else "never started"
     return f"{last['event']}{': ' + last['reason'] if last.get('reason') else ''}"

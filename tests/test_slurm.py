@@ -251,6 +251,8 @@ def test_with_fewer_nodes_the_most_workers_that_divide_the_batch_are_used() -> N
     assert workers(3, 4, 32) == 8
     assert workers(2, 4, 32, accumulate=8) == 4
     assert workers(1, 0, 32) == 1
+    alone = Assignment("encode", "/", {"compute": {"device": "cpu"}}, {}, True, False, 1, "/", "/tmp", "", 60)
+    assert alone.workers(Allocation("1", 0, 0, 1, "n", 8, 0)) == 1
 
 
 @pytest.mark.parametrize(
@@ -275,19 +277,22 @@ def test_invalid_settings_of_a_site_are_refused(tmp_path: Path) -> None:
 def test_one_line_trains_the_joint_stage_of_the_project_on_four_nodes(
     slurm: SlurmCluster, first_stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``submit.py --stage joint --nodes 4`` after the first five stages, typed within another job."""
+    """``submit.py --stage joint --nodes 4`` after the first stages, typed within another job; it lacks an input."""
     shutil.copytree(first_stages, tmp_path, dirs_exist_ok=True)
+    for name in ("latents", "latents.run"):
+        shutil.rmtree(tmp_path / "runs" / "demo" / name)
     monkeypatch.chdir(tmp_path)
     for name in ("random", "signal", "numpy", "mvhpc"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('a script of the user')")
     for name, value in {"JOB_ID": "4711", "NTASKS": "1", "MEM_PER_CPU": "1", "MEM_PER_NODE": "1"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)  # of the other job
-    line = ("--stage", "joint", "--nodes", "4")
+    line = ("--stage", "joint", "--nodes", "4", "--with-inputs")
     assert "#SBATCH --nodes=4" in submit(*line, "--dry-run").stdout
-    job = submit(*line).stdout.strip()
+    encode, *_, job = submit(*line).stdout.split()  # encoding is of one process: it has no number of workers
     run = tmp_path / "runs" / "demo" / "joint"
     wait_for(lambda: read_record(run).get("status") == "finished", 300, "the job does not finish")
     slurm.wait(job)
+    assert jobs.outcome(jobs.find_job(encode)) == "finished"
     events = {event["event"]: event for event in jobs.find_job(job).events()}
     assert (events["start"]["nodes"], events["start"]["workers"]) == (4, 4)
     assert (run / "model" / "model.json").is_file()
