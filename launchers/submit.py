@@ -158,6 +158,8 @@ def _submit(options: argparse.Namespace) -> int:
             print(job.id)
     if on_slurm and not options.wait and after:
         print(f"follow it with `{PROG} logs {after} --follow`, or see `{PROG} status`", file=sys.stderr)
+    if stage == plan.ALL and project and after:
+        print(f"when all jobs are done, `mvhpc run root={project.root}` prints the results", file=sys.stderr)
     return status
 
 
