@@ -16,9 +16,11 @@ import pytest
 import yaml
 
 from launchers import jobs
+from launchers.allocation import Allocation
 from launchers.driver import run_stage
 from launchers.plan import Step, chain, single
 from launchers.rendezvous import RendezvousClient, RendezvousServer
+from launchers.site import load_site
 from launchers.submit import main
 from mvhpc.config import load_config, to_dict
 from mvhpc.data_stages import PackConfig
@@ -175,6 +177,14 @@ def test_workers_of_a_users_pipeline_file_are_kept(tmp_path: Path) -> None:
     assert not any(step.finished for step in steps.values())
 
 
+def test_every_stage_of_a_pipeline_knows_its_workers(tmp_path: Path) -> None:
+    """On the nodes of its job: those of its configuration; a stage of one process has one, and no key for them."""
+    for step in chain("demo", [f"root={tmp_path}/root"], 4, 0, True)[1]:
+        assignment = step.assignment(load_site("default", {}))
+        found = assignment.workers(Allocation("1", 0, 0, step.nodes, "n", 8, 0))
+        assert found == getattr(getattr(step.config, "compute", None), "workers", 1), step.stage
+
+
 def test_without_slurm_nodes_are_workers_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     step = joint(slurm=False)
     assert (step.config.compute.workers, step.nodes) == (4, 1)
@@ -198,6 +208,7 @@ HOLD_ON_AFTER_RELEASE = """
 import sys, time
 from pathlib import Path
 from launchers import jobs
+from launchers.allocation import Allocation
 from launchers.driver import run_stage
 run = Path(sys.argv[1])
 with jobs.locked(run) as lock:
@@ -211,6 +222,7 @@ TAKE = """
 import sys
 from pathlib import Path
 from launchers import jobs
+from launchers.allocation import Allocation
 from launchers.driver import run_stage
 run = Path(sys.argv[1])
 print("ready", flush=True)
