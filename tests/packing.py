@@ -6,8 +6,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from shards.dataset import open_dataset
 from shards.index import Split
 from shards.pack import pack
+from shards.verify import verify
 
 SIZE = (20, 24, 18)
 
@@ -46,6 +48,12 @@ def packed(source: Path, out: Path, **options: Any) -> Any:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def volumes(folder: Path) -> dict[str, bytes]:
+    dataset = open_dataset(folder)
+    assert not list(verify(folder))
+    return {key: dataset.read(key, "image").tobytes() for key in dataset.keys()}  # noqa: SIM118 - not a dictionary
 
 
 PEOPLE = [(f"sub-{i:02d}", str(20 + 5 * i), "FM"[i % 2]) for i in range(7)]
