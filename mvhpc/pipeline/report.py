@@ -88,7 +88,7 @@ def write_report(root: Path, out: Path) -> None:
         pictures=_pictures(pipeline),
         predictions=[s for query, frame in predictions for s in _predicted(query, frame, dataset)],
         data=_data_sheet(dataset, pipeline),
-        card=_model_card(pipeline),
+        card=_model_card(pipeline, dataset),
         stages=_stages(pipeline),
         versions=_versions(pipeline),
         shards=_shards(dataset),
@@ -247,7 +247,7 @@ def _histogram(variable: Variable, dataset: Dataset, parts: Mapping[str, str]) -
     return inline(figure, "svg")
 
 
-def _model_card(pipeline: Pipeline) -> list[tuple[str, str]]:
+def _model_card(pipeline: Pipeline, dataset: Dataset) -> list[tuple[str, str]]:
     """What the model is for, what it knows and does not know: (heading, text)."""
     meta = json.loads((pipeline.place("joint", FINAL) / "model" / "model.json").read_text())
     schema, training, grid = meta["schema"], meta.get("training") or {}, meta["grid"]
@@ -269,16 +269,17 @@ def _model_card(pipeline: Pipeline) -> list[tuple[str, str]]:
         ("Learnt from", f"{len(training.get('names', ()))} people of the training and validation part"),
         ("Knows", "; ".join([*ranges, *classes]) or "not recorded"),
         ("Calibrated on", _calibrated(pipeline)),
-        ("Scans", f"{' x '.join(map(str, grid['shape']))} voxels of {grid['spacing']:g} mm; {_recipe(meta)}"),
+        (
+            "Scans",
+            f"{' x '.join(map(str, grid['shape']))} voxels of {grid['spacing']:g} mm; {_preprocessing(dataset)}",
+        ),
         ("Limits", " ".join(LIMITS)),
     ]
 
 
-def _recipe(meta: dict[str, Any]) -> str:
-    recipe = meta.get("recipe")
-    if not recipe:
-        return "packed as they came, without preprocessing"
-    return f"preprocessed by {', '.join(recipe['steps'])}"
+def _preprocessing(dataset: Dataset) -> str:
+    recipe = dataset.index.provenance.get("recipe")
+    return f"preprocessed by {', '.join(recipe['steps'])}" if recipe else "packed as they came, without preprocessing"
 
 
 def _calibrated(pipeline: Pipeline) -> str:

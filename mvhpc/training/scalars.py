@@ -330,6 +330,7 @@ class ScalarsTask(Task):
         mixing = stack_members(self.variables, self.people, self.features, self.held_out_linear, self.in_fold, network)
         index = self.dataset.index
         volumes = [v.name for v in self.variables.volumes]
+        people = {self.dataset.record(key).subject for key in self.people.keys}
         save_scalars(
             folder,
             encoders=states["encoders"],
@@ -345,7 +346,7 @@ class ScalarsTask(Task):
             grid=index.grid,
             training=TrainingPeople.of(index, self.people.keys, self.schema, self.people.rows),
             recipe=index.provenance.get("recipe"),
-            extra={"validation": metrics, "calibrated on": len(self.people.keys)},
+            extra={"validation": metrics, "calibrated on": len(people)},
         )
 
     def typical(self, volume: str) -> Typicality:
