@@ -35,7 +35,7 @@ def export(source: Path, out: Path) -> str:
 
     Args:
         source: a run folder or model folder, whose model is taken as it is, byte for byte; or a checkpoint
-            (``RUN/checkpoints/step-XXXXXXXX``) of any number of workers, or a run folder whose training has not ended,
+            (``RUN/checkpoints/step-NNNNNNNN``) of any number of workers, or a run folder whose training has not ended,
             of which the newest checkpoint is taken. For these the training data must be at the path in the run's
             configuration. A network whose best validation was at that step is bit-identical to the one that training
             exported.

@@ -79,7 +79,7 @@ def consolidate(folder: Path) -> NetworkState:
     """The state of one network in a checkpoint of any layout.
 
     Args:
-        folder: ``step-XXXXXXXX/NETWORK``.
+        folder: ``step-NNNNNNNN/NETWORK``.
 
     Raises:
         FileNotFoundError: the folder has no checkpoint.
@@ -133,7 +133,7 @@ def _write_universal(folder: Path, target: Path) -> None:
     """Convert DeepSpeed's checkpoint of one network to its universal checkpoint.
 
     Args:
-        folder: ``step-XXXXXXXX/NETWORK``.
+        folder: ``step-NNNNNNNN/NETWORK``.
         target: an existing folder; gets ``zero/PARAMETER/{fp32,exp_avg,exp_avg_sq}.pt`` among others.
     """
     require("cluster", "a checkpoint of several workers", "deepspeed")

@@ -1,7 +1,7 @@
 """Atomic checkpoints, written in the background of training.
 
 Each worker passes copies of its tensors to a thread, which writes them into a hidden folder. When all workers have
-written, rank 0 adds ``manifest.json`` (sizes and SHA-256 of all files) and renames the folder to ``step-XXXXXXXX``.
+written, rank 0 adds ``manifest.json`` (sizes and SHA-256 of all files) and renames the folder to ``step-NNNNNNNN``.
 A folder without a manifest is incomplete and is removed at the next start.
 """
 
@@ -39,7 +39,7 @@ class Checkpoints:
     All methods but :meth:`report` and :meth:`close` are collective: all workers call them in the same order.
 
     Args:
-        folder: holds ``step-XXXXXXXX`` folders.
+        folder: holds ``step-NNNNNNNN`` folders.
         keep: number of the newest ones that are kept.
         collectives: the workers.
     """
