@@ -1,18 +1,9 @@
 """Data and models of the scoreboard, made where they are missing."""
 
-import ctypes
-import os
-import signal
-import time
 from collections.abc import Collection, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
-from mvhpc.config import load_config
-from mvhpc.execute import execute, plan
-from mvhpc.stages import STAGES
+from benchmarks.stages import Stage, complete, complete_chains
 
 QUERIES = [  # wanted, given
     ("age", ("image", "sex")),
@@ -60,7 +51,7 @@ def stages(root: Path, quick: bool, methods: Collection[str]) -> None:
         "compute.precision": "auto",
         "compute.threads": 1,
     }
-    plan: list[tuple[str, str, dict[str, Any]]] = [
+    plan: list[Stage] = [
         ("phantom", "demo", {"out": root / "source", "subjects": people}),
         ("pack", "demo", {"source": root / "source", "out": root / "packed", "split": split}),
         (
@@ -85,7 +76,7 @@ def stages(root: Path, quick: bool, methods: Collection[str]) -> None:
         complete(root, *part)
     voxels = {"data": root / "packed", "compute.precision": "auto", "compute.threads": 1}
     densenet, scalars = (voxels | {"training.epochs": epochs[name]} for name in ("densenet", "scalars"))
-    models: list[tuple[str, str, dict[str, Any]]] = []
+    models: list[Stage] = []
     if "paper" in methods:
         models.append(("joint", "paper", joint))
     if "ours" in methods:
@@ -96,32 +87,8 @@ def stages(root: Path, quick: bool, methods: Collection[str]) -> None:
             for w, g in QUERIES
             if "image" in g
         ]
-    # One core each is faster than one after the other.
-    with ProcessPoolExecutor(2, get_context("spawn"), end_with_parent, (os.getpid(),)) as two:
-        for future in [two.submit(complete, root, *model) for model in models]:
-            future.result()
-
-
-def complete(root: Path, stage: str, preset: str, values: dict[str, Any]) -> None:
-    """Run a stage whose result is not complete."""
-    values = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
-    values["tracking.uri"] = f"sqlite:///{root / 'mlflow.db'}"
-    config: Any = load_config(STAGES[stage].config_class(), stage, preset, (), values)
-    planned = plan(stage, config)
-    if planned.state() != "finished":
-        start = time.time()
-        print(f"{stage} -> {config.out}", flush=True)
-        execute(planned)
-        print(f"{stage} -> {config.out}: {time.time() - start:.0f} s", flush=True)
+    complete_chains(root, [[model] for model in models])
 
 
 def densenet_name(want: str, given: Sequence[str]) -> str:
     return f"densenet-{want}-given-{'-'.join(given)}"
-
-
-def end_with_parent(parent: int) -> None:
-    """Kill a process of the pool when the script dies: it would write into the folders of the next run."""
-    pr_set_pdeathsig = 1  # of prctl(2)
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before
-        os.kill(os.getpid(), signal.SIGKILL)

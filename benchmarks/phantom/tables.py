@@ -10,18 +10,14 @@ root. Stages that are complete are reused.
 """
 
 import argparse
-import os
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.phantom.models import complete, end_with_parent
+from benchmarks.stages import Stage, complete, complete_chains
 from mvhpc.runs.folder import read_record
 from shards.files import write_text
 
-Stage = tuple[str, str, dict[str, Any]]  # name, preset, values
 PAPER: dict[str, Any] = {
     "scaling": "range",
     "model.scalars": "early",
@@ -100,23 +96,14 @@ def drawing(root: Path, name: str) -> Stage:
     return "evaluate-generation", "demo", values | {"compute.threads": 1}
 
 
-def run_chain(root: Path, stages: list[Stage]) -> None:
-    """Run the stages of one chain that are not complete."""
-    for stage in stages:
-        complete(root, *stage)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("runs/tables"))
     root, start = parser.parse_args().root.resolve(), time.monotonic()
     complete(root, "phantom", "demo", {"out": root / "source"})
     complete(root, "pack", "demo", {"source": root / "source", "out": root / "packed"})
-    # One core each is faster than one after the other.
-    with ProcessPoolExecutor(2, get_context("spawn"), end_with_parent, (os.getpid(),)) as two:
-        for chains in (*trainings(root), [[drawing(root, name)] for name in DRAWN]):
-            for future in [two.submit(run_chain, root, chain) for chain in chains]:
-                future.result()
+    for chains in (*trainings(root), [[drawing(root, name)] for name in DRAWN]):
+        complete_chains(root, chains)
     values = {
         "runs": [str(root / name) for name in NAMES],
         "names": list(NAMES.values()),

@@ -6,8 +6,8 @@
 Derivatives are those of ``shards preprocess`` with tissue maps, of two sites at least. The first site is
 cross-validated in ten folds; trained on the first, and on all but the last, the last is predicted, and again after
 calibration by random halves of its people; all sites together are cross-validated in five folds. The yardstick is ridge
-regression on the tissue maps, its strength by cross-validation within the training people, and with ``--densenet`` a
-DenseNet121 on the voxels. Writes ``answers.md`` and what it is made of to the folder; finished trainings are reused.
+regression on the tissue maps, its strength by cross-validation within the training people. Writes ``answers.md`` and
+what it is made of to the folder; finished trainings are reused. ``benchmarks.real.tables`` has further yardsticks.
 """
 
 import argparse
@@ -39,7 +39,6 @@ from mvhpc.models.scalar_bundle import ScalarsModel
 from mvhpc.models.scalar_stack import StackPosterior
 from mvhpc.models.site_calibration import calibrate_site
 from mvhpc.records import channels_of, read_pooled
-from mvhpc.training.baseline import BaselineConfig
 from mvhpc.training.scalars import ScalarsConfig
 from mvhpc.variables import Continuous
 from shards.dataset import Dataset
@@ -91,22 +90,6 @@ def ridge(old: Dataset, seen: Sequence[str], new: Dataset, keys: Sequence[str]) 
     return pd.DataFrame({"ridge/age": age.predict(target), "ridge/sex": sex.predict(target)}, index=list(keys))
 
 
-def densenet(data: Dataset, split: str, out: Path) -> pd.DataFrame:
-    """Ages and sexes by two DenseNet121 on the voxels."""
-    columns = []
-    for want in ("age", "sex"):
-        values = {"data": str(data.folder), "split": split, "out": str(out / f"densenet-{want}"), "want": want}
-        config = load_config(
-            BaselineConfig, "baseline", "default", ["training.epochs=40"], {**values, "given": ["image"]}
-        )
-        execute(plan("baseline", config))
-        query = {"model": config.out, "data": str(data.folder), "want": [want], "given": ["image"], "out": "unused.tsv"}
-        answer = open_predictor(load_config(PredictConfig, "predict", "default", (), query))
-        frame = pd.DataFrame(answer(data.keys("test", split))).set_index("key")
-        columns.append(frame[[want]].add_prefix("densenet/"))
-    return pd.concat(columns, axis=1)
-
-
 def cross_validate(data: Dataset, folds: int, out: Path, options: argparse.Namespace) -> pd.DataFrame:
     """Everybody's predictions by models that were not trained on them."""
     parts = []
@@ -116,8 +99,6 @@ def cross_validate(data: Dataset, folds: int, out: Path, options: argparse.Names
         frame = predict(model, data, data.keys("test", split), list(QUERIES))
         seen = [key for part in ("train", "validation") for key in data.keys(part, split)]
         frame = frame.join(ridge(data, seen, data, data.keys("test", split)))
-        if options.densenet:
-            frame = frame.join(densenet(data, split, folder))
         parts.append(frame)
         print(f"{out.name}: {k} of {folds} folds", file=sys.stderr)
     return pd.concat(parts)
@@ -189,7 +170,7 @@ def calibrate_halves(model: Path, data: Dataset, halves: int = 20) -> Calibrated
     return Calibrated(float(error), float(coverage))
 
 
-def table(frames: Mapping[str, pd.DataFrame], methods: Sequence[str]) -> list[str]:
+def table(frames: Mapping[str, pd.DataFrame]) -> list[str]:
     """Rows of ages and sexes by method, for each set of people."""
     lines = [
         "| people | method | age error, years | 90 % interval holds | sex accuracy | scans flagged |",
@@ -200,10 +181,8 @@ def table(frames: Mapping[str, pd.DataFrame], methods: Sequence[str]) -> list[st
         for method, age, sex in (
             ("model, given image", "age/age", "sex/sex"),
             ("model, given image and the other scalar", "age2/age", "sex2/sex"),
-            *((m, f"{m}/age", f"{m}/sex") for m in methods),
+            ("ridge", "ridge/age", "ridge/sex"),
         ):
-            if age not in frame:
-                continue
             a, b = interval(errors(frame, age), who), interval(errors(frame, sex), who)
             own = age.startswith("age")
             holds = f"{100 * covered(frame, age[:-4]).mean():.0f} %" if own else ""
@@ -213,16 +192,13 @@ def table(frames: Mapping[str, pd.DataFrame], methods: Sequence[str]) -> list[st
     return lines
 
 
-def differences(frame: pd.DataFrame, methods: Sequence[str]) -> list[str]:
-    """The model's errors less those of each method, on the same people."""
+def differences(frame: pd.DataFrame) -> list[str]:
+    """The model's scores less those of ridge regression, on the same people."""
     lines = []
-    for method in methods:
-        for want, column in (("age", "age/age"), ("sex", "sex/sex")):
-            if f"{method}/{want}" in frame:
-                difference = errors(frame, column) - errors(frame, f"{method}/{want}")
-                mean, low, high = interval(difference, persons(frame))
-                what = "age error" if want == "age" else "sex accuracy"
-                lines.append(f"- {what} less that of {method}: {mean:+.2f} [{low:+.2f}, {high:+.2f}]")
+    for want, what in (("age", "age error"), ("sex", "sex accuracy")):
+        difference = errors(frame, f"{want}/{want}") - errors(frame, f"ridge/{want}")
+        mean, low, high = interval(difference, persons(frame))
+        lines.append(f"- {what} less that of ridge: {mean:+.2f} [{low:+.2f}, {high:+.2f}]")
     return lines
 
 
@@ -231,7 +207,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--site", action="append", required=True, metavar="NAME=DERIVATIVE")
     parser.add_argument("--same", action="append", default=[], metavar="A,B", help="subjects that are one person")
-    parser.add_argument("--densenet", action="store_true", help="train DenseNet121 on the same folds, hours on a CPU")
     parser.add_argument("--skip-together", action="store_true", help="leave out the folds of all sites together")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the stage scalars")
     return parser.parse_intermixed_args()
@@ -241,7 +216,7 @@ def main() -> None:
     options = parse()
     sites = {name: Path(path) for name, _, path in (text.partition("=") for text in options.site)}
     same = [text.split(",") for text in options.same]
-    names, methods = list(sites), ["ridge", *["densenet"] * options.densenet]
+    names = list(sites)
     first, last = names[0], names[-1]
     data = packed({first: sites[first]}, same, 10, options.out / first)
     own = cross_validate(data, 10, options.out / f"{first}-folds", options)
@@ -262,7 +237,7 @@ def main() -> None:
         frames |= {f"{site} of all together, 5 folds": frame[where == site] for site in names}
     for name, frame in frames.items():
         frame.to_csv(options.out / f"{name.replace(' ', '-').replace(',', '')}.tsv", sep="\t")
-    lines = [*table(frames, methods), "", f"{first}, 10 folds, the same people:", "", *differences(own, methods), ""]
+    lines = [*table(frames), "", f"{first}, 10 folds, the same people:", "", *differences(own), ""]
     lines += [f"Calibrated with half of {last}'s people, the other half predicted, means of 20 random halves:", ""]
     lines += [
         f"- trained on {name}: age error {c.error:.2f} years, 90 % interval holds {100 * c.coverage:.0f} %"
