@@ -100,16 +100,19 @@ def write_bids(folder: Path, subjects: int, size: int = 20, seed: int = 0) -> Pa
 
 
 def pack_people(
-    bids: Path, fractions: tuple[float, float, float], out: Path | None = None, storage: str = "zarr"
+    bids: Path,
+    fractions: tuple[float, float, float],
+    out: Path | None = None,
+    storage: str = "zarr",
+    schema: dict[str, dict[str, object]] = SCHEMA,
 ) -> Path:
     """The people of :func:`write_bids` packed beside it, at 16 x 16 x 16 voxels of 8 mm."""
     out = out or bids.parent / "packed"
-    schema = Schema.from_dict(SCHEMA)
     pack(
         bids,
         out,
         storage=storage,
-        schema=schema,
+        schema=Schema.from_dict(schema),
         spacing=8.0,
         shape=(16, 16, 16),
         max_rejects="0",

@@ -49,13 +49,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack_people(write_bids(tmp_path_factory.mktemp("many") / "bids", PEOPLE), (0.55, 0.0, 0.45))
 
 
-def tree(folder: Path, data: Path, keys: list[str], names: list[str] | None = None) -> Path:
+def tree(folder: Path, data: Path, keys: list[str], names: list[str] | None = None, volume: str = "image") -> Path:
     """A BIDS tree of packed people, under new names, with the scalars of ``names``."""
     dataset, lines = open_dataset(data), ["participant_id\tage\tsex"]
     for i, (key, whose) in enumerate(zip(keys, names or keys, strict=True)):
         (folder / f"sub-{i:04d}" / "anat").mkdir(parents=True)
-        image = nib.Nifti1Image(dataset.read(key, "image").astype(np.float32), np.array(dataset.index.grid["affine"]))
-        nib.save(image, folder / f"sub-{i:04d}" / "anat" / f"sub-{i:04d}_desc-synthetic_T1w.nii.gz")
+        image = nib.Nifti1Image(dataset.read(key, volume).astype(np.float32), np.array(dataset.index.grid["affine"]))
+        suffix = dataset.index.schema[volume].suffix
+        nib.save(image, folder / f"sub-{i:04d}" / "anat" / f"sub-{i:04d}_desc-synthetic_{suffix}.nii.gz")
         values = dataset.values(whose)
         cells = ("n/a" if v is None else str(v) for v in (values["age"], values["sex"]))
         lines.append("\t".join([f"sub-{i:04d}", *cells]))
@@ -104,6 +105,26 @@ def test_real_people_in_place_of_drawn_ones_reach_every_best_value(data: Path, w
     assert content["recipe"]["Network"]["weights_sha256"] == weights[1]
 
 
+def test_any_volume_of_the_data_is_judged(weights, tmp_path: Path) -> None:
+    """Drawn FLAIR volumes are the real ones; the T1w volumes of the same people are others."""
+    bids = write_bids(tmp_path / "bids", PEOPLE)
+    for path in bids.glob("sub-*/anat/*_T1w.nii.gz"):
+        image = nib.load(path)
+        turned = nib.Nifti1Image(np.sqrt(image.get_fdata()).astype(np.float32)[::-1], image.affine)
+        nib.save(turned, path.with_name(path.name.replace("_T1w", "_FLAIR")))
+    schema = {**SCHEMA, "flair": {"kind": "volume", "suffix": "FLAIR"}}
+    data = pack_people(bids, (0.55, 0.0, 0.45), schema=schema)
+    drawn = tree(tmp_path / "drawn", data, open_dataset(data).keys("test"), volume="flair")
+    for image in drawn.glob("sub-*/anat/*"):
+        shutil.copy(image, image.with_name(image.name.replace("_FLAIR", "_T1w")))
+    fid = {}
+    for name in ("flair", "image"):
+        config = configuration(data, weights, tmp_path / name, drawn=str(drawn), variable=name)
+        fid[name] = results(config, tmp_path).loc[("fid", "mean"), "drawn"]
+        assert json.loads((tmp_path / name / "generation.json").read_text())["recipe"]["Volume"] == name
+    assert fid["flair"] < 1e-3 * fid["image"]
+
+
 def test_copies_of_the_training_are_found(data: Path, weights, tmp_path: Path) -> None:
     dataset = open_dataset(data)
     test = dataset.keys("test")
@@ -146,6 +167,7 @@ def test_a_model_of_the_volume_alone_draws_without_scalars(data: Path, weights, 
     ("values", "words"),
     [
         ({}, "give --model"),
+        ({"drawn": "few", "variable": "imaeg"}, "Did you mean 'image'"),
         ({"drawn": "few"}, "at least 20 are needed"),
         ({"drawn": "large"}, r"has \(20, 20, 20\) voxels"),
         ({"drawn": "bright"}, r"have to lie in \[0, 1\]"),

@@ -171,6 +171,7 @@ def _recipe(config: EvaluateGenerationConfig, who: Comparison, network: FeatureN
     """How the figures were made; JSON-able."""
     grid, shape = who.dataset.index.grid, volume_shape(who.dataset)
     return {
+        "Volume": who.volume.name,
         "Distance": network.name,
         "Network": network.recipe,
         "Features": identity(config.features),

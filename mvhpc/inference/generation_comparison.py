@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mvhpc.config import ConfigError, Device, Sampling, Tracking, at_least
+from mvhpc.config import ConfigError, Device, Sampling, Tracking, at_least, choose
 from mvhpc.inference.drawn_volumes import DrawnTree, draw_for_records
 from mvhpc.inference.sampler import Sampler
 from mvhpc.models.training_people import TrainingPeople
@@ -29,6 +29,7 @@ class EvaluateGenerationConfig:
     features_sha256: str
     model: str
     drawn: str
+    variable: str
     split: str
     split_name: str
     count: int
@@ -56,7 +57,7 @@ class Comparison:
 
     Attributes:
         dataset: packed.
-        volume: that is drawn; the first of the schema.
+        volume: that is judged.
         keys: of the real people, in an order of chance.
         training: of the people from whom the model learnt.
         readable: of all people outside of the part, for the reader.
@@ -83,14 +84,15 @@ class Comparison:
         """Open data and model.
 
         Raises:
-            ConfigError: neither model nor drawn people, too few people, or another grid.
+            ConfigError: neither model nor drawn people, an unknown volume, too few people, or another grid.
             ModelError: no joint model.
         """
         if not (config.model or config.drawn):
             raise ConfigError("give --model, a joint model that draws, or --drawn, a BIDS tree of drawn people")
         dataset = open_dataset(config.data)
         schema, shape = dataset.index.schema, volume_shape(dataset)
-        volume = schema.volumes[0]
+        names = [v.name for v in schema.volumes]
+        volume = schema[choose(config.variable or names[0], names, "volume")]
         part = subjects(dataset, config.split, config.split_name)
         everybody = [key for key in dataset.keys("all") if dataset.has(key, volume.name)]
         having = set(everybody)
