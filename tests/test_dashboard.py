@@ -1,6 +1,7 @@
 """The dashboard: behind a password, on loopback alone, and waited for until it answers in HTTP."""
 
 import base64
+import re
 import signal
 import socket
 import subprocess
@@ -10,11 +11,13 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import mlflow
 import pytest
 
 from mvhpc.config import ConfigError
 from mvhpc.runs.dashboard import HOST, dashboard, wait_for_server
 from mvhpc.runs.journal import Journal
+from mvhpc.runs.mlflow_app import FIRST_VISIT
 from mvhpc.runs.mlflow_store import store_client
 from mvhpc.runs.mlflow_sync import sync, synced
 from tests.test_mlflow import PNG, losses, track
@@ -49,16 +52,16 @@ def test_a_server_is_waited_for_until_it_answers_in_http(proxy: str, monkeypatch
     assert not wait_for_server(url, lambda: False, 3600)
 
 
-def get(url: str, login: str = "") -> int:
-    """The status of a GET, with ``user:password`` where given."""
+def get(url: str, login: str = "") -> tuple[int, str]:
+    """Status and text of a GET, with ``user:password`` where given."""
     request = urllib.request.Request(url)
     if login:
         request.add_header("Authorization", "Basic " + base64.b64encode(login.encode()).decode())
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
-            return answer.status
+            return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
-        return error.code
+        return error.code, ""
 
 
 @pytest.mark.slow
@@ -86,8 +89,9 @@ def test_dashboard_needs_its_password_and_takes_what_was_kept_for_it(
         assert line[0].startswith(f"{address}/#/experiments/")
         assert line[1:] == ["user:", "admin", "password:", password]
         for path in ("/", "/api/2.0/mlflow/experiments/get?experiment_id=0", "/get-artifact?path=x&run_uuid=y"):
-            assert get(address + path) == get(address + path, "admin:guess") == 401
-        assert get(address, f"admin:{password}") == 200
+            assert get(address + path) == get(address + path, "admin:guess") == (401, "")
+        status, page = get(address, f"admin:{password}")
+        assert status == 200 and page.index(FIRST_VISIT) < page.index("<script defer")
         secret = store / ".dashboard" / "password"
         assert (secret.read_text(), secret.stat().st_mode & 0o777) == (password, 0o600)
         with pytest.raises(OSError):  # bound to that one address, not to all of the machine's
@@ -106,6 +110,15 @@ def test_dashboard_needs_its_password_and_takes_what_was_kept_for_it(
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", port + 1), timeout=2)
     taken.close()
+
+
+def test_the_choices_of_the_first_visit_are_those_that_mlflow_reads() -> None:
+    """The page keeps them under the names and the version that MLflow's own code has."""
+    scripts = Path(mlflow.__path__[0], "server", "js", "build", "static", "js").glob("main*.js")
+    code = "".join(path.read_text() for path in scripts)
+    for key in re.findall(r'"(mlflow\.[\w.]+)_v1"', FIRST_VISIT):
+        assert re.search(rf'key:\s*"{re.escape(key)}",\s*version:\s*1\b', code), key
+    assert '"machine_learning"' in code
 
 
 def test_dashboard_of_no_store_is_refused(tmp_path: Path) -> None:

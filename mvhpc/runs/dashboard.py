@@ -79,7 +79,7 @@ def serve(database: Path, port: int) -> Iterator[tuple[str, str]]:
     )
     port = _free(port)
     address = f"http://{HOST}:{port}"
-    command = [sys.executable, "-P", "-W", "ignore", "-m", "mlflow", "server", "--app-name", "basic-auth"]
+    command = [sys.executable, "-P", "-W", "ignore", "-m", "mlflow", "server", "--app-name", "mvhpc"]
     command += ["--backend-store-uri", f"{SQLITE}{database.resolve()}", "--host", HOST, "--port", str(port)]
     command += ["--artifacts-destination", (database.resolve().parent / "mlartifacts").as_uri(), "--workers", "1"]
     environment = os.environ | ENVIRONMENT
