@@ -20,6 +20,7 @@ from mvhpc.models.model_folder import read_any_manifest, read_weights
 from mvhpc.models.monai_bundle import write_monai_bundle
 from mvhpc.runs.folder import read_record
 from mvhpc.runs.journal import read
+from mvhpc.runs.places import without_places
 from mvhpc.runtime.collectives import Collectives
 from mvhpc.runtime.importing import resolve
 from mvhpc.stages import STAGES, TRAINED
@@ -61,7 +62,7 @@ def export(source: Path, out: Path) -> str:
         _describe(part)
         config = _run_of(source) / "config.yaml"
         if config.is_file():
-            values = _without_places(yaml.safe_load(config.read_text()))
+            values = without_places(yaml.safe_load(config.read_text()))
             (part / "configs" / "train.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     return words
 
@@ -72,15 +73,6 @@ def _run_of(source: Path) -> Path:
     if (folder / MODEL).is_file():
         return folder.parent
     return folder.parent.parent if (folder / MANIFEST).is_file() else folder
-
-
-def _without_places(value: Any) -> Any:
-    """A configuration with absolute paths, which name machines and people, cut to their last part."""
-    if isinstance(value, dict):
-        return {key: _without_places(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_without_places(v) for v in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _copy(folder: Path, out: Path) -> None:

@@ -28,7 +28,7 @@ LAYERS = [
 ONLY = {  # slow or optional libraries, and who may import them
     "ray": {"mvhpc.runtime.ray_cluster", "mvhpc.inference.ray_pool"},
     "deepspeed": {"mvhpc.training.engines.deepspeed", "mvhpc.checkpoints.consolidate"},
-    "mlflow": {"mvhpc.runs.mlflow_store"},
+    "mlflow": {"mvhpc.runs.mlflow_app", "mvhpc.runs.mlflow_store"},
 }
 
 

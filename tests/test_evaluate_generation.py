@@ -105,7 +105,7 @@ def test_real_people_in_place_of_drawn_ones_reach_every_best_value(data: Path, w
     assert content["recipe"]["Network"]["weights_sha256"] == weights[1]
 
 
-def test_any_volume_of_the_data_is_judged(weights, tmp_path: Path) -> None:
+def test_any_volume_of_the_data_can_be_chosen(weights, tmp_path: Path) -> None:
     """Drawn FLAIR volumes are the real ones; the T1w volumes of the same people are others."""
     bids = write_bids(tmp_path / "bids", PEOPLE)
     for path in bids.glob("sub-*/anat/*_T1w.nii.gz"):

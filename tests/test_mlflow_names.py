@@ -1,10 +1,12 @@
 """What MLflow gets of a journal: groups of curves, results as metrics, everything else as tags; and names of runs."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from mvhpc.runs.mlflow_names import curve, translate
+from mvhpc.runs.places import without_places
 from mvhpc.stages import STAGES
 
 
@@ -80,3 +82,20 @@ def test_a_scalar_without_a_curve_is_no_chart() -> None:
 def test_a_run_is_named_after_what_it_answers(stage: str, out: str, values: dict, name: str) -> None:
     usual = {"want": ["age"], "given": ["image", "sex"]} if stage == "predict" else {}
     assert STAGES[stage].run_name(SimpleNamespace(out=out, **usual | values)) == name
+
+
+def test_paths_lose_what_names_machines_and_people() -> None:
+    """Absolute ones and stores at such, at any depth; those below the project keep their part of it."""
+    root = Path("/home/alice/study")
+    values = {
+        "data": "/home/alice/study/packed",
+        "tracking": {"uri": "sqlite:////home/alice/study/runs/mlflow.db"},
+        "runs": ["/data/alice/joint", "joint"],
+        "server": "https://mlflow.example.org",
+        "steps": 3,
+    }
+    kept = {"server": values["server"], "steps": 3}
+    below = {"data": "packed", "tracking": {"uri": "sqlite:///runs/mlflow.db"}, "runs": ["joint", "joint"]}
+    assert without_places(values, root) == below | kept
+    last = {"data": "packed", "tracking": {"uri": "sqlite:///mlflow.db"}, "runs": ["joint", "joint"]}
+    assert without_places(values) == last | kept

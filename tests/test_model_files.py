@@ -1,5 +1,6 @@
 """Model folders: bit-identical round trips, damage named, moved folders still whole."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mvhpc import config
+from mvhpc.export import export
 from mvhpc.models.autoencoder import Autoencoder
 from mvhpc.models.bundle import AutoencoderModel, JointModel, load, save_autoencoder, save_joint
 from mvhpc.models.denoiser import JointDenoiser
@@ -130,6 +132,19 @@ def save_example(folder: Path, vae: Path, seed: int = 3, scalars: Path | None = 
         grid=GRID,
         extra={"loss": 1.5},
     )
+
+
+@pytest.mark.parametrize("place", ["../weights.safetensors", "/tmp/weights.safetensors", "x/weights.safetensors"])
+def test_weights_in_another_folder_are_not_read(folder: Path, place: str) -> None:
+    manifest = folder / "model" / "model.json"
+    meta = json.loads(manifest.read_text())
+    meta["networks"]["autoencoder"]["file"] = place
+    manifest.write_text(json.dumps(meta))
+    with pytest.raises(ModelError, match="lies in another folder"):
+        load(folder)
+    with pytest.raises(ModelError, match="lies in another folder"):
+        export(folder, folder.parent / "out")
+    assert not (folder.parent / "out").exists()
 
 
 def test_a_joint_model_is_self_contained(folder: Path, tmp_path: Path) -> None:

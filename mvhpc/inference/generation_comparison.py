@@ -57,7 +57,7 @@ class Comparison:
 
     Attributes:
         dataset: packed.
-        volume: that is judged.
+        volume: that is compared.
         keys: of the real people, in an order of chance.
         training: of the people from whom the model learnt.
         readable: of all people outside of the part, for the reader.

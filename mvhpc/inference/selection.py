@@ -127,7 +127,7 @@ def _warnings(
 def _rejected(dataset: Dataset) -> str:
     provenance = dataset.index.provenance
     rejected = provenance.get("rejected")
-    listed = f"({dataset.folder / 'rejected.tsv'})"
+    listed = f"({dataset.folder.name}/rejected.tsv)"
     return (
         f"{rejected} of {provenance['rows']} rows of the source were rejected in packing {listed}" if rejected else ""
     )

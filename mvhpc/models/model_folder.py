@@ -40,14 +40,17 @@ def read_any_manifest(folder: Path) -> dict[str, Any]:
     """The content of ``model.json``, of whatever kind and format.
 
     Raises:
-        ModelError: a damaged one.
+        ModelError: a damaged one, or weights outside of ``folder``.
     """
     path = folder / MANIFEST
     try:
         meta: dict[str, Any] = json.loads(path.read_text())
         _ = meta["format"], meta["kind"]
-    except (ValueError, KeyError, TypeError) as error:
+        files = [entry["file"] for entry in meta["networks"].values()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path}: damaged: {error!r}; train the model again or copy the folder again") from error
+    if outside := [file for file in files if Path(file).name != file]:
+        raise ModelError(f"{path}: names the weights file {outside[0]!r}, which lies in another folder; not read")
     return meta
 
 

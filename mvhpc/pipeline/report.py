@@ -1,6 +1,5 @@
 """`mvhpc report`: what a finished pipeline found, from whom and how, on one HTML page that loads nothing."""
 
-import dataclasses
 import json
 import tempfile
 from collections import Counter
@@ -11,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from matplotlib.figure import Figure
 
-from mvhpc.config import ConfigError, to_yaml
+from mvhpc.config import ConfigError, to_dict
 from mvhpc.evaluation import comparison_figures
 from mvhpc.evaluation.answers import Answers, read_answers
 from mvhpc.evaluation.calibration import SHARES
@@ -26,6 +26,7 @@ from mvhpc.pipeline.project import FILE, open_project
 from mvhpc.pipeline.summary import table_of_results
 from mvhpc.runs.folder import read_record
 from mvhpc.runs.mlflow_sync import read_state
+from mvhpc.runs.places import without_places
 from mvhpc.stages import STAGES
 from shards.dataset import Dataset, open_dataset
 from shards.files import write_text
@@ -93,7 +94,7 @@ def write_report(root: Path, out: Path) -> None:
         versions=_versions(pipeline),
         shards=_shards(dataset),
         digest=dataset.index.digest,
-        project=to_yaml(dataclasses.replace(pipeline.config, root=root.name, source=Path(pipeline.config.source).name)),
+        project=yaml.safe_dump(without_places(to_dict(pipeline.config)), sort_keys=False),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, page)

@@ -1,8 +1,8 @@
 """MLflow's server with pages for trainings: an application of ``mlflow server --app-name mvhpc``.
 
 MLflow opens its pages for language models, and its assistant, in a browser that it does not know. The page served here
-sets both aside at the first visit; whoever chooses them later keeps them. Everything else is MLflow's, with its
-password.
+sets both aside at the first visit; whoever chooses them later keeps them. The bare address opens the list of
+experiments. Everything else is MLflow's, with its password.
 """
 
 from pathlib import Path
@@ -17,6 +17,7 @@ for (const [key, value] of [
   ["mlflow.workflowType_v1", '"machine_learning"'],
   ["mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true"],
 ]) if (localStorage.getItem(key) === null) localStorage.setItem(key, value);
+if (!location.hash) location.hash = "#/experiments";
 </script>"""
 
 

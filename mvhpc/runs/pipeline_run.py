@@ -11,6 +11,7 @@ from mvhpc.runs.folder import Run
 from mvhpc.runs.journal import read
 from mvhpc.runs.mlflow_replayer import replayer
 from mvhpc.runs.mlflow_sync import read_state, relative_store, write_state
+from mvhpc.runs.places import without_places
 from mvhpc.runs.tracker import PIPELINE, finish, status, versions
 
 SHOWN = ("_mae", "_accuracy", "_crps", "_in_90")  # of the summary of a prediction
@@ -44,7 +45,7 @@ class PipelineRun:
             "store": relative_store(uri or "", self.run.folder),
             "experiment": experiment,
             "run_name": root.resolve().name,
-            "config": config,
+            "config": without_places(config),
             "tags": {"stage": "pipeline", **versions()},
             "inputs": {},
             "datasets": [],

@@ -25,6 +25,7 @@ from mvhpc.runs.journal import read
 from mvhpc.runs.mlflow_replayer import Replayer, replayer
 from mvhpc.runs.mlflow_store import SQLITE
 from mvhpc.runs.mlflow_sync import REFUSED, absolute_store, read_state, record_end, relative_store, write_state
+from mvhpc.runs.places import without_places
 from mvhpc.runtime.watchdog import Interrupted
 from shards.errors import DataError
 from shards.index import Index
@@ -96,7 +97,7 @@ class Tracker:
             "store": store,
             "experiment": experiment,
             "run_name": name,
-            "config": _without_places(values, root),
+            "config": without_places(values, root),
             "tags": {"stage": stage, "fingerprint": fingerprint, **versions()} | RUN_TYPES.get(stage, {}),
             "inputs": dict(inputs),
             "datasets": _datasets(Path(data), stage) if data else [],
@@ -167,19 +168,6 @@ def find_parent(folder: Path) -> dict[str, str] | None:
         if state := read_state(above):
             return {"folder": str(above), "attempt": state["attempt"]}
     return None
-
-
-def _without_places(value: Any, root: Path) -> Any:
-    """``value`` with absolute paths, which name machines and people, cut to the part below ``root`` or the last one."""
-    if isinstance(value, dict):
-        return {key: _without_places(v, root) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_without_places(v, root) for v in value]
-    return _below(Path(value), root) if isinstance(value, str) and Path(value).is_absolute() else value
-
-
-def _below(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
 
 
 def versions() -> dict[str, str]:
