@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -299,7 +300,7 @@ def plain(root: Path, name: str, seed: int, plan: Iterator[str], draw: random.Ra
                 faults.append(Fault(kind, "plain", 0, seed, name, victim.step(), 0.0))
                 act = PLAIN[kind]
                 try:
-                    if not apply(faults[-1], victim, lambda act=act: act(victim, draw), kind in RESTARTING):
+                    if not apply(faults[-1], victim, partial(act, victim, draw), kind in RESTARTING):
                         break
                 except Missed:
                     faults.pop()

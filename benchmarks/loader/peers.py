@@ -190,4 +190,15 @@ def streaming() -> ModuleType:
     return streaming
 
 
-PEERS = [Mds, MdsZstd, LitData, LitDataZstd, Tensorstore, ZarrPython, PlainZarr, WebDataset, OurStream, Persistent]
+PEERS: list[type[Way]] = [
+    Mds,
+    MdsZstd,
+    LitData,
+    LitDataZstd,
+    Tensorstore,
+    ZarrPython,
+    PlainZarr,
+    WebDataset,
+    OurStream,
+    Persistent,
+]

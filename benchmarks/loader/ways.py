@@ -197,5 +197,5 @@ def write_dataset(folder: Path, storage: str, volumes: Volume) -> None:
     writer.finish()
 
 
-LIMITS = [Memmap, OneFile, OneFile3, OneFileLz4]
-OURS = [OursTar, OursZarr, OursTensors]
+LIMITS: list[type[Way]] = [Memmap, OneFile, OneFile3, OneFileLz4]
+OURS: list[type[Way]] = [OursTar, OursZarr, OursTensors]

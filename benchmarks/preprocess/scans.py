@@ -11,6 +11,7 @@ OASIS/derivatives/tissues, people on whose scans the settings were chosen left o
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,7 +23,7 @@ from shards.preprocess.bias import correct_bias
 from shards.preprocess.extraction import deepbet, extracted_mask
 from shards.preprocess.images import Volume, ants_library, resample, to_ants
 from shards.preprocess.recipe import Recipe
-from shards.preprocess.registration import load_template, register
+from shards.preprocess.registration import Template, load_template, register
 from shards.preprocess.tissue import tissue_maps
 from shards.qc.registered import compare
 
@@ -45,6 +46,10 @@ def timed(seconds: dict[str, float], step: str, function: Callable[[], T]) -> T:
     return result
 
 
+def resample_all(volumes: list[Volume], template: Template, transform: NDArray[np.float64]) -> list[Volume]:
+    return [resample(v, template.brain.affine, template.brain.voxels.shape, transform) for v in volumes]
+
+
 def dice(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
     return 2 * float((a & b).sum()) / float(a.sum() + b.sum())
 
@@ -59,19 +64,17 @@ def speed(heads: Path, count: int = 2) -> None:
         size = [int(n * s) for n, s in zip(coarse.voxels.shape, step)]
         head = resample(coarse, coarse.affine @ np.diag([*(1 / step), 1.0]), (size[0], size[1], size[2]))
         seconds: dict[str, float] = {}
-        mask = timed(seconds, "brain", lambda head=head: network(head))
+        mask = timed(seconds, "brain", partial(network, head))
         brain = head.like(head.voxels * mask.voxels)
-        brain = timed(seconds, "bias", lambda brain=brain, mask=mask: correct_bias(brain, mask))
+        brain = timed(seconds, "bias", partial(correct_bias, brain, mask))
         for kind in ("rigid", "affine"):
-            found = timed(seconds, kind, lambda b=brain, m=mask, k=kind: register(b, m, template, k))
+            found = timed(seconds, kind, partial(register, brain, mask, template, kind))
             at = template.brain.affine, template.brain.voxels.shape, found
             theirs = resample(brain, *at).voxels, resample(mask, *at).voxels > 0.5
             fit = compare(*theirs, template.brain.voxels, template.mask.voxels > 0, kind)
             print(f"{path.name} {kind}: {fit}")
-        maps = timed(seconds, "tissue", lambda brain=brain, mask=mask: tissue_maps(brain, mask))
-        grid = template.brain.affine, template.brain.voxels.shape, found
-        volumes = [brain, mask, *maps.values()]
-        timed(seconds, "resampling", lambda volumes=volumes, grid=grid: [resample(v, *grid) for v in volumes])
+        maps = timed(seconds, "tissue", partial(tissue_maps, brain, mask))
+        timed(seconds, "resampling", partial(resample_all, [brain, mask, *maps.values()], template, found))
         print(f"{path.name} {size}: " + ", ".join(f"{step} {s:.1f} s" for step, s in seconds.items()), flush=True)
 
 

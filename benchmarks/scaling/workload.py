@@ -172,7 +172,7 @@ def _vae(preset: str, batch: int) -> tuple[list[nn.Module], Callable[[], None]]:
 def settings(stage: str, preset: str) -> Any:
     """The configuration of a stage's preset, its paths left open; of the joint stage with a model of scalars."""
     paths = {"joint": ("out", "latents", "vae"), "vae": ("out", "data")}[stage]
-    config = load_config(STAGES[stage].config_class(), stage, preset, values=dict.fromkeys(paths, "..."))
+    config: Any = load_config(STAGES[stage].config_class(), stage, preset, values=dict.fromkeys(paths, "..."))
     if stage == "joint" and config.model.scalars == "auto":
         config.model.scalars = "late"
     return config

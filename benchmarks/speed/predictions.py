@@ -12,7 +12,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,17 @@ def prepare(root: Path, people: int, size: int) -> PredictConfig:
         "grid": index.grid,
     }
     save_baseline(root / "model", network.state_dict(), name="densenet", settings=None, **query)
-    values = {"model": str(root / "model"), "data": str(root / "packed"), "out": str(root / "a.tsv"), "split": "all"}
+    values: dict[str, Any] = {
+        "model": str(root / "model"),
+        "data": str(root / "packed"),
+        "out": str(root / "a.tsv"),
+        "split": "all",
+    }
     values |= {"given": ["image"], "want": ["age"], "compute.device": "cpu", "compute.threads": 1, "batch": people}
     return load_config(PredictConfig, "predict", values=values)
 
 
-def bare(predictor: BaselinePredictor, keys: list[str]) -> Callable[[], None]:
+def bare(predictor: BaselinePredictor, keys: Sequence[str]) -> Callable[[], None]:
     """The network on all groups, from memory."""
     group = predictor.group
     parts = [predictor.inputs(keys[i : i + group]) for i in range(0, len(keys), group)]
@@ -67,7 +72,7 @@ def bare(predictor: BaselinePredictor, keys: list[str]) -> Callable[[], None]:
     return loop
 
 
-def from_first(found: Iterator[Answered], keys: list[str], group: int) -> tuple[float, float]:
+def from_first(found: Iterator[Answered], keys: Sequence[str], group: int) -> tuple[float, float]:
     """Seconds of the clock, and of the CPUs, from the first rows to the last ones, scaled to all people."""
     next(found)
     wall, cpu = time.perf_counter(), of_cpus()

@@ -217,7 +217,7 @@ def _tracked(config: JointConfig, folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True)
     tracking = Tracking(f"sqlite:///{folder.parent / 'mlflow.db'}", "overhead")
     config = replace(config, tracking=tracking)
-    with Tracker("joint", config, folder, fingerprint="", inputs={}):
+    with Tracker("joint", config, folder, name="joint", fingerprint="", inputs={}):
         while not synced(folder).get("described"):
             time.sleep(0.1)
         yield
