@@ -54,7 +54,7 @@ class Assignment:
         stage: name of the stage.
         run: its run folder, absolute.
         values: its complete configuration, for the number of workers that was requested.
-        inputs: configuration key -> path that the stage reads.
+        inputs: configuration key -> paths that the stage reads.
         chained: the stage is one of a pipeline; it is skipped where it is complete.
         trains: the stage writes checkpoints on request and resumes from them.
         nodes: number of nodes that was requested.
@@ -67,7 +67,7 @@ class Assignment:
     stage: str
     run: str
     values: dict[str, Any]
-    inputs: dict[str, str]
+    inputs: dict[str, list[str]]
     chained: bool
     trains: bool
     nodes: int

@@ -52,9 +52,9 @@ class Step:
             values=to_dict(self.config),
             # An input that an earlier job of the chain has yet to make exists when this one starts.
             inputs={
-                name: str(getattr(self.config, name))
+                name: paths if isinstance(paths, list) else [paths]
                 for name in STAGES[self.stage].inputs
-                if getattr(self.config, name)
+                if (paths := getattr(self.config, name))
             },
             chained=self.chained,
             trains=STAGES[self.stage].trains,

@@ -30,12 +30,12 @@ GPU_FAULTS = {  # part of a name in `nvidia-smi -q -x` -> the meaning of any val
 HEALTHY = {"0", "No", "Not Active", "N/A", ""}
 
 
-def examine(run: Path, inputs: Mapping[str, str], scratch: Path, gpus: int) -> dict[str, Any]:
+def examine(run: Path, inputs: Mapping[str, Sequence[str]], scratch: Path, gpus: int) -> dict[str, Any]:
     """Check this node.
 
     Args:
         run: the run folder.
-        inputs: configuration key -> path that the stage reads.
+        inputs: configuration key -> paths that the stage reads.
         scratch: this node's scratch folder.
         gpus: number of the job's GPUs on this node.
 
@@ -43,8 +43,9 @@ def examine(run: Path, inputs: Mapping[str, str], scratch: Path, gpus: int) -> d
         ``versions``, and ``problems`` without the node's name.
     """
     problems = [*_folder(run), *_scratch(scratch), *_gpus(gpus), *_cudnn(gpus)]
-    for key, path in inputs.items():
-        problems += _readable(key, Path(path))
+    for key, paths in inputs.items():
+        for path in paths:
+            problems += _readable(key, Path(path))
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -78,20 +79,14 @@ def _scratch(scratch: Path) -> list[str]:
 def _readable(key: str, path: Path) -> list[str]:
     """Read the first bytes of an input's index and of one of its data files."""
     try:
-        files = (
-            [path]
-            if path.is_file()
-            else [p for p in (path / "index.json", path / "model" / "model.json") if p.is_file()]
-        )
-        if path.is_dir() and not files:
-            next(path.iterdir(), None)
-        if path.is_dir():
-            files += [p for p in sorted(path.glob("*.tar"))[:1] if p.is_file()]
-        for file in files:
-            with file.open("rb") as content:
-                content.read(4096)
+        files = [path]
         if not path.is_file():
             next(path.iterdir(), None)
+            files = [path / "index.json", path / "model" / "model.json", *sorted(path.glob("*.tar"))[:1]]
+        for file in files:
+            if file.is_file():
+                with file.open("rb") as content:
+                    content.read(4096)
     except OSError as error:
         return [f"cannot read {key}={path} ({error.strerror}); is it on a file system that all nodes share?"]
     return []

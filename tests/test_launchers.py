@@ -19,6 +19,7 @@ from launchers import jobs
 from launchers.allocation import Allocation
 from launchers.driver import run_stage
 from launchers.plan import Step, chain, single
+from launchers.preflight import examine
 from launchers.rendezvous import RendezvousClient, RendezvousServer
 from launchers.site import load_site
 from launchers.submit import main
@@ -183,6 +184,21 @@ def test_every_stage_of_a_pipeline_knows_its_workers(tmp_path: Path) -> None:
         assignment = step.assignment(load_site("default", {}))
         found = assignment.workers(Allocation("1", 0, 0, step.nodes, "n", 8, 0))
         assert found == getattr(getattr(step.config, "compute", None), "workers", 1), step.stage
+
+
+def test_the_preflight_reads_every_path_of_an_input(tmp_path: Path) -> None:
+    """Also of a stage that compares several runs."""
+    (tmp_path / "jobs").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    keys = [f"runs=[{tmp_path}/a,{tmp_path}/b]", f"data={tmp_path}/a", f"out={tmp_path}/tables"]
+    (step,) = single(Request(STAGES["evaluate"], None, keys, {}).configure(), False, 1, 0, True)
+    inputs = step.assignment(load_site("default", {})).inputs
+    assert inputs == {"runs": [f"{tmp_path}/a", f"{tmp_path}/b"], "data": [f"{tmp_path}/a"]}
+    assert examine(tmp_path, inputs, tmp_path, 0)["problems"] == []
+    (tmp_path / "b").rmdir()
+    (problem,) = examine(tmp_path, inputs, tmp_path, 0)["problems"]
+    assert problem.startswith(f"cannot read runs={tmp_path}/b (No such file or directory)")
 
 
 def test_without_slurm_nodes_are_workers_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
