@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mvhpc.config import ConfigError
+from mvhpc.runs.clone import git
 from mvhpc.runs.folder import read_record
 from mvhpc.runs.journal import Journal, read
 from mvhpc.runs.position import duration, read_position
@@ -103,21 +103,7 @@ def jobs_of(run: Path) -> list[Job]:
 
 
 def code_state() -> tuple[str, str]:
-    """(commit, differences from it) of the code; empty where it is not in git."""
-
-    def git(*arguments: str) -> str:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(Path(__file__).parent), *arguments],
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=30,
-            )
-        except (OSError, subprocess.SubprocessError):
-            return ""
-        return done.stdout
-
+    """(commit, differences from it) of the code; empty where it does not run from a clone."""
     return git("rev-parse", "HEAD").strip(), git("status", "--short") + git("diff", "HEAD")
 
 
@@ -174,12 +160,16 @@ def _registry() -> Path:
 
 
 def register_run(run: Path) -> None:
-    """Add a run folder to this user's list."""
-    path, line = _registry(), f"{run.absolute()}"
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if line not in (path.read_text().splitlines() if path.is_file() else []):
-        with path.open("a") as file:
-            file.write(line + "\n")
+    """Add a run folder to this user's list. Its job has started: where that cannot be written, this is a warning."""
+    line = f"{run.absolute()}"
+    try:
+        path = _registry()
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if line not in (path.read_text().splitlines() if path.is_file() else []):
+            with path.open("a") as file:
+                file.write(line + "\n")
+    except (OSError, RuntimeError) as error:  # the latter without a home folder
+        print(f"`{PROG} status` will not list {run} ({error}); name it there: {PROG} status {run}", file=sys.stderr)
 
 
 def registered_runs() -> list[Path]:

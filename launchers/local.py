@@ -83,7 +83,8 @@ def state(job: Job) -> str:
     """
     if job.host != socket.gethostname():
         raise ConfigError(f"job {job.id} is a process on {job.host}; run this command there")
-    return "running" if process_start(job.id) == job.process_start else ""
+    started = process_start(job.id)
+    return "running" if started and started == job.process_start else ""
 
 
 def cancel(job: Job) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +95,43 @@ def test_status_says_what_a_job_does_before_its_first_step_and_how_long_it_takes
     time.sleep(0.01)
     job.record("boot", attempt=1)  # Ray was restarted
     assert jobs_cli.describe(job) == "running, loading the stage"
+
+
+def test_a_process_that_was_gone_when_its_job_was_recorded_is_over(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    number = str(process.pid)
+    made = new_job(tmp_path, number, "local", "joint", 1, jobs_cli.local.process_start(number))
+    assert jobs_cli.state(made) == ""
+
+
+def test_a_job_that_has_started_does_not_fail_where_the_users_list_cannot_be_written(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a-file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "a-file"))
+    job.save()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"will not list {job.run}" in line and "a-file" in line
+    assert main(["status", job.run]) == 0 and job.id in capsys.readouterr().out
+
+
+def test_the_code_of_a_job_is_never_another_projects(tmp_path: Path) -> None:
+    """The packages lie in a virtual environment within a repository of the user."""
+    home = Path(jobs.__file__).parent.parent
+    site = tmp_path / "venv" / "site-packages"
+    for package in ("launchers", "mvhpc", "shards"):
+        shutil.copytree(home / package, site / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "notes.txt").write_text("first")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "--quiet"], ["add", "notes.txt"], [*identity, "commit", "--quiet", "--message=first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    (tmp_path / "notes.txt").write_text("not committed")
+    code = "from launchers.jobs import code_state; print(code_state())"
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "('', '')\n"
 
 
 @pytest.mark.slow

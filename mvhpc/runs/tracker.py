@@ -6,8 +6,6 @@ A stage writes its journal and knows neither of them.
 import importlib.metadata
 import json
 import os
-import shutil
-import subprocess
 import sys
 import time
 import uuid
@@ -19,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from mvhpc.config import ConfigError, to_dict
+from mvhpc.runs.clone import git
 from mvhpc.runs.console import Console
 from mvhpc.runs.folder import identity
 from mvhpc.runs.journal import read
@@ -178,13 +177,8 @@ def versions() -> dict[str, str]:
             tags[f"version.{package}"] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    clone = Path(__file__).resolve().parents[2]
-    git = shutil.which("git")
-    if git and (clone / ".git").exists():
-        command = [git, "-C", str(clone), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            tags["mlflow.source.git.commit"] = done.stdout.strip()
+    if commit := git("describe", "--always", "--dirty", "--exclude=*", "--abbrev=40").strip():
+        tags["mlflow.source.git.commit"] = commit
     return tags
 
 
