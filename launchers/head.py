@@ -23,7 +23,7 @@ from launchers.jobs import Job, jobs_of, locked, new_job, release
 from launchers.node import POLL_S, Signals
 from launchers.node_group import JobFailed, NodeGroup, RayFailed, Requeue, Terminated
 from launchers.process import ManagedProcess
-from shards.files import write_text
+from shards.files import write_once, write_text
 
 CAUSE_TIMEOUT_S = 3  # after the driver failed, for a message that a node or Ray was the cause
 REQUEUE_MARGIN_S = 15  # of the time after the warning signal, reserved for going back to the queue
@@ -66,7 +66,7 @@ class Head:
         )
         try:
             self._take_lock()
-            self._make_token()
+            write_once(self.token, secrets.token_hex(32))
             nodes = NodeGroup(self.assignment, allocation, self.folder, self.token, self.signals, self.workers)
             with contextlib.closing(nodes):
                 event, reason = self._run_attempts(nodes)
@@ -89,11 +89,6 @@ class Head:
             if lock.holder is not None and lock.holder.id != self.job.id:
                 raise JobFailed(f"{self.run_folder} is held by job {lock.holder.id}")
             lock.set_holder(self.job)
-
-    def _make_token(self) -> None:
-        if not self.token.exists():
-            self.token.touch(mode=0o600)
-            self.token.write_text(secrets.token_hex(32))
 
     def _run_attempts(self, nodes: NodeGroup) -> tuple[str, str]:
         """Start Ray and the driver until the stage ends, or fails too often without a new checkpoint in between.

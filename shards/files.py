@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -80,6 +81,24 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically, as UTF-8."""
     write_bytes(path, text.encode())
+
+
+def write_once(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` atomically, as UTF-8, readable by its owner alone, unless the file has content.
+
+    Of several processes, also on several nodes, the text of the first one stays. An empty file counts as absent.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_size:
+            return
+        path.unlink()
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part") as part:
+        part.write(text.encode())
+        part.flush()
+        os.fsync(part.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(part.name, path)
+    sync(path.parent)
 
 
 def free_suffix(paths: Sequence[Path]) -> str:

@@ -69,7 +69,8 @@ def test_dashboard_needs_its_password_and_takes_what_was_kept_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, runs = tmp_path / "store", tmp_path / "runs"
-    store.mkdir()
+    (store / ".dashboard").mkdir(parents=True)
+    (store / ".dashboard" / "password").touch()  # a process was killed before it wrote the password
     runs.mkdir()
     store_client(f"sqlite:///{store / 'mlflow.db'}")
     taken = socket.create_server(("127.0.0.1", 0))

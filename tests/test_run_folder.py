@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from mvhpc.execute import execute, plan
 from mvhpc.inference.predictor import PredictConfig
 from mvhpc.runs.folder import exclusive, read_record
 from mvhpc.training.vae import VAEConfig
-from shards.files import lock_file
+from shards.files import lock_file, write_once
 from shards.index import Index
 from shards.split import record_split
 
@@ -107,6 +109,24 @@ def test_a_stage_that_fails_or_is_interrupted_leaves_the_record_of_what_is_there
     thread.join()
     assert record(finished.folder) == before
     assert finished.state() == "finished"
+
+
+def test_of_several_writers_of_a_text_the_first_one_stays(tmp_path: Path) -> None:
+    """Threads have one process number, as processes of two containers may have. A process that was killed left an empty
+    file behind."""
+    for number in range(20):
+        path = tmp_path / f"token-{number}"
+        if number % 2:
+            path.touch()
+            write_once(path, "0")
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(partial(write_once, path), map(str, range(8))))
+        first = path.read_text()
+        assert first == "0" if number % 2 else first in "01234567"
+        assert path.stat().st_mode & 0o777 == 0o600
+        write_once(path, "later")
+        assert path.read_text() == first
+    assert len(list(tmp_path.iterdir())) == 20
 
 
 def test_a_lock_of_a_dead_node_is_waited_for(tmp_path: Path) -> None:

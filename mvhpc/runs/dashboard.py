@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from mvhpc.config import ConfigError
 from mvhpc.runs.mlflow_store import ENVIRONMENT, SQLITE, save_view, store_client
 from mvhpc.runs.mlflow_sync import catch_up
-from shards.files import write_text
+from shards.files import write_once, write_text
 
 HOST = "127.0.0.1"
 PROBE_HOST = "127.0.0.2"  # where probes come from; see `answers`
@@ -47,7 +47,7 @@ def dashboard(store: str, port: int = 5000) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # both raise here, so that the server is ended too
         signal.signal(number, signal.default_int_handler)
     newest, view = _newest(database)
-    new = not (_private(database) / "password").exists()
+    new = not _read(_private(database) / "password")
     with contextlib.suppress(KeyboardInterrupt), serve(database, port) as (address, password):
         page = f"{address}/#/experiments/{newest}/runs?workflowType=machine_learning&viewStateShareKey={view}"
         shown = password if new else f"the one in {_private(database) / 'password'}"
@@ -66,7 +66,7 @@ def serve(database: Path, port: int) -> Iterator[tuple[str, str]]:
     """
     private = _private(database)
     private.mkdir(mode=0o700, exist_ok=True)
-    if not (private / "password").exists():
+    if not _read(private / "password"):
         (private / "users.db").unlink(missing_ok=True)  # holds the password that was lost
     password, key = _secret(private / "password"), _secret(private / "session-key")
     write_text(
@@ -116,10 +116,13 @@ def _private(database: Path) -> Path:
 
 def _secret(path: Path) -> str:
     """A random password, made once and readable by its owner alone."""
-    if not path.exists():
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_urlsafe(18))
-    return path.read_text()
+    write_once(path, secrets.token_urlsafe(18))
+    return _read(path)
+
+
+def _read(path: Path) -> str:
+    """The password in a file; empty where none was made."""
+    return path.read_text() if path.is_file() else ""
 
 
 def _free(port: int) -> int:

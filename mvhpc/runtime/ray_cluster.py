@@ -30,6 +30,7 @@ from mvhpc.runtime.process_group import bind, connect
 from mvhpc.runtime.scratch import scratch_folder, temporary_folder
 from mvhpc.runtime.watchdog import STOP_FILE, Interrupted
 from shards.cpus import available_cores
+from shards.files import write_once
 
 HOME = Path(__file__).resolve().parent.parent.parent  # of the packages
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt(3)
@@ -339,15 +340,16 @@ def _worker(settings: dict[str, Any]) -> None:
         ours = pickle.loads(settings["settings"])  # noqa: S301 of our driver; Ray pickles all else too
         result = resolve(settings["target"])(ours, folder, rank, world)
     except Interrupted as error:  # not a failure, which Ray would retry
-        _write_once(logs / "stopped.json", str(error))
+        write_once(logs / "stopped.json", json.dumps(str(error)))
         return
     except Exception as error:
         traceback.print_exc()
         if not any(word in str(error).lower() for word in PEER_FAILURES):
-            _write_once(logs / "error.json", {"rank": rank, "error": "".join(traceback.format_exception_only(error))})
+            report = {"rank": rank, "error": "".join(traceback.format_exception_only(error))}
+            write_once(logs / "error.json", json.dumps(report))
         raise
     if rank == 0:
-        _write_once(logs / "result.json", result)
+        write_once(logs / "result.json", json.dumps(result))
     dist.destroy_process_group()
 
 
@@ -372,12 +374,3 @@ def _redirect(log: Path) -> None:
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     logging.basicConfig(level=logging.WARNING, force=True, stream=sys.stderr)
     print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} process {os.getpid()}", flush=True)
-
-
-def _write_once(path: Path, content: Any) -> None:
-    """Write JSON atomically, unless the file exists."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(content))
-    with contextlib.suppress(FileExistsError):
-        os.link(part, path)
-    part.unlink()
