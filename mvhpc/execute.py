@@ -255,8 +255,14 @@ def set_aside(planned: PlannedStage) -> None:
         if outdated:
             old = folder.with_name(folder.name + free_suffix([folder]))
             old.mkdir(mode=0o700)
+            # The record goes last and says that the result is not finished: killed in between, the stage begins anew.
+            record, path = read_record(folder), folder / "stage.json"
+            write_text(path, json.dumps({**record, "status": "running"}, indent=1))
             for child in outdated:
-                child.rename(old / child.name)
+                if child != path:
+                    child.rename(old / child.name)
+            write_text(old / path.name, json.dumps(record, indent=1))
+            path.unlink()
 
 
 @contextlib.contextmanager

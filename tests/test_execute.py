@@ -1,6 +1,8 @@
 """A stage is done whole, recorded as finished the moment it is, and an outdated result is set aside, never lost."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from mvhpc.data_stages import PhantomConfig
 from mvhpc.execute import PlannedStage, execute, plan, set_aside
 from mvhpc.pipeline.run import do
 from mvhpc.runs.folder import read_record
+from mvhpc.training.vae import VAEConfig
 
 HOLD = """
 import sys
@@ -66,6 +69,51 @@ def test_what_is_set_aside_takes_a_free_name(tmp_path: Path) -> None:
     assert (tmp_path / "scans.old-2" / "kept").exists()
     count = {name: len(list((tmp_path / name).glob("sub-*"))) for name in ("scans.old-1", "scans.old-3", "scans")}
     assert count == {"scans.old-1": 2, "scans.old-3": 3, "scans": 4}
+
+
+def training(out: Path, seed: int) -> PlannedStage:
+    overrides = [f"data={out}-data", f"training.seed={seed}"]
+    return plan("vae", load_config(VAEConfig, "vae", "demo", overrides, {"out": str(out)}))
+
+
+def set_aside_and_die(planned: PlannedStage, changes: int) -> bool:
+    """Set a result aside in another process, which is killed after some changes of files; return whether it was."""
+
+    def count(event: str, arguments: object) -> None:
+        nonlocal changes
+        if event in {"os.mkdir", "os.rename", "os.remove"}:
+            changes -= 1
+            if changes < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            sys.addaudithook(count)
+            set_aside(planned)
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1] != 0
+
+
+def test_a_training_that_a_kill_left_set_aside_in_part_is_neither_finished_nor_a_strangers(tmp_path: Path) -> None:
+    """Killed at any moment, it is set aside again by the new settings, and begins anew by the old ones."""
+    whole = {"checkpoints", "model", "journal.jsonl", "stage.json"}
+    for changes in range(99):
+        out = tmp_path / f"{changes}" / "vae"
+        before, after = training(out, 0), training(out, 1)
+        for name in whole - {"stage.json"}:
+            (out / name).mkdir(parents=True)
+        (out / "stage.json").write_text(json.dumps({**before.record(), "status": "finished"}))
+        if not set_aside_and_die(after, changes):
+            assert before.state() == after.state() == "new"
+            assert whole == {path.name for path in (tmp_path / f"{changes}" / "vae.old-1").iterdir()}
+            break
+        assert after.state() == "changed"
+        assert before.state() == "running" or whole <= {path.name for path in out.iterdir()}
+        set_aside(after)
+        assert after.state() == "new"
+    assert changes > len(whole)
 
 
 def test_a_folder_in_which_a_process_is_at_work_is_not_set_aside(tmp_path: Path) -> None:
