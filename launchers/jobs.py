@@ -225,6 +225,11 @@ def progress(job: Job) -> str:
     return f"step {step} of {total}" if total else ""
 
 
+def has_ended(job: Job) -> bool:
+    """Whether a job has recorded its end. One that was killed records none."""
+    return any(event["event"] in END_EVENTS for event in job.events())
+
+
 def outcome(job: Job) -> str:
     """How a job that runs no more has ended, from its own last event."""
     events = job.events()

@@ -23,6 +23,14 @@ def state(job: Job) -> str:
     return slurm.state(job.id) if job.cluster == "slurm" else local.state(job)
 
 
+def goes_on(job: Job) -> bool:
+    """Whether a job is pending or running; where that cannot be found out, whether it has recorded no end yet."""
+    try:
+        return bool(state(job))
+    except ConfigError:
+        return not jobs.has_ended(job)
+
+
 def log_lines(job: Job, follow: bool = True) -> Iterator[str]:
     """The lines of a job's log, without those of submitit itself and its traceback of a failure.
 
@@ -32,14 +40,16 @@ def log_lines(job: Job, follow: bool = True) -> Iterator[str]:
     """
     position, rest, over = 0, "", False
     while not over:
-        over = not follow or not state(job)
+        over = not follow or not goes_on(job)
         if job.log.is_file():
             with job.log.open(errors="replace") as file:
                 file.seek(position)
                 text = file.read()
                 position = file.tell()
-            *complete, rest = (rest + text).split("\n")
-            for line in complete:
+            *lines, rest = (rest + text).split("\n")
+            if over and rest:
+                lines.append(rest)
+            for line in lines:
                 if line.startswith("submitit ERROR"):
                     return
                 if not line.startswith("submitit "):
@@ -53,7 +63,7 @@ def describe(job: Job) -> str:
     try:
         now = state(job) or jobs.outcome(job)
     except ConfigError as error:
-        now = str(error)
+        now = jobs.outcome(job) if jobs.has_ended(job) else f"unknown ({error})"
     now = "; ".join(line.strip() for line in now.splitlines() if line.strip()).replace(":; ", ": ")
     progress = (jobs.phase(job) if now == "running" else "") or jobs.progress(job)
     return f"{now}, {progress}" if progress and progress not in now else now
@@ -71,7 +81,7 @@ def cancel(job: Job) -> None:
         if time.monotonic() > end:
             raise ConfigError(f"job {job.id} did not end within {CANCEL_TIMEOUT_S} s; see {job.log}")
         time.sleep(POLL_S)
-    if not any(event["event"] in jobs.END_EVENTS for event in job.events()):
+    if not jobs.has_ended(job):
         job.record("cancelled")
     (job.folder / "token").unlink(missing_ok=True)
     jobs.release(Path(job.run), job.id)

@@ -136,9 +136,14 @@ def script(submitter: "submitit.SlurmExecutor") -> str:
 def _run(*command: str) -> str:
     filters = ("SQUEUE_", "SINFO_")  # a user's own view, as SQUEUE_PARTITION, which would hide jobs
     environment = {name: value for name, value in os.environ.items() if not name.startswith(filters)}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT_S
-    )
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT_S
+        )
+    except OSError as error:
+        raise ConfigError(f"{command[0]}: {error.strerror}; run this where SLURM's commands are") from error
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(f"{command[0]}: SLURM did not answer within {COMMAND_TIMEOUT_S} s; try again") from error
     if done.returncode != 0:
         if "Invalid job id" in done.stderr:
             return ""
@@ -180,7 +185,7 @@ def seconds_left(job: str) -> float:
         text = _run("squeue", "--noheader", "--jobs", job, "--format=%L")
         days, _, clock = text.rpartition("-")
         parts = [int(p) for p in clock.split(":")]
-    except (ValueError, ConfigError, OSError, subprocess.SubprocessError):
+    except ValueError:  # a ConfigError too
         return float("inf")
     seconds = sum(n * s for n, s in zip(reversed(parts), (1, 60, 3600)))
     return seconds + 86400 * int(days or 0)

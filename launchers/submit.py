@@ -243,7 +243,7 @@ def _watch(job: Job, out: str) -> int:
     try:
         for line in jobs_cli.log_lines(job):
             print(line, file=sys.stderr, flush=True)
-        while jobs_cli.state(job):
+        while jobs_cli.goes_on(job):
             time.sleep(jobs_cli.POLL_S)
     except KeyboardInterrupt:
         if job.cluster == "slurm":

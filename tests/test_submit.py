@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launchers import jobs, jobs_cli
+from launchers import jobs, jobs_cli, slurm
 from launchers.jobs import Job, new_job
 from launchers.submit import main
 from mvhpc.runs.journal import Journal
@@ -79,6 +79,44 @@ def test_status_is_one_line_a_job_whatever_the_reason(job: Job, capsys: pytest.C
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert "failed: preflight: n1: only 0.1 GiB are free; n2: cannot write" in "".join(lines)
+
+
+@pytest.fixture(params=["absent", "slow"])
+def slurm_job(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """A job of SLURM, whose controller cannot be reached from here."""
+    made = new_job(tmp_path / "vae", "7", "slurm", "vae", 1)
+    made.save()
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    if request.param == "slow":
+        (programs / "squeue").write_text("#!/bin/sh\nexec /bin/sleep 60\n")
+        (programs / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.setattr(slurm, "COMMAND_TIMEOUT_S", 0.5)
+    return made
+
+
+def test_status_goes_on_with_the_other_jobs_where_slurm_does_not_answer(
+    slurm_job: Job, job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["status"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert any("  unknown (squeue: " in line and slurm_job.run in line for line in lines)
+    assert any("  running" in line and job.run in line for line in lines)
+    assert main(["cancel", slurm_job.id]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_log_is_followed_to_the_end_that_the_job_records_where_slurm_does_not_answer(slurm_job: Job) -> None:
+    slurm_job.log.write_text("first\n")
+    lines = jobs_cli.log_lines(slurm_job)
+    assert next(lines) == "first"
+    with slurm_job.log.open("a") as log:
+        log.write("submitit INFO\nsecond\nlast")
+    slurm_job.record("finished")
+    assert list(lines) == ["second", "last"]
+    assert jobs_cli.describe(slurm_job) == "finished"
 
 
 def test_status_says_what_a_job_does_before_its_first_step_and_how_long_it_takes_then(job: Job) -> None:
