@@ -23,6 +23,8 @@ from launchers.jobs import Job, jobs_of, locked, new_job, release
 from launchers.node import POLL_S, Signals
 from launchers.node_group import JobFailed, NodeGroup, RayFailed, Requeue, Terminated
 from launchers.process import ManagedProcess
+from mvhpc.runs.journal import read
+from mvhpc.stages import STAGES
 from shards.files import write_once, write_text
 
 CAUSE_TIMEOUT_S = 3  # after the driver failed, for a message that a node or Ray was the cause
@@ -54,7 +56,7 @@ class Head:
         self.stop_file = folder / "stop"
         self.out_of_time = False
         self.checkpoint_before = ""
-        self.start = time.monotonic()
+        self.start, self.begun = time.monotonic(), time.time()
 
     def run(self) -> None:
         """Run the job to one of its ends."""
@@ -186,17 +188,18 @@ class Head:
         """Ask the driver to write a checkpoint, and return how many seconds it has.
 
         Raises:
-            Requeue: preempted, and the stage writes no checkpoints.
-            JobFailed: at the time limit, and the stage writes no checkpoints: every restart would end there again.
+            Requeue: the stage writes no checkpoints; it is preempted, or it resumes and has advanced since the start.
+            JobFailed: at the time limit of any other stage without checkpoints: every restart would end there again.
         """
         self.out_of_time = slurm.seconds_left(self.job.id) < 2 * self.assignment.signal_delay + 60
         self.job.record("stop", reason="time limit" if self.out_of_time else "preemption")
         if self.assignment.trains:
             self.stop_file.touch()
             return max(10, self.assignment.signal_delay - REQUEUE_MARGIN_S)
-        if self.out_of_time:
+        advanced = any(e["event"] == "metrics" and e["time"] >= self.begun for e in read(self.run_folder))
+        if self.out_of_time and not (STAGES[self.assignment.stage].resumes and advanced):
             raise JobFailed("not finished within the time limit; submit it again with a longer --time")
-        raise Requeue("preempted")
+        raise Requeue("time limit" if self.out_of_time else "preempted")
 
     def _interrupted(self) -> tuple[str, str]:
         """What follows where the driver stopped with a checkpoint."""

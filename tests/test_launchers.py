@@ -16,8 +16,11 @@ import pytest
 import yaml
 
 from launchers import jobs
-from launchers.allocation import Allocation
+from launchers.allocation import Allocation, Assignment
 from launchers.driver import run_stage
+from launchers.head import Head
+from launchers.node import Signals
+from launchers.node_group import JobFailed, Requeue
 from launchers.plan import Step, chain, single
 from launchers.preflight import examine
 from launchers.rendezvous import RendezvousClient, RendezvousServer
@@ -27,6 +30,7 @@ from mvhpc.config import load_config, to_dict
 from mvhpc.data_stages import PackConfig
 from mvhpc.pipeline.project import Request
 from mvhpc.runs.folder import read_record
+from mvhpc.runs.journal import Journal
 from mvhpc.stages import STAGES
 from shards.index import Index
 from shards.phantom.make import make_phantoms
@@ -215,6 +219,35 @@ def test_without_slurm_nodes_are_workers_on_this_machine(capsys: pytest.CaptureF
     shown = capsys.readouterr()
     assert yaml.safe_load(shown.out)["compute"]["workers"] == 4
     assert "joint: compute.workers=4 (on this machine), in place of the preset's 2\n" in shown.err
+
+
+# --- the time limit ---
+
+
+@pytest.mark.parametrize(
+    ("stage", "advances", "end"),
+    [("predict", True, Requeue), ("predict", False, JobFailed), ("encode", True, JobFailed)],
+)
+def test_near_the_time_limit_a_stage_that_resumes_and_advances_is_requeued(
+    stage: str, advances: bool, end: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho 0:30\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    journal = Journal(tmp_path)
+    journal.write("metrics", step=1, metrics={})  # of an earlier start
+    time.sleep(0.01)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    assignment = Assignment(stage, str(tmp_path), {}, {}, False, False, 1, "/", "", "", 60)
+    head = Head(assignment, Allocation("7", 0, 0, 1, "n1", 1, 0), tmp_path / "jobs" / "7" / "start-0", Signals())
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    time.sleep(0.01)
+    if advances:
+        journal.write("metrics", step=2, metrics={})
+    with pytest.raises(end, match="time limit"):
+        head._request_stop()
 
 
 # --- the lock of a run ---
