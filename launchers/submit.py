@@ -24,6 +24,7 @@ from mvhpc.pipeline.plan import Pipeline
 from mvhpc.pipeline.project import Request, record_project
 from mvhpc.runs.folder import read_record
 from mvhpc.stages import STAGES
+from shards.errors import DataError
 
 TAIL = 8  # lines of the log to show after a failure
 
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words and words[0] in {"status", "logs", "cancel"}:
             return jobs_cli.main(words)
         return _submit(_parser().parse_intermixed_args(words))
-    except (ConfigError, OSError) as error:
+    except (ConfigError, DataError, OSError) as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -113,7 +114,9 @@ def _submit(options: argparse.Namespace) -> int:
             "gpus_per_node": options.gpus_per_node,
         },
     )
-    if not 1 <= (options.min_nodes or 1) <= options.nodes:
+    if options.nodes < 1:
+        raise ConfigError(f"--nodes {options.nodes}: give at least 1")
+    if options.min_nodes is not None and not 1 <= options.min_nodes <= options.nodes:
         raise ConfigError(f"--min-nodes {options.min_nodes} --nodes {options.nodes}: give 1 <= M <= N")
     layout = (options.nodes, site.gpus_per_node, on_slurm)
     project: Pipeline | None

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.profiler import profile
 
+from mvhpc.bids_app import main
 from mvhpc.config import ConfigError
 from mvhpc.models.kernels.cpu_conv3d import ONEDNN, patch_conv3d
 from mvhpc.runtime.cudnn import cudnn_fault
@@ -97,3 +98,10 @@ def test_gradients_in_bfloat16_are_those_of_float32_but_for_rounding(kernel: int
         found.append(torch.autograd.grad((weight * y.float()).sum(), [x, *convolution.parameters()]))
     for exact, near in zip(*found, strict=True):
         assert (exact - near).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scans", "results", "participant", "--model", "model", "--device", "cuda"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("mvhpc: compute.device=cuda, but torch sees no CUDA device")

@@ -87,7 +87,7 @@ def test_a_stage_that_fails_or_is_interrupted_leaves_the_record_of_what_is_there
     before = record(finished.folder)
     if not torch.cuda.is_available():
         absent = load_config(PredictConfig, "predict", values={**values, "compute.device": "cuda"})
-        with pytest.raises(RuntimeError, match="torch sees no CUDA device"):
+        with pytest.raises(ConfigError, match="torch sees no CUDA device"):
             execute(plan("predict", absent))
         assert record(finished.folder) == before
 

@@ -41,15 +41,20 @@ LOCAL = ["--cluster", "local"]
         ("--stage pack --root a-file source=here", "a-file: cannot be made or written (File exists)"),
         ("--stage vae --given image data=d out=o", "--given: stage vae has no key given"),
         ("--stage all --want age", "--want is of a single stage"),
+        ("--stage pack --nodes 0 source=here out=o", "--nodes 0: give at least 1"),
+        ("--stage pack --min-nodes 0 source=here out=o", "--min-nodes 0 --nodes 1: give 1 <= M <= N"),
+        ("--stage vae data=damaged out=o", "damaged/index.json: damaged"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line_before_submission(
     arguments: str, hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "here").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "index.json").write_text("{}")
     (tmp_path / "a-file").touch()
     assert main([*arguments.split(), *LOCAL]) == 2
-    notes = ("joint: ", "pack: ")  # of which project, how many workers
+    notes = ("joint: ", "pack: ", "vae: ")  # of which project, how many workers
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(notes)]
     assert len(lines) == 1 and lines[0].startswith("mvhpc submit: ") and hint in lines[0], lines
     assert not list(tmp_path.rglob("jobs"))

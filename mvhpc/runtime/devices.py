@@ -49,13 +49,12 @@ def resolve_device(name: str) -> torch.device:
     """The device ``auto``, ``cpu`` or ``cuda``; ``auto`` is CUDA where it is available.
 
     Raises:
-        ConfigError: an unknown name.
-        RuntimeError: CUDA is requested and not available.
+        ConfigError: an unknown name, or CUDA is requested and not available.
     """
     choose(name, ("auto", "cpu", "cuda"), "compute.device")
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise RuntimeError("compute.device=cuda, but torch sees no CUDA device; use compute.device=auto or cpu")
+        raise ConfigError("compute.device=cuda, but torch sees no CUDA device; use compute.device=auto or cpu")
     if name == "cpu" or not available:
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
