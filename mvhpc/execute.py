@@ -130,6 +130,7 @@ def plan(name: str, config: Any) -> PlannedStage:
     stage = STAGES[name]
     recorded = read_record(stage.run_folder(config.out)).get("inputs", {})
     split = getattr(config, "split_name", getattr(config, "split", "default"))
+    files_root = getattr(config, "files_root", "")
     inputs, missing = {}, {}
     for key in stage.inputs:
         paths = getattr(config, key)
@@ -137,10 +138,10 @@ def plan(name: str, config: Any) -> PlannedStage:
         if not paths:
             continue
         try:
-            found = [identity(path, split) for path in (paths if several else [paths])]
+            found = [identity(path, split, files_root) for path in (paths if several else [paths])]
             inputs[key] = fingerprint(found) if several else found[0]
-        except FileNotFoundError:
-            missing[key] = next(path for path in paths if not Path(path).exists()) if several else paths
+        except FileNotFoundError as error:
+            missing[key] = error.filename
             inputs[key] = recorded.get(key, "")
     keys = {key: value for key, value in decisive(config).items() if key not in stage.inputs}
     if keys.get("schema"):  # its content counts, not the name of its file

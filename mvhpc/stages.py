@@ -16,7 +16,8 @@ class Stage:
         name: of the stage.
         config: ``module:class`` of its configuration, imported on use, since some modules are slow to import.
         run: ``module:function`` of ``run(config, run) -> summary``; empty for a stage that trains ``task``.
-        inputs: configuration key -> the stage that makes this input; empty if no stage does.
+        inputs: configuration key of a file or folder, whose content counts in place of its name -> the stage that makes
+            it; empty if no stage does.
         out: path of its result below a project's root. ``{split}`` is the folder of a cross-validation fold,
             ``{query}`` the name of a query, ``{name}`` that of a baseline's network.
         help: one line.
@@ -107,7 +108,7 @@ STAGES: dict[str, Stage] = {
             "preprocess",
             config="mvhpc.data_stages:PreprocessConfig",
             run="mvhpc.data_stages:run_preprocess",
-            inputs={"source": "phantom"},
+            inputs={"source": "phantom", "template": ""},
             out="derivative",
             help="make a BIDS derivative of raw scans, in the space of a template",
             uses_nodes=True,
@@ -116,7 +117,7 @@ STAGES: dict[str, Stage] = {
             "pack",
             config="mvhpc.data_stages:PackConfig",
             run="mvhpc.data_stages:run_pack",
-            inputs={"source": "phantom"},
+            inputs={"source": "phantom", "exclude": "", "pseudonymise": ""},
             out="packed",
             help="pack a BIDS tree or CSV into shards",
             uses_nodes=True,

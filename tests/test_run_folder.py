@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +23,8 @@ from mvhpc.config import ConfigError, load_config
 from mvhpc.data_stages import PackConfig, PhantomConfig
 from mvhpc.execute import execute, plan
 from mvhpc.inference.predictor import PredictConfig
-from mvhpc.runs.folder import exclusive, read_record
+from mvhpc.runs.folder import exclusive, identity, read_record
+from mvhpc.stages import STAGES
 from mvhpc.training.vae import VAEConfig
 from shards.files import lock_file, write_once
 from shards.index import Index
@@ -222,3 +225,73 @@ def test_the_number_of_packing_processes_decides_nothing(tiny_bids: Path, tmp_pa
         plan("pack", load_config(PackConfig, "pack", "demo", [f"workers={n}"], places)).fingerprint for n in (0, 1, 7)
     }
     assert len(prints) == 1
+
+
+@pytest.mark.parametrize(("stage", "key"), [("pack", "exclude"), ("pack", "pseudonymise"), ("preprocess", "template")])
+def test_a_file_that_a_stage_reads_counts_by_its_content(stage: str, key: str, tiny_bids: Path, tmp_path: Path) -> None:
+    """After an edit its result is outdated; under another name it is the same file."""
+    file, copied = tmp_path / "file", tmp_path / "copy"
+
+    def planned(path: Path | str) -> str:
+        values = {"source": str(tiny_bids), "out": str(tmp_path / "out"), key: str(path)}
+        return plan(stage, load_config(STAGES[stage].config_class(), stage, values=values)).fingerprint
+
+    file.write_text("first")
+    before = planned(file)
+    assert planned(shutil.copy(file, copied)) == before != planned("")
+    file.write_text("other")
+    assert planned(file) != before
+
+
+def test_a_file_that_is_away_is_no_changed_one(tiny_bids: Path, tmp_path: Path) -> None:
+    verdicts, out = tmp_path / "verdicts.tsv", tmp_path / "packed"
+    verdicts.write_text("key\tverdict\nsub-00\treject\n")
+    values = {"source": str(tiny_bids), "out": str(out), "exclude": str(verdicts)}
+    planned = plan("pack", load_config(PackConfig, "pack", values=values))
+    for folder in (out, planned.folder):
+        folder.mkdir()
+    planned.mark_finished()
+    verdicts.rename(tmp_path / "unmounted")
+    again = plan("pack", planned.config)
+    assert again.state() == "finished" and again.missing == {"exclude": str(verdicts)}
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".img"])
+@pytest.mark.parametrize("kind", ["tree", "table"])
+def test_a_scan_of_the_same_size_is_another_input(kind: str, ending: str, tmp_path: Path) -> None:
+    """The checksum at the end of a compressed scan tells, else its time."""
+    source, anat = tmp_path / "source", tmp_path / "source" / "sub-1" / "anat"
+    anat.mkdir(parents=True)
+    scan = anat / f"sub-1_T1w{ending}"
+    table = source / "participants.tsv"
+    named = scan.relative_to(source).as_posix().replace(".img", ".hdr")
+    table.write_text(f"participant_id\tpath\nsub-1\t{named}\n")
+    image = nib.Nifti1Pair if ending == ".img" else nib.Nifti1Image
+    found = []
+    for order in (1, -1):
+        voxels = np.random.default_rng(0).integers(256, size=512).astype(np.uint8)[::order]
+        nib.save(image(voxels.reshape(8, 8, 8), np.eye(4)), scan)
+        os.utime(scan, (1e9 + order, 1e9 + order))
+        found.append((identity(source if kind == "tree" else table), scan.stat().st_size))
+    assert found[0][0] != found[1][0] and found[0][1] == found[1][1]
+
+
+def test_a_copy_is_the_same_input(tiny_bids: Path, tmp_path: Path) -> None:
+    """Also where it does not keep the times of files; a table of people of the same size is another one."""
+    shutil.copytree(tiny_bids, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert identity(tmp_path / "copy") == identity(tiny_bids)
+    table = tmp_path / "copy" / "participants.tsv"
+    table.write_text(table.read_text().replace("\tF", "\tM"))
+    assert identity(tmp_path / "copy") != identity(tiny_bids)
+
+
+def test_scans_that_a_table_names_are_found_as_packing_finds_them(tiny_bids: Path, tmp_path: Path) -> None:
+    """Below the folder of all files, where there is one; where none of them is there, their file system is away."""
+    table, scans = tmp_path / "people.csv", tmp_path / "scans"
+    table.write_text("participant_id,path\nsub-00,sub-00/anat/sub-00_T1w.nii.gz\nsub-99,sub-99.nii.gz\n")
+    with pytest.raises(FileNotFoundError, match=r"sub-00_T1w\.nii\.gz"):
+        identity(table)
+    shutil.copytree(tiny_bids, scans)
+    before = identity(table, files_root=str(scans))
+    shutil.copy(scans / "sub-01" / "anat" / "sub-01_T1w.nii.gz", scans / "sub-00" / "anat" / "sub-00_T1w.nii.gz")
+    assert identity(table, files_root=str(scans)) != before

@@ -1,6 +1,7 @@
 """The run folder of a stage: journal, figures, the record ``stage.json``, the lock, and the identity of inputs."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -11,10 +12,15 @@ from typing import Any
 
 from mvhpc.config import ConfigError, fingerprint
 from mvhpc.runs.journal import Journal
+from shards.errors import DataError
 from shards.files import lock_file
 from shards.index import Index
+from shards.sheets import read_sheet
 
 ANY_SPLIT = "auto"  # as the name of a split: of each model, its own
+PAIR = (".hdr", ".img")  # two files of one volume
+COMPRESSED, PLAIN = (".gz", ".mgz"), (".nii", ".mgh", *PAIR)  # files of volumes
+TABLES = (".csv", ".tsv")
 
 
 class Run:
@@ -47,15 +53,21 @@ class Run:
         self.journal.write("artifact", step=0, path=os.path.relpath(path, self.folder), folder=folder)
 
 
-def identity(path: str | Path, split: str = "default") -> str:
+def identity(path: str | Path, split: str = "default", files_root: str = "") -> str:
     """A digest of an input's content, independent of its name.
+
+    Packed data count by the checksums in their index, a model by those in its ``model.json``, any other file by its
+    bytes. Of a BIDS tree, and of the volumes that a CSV or TSV names, not every byte is read: they count by the names
+    and sizes of files, the tables of people and sessions, and the state of each volume (:func:`_state`).
 
     Args:
         path: of packed data, a trained model, a BIDS tree or a file.
         split: of packed data, the recorded split that counts; the other ones do not. :data:`ANY_SPLIT`: all count.
+        files_root: of a CSV or TSV, the folder of the volumes that it names; empty: its own.
 
     Raises:
-        FileNotFoundError: naming the path, where nothing is there.
+        FileNotFoundError: naming the path, where nothing is there; or the first volume that a table names, where none
+            of them is there.
     """
     path = Path(path)
     if (path / "index.json").is_file():
@@ -66,14 +78,49 @@ def identity(path: str | Path, split: str = "default") -> str:
             )
         recorded = index.splits.get(split)
         return fingerprint(index.digest, dict(recorded.assignment.items()) if recorded else {})
-    for model in (path / "model" / "model.json", path / "model.json", path):
-        if model.is_file():
-            return hashlib.sha256(model.read_bytes()).hexdigest()[:16]
+    for file in (path / "model" / "model.json", path / "model.json", path):
+        if file.is_file():
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+            volumes = _named_volumes(file, files_root) if file.suffix.casefold() in TABLES else []
+            return fingerprint(digest, volumes) if volumes else digest
     if path.is_dir():
-        files = sorted((str(p.relative_to(path)), p.stat().st_size) for p in path.rglob("*") if p.is_file())
-        table = path / "participants.tsv"
-        return fingerprint(files, table.read_text() if table.is_file() else "")
-    raise FileNotFoundError(f"{path}: no such file or folder")
+        files = {str(p.relative_to(path)): p for p in path.rglob("*") if p.is_file()}
+        states = {name: [file.stat().st_size, _state(file)] for name, file in files.items()}
+        tables = {  # of people and sessions, with what describes their columns
+            name: hashlib.sha256(file.read_bytes()).hexdigest()
+            for name, file in files.items()
+            if file.suffix in {".tsv", ".json"} and name.count(os.sep) <= 1
+        }
+        return fingerprint(states, tables)
+    raise FileNotFoundError(errno.ENOENT, "no such file or folder", str(path))
+
+
+def _state(path: Path) -> str:
+    """What changes with the content of a volume's file; empty for other files.
+
+    A compressed one ends with a checksum of its voxels, which copies keep; of another one it is the time, in seconds,
+    since archives and file servers keep no fractions.
+    """
+    if path.suffix in COMPRESSED:
+        with contextlib.suppress(OSError), path.open("rb") as file:  # who reads it says why it cannot be read
+            file.seek(-8, os.SEEK_END)
+            return file.read().hex()
+    return str(int(path.stat().st_mtime)) if path.suffix in PLAIN else ""
+
+
+def _named_volumes(table: Path, files_root: str) -> list[Any]:
+    """Size and state of each volume that a table's cells name, in order; None where it is not there."""
+    try:
+        rows = read_sheet(table).rows
+    except DataError:  # who reads it says what is wrong with it
+        return []
+    cells = [Path(cell) for _, row in rows for cell in row.values() if cell.endswith((*COMPRESSED, *PLAIN))]
+    parts = [[cell.with_suffix(end) for end in PAIR] if cell.suffix in PAIR else [cell] for cell in cells]
+    files = [Path(files_root or table.parent, part) for pair in parts for part in pair]
+    found = [[file.stat().st_size, _state(file)] if file.is_file() else None for file in files]
+    if files and not any(found):
+        raise FileNotFoundError(errno.ENOENT, "no such file or folder", str(files[0]))
+    return found
 
 
 def read_record(folder: Path) -> dict[str, Any]:
