@@ -146,6 +146,22 @@ def test_checkpoints_follow_the_same_table(stage: str, schedule: str, tmp_path: 
     assert refused.keys() - {"optimizer.schedule"} == expected
 
 
+@pytest.mark.parametrize("stage", TRAINED)
+def test_a_checkpoint_takes_every_spelling_of_a_path(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of inputs, and of files of weights and of the schema."""
+    monkeypatch.chdir(tmp_path)
+    config, other = configuration(stage, Path("runs")), configuration(stage, tmp_path / "runs")
+    for each, folder in ((config, Path("files")), (other, tmp_path / "files")):
+        if hasattr(each, "schema"):
+            each.schema = str(folder / "schema.yaml")
+        if hasattr(each, "loss"):
+            each.loss.backbone, each.loss.heads = str(folder / "a.pth"), str(folder / "b.pth")
+    assert flatten(config) != flatten(other)
+    check(Checkpoint(tmp_path, 1, {"configuration": flatten(config)}, {}), other)
+
+
 def test_how_often_and_how_many_checkpoints_change_no_bit(tmp_path: Path) -> None:
     """Nor how often metrics are logged."""
     run_toy(toy_config(), tmp_path / "a", 0, 1)

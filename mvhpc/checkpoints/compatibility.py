@@ -7,8 +7,6 @@ from typing import Any
 from mvhpc.checkpoints.manifest import Checkpoint, CheckpointError, complete, read_checkpoint
 from mvhpc.config import ConfigError, Effect, effect, flatten
 
-PATHS = ("data", "latents", "vae")  # paths, which may be written in several ways
-
 
 def check_newest(folder: Path, config: Any) -> None:
     """Refuse the newest checkpoint of a run folder where another configuration wrote it. Skips a damaged one.
@@ -37,7 +35,7 @@ def check(checkpoint: Checkpoint, config: Any, total: float = math.inf) -> None:
     before, now = checkpoint.state["configuration"], flatten(config)
     free = {Effect.NONE, Effect.SELECTION, *([Effect.LENGTH] if config.optimizer.schedule == "constant" else [])}
     for key in sorted({*before, *now}):
-        same = before.get(key) == now.get(key) or (key in PATHS and _same_path(before.get(key), now.get(key)))
+        same = before.get(key) == now.get(key) or _same_path(before.get(key), now.get(key))
         if not same and effect(key) not in free:
             raise ConfigError(
                 f"{checkpoint.folder} was trained with {key}={before.get(key)}, not {now.get(key)}; "
@@ -50,5 +48,7 @@ def check(checkpoint: Checkpoint, config: Any, total: float = math.inf) -> None:
         )
 
 
-def _same_path(path: Any, other: Any) -> bool:
-    return isinstance(path, str) and isinstance(other, str) and Path(path).resolve() == Path(other).resolve()
+def _same_path(value: Any, other: Any) -> bool:
+    """Whether two values are spellings of one path; different words are different paths too."""
+    both = isinstance(value, str) and isinstance(other, str) and bool(value and other)
+    return both and Path(value).resolve() == Path(other).resolve()
