@@ -90,6 +90,19 @@ def test_lists_and_mappings_are_written_one_way(home: Path) -> None:
         configure("generate", given="age=70,age=71")
 
 
+def test_names_of_columns_are_taken_as_they_are(home: Path) -> None:
+    """Those of R have dots."""
+    rename = {"Age.at.scan": "age", "Sex (m/f)": "sex"}
+    pipeline = project("runs/demo", pack={"rename": rename, "compute": {"workers": 2}, "seed": 3})
+    stages = dict(pipeline.steps())
+    assert stages["pack"].rename == rename and (stages["pack"].compute.workers, stages["pack"].seed) == (2, 3)
+    assert configure("pack", root="runs/demo").config.rename == rename
+    mapping = "pack.rename={Age.at.scan: age}"
+    changed = Pipeline(configure_pipeline(None, ["root=runs/new", mapping, "pack.compute.workers=2"], "demo"))
+    packed = changed.configure("pack", "default")
+    assert (packed.rename, packed.compute.workers) == ({"Age.at.scan": "age"}, 2)
+
+
 def test_folds_have_models_of_their_own_beside_the_one_to_keep(home: Path) -> None:
     project("runs/small", "small", source="scans")
     steps = list(open_project(Path("runs/small")).steps())

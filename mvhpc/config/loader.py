@@ -106,8 +106,8 @@ def load_config(
         folder: the stage's folder under ``configs/``.
         name: a preset of that folder, or a YAML file.
         overrides: ``dotted.key=value``, with values in YAML; a list also as ``a,b``, a mapping as ``a=1,b=2``.
-        values: dotted key -> value.
-        defaults: dotted key -> value, overridden by everything that the user sets.
+        values: dotted key -> value, or a mapping of the keys below it.
+        defaults: as ``values``, but overridden by everything that the user sets.
 
     Raises:
         ConfigError: an unknown preset, a misspelt key (naming the nearest valid one), or a value of the wrong type; the

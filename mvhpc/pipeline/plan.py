@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mvhpc.config import CONFIGS, flatten, load_config
+from mvhpc.config import CONFIGS, load_config
 from mvhpc.stages import STAGES, query_name
 from shards.schema import Schema
 
@@ -80,7 +80,7 @@ class Pipeline:
 
     def _settings(self, stage: str, paths: Sequence[str]) -> Any:
         """The configuration of a stage without its paths."""
-        values = dict.fromkeys(paths, "") | flatten(getattr(self.config, stage))
+        values = dict.fromkeys(paths, "") | getattr(self.config, stage)
         return load_config(STAGES[stage].config_class(), stage, self.preset(stage), (), values)
 
     def inputs(self, stage: str) -> Mapping[str, str]:
@@ -110,7 +110,7 @@ class Pipeline:
         entry = STAGES[stage]
         fields = {field.name for field in dataclasses.fields(entry.config_class())}
         values: dict[str, Any] = {"tracking.uri": f"sqlite:///{self.root / 'mlflow.db'}"}
-        values |= flatten(getattr(self.config, stage, {}))
+        values |= getattr(self.config, stage, {})
         values["out"] = str(self.place(stage, split, query))
         values |= {key: str(self.place(made_by, split)) for key, made_by in self.inputs(stage).items() if made_by}
         if stage == "pack":
