@@ -144,6 +144,19 @@ def test_more_epochs_go_on_with_a_constant_schedule_and_are_refused_with_a_cosin
         run_toy(toy_config(training__epochs=4, **cosine), tmp_path / "c", 0, 1)
 
 
+@pytest.mark.parametrize("validate_every", [1, 4])
+def test_fewer_epochs_end_at_the_checkpoint_where_a_longer_run_was_stopped(tmp_path: Path, validate_every: int) -> None:
+    """It is validated there, and the same as a run of that length."""
+    changes = {"training__validate_every": validate_every, "training__checkpoint_every": 5}
+    with pytest.raises(Interrupted):
+        run_toy(toy_config(training__epochs=4, tracking__fail_at=12, **changes), tmp_path / "a", 0, 1)
+    shorter = toy_config(training__epochs=2, **changes)
+    ended, once = (run_toy(shorter, tmp_path / name, 0, 1) for name in "ab")
+    assert final_state(tmp_path / "a") == final_state(tmp_path / "b")
+    assert ended.pop("system/samples_per_second") > 0 and ended.items() <= once.items()
+    assert run_toy(shorter, tmp_path / "a", 0, 1).items() >= ended.items()
+
+
 def test_a_configuration_that_decides_other_weights_is_refused_by_name(tmp_path: Path) -> None:
     interrupted_at = toy_config(tracking__fail_at=5)
     with pytest.raises(Interrupted):

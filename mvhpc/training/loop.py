@@ -53,8 +53,8 @@ def train(task: Task, config: Config, folder: Path, rank: int = 0, world: int = 
     missing but training goes on. It stops when the file of ``MVHPC_STOP_FILE`` appears. A checkpoint of any number of
     workers and any ZeRO stage can be resumed.
 
-    A finished run returns its summary at once. A finished run with a constant schedule continues when
-    ``training.epochs`` is raised.
+    A finished run returns its summary at once. With a constant schedule a finished run continues when
+    ``training.epochs`` is raised, and an unfinished one may end at a checkpoint to which it is lowered.
 
     Args:
         task: networks, data and one step of training.
@@ -103,7 +103,7 @@ class _Run:
             checkpoint = self.checkpoints.latest()
             if checkpoint is not None:
                 check(checkpoint, self.config, self.total)
-                if checkpoint.step == self.total:
+                if checkpoint.step == self.total and checkpoint.state["summary"]:
                     return dict(checkpoint.state["summary"])
             self._write("note", text=self._describe())
             self._build()
@@ -178,6 +178,10 @@ class _Run:
         training, epoch = self.training, self.order.steps_per_epoch
         self.stopwatch = Stopwatch(self.stopwatch.seconds)  # building the networks does not count
         self.poll_interval, self.pace = PollInterval(start), Pace(self.total)
+        if start == self.total:  # of a longer run that was stopped here, whose epochs were lowered
+            with self._not_training():
+                self._validate(start)
+                self._checkpoint(start, required=True)
         with contextlib.closing(self._batches(start)) as batches:
             for step in range(start, self.total):
                 self._step(step, batches)
