@@ -61,6 +61,11 @@ def test_fingerprint_sees_every_value() -> None:
         ("demo", [*JOINT, "epochs"], "key=value"),
         ("demo", ["out=o", "vae=v", "scalars=s"], "latents"),
         ("demo", [*JOINT, "training.log_every=0"], "training.log_every=0: at least 1"),
+        ("demo", [*JOINT, "optimizer.schedule=cosin"], "optimizer.schedule 'cosin'.*'cosine'"),
+        ("demo", [*JOINT, "optimizer.betas=[0.9]"], r"optimizer\.betas=\[0\.9\]: two numbers"),
+        ("demo", [*JOINT, "optimizer.betas=[0.9,1.0]"], r"optimizer\.betas=\[0\.9, 1\.0\]: two numbers"),
+        ("demo", [*JOINT, "optimizer.warmup=-1"], "optimizer.warmup=-1: at least 0"),
+        ("demo", [*JOINT, "optimizer.clip=-0.5"], "optimizer.clip=-0.5: at least 0"),
         ("nowhere/x.yaml", JOINT, "nowhere/x.yaml"),
     ],
 )

@@ -245,8 +245,6 @@ def test_learning_rate_is_its_closed_form() -> None:
     assert rates[:3] == [1.0, 2.0, 2.0]
     assert rates[6] == pytest.approx(1.0)  # half way between warm-up and end
     assert all(a + b == pytest.approx(2.0) for a, b in zip(rates[2:], [*rates[3:], 0.0][::-1], strict=True))
-    with pytest.raises(ConfigError, match="Did you mean 'cosine'"):
-        learning_rate(5, 10, 1.0, Optimizer(warmup=2, schedule="cosin", **adamw))
 
 
 def test_average_is_its_closed_form_and_exchange_undoes_itself() -> None:

@@ -33,8 +33,8 @@ def choose(word: str, known: Sequence[str], what: str) -> str:
     return word
 
 
-def at_least(least: int, counts: Mapping[str, int]) -> None:
-    """Check that counts, by key, are not below ``least``.
+def at_least(least: float, counts: Mapping[str, float]) -> None:
+    """Check that numbers, by key, are not below ``least``.
 
     Raises:
         ConfigError: naming the key.

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from mvhpc.config.errors import ConfigError, at_least
+from mvhpc.config.errors import ConfigError, at_least, choose
+
+SCHEDULES = ("constant", "cosine")
 
 
 @dataclass
@@ -16,6 +18,13 @@ class Optimizer:
     warmup: int
     schedule: str  # constant | cosine
     clip: float  # largest gradient norm; 0 switches clipping off
+
+    def __post_init__(self) -> None:
+        choose(self.schedule, SCHEDULES, "optimizer.schedule")
+        names = ("lr", "weight_decay", "warmup", "clip")
+        at_least(0, {f"optimizer.{name}": getattr(self, name) for name in names})
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optimizer.betas={self.betas}: two numbers from 0 to below 1 are needed, as [0.9, 0.99]")
 
 
 @dataclass

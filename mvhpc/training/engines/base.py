@@ -17,11 +17,10 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from mvhpc.config import Compute, Optimizer, choose
+from mvhpc.config import Compute, Optimizer
 from mvhpc.models.kernels.cpu_conv3d import patch_conv3d
 from mvhpc.runtime.devices import resolve_precision
 
-SCHEDULES = ("constant", "cosine")
 SPIKE_FACTOR = 1000.0  # times the largest recent gradient norm; a larger gradient is not applied
 SPIKE_AFTER = 100  # updates; earlier norms are never spikes
 NORM_DECAY = 0.99  # of the largest recent norm, per update
@@ -41,7 +40,7 @@ def learning_rate(step: int, total: int, base: float, optimizer: Optimizer) -> f
     """
     if step < optimizer.warmup:
         return base * (step + 1) / optimizer.warmup
-    if choose(optimizer.schedule, SCHEDULES, "schedule") == "constant":
+    if optimizer.schedule == "constant":
         return base
     progress = (step - optimizer.warmup) / max(1, total - optimizer.warmup)
     return base * 0.5 * (1 + math.cos(math.pi * progress))
