@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mvhpc.config import Tracking, at_least
+from mvhpc.config import ConfigError, Tracking, at_least
 from mvhpc.runs.folder import Run
 from shards.pack import pack
 from shards.phantom.make import make_phantoms
@@ -20,10 +20,14 @@ class PhantomConfig:
 
     out: str
     subjects: int
-    shape: list[int]
+    shape: list[int]  # voxels
     rich: bool  # add a second contrast, a site and a memory score
     seed: int
     tracking: Tracking
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 3:
+            raise ConfigError(f"shape={self.shape}: three numbers of voxels are needed, as [32, 32, 32]")
 
 
 @dataclass

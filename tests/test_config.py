@@ -107,6 +107,12 @@ def test_counts_that_make_no_sense_are_refused(override: str, message: str) -> N
         load_config(GenerateConfig, "generate", "default", ["out=o", "model=m", override])
 
 
+@pytest.mark.parametrize("shape", ["[32,32]", "[32]", "[32,32,32,32]"])
+def test_phantoms_have_three_axes(shape: str) -> None:
+    with pytest.raises(ConfigError, match=r"^shape=\[32.*three numbers"):
+        load_config(STAGES["phantom"].config_class(), "phantom", "default", ["out=o", f"shape={shape}"])
+
+
 def test_a_renamed_key_of_the_pipeline_is_refused_with_its_new_name() -> None:
     with pytest.raises(ConfigError, match="`questions` is called queries now"):
         load_config(PipelineConfig, "pipeline", "default", ["questions=[]"])

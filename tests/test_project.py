@@ -132,6 +132,16 @@ def test_a_missing_input_is_named_with_the_command_that_makes_it(
     assert not (home / "runs" / "demo" / "joint").exists()
 
 
+def test_a_missing_input_that_the_project_does_not_make_is_named_too(home: Path) -> None:
+    """Its joint model needs no model of scalars, and --with-inputs makes none."""
+    project("runs/demo", pack={"schema": "image-only"})
+    for path in ("latents", "vae"):
+        (home / path).mkdir()
+    configured = configure("joint", "latents=latents", "vae=vae", "scalars=gone", root="runs/demo")
+    with pytest.raises(ConfigError, match=r"^scalars=gone: no such .*`mvhpc train scalars --root runs/demo`$"):
+        configured.plan()
+
+
 def test_data_that_the_user_packed_are_an_input_that_exists(home: Path) -> None:
     """They are neither replaced by procedural brains nor set aside."""
     project("runs/study", "default")

@@ -186,15 +186,15 @@ class Configured:
             ConfigError: an input is missing; the message has the command that makes it.
         """
         planned = plan(self.stage.name, self.config)
+        makers = self.project.inputs(self.stage.name) if self.project else {}
         for key, path in planned.missing.items():
-            makers = self.project.inputs(self.stage.name) if self.project else self.stage.inputs
-            maker = STAGES.get(makers[key])
+            maker = STAGES.get(makers.get(key, self.stage.inputs[key]))
             if maker is None or planned.state() == "finished":
                 continue
             root = f" --root {self.project.root}" if self.project else ""
             source = "SOURCE " if maker.inputs else ""
             command = f"mvhpc {maker.command}{root}" if maker.command else f"shards {maker.name} {source}{path}"
-            hint = f"make it with `{command}`" + (", or add --with-inputs" if self.project else "")
+            hint = f"make it with `{command}`" + (", or add --with-inputs" if key in makers else "")
             raise ConfigError(f"{key}={path}: no such file or folder; {hint}")
         return planned
 
