@@ -243,6 +243,18 @@ def test_locked_store_is_filled_later(
 
 
 @pytest.mark.slow
+def test_every_name_of_a_column_is_sent(tmp_path: Path) -> None:
+    """Columns of tables have characters that MLflow refuses in a parameter's name."""
+    state, names = track(tmp_path).state, ("Age (years)", "kg//m²", "BMI/", "Age [years]", "sex")
+    config = state["config"] | {"rename": dict.fromkeys(names, "age")}
+    write_state(tmp_path / "packed.run", state | {"config": config, "status": "FINISHED", "outcome": {}, "end_time": 1})
+    sync(tmp_path / "packed.run")
+    run = store_client(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(synced(tmp_path / "packed.run")["run_id"])
+    found = {name.removeprefix("rename.") for name in run.data.params if name.startswith("rename.")}
+    assert found == {"Age _years_", "kg/m²", "BMI", "sex"} and run.info.status == "FINISHED"
+
+
+@pytest.mark.slow
 def test_a_refused_run_leaves_its_neighbours_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "healthy" / "packed.run").mkdir(parents=True)
     for name, store in (("a", "file:./mlruns"), ("b", "sqlite:///../text.db"), ("c", "sqlite:///../mlflow.db")):

@@ -1,6 +1,7 @@
 """Which runs a store has: stages nested in their pipeline, none of refused questions, all of a model in its store."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,17 +102,23 @@ def test_predictions_go_to_the_store_of_their_model(tmp_path: Path, tiny_scalars
 
 @pytest.mark.slow
 def test_a_trained_model_is_registered_and_answers_from_paths(tmp_path: Path, tiny_scalars: Path) -> None:
-    """It answers as the run folder does, is registered once where a note is lost, and the best one has the alias."""
+    """It answers as the run folder does, is registered once where a note is lost, and the best one has the alias.
+
+    Its run is named after a time and a person.
+    """
     import mlflow
 
     from mvhpc.api import load
 
-    state, uri = read_state(tiny_scalars), f"sqlite:///{tmp_path / 'mlflow.db'}"
-    sync(tiny_scalars, uri)
-    for note in tiny_scalars.glob("tracking.*.json"):
+    folder, uri = shutil.copytree(tiny_scalars, tmp_path / "run"), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    state = read_state(folder)
+    write_state(folder, state | {"model": state["model"] | {"name": "10:15-o'brien 1.2"}})
+    sync(folder, uri)
+    for note in folder.glob("tracking.*.json"):
         note.unlink()
-    sync(tiny_scalars, uri)
-    client, name = store_client(uri), state["model"]["name"]
+    sync(folder, uri)
+    client, name = store_client(uri), "10_15-o_brien 1_2"
+    assert [run.info.status for run in client.search_runs(["1"])] == ["FINISHED"]
     (version,) = client.search_model_versions(f"name = '{name}'")
     worse = client.create_model_version(name, version.source, version.run_id, tags={**version.tags, SCORE: "1e9"})
     assert client.get_model_version_by_alias(name, BEST).version == version.version != worse.version

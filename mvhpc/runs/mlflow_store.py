@@ -6,6 +6,7 @@ Every request may be repeated. ``state`` is the content of a run folder's ``trac
 
 import json
 import os
+import posixpath
 import re
 import socket
 import sqlite3
@@ -115,7 +116,8 @@ def describe(client: "MlflowClient", run_id: str, experiment_id: str, state: dic
     from mlflow.entities import Param
 
     known = client.get_run(run_id).data.params  # a parameter cannot be changed
-    parameters = [Param(name, str(value)) for name, value in flatten(state["config"]).items() if name not in known]
+    values = {_allowed(name): str(value) for name, value in flatten(state["config"]).items()}
+    parameters = [Param(name, value) for name, value in values.items() if name not in known]
     for i in range(0, len(parameters), PARAMETERS):
         client.log_batch(run_id, params=parameters[i : i + PARAMETERS])
     client.log_text(run_id, yaml.safe_dump(state["config"], sort_keys=False), "config.yaml")
@@ -153,8 +155,8 @@ def send_events(client: "MlflowClient", run_id: str, folder: Path, events: list[
 
 
 def _allowed(name: str) -> str:
-    """A name with the characters that MLflow takes."""
-    return re.sub(r"[^\w\-. :/]", "_", name)
+    """A name that MLflow takes, of the same words: of some characters, and no path that can be written shorter."""
+    return posixpath.normpath(re.sub(r"[^\w\-. :/]", "_", name))
 
 
 def _parent(path: str) -> str | None:
@@ -189,11 +191,13 @@ def log_model(client: "MlflowClient", run_id: str, experiment_id: str, folder: P
         run_id: run that trained the model.
         experiment_id: its experiment.
         folder: the run folder.
-        model: ``name`` of the registered model; ``path`` of its folder, relative to the run folder; ``loader``, a
-            module with ``_load_pyfunc``; ``signature`` as MLflow's ``ModelSignature.to_dict``; ``example``, column ->
-            value; ``requirements``; ``data``, identity of the data and the split; ``score``, smaller is better.
+        model: ``name`` of the registered model, where MLflow has ``_`` for all but letters, digits, spaces and ``-``;
+            ``path`` of its folder, relative to the run folder; ``loader``, a module with ``_load_pyfunc``;
+            ``signature`` as MLflow's ``ModelSignature.to_dict``; ``example``, column -> value; ``requirements``;
+            ``data``, identity of the data and the split; ``score``, smaller is better.
     """
-    name, tags = model["name"], {"data": model["data"], SCORE: f"{model['score']:.8g}"}
+    name = re.sub(r"[^\w -]", "_", model["name"])
+    tags = {"data": model["data"], SCORE: f"{model['score']:.8g}"}
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     if client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
@@ -202,7 +206,7 @@ def log_model(client: "MlflowClient", run_id: str, experiment_id: str, folder: P
     for half in (m for m in stored if m.status != "READY"):  # of a process that was killed
         client.delete_logged_model(half.model_id)
     logged = next((m for m in stored if m.status == "READY"), None)
-    logged = logged or _upload_model(client, run_id, experiment_id, folder, model, tags)
+    logged = logged or _upload_model(client, run_id, experiment_id, folder, model | {"name": name}, tags)
     # A database is asked by this process, which looks "models:/" up in its own default store.
     local = client.tracking_uri.startswith(SQLITE)
     source = logged.artifact_location if local else f"models:/{logged.model_id}"
