@@ -117,7 +117,6 @@ def test_a_model_of_an_earlier_version_says_what_it_does_not_know(
     _, frame, description = answer(tmp_path / "joint", tiny_dataset, tmp_path / "a.tsv")
     assert len(frame) == 12 and description["part"] == "all"
     assert "warning: the model does not say from whom it learnt" in capsys.readouterr().err
-    assert TrainingPeople.read({"ranges": {"age": [20, 82]}}).beyond("age", 83.0, "years")
 
 
 def test_rows_rejected_in_packing_are_counted(tiny_dataset: Path, tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from mvhpc.evaluation.metrics import Estimate
 CONFIDENCE = 0.95
 SIZES = 8  # numbers of people of an extrapolation, from half of them to all
 REPEATS = 20  # random halves, and random subsets of each size
-FEWEST = 10  # people; of fewer no interval means anything
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 Planes = Sequence[NDArray[np.floating]]

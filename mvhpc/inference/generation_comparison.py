@@ -32,12 +32,12 @@ class EvaluateGenerationConfig:
     variable: str
     split: str
     split_name: str
-    count: int
-    at: list[float]
-    slices: float
-    pixels: int
-    resamples: int
-    batch: int
+    count: int  # of real people, and of drawn ones; 0: all of the part
+    at: list[float]  # values of the first number, in the picture of one person
+    slices: float  # share of each axis, about its middle; of 2D networks
+    pixels: int  # side of the square that a slice is resampled to; 0: as it is
+    resamples: int  # of the bootstrap of the FID
+    batch: int  # volumes
     seed: int
     sampling: Sampling
     compute: Device
@@ -95,11 +95,11 @@ class Comparison:
         volume = schema[choose(config.variable or names[0], names, "volume")]
         part = subjects(dataset, config.split, config.split_name)
         everybody = [key for key in dataset.keys("all") if dataset.has(key, volume.name)]
-        having = set(everybody)
+        having, inside = set(everybody), set(part)
         keys = [key for key in part if key in having]
         order = np.random.default_rng(config.seed).permutation(len(keys))
         keys = [keys[i] for i in order][: config.count or None]
-        rest = [key for key in everybody if key not in set(part)]
+        rest = [key for key in everybody if key not in inside]
         if config.drawn:
             tree = DrawnTree.open(Path(config.drawn), schema, volume, shape)
             n = min(len(keys), len(tree.names))

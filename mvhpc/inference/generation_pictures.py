@@ -116,7 +116,8 @@ def _nearest(who: Comparison, copies: Copies, path: Path, config: EvaluateGenera
     """The drawn people that are relatively nearest to somebody of the training, over that person."""
     ratio = copies.training / np.maximum(copies.held_out, 1e-12)
     chosen = np.argsort(ratio)[:SHOWN].tolist()
-    training = [key for key in who.readable if key in set(who.training)]
+    learnt = set(who.training)
+    training = [key for key in who.readable if key in learnt]
     if who.sampler:
         keys = [who.keys[i] for i in chosen]
         volumes = draw_for_records(who.sampler, who.dataset, keys, who.volume.name, config.seed, config.batch)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 EPS = 1.001e-5
 BLOCKS = {64: (3, 1), 128: (4, 2), 256: (6, 2), 512: (3, 2)}  # width -> number of blocks, stride of the first
 EXPANSION = 4
-FEATURES = 2048
 
 
 class Bottleneck(nn.Module):

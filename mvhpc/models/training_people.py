@@ -64,10 +64,10 @@ class TrainingPeople:
 
     @classmethod
     def read(cls, meta: Mapping[str, Any]) -> "TrainingPeople":
-        """From the content of ``model.json``; of a model of an earlier version at most the ranges are known."""
+        """From the content of ``model.json``; of a model of an earlier version nothing is known."""
         known = meta.get("training")
         if known is None:
-            return cls(variables={name: {"range": list(ends)} for name, ends in meta.get("ranges", {}).items()})
+            return cls()
         sets = {key: frozenset(known[key]) for key in ("names", "scans")}
         return cls(known["data"], known["salt"], **sets, variables=known["variables"])
 
@@ -78,7 +78,8 @@ class TrainingPeople:
 
     def and_of(self, index: Index, keys: Sequence[str]) -> "TrainingPeople":
         """With further people, from whom a calibration learnt."""
-        records = [record for record in index.records if record.key in set(keys)]
+        wanted = set(keys)
+        records = [record for record in index.records if record.key in wanted]
         names = _hashes([record.subject for record in records], self.salt)
         scans = _hashes([scan for record in records for scan in scans_of(index, record)], self.salt)
         return TrainingPeople(self.data, self.salt, self.names | names, self.scans | scans, self.variables)
