@@ -173,6 +173,11 @@ def test_visits_of_one_person_are_compared_and_others_left_out() -> None:
     assert nobody.n == 0 and np.isnan(none)
 
 
+def test_consecutive_visits_are_so_by_number() -> None:
+    keys = ["sub-a_ses-1", "sub-a_ses-10", "sub-a_ses-2"]
+    assert between_visits(keys, ["sub-a"] * 3, np.array([0.0, 2, 1]))[0].value == 1
+
+
 def test_a_category_predicted_as_a_number_is_the_nearest_class() -> None:
     frame = pd.DataFrame({"key": list("abcd"), "subject": list("abcd"), "blood": [0.4, 0.6, 1.7, np.nan]})
     frame["recorded"] = ["A", "A", "0", "B"]

@@ -1,5 +1,6 @@
 """What errors depend on: the true value itself, groups of people, and the visit."""
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -93,10 +94,11 @@ def between_visits(
         category: whether values are numbers of classes.
 
     Returns:
-        Mean absolute difference of consecutive visits, or of classes how often they differ, with its interval over
-        people; SD within a person, NaN of nobody.
+        Mean absolute difference of visits that follow each other by the numbers in their keys, or of classes how often
+        they differ, with its interval over people; SD within a person, NaN of nobody.
     """
-    frame = pd.DataFrame({"key": keys, "subject": subjects, "value": values}).dropna().sort_values("key")
+    frame = pd.DataFrame({"key": keys, "subject": subjects, "value": values}).dropna()
+    frame = frame.sort_values("key", key=lambda column: column.map(_in_order))
     groups = frame.groupby("subject")["value"]
     apart = groups.diff().abs()
     if category:
@@ -104,3 +106,8 @@ def between_visits(
     variances = groups.var(ddof=1).dropna()
     within = float(np.sqrt(variances.mean())) if len(variances) else float("nan")
     return mean_over_subjects(apart.to_numpy(float), frame["subject"].tolist()), within
+
+
+def _in_order(key: str) -> str:
+    """A key that sorts by its numbers: ses-2 before ses-10."""
+    return re.sub(r"\d+", lambda number: number[0].zfill(40), key)
