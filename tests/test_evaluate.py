@@ -17,7 +17,7 @@ from mvhpc.evaluation.tables import read_predictions
 from mvhpc.execute import execute, plan
 from mvhpc.inference import methods
 from mvhpc.inference.evaluate import EvaluateConfig
-from mvhpc.inference.methods import LINEAR, MEAN, Method, open_methods, queries_of
+from mvhpc.inference.methods import LINEAR, MEAN, Method, ask, open_methods, queries_of
 from mvhpc.inference.predictor import PredictConfig
 from mvhpc.parsers import parser_of
 from mvhpc.runs.folder import identity
@@ -152,6 +152,28 @@ def test_a_further_model_leaves_the_answers_of_the_others(
         after, before[before["method"] != PAPER].reset_index(drop=True)[list(after)], check_dtype=False
     )
     assert compared.with_name("comparison.old-1").is_dir()
+
+
+def test_answers_in_another_precision_are_not_taken(tiny_dataset: Path, tiny_early: Path, tmp_path: Path) -> None:
+    method, dataset = Method.open(str(tiny_early)), open_dataset(tiny_dataset)
+
+    def ages(precision: str) -> list[float]:
+        values = {"out": "o", "data": str(tiny_dataset), "runs": [str(tiny_early)], "compute.precision": precision}
+        values |= {"sampling.steps": 2, "sampling.stride": 500, "samples": 2, "compute.device": "cpu"}
+        config = load_config(EvaluateConfig, "evaluate", "default", (), values).predictions()
+        found = ask(method, config, ("age", ("image",)), dataset, dataset.keys("test"), tmp_path)
+        return found.frame["value"].tolist()
+
+    exact = ages("float32")
+    assert ages("bfloat16") != exact == ages("float32")
+
+
+def test_the_split_of_a_run_is_that_of_its_model_folder(tiny_scalars: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(tiny_scalars, tmp_path / "run")
+    settings = OmegaConf.load(run / "config.yaml")
+    settings.split = "fold-1-of-3"
+    OmegaConf.save(settings, run / "config.yaml")
+    assert Method.open(str(run)).split == Method.open(str(run / "model")).split == "fold-1-of-3"
 
 
 def test_people_whom_a_model_learnt_from_are_named(

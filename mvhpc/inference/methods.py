@@ -18,10 +18,11 @@ from mvhpc.inference.prediction_tables import Row
 from mvhpc.inference.predictor import PredictConfig
 from mvhpc.models.baseline import TITLES
 from mvhpc.models.bundle import AutoencoderModel, BaselineModel, JointModel, load
+from mvhpc.models.model_folder import model_folder
 from mvhpc.models.training_people import TrainingPeople
 from mvhpc.records import true_value
 from mvhpc.runs.folder import identity
-from mvhpc.runtime.devices import resolve_device
+from mvhpc.runtime.devices import processor, resolve_device, resolve_precision
 from shards.dataset import Dataset
 from shards.errors import IntegrityError
 from shards.files import write_bytes
@@ -67,7 +68,8 @@ class Method:
         if isinstance(model, AutoencoderModel):
             raise ConfigError(f"runs: {path} is an autoencoder, which predicts nothing; name models that do")
         query = (model.want, in_order(model.schema, model.given)) if isinstance(model, BaselineModel) else None
-        settings = Path(path) / "config.yaml"
+        folder = model_folder(path).absolute()
+        settings = (folder.parent if folder.name == "model" else folder) / "config.yaml"
         split = OmegaConf.select(OmegaConf.load(settings), "split") if settings.is_file() else None
         training = TrainingPeople.read(model.meta)
         return cls(name or title(model), path, model.schema, query, split or "default", training)
@@ -139,7 +141,8 @@ def queries_of(schema: Schema, methods: Sequence[Method]) -> list[Query]:
 def ask(
     method: Method, config: PredictConfig, query: Query, dataset: Dataset, keys: Sequence[str], folder: Path
 ) -> Answers:
-    """The answers of a model to one query, kept in ``folder`` for the next comparison of the same model.
+    """The answers of a model to one query, kept in ``folder`` for the next comparison of the same model, on the same
+    kind of processor and in the same precision.
 
     Args:
         method: the model; it takes the query.
@@ -156,7 +159,9 @@ def ask(
     want, given = query
     settings = replace(config, model=method.path, data=str(dataset.folder), given=list(given), want=[want])
     decides = [identity(method.path), dataset.index.digest, list(keys), list(given), want]
-    chains = [config.samples, config.seed, config.sampling]
+    device = resolve_device(config.compute.device)
+    precision = f"{resolve_precision(config.compute.precision, device)}"
+    chains = [config.samples, config.seed, config.sampling, precision, processor(device)]
     name = f"{want}-given-{'-'.join(given) or 'nothing'}-{fingerprint(decides, *chains)}.jsonl"
     path = folder / name
     if path.is_file():

@@ -5,8 +5,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from mvhpc.config import ConfigError
 from mvhpc.evaluation.tables import subject_of
 from mvhpc.inference.answers import answers, threads_of
@@ -16,7 +14,7 @@ from mvhpc.inference.predictor import PredictConfig
 from mvhpc.inference.ray_pool import pool_answers
 from mvhpc.inference.row_store import RowStore
 from mvhpc.runs.folder import Run
-from mvhpc.runtime.devices import resolve_device, resolve_precision
+from mvhpc.runtime.devices import processor, resolve_device, resolve_precision
 from shards.progress import Progress
 
 ROWS = "rows"  # in the run folder, while the query is being answered
@@ -41,7 +39,7 @@ def answer_everybody(
     """
     device, workers = resolve_device(config.compute.device), config.compute.workers
     precision = f"{resolve_precision(config.compute.precision, device)}"
-    bits = {"draws": config.draws, "group": predictor.group, "device": _name(device), "precision": precision}
+    bits = {"draws": config.draws, "group": predictor.group, "device": processor(device), "precision": precision}
     store = RowStore(run.folder / ROWS, {**description, **bits}, predictor.schema, config.want)
     todo = [key for key in keys if key not in store.rows]
     if len(todo) < len(keys):
@@ -96,10 +94,3 @@ class Interval:
         }
         self._start, self._rows, self._busy = now, 0, 0.0
         return found
-
-
-def _name(device: torch.device) -> str:
-    """What decides the bits of a result, of a device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.backends.cpu.get_cpu_capability()}"

@@ -68,6 +68,13 @@ def describe_device(device: torch.device) -> str:
     return f"CPU ({threads} thread{'s' * (threads > 1)})"
 
 
+def processor(device: torch.device) -> str:
+    """What decides the bits of a result, of a device: the name of the GPU, or the instructions of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """On CPUs the order of floating-point sums depends on the number of threads; inside, it is always the same."""
