@@ -66,13 +66,15 @@ class Model:
             ``flag``: ``ok``, or what is doubtful. Without an answer a cell is None, and the flag says why.
 
         Raises:
-            ConfigError: an unknown variable.
+            ConfigError: an unknown variable, or a given one that is no scalar.
             ModelError: a model without a model of scalars.
             DataError: a missing package of the preprocessing.
             ValueError: an array without affine.
         """
         given = dict(given or {})
         scalars = self._scalars
+        for name in given:
+            choose(name, [v.name for v in scalars.schema.scalars], "scalar")
         volume = scalars.variables.volumes[0].name
         with tempfile.TemporaryDirectory() as folder:
             if isinstance(scan, str | Path):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import mvhpc
@@ -11,6 +12,7 @@ from mvhpc.cli import main
 from mvhpc.config import ConfigError
 from mvhpc.evaluation.tables import read_predictions
 from mvhpc.models.model_folder import ModelError
+from mvhpc.pyfunc import PyfuncModel
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "examples" / "python.ipynb"
 
@@ -50,6 +52,15 @@ def test_a_model_of_another_kind_is_refused(tiny_vae: Path, tiny_scalars: Path, 
         mvhpc.load(tiny_scalars).generate()
     with pytest.raises(ModelError, match="no model of scalars"):
         mvhpc.load(tiny_early).predict(np.zeros((8, 8, 8)), affine=np.eye(4))
+
+
+def test_an_unknown_known_variable_is_refused(tiny_scalars: Path) -> None:
+    model = mvhpc.load(tiny_scalars)
+    for name, known in (("agee", "Did you mean 'age'"), ("image", "Known: age, sex")):
+        with pytest.raises(ConfigError, match=f"unknown scalar '{name}'.*{known}"):
+            model.predict("scan.nii", {name: 70})
+        with pytest.raises(ConfigError, match=f"unknown scalar '{name}'.*{known}"):
+            PyfuncModel(model).predict(pd.DataFrame({"scan": ["scan.nii"], name: [70]}))
 
 
 def test_the_notebook_runs(
