@@ -206,6 +206,13 @@ def test_volumes_that_do_not_divide_are_refused_before_it_starts(tmp_path: Path)
         VAETask.check(settings)
 
 
+@pytest.mark.parametrize("shortcut", ["true", "false"])
+def test_a_training_part_without_volumes_is_refused_before_it_starts(tmp_path: Path, shortcut: str) -> None:
+    data = pack_ellipsoids(tmp_path / "data", train=0)
+    with pytest.raises(ConfigError, match=r"data=.*training part of split 'default' has a volume"):
+        VAETask.check(config(data, tmp_path / "vae", f"model.shortcut={shortcut}"))
+
+
 @pytest.mark.parametrize("preset", [p.stem for p in (CONFIGS / "vae").glob("*.yaml")])
 def test_presets_build_networks_eight_times_down(preset: str) -> None:
     """But for small volumes, which would leave too few cells."""

@@ -132,7 +132,8 @@ class VAETask(Task):
         config: of the stage.
 
     Raises:
-        ConfigError: the data are not volumes, lack this split, or have a shape that the networks cannot process.
+        ConfigError: the data are not volumes, lack this split, or have a shape that the networks cannot process; or the
+            training part has no volume.
     """
 
     exported: Mapping[str, Sequence[str]] = {
@@ -153,6 +154,11 @@ class VAETask(Task):
             ]
             for part in ("train", "validation")
         )
+        if not self.train:
+            raise ConfigError(
+                f"data={config.data}: no subject in the training part of split {config.split!r} has a volume; set "
+                "another split"
+            )
         self.samples, self.validation = len(self.train), len(self.others)
         torch.manual_seed(config.training.seed)  # the layers' initial weights
         autoencoder = Autoencoder(config.model)
