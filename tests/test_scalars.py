@@ -12,6 +12,7 @@ from mvhpc.config import ConfigError, load_config
 from mvhpc.diffusion.laws import log_score, normal
 from mvhpc.evaluation.tables import read_predictions
 from mvhpc.execute import execute, plan
+from mvhpc.inference.prediction_tables import write_predictions
 from mvhpc.inference.predictor import PredictConfig
 from mvhpc.inference.scalars_predictor import ScalarsPredictor
 from mvhpc.models.bundle import load
@@ -190,15 +191,20 @@ def test_the_mixture_is_not_worse_on_held_out_people_than_its_members(packed: Pa
             assert all(w == 0 or w > 0.04 for w in how.weights)
 
 
-def test_unknown_subjects_get_no_answer(trained: Path, packed: Path) -> None:
-    """A person who has nothing of what is given has empty cells, and the reason."""
-    answer = predictor(trained, packed, want=["age"], given=["sex"])
+def test_unknown_subjects_get_no_answer(trained: Path, packed: Path, tmp_path: Path) -> None:
+    """A person who has nothing of what is given has empty cells, no draws, and the reason."""
+    answer = predictor(trained, packed, want=["age"], given=["sex"], draws=2)
     rows = {row["key"]: row for row in answer(answer.dataset.keys())}
     lacking = [key for key in rows if answer.dataset.values(key)["sex"] is None]
     assert lacking
     for key in lacking:
         assert rows[key]["age"] is None and rows[key]["age_q05"] is None
         assert rows[key]["flag"] == "nothing that is given is known"
+    drawn = {key: len(row["draws"]["age"]) for key, row in rows.items()}
+    assert drawn == {key: 0 if key in lacking else 2 for key in rows}
+    write_predictions(tmp_path / "a.tsv", [*rows.values()], answer.schema, {"given": ["sex"], "want": ["age"]})
+    written = (tmp_path / "a.draws.tsv").read_text()
+    assert all((f"{key}\t" in written) == (key not in lacking) for key in rows)
 
 
 def test_a_scan_of_noise_is_flagged_and_held_out_people_are_not(trained: Path, packed: Path) -> None:

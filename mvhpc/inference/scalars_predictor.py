@@ -29,7 +29,7 @@ class ScalarsPredictor(GroupedPredictor):
     """Answers one query about any subjects of one data set.
 
     A given variable that a subject lacks is unknown for this subject. A subject that lacks everything given has no
-    answer where something is given.
+    answer, and no joint draws, where something is given.
 
     Args:
         config: data and query.
@@ -101,7 +101,7 @@ class ScalarsPredictor(GroupedPredictor):
                 row |= own if answered else dict.fromkeys(own)
                 row[f"{name}_true"] = true_value(self.dataset, key, self.schema[name])
             if self.config.draws:
-                row["draws"] = {name: x[i] for name, x in drawn.items()}
+                row["draws"] = {name: x[i] if answered else () for name, x in drawn.items()}
             p = {name: x[i] for name, x in unusual.items() if known[name][i]}
             row["typicality"] = min((float(x.min()) for x in p.values()), default=None)
             record = self.dataset.record(key)
