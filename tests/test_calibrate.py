@@ -1,6 +1,7 @@
 """Calibration at a new site: what it recovers, and that its intervals hold."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,11 +10,15 @@ import torch
 from mvhpc.config import ConfigError, load_config
 from mvhpc.diffusion.density import quantile
 from mvhpc.diffusion.laws import normal
+from mvhpc.evaluation.tables import subject_of
 from mvhpc.execute import execute, plan
 from mvhpc.inference.calibrate import CalibrateConfig
 from mvhpc.models.bundle import load
 from mvhpc.models.scalar_bundle import ScalarsModel
 from mvhpc.models.site_calibration import calibrate_site
+from mvhpc.models.training_people import TrainingPeople
+from shards.dataset import open_dataset
+from tests.conftest import SCHEMA, pack_people, write_bids
 from tests.test_scalars import packed, predictor, trained
 
 __all__ = ["packed", "trained"]
@@ -89,6 +94,36 @@ def test_the_stage_writes_a_model_that_names_its_site(trained: Path, packed: Pat
     with pytest.raises(ConfigError, match="calibrated for clinic already"):
         again = {**values, "model": str(tmp_path / "new"), "out": str(tmp_path / "twice")}
         execute(plan("calibrate", load_config(CalibrateConfig, "calibrate", "default", (), again)))
+
+
+def calibrated(model: Path, data: Path, out: Path) -> tuple[dict[str, Any], ScalarsModel]:
+    """The summary of the stage on everybody, and the model."""
+    values = {"model": str(model), "data": str(data), "out": str(out), "split": "all"}
+    summary = execute(plan("calibrate", load_config(CalibrateConfig, "calibrate", "default", (), values)))
+    return summary, load(out, kind=ScalarsModel)
+
+
+def test_people_are_counted_once_and_only_where_they_are_learnt_from(trained: Path, tmp_path: Path) -> None:
+    """Eleven of twelve people have labels, and two visits each."""
+    bids = write_bids(tmp_path / "bids", 12, seed=1)
+    lines = ["participant_id,session_id,path,age,sex"]
+    for i in range(12):
+        labels = "n/a,n/a" if i == 11 else f"{30 + i},F"
+        scan = bids / f"sub-{i:02d}" / "anat" / f"sub-{i:02d}_T1w.nii.gz"
+        lines += [f"new{i},{visit},{scan},{labels}" for visit in (1, 2)]
+    (tmp_path / "visits.csv").write_text("\n".join(lines) + "\n")
+    data = pack_people(tmp_path / "visits.csv", (0, 0, 1))
+    summary, model = calibrated(trained, data, tmp_path / "new")
+    assert summary["age_people"] == summary["sex_people"] == model.meta["site"]["people"] == 11
+    learnt = TrainingPeople.read(model.meta).learnt(open_dataset(data).index)
+    assert {subject_of(key) for key in learnt} == {f"sub-new{i}" for i in range(11)}
+
+
+def test_data_without_the_volume_are_refused(trained: Path, packed: Path, tmp_path: Path) -> None:
+    schema = {{"image": "scan"}.get(name, name): spec for name, spec in SCHEMA.items()}
+    data = pack_people(packed.parent / "bids", (0, 0, 1), tmp_path / "packed", schema=schema)
+    with pytest.raises(ConfigError, match=r"data=.*packed has no image, from which the model predicts"):
+        calibrated(trained, data, tmp_path / "new")
 
 
 def test_the_model_of_scalars_of_a_joint_model_is_calibrated_as_by_itself(

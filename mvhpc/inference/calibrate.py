@@ -13,6 +13,7 @@ import torch
 
 from mvhpc.config import ConfigError, Device, Tracking, at_least
 from mvhpc.diffusion.laws import Law, join, take
+from mvhpc.evaluation.tables import subject_of
 from mvhpc.inference.sampler import set_threads
 from mvhpc.inference.scalar_inputs import read_inputs
 from mvhpc.models.bundle import load_model_of_scalars
@@ -55,7 +56,7 @@ def run(config: CalibrateConfig, run: Run) -> dict[str, Any]:
         For each calibrated scalar the number of people, the temperature, and of a number the stretch.
 
     Raises:
-        ConfigError: a model that is calibrated already, data on another grid or without the model's tissue maps, or
+        ConfigError: a model that is calibrated already, data without its volumes or tissue maps or on another grid, or
             fewer than ten people with a volume and a scalar.
         FileExistsError: ``config.out`` exists.
     """
@@ -67,6 +68,11 @@ def run(config: CalibrateConfig, run: Run) -> dict[str, Any]:
         )
     dataset = open_dataset(config.data)
     volumes = [v.name for v in model.variables.volumes if v.name in {w.name for w in dataset.index.schema}]
+    if not volumes:
+        raise ConfigError(
+            f"data={config.data} has no {' or '.join(v.name for v in model.variables.volumes)}, from which the model "
+            "predicts; pack data with that volume"
+        )
     names = [v.name for v in model.variables.scalars if v.name in {w.name for w in dataset.index.schema}]
     check_data(model.grid, model.schema, dataset, [*volumes, *names])
     keys = subjects(dataset, config.split, config.split_name)
@@ -79,13 +85,17 @@ def run(config: CalibrateConfig, run: Run) -> dict[str, Any]:
         seen.append(torch.stack([known[name] for name in volumes]).any(0))
     truth, present = model.variables.encode_scalars([scalar_values(dataset, key, model.schema, names) for key in keys])
     found: dict[str, SiteCalibration] = {}
+    used: set[str] = set()
     summary: dict[str, Any] = {}
     for name in names:
         rows = (torch.cat(seen) & present[name]).nonzero()[:, 0]
-        if len(rows) < FEWEST:
+        labelled = {keys[row] for row in rows.tolist()}
+        people = len(set(map(subject_of, labelled)))
+        if people < FEWEST:
             continue
+        used |= labelled
         found[name] = calibrate_site(take(join(laws[name]), rows), truth[name][rows])
-        summary |= {f"{name}_people": len(rows), f"{name}_temperature": found[name].temperature}
+        summary |= {f"{name}_people": people, f"{name}_temperature": found[name].temperature}
         if model.schema[name].kind != "categorical":
             summary[f"{name}_stretch"] = found[name].stretch
     if not found:
@@ -95,13 +105,13 @@ def run(config: CalibrateConfig, run: Run) -> dict[str, Any]:
         )
     site = {
         "name": config.site or Path(config.data).resolve().name,
-        "people": len(keys),
+        "people": len(set(map(subject_of, used))),
         "data": dataset.index.digest,
         "scalars": {name: dataclasses.asdict(calibration) for name, calibration in found.items()},
     }
     with atomic_folder(Path(config.out)) as part:
         training = TrainingPeople.read(model.meta)
         if training.recorded:
-            training = training.and_of(dataset.index, keys)
+            training = training.and_of(dataset.index, sorted(used))
         save_calibrated(model, part, site, training)
     return summary
