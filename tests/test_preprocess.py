@@ -17,7 +17,7 @@ from mvhpc.execute import execute, plan
 from mvhpc.pipeline.plan import Pipeline, PipelineConfig
 from shards.__main__ import main
 from shards.dataset import open_dataset
-from shards.errors import DataError
+from shards.errors import DataError, TooManyRejects
 from shards.nifti import read
 from shards.pack import pack
 from shards.phantom.anatomy import draw_anatomy
@@ -311,7 +311,7 @@ def test_a_suspect_scan_is_rejected_or_kept_with_its_flags(brain: tuple[Volume, 
         record.figures["image.preprocess.volume_ml"], rel=0.1
     )
     assert "image.preprocess.brain.width_mm" in record.flags
-    with pytest.raises(DataError, match="no scan could be processed"):  # what was kept is judged again
+    with pytest.raises(TooManyRejects, match="no scan could be processed"):  # what was kept is judged again
         preprocess(tmp_path / "source", tmp_path / "out", QUICK, workers=1)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from shards.cpus import available_cores
-from shards.errors import DataError
+from shards.errors import DataError, TooManyRejects
 from shards.files import lock_file, sha256, write_bytes, write_text
 from shards.participant_rows import PATH, Reject, Row
 from shards.participants import read_table
@@ -84,8 +84,8 @@ def preprocess(
         A summary; ``out/rejected.tsv`` lists the scans without a result with the reasons.
 
     Raises:
-        DataError: a source, folder or argument that cannot be used, a missing package or file of weights, or no scan
-            that can be processed.
+        DataError: a source, folder or argument that cannot be used, or a missing package or file of weights.
+        TooManyRejects: no scan can be processed; ``out/rejected.tsv`` is written.
     """
     out = Path(out)
     recipe = _with_template(recipe, Path(template) if template is not None else None)
@@ -127,7 +127,9 @@ def preprocess(
             done = [outcome for outcome in outcomes.values() if not outcome.reason]
             if not done:
                 line, key, reason = rejects[0]
-                raise DataError(f"no scan could be processed; {key or f'line {line}'}: {reason}; see {out / REJECTED}")
+                raise TooManyRejects(
+                    f"no scan could be processed; {key or f'line {line}'}: {reason}; see {out / REJECTED}"
+                )
             carry_tables(Path(source), out, table.kind, {row.key for row in table.rows if isinstance(row, Row)})
             write_text(out / DESCRIPTION, json.dumps(describe(recipe, versions()["mvhpc"], centre), indent=1) + "\n")
     except BlockingIOError:
