@@ -21,7 +21,7 @@ def summary(rows: Sequence[Row], want: Sequence[str]) -> str:
     unanswered = without_answer(rows, want)
     flagged = sum(row["flag"] != OK for row in rows)
     head = f"{len(rows) - len(unanswered)} of {len(rows)} scans answered, {flagged} flagged"
-    return "\n".join([head, *(f"not answered: {key}: {reason}" for key, reason in unanswered.items())])
+    return "\n".join([head, *(": ".join(filter(None, ("not answered", *row))) for row in unanswered)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from mvhpc.models.bundle import load_model_of_scalars
 from mvhpc.models.known_answer import check_known_answer
 from mvhpc.models.scalar_bundle import ScalarsModel
 from mvhpc.models.scalar_stack import StackPosterior
-from mvhpc.runs.folder import identity
+from mvhpc.runs.folder import exclusive, identity
 from mvhpc.runtime.devices import one_thread, resolve_device
 from mvhpc.variables import Categorical, Continuous
 from shards.bids_source import MASK
@@ -91,7 +91,8 @@ def predict_scans(request: Request, model: ScalarsModel | None = None) -> tuple[
     """Preprocess, judge and answer; write ``predictions.tsv``, its description and a page per scan.
 
     Scans are preprocessed as those that the model was trained on. A scan that cannot be preprocessed or fails quality
-    control has a row with its reason and no answers.
+    control has a row with its reason and no answers. So has a row of the source that names no usable scan; it has no
+    page.
 
     Args:
         request: what is predicted for whom.
@@ -101,39 +102,45 @@ def predict_scans(request: Request, model: ScalarsModel | None = None) -> tuple[
         The rows of the table, in the order of the source, and the predicted variables.
 
     Raises:
-        ConfigError: a query that the model does not take, or an unknown participant.
-        DataError: a source that cannot be read, or a missing package.
+        ConfigError: a query that the model does not take, an unknown participant, or another process works in
+            ``request.out``.
+        DataError: a source that cannot be read or has no rows, or a missing package.
     """
     model = model or load_model_of_scalars(request.model, resolve_device(request.device))
     check_known_answer(request.model, model)
     given = list(request.given) or [v.name for v in model.variables.volumes]
     want = list(request.want) or [v.name for v in model.variables.scalars if v.name not in given]
     check_query(model.schema, given, want)
+    request.out.mkdir(parents=True, exist_ok=True)
+    with exclusive(request.out):
+        return _predict(request, model, given, want), want
+
+
+def _predict(request: Request, model: ScalarsModel, given: Sequence[str], want: Sequence[str]) -> list[Row]:
+    """Write the results; return the rows of the table."""
     out = request.out
-    out.mkdir(parents=True, exist_ok=True)
     schema = _known_part(model.schema, request, given)
     recipe = Recipe.from_dict(model.meta["recipe"]) if model.meta["recipe"] else None
-    reasons: dict[str, str] = {}
     files_before = _listed(out / SCANS)
-    keys = _list_scans(request, schema, recipe, out / SCANS, reasons)
+    listed = _list_scans(request, schema, recipe, out / SCANS)
     files = _listed(out / SCANS)
     source = out / SCANS
-    if recipe:
+    visits = [row.key for row in listed if isinstance(row, Visit)]
+    reasons: dict[str, str] = {}
+    if recipe and visits:
         source = out / DERIVATIVE
         options: dict[str, Any] = {"template": request.template, "weights": request.weights, "device": request.device}
         options |= {"workers": request.workers, "keep_suspect": request.keep_suspect}
-        try:
+        with contextlib.suppress(TooManyRejects):
             preprocess(out / SCANS, source, recipe, **options)
-        except DataError:
-            if not (source / "rejected.tsv").is_file():
-                raise
         reasons |= _read_rejects(source)
     rows: dict[str, Row] = {}
     subjects: dict[str, Subject] = {}
     warnings: list[str] = []
-    if not all(key in reasons for key in keys):
+    if not reasons.keys() >= set(visits):
         rows, subjects, warnings = _answer(request, model, schema, source, given, want, reasons)
-    answered = _complete(rows, keys, want, reasons)
+    nobody = [Answer(name, model.schema[name].unit or "") for name in want]
+    answered, pages = _complete(listed, rows, subjects, reasons, nobody)
     unanswered = without_answer(answered, want)
     counted = f"{len(answered) - len(unanswered)} of {len(answered)} scans answered"
     about = f"{', '.join(want)} given {', '.join(given)}, by {request.model}; {counted}"
@@ -145,7 +152,7 @@ def predict_scans(request: Request, model: ScalarsModel | None = None) -> tuple[
         "answered": {
             "people": len(answered) - len(unanswered),
             "of": len(answered),
-            "left_out": [{"reason": reason, "people": [key]} for key, reason in unanswered.items()],
+            "left_out": [{"reason": reason, "people": [key]} for key, reason in unanswered],
         },
         "warnings": warnings,
         "model": identity(model.folder),
@@ -155,10 +162,8 @@ def predict_scans(request: Request, model: ScalarsModel | None = None) -> tuple[
     other_scans = any(files.get(key) != file for key, file in files_before.items())
     _set_aside(request, facts, other_scans)
     write_predictions(out / TABLE, answered, model.schema, facts)
-    nobody = [Answer(name, model.schema[name].unit or "") for name in want]
-    pages = [subjects.get(key) or Subject(key, nobody, [reasons[key]]) for key in keys]
     write_pages(out, pages, about)
-    return answered, want
+    return answered
 
 
 def _set_aside(request: Request, facts: Mapping[str, Any], other_scans: bool) -> None:
@@ -173,7 +178,8 @@ def _set_aside(request: Request, facts: Mapping[str, Any], other_scans: bool) ->
         frame, before = read_predictions(table)
         keys_before = frame["key"].tolist()
     if other_scans or any(before.get(key) != facts.get(key) for key in keys):
-        pages = [request.out / f"{name}.html" for name in ("index", *keys_before)]
+        names = {"index", *keys_before}
+        pages = [path for path in request.out.glob("*.html") if path.stem in names]
         rename_aside([path for path in (table, sidecar(table), *pages) if path.is_file()])
 
 
@@ -201,10 +207,11 @@ def _listed(path: Path) -> dict[str, str]:
     return {"_".join(filter(None, (row[ID], row[SESSION]))): row[PATH] for _, row in read_sheet(path).rows}
 
 
-def _list_scans(
-    request: Request, schema: Schema, recipe: Recipe | None, path: Path, reasons: dict[str, str]
-) -> list[str]:
-    """Write the scans to a CSV for the preprocessing; return all keys, and add the reasons of unusable rows."""
+def _list_scans(request: Request, schema: Schema, recipe: Recipe | None, path: Path) -> list[Visit | Reject]:
+    """Write the scans to a CSV for the preprocessing; return all rows.
+
+    The keys of visits are unique and safe as names of files. A rejected row may have any key, also that of a visit.
+    """
     volumes = schema.volumes
     if len(volumes) != 1:
         raise ConfigError(f"{request.model} has {len(volumes)} volumes; preprocessing takes T1-weighted scans alone")
@@ -217,11 +224,13 @@ def _list_scans(
     table = read_table(request.source, Schema.from_dict(specs), **choice)
     for note in table.notes:
         print(f"note: {note}", file=sys.stderr)
+    if not table.rows:
+        raise DataError(f"{request.source}: the table has no rows")
     wanted = {label.removeprefix("sub-") for label in request.labels}
-    found = {row.key.partition("_")[0].removeprefix("sub-") for row in table.rows}
-    if unknown := sorted(wanted - found):
+    labels = [subject_of(row.key).removeprefix("sub-") for row in table.rows]
+    if unknown := sorted(wanted.difference(labels)):
         raise ConfigError(f"{request.source}: no participant {', '.join(unknown)}")
-    rows = [r for r in table.rows if not wanted or r.key.partition("_")[0].removeprefix("sub-") in wanted]
+    rows = [row for row, label in zip(table.rows, labels, strict=True) if not wanted or label in wanted]
     with atomic_file(path) as part, part.open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow([ID, SESSION, PATH, *masks, *(v.column for v in schema.scalars)])
@@ -231,8 +240,7 @@ def _list_scans(
                 files = [row.files[name].absolute() if name in row.files else MISSING for name in (image, *masks)]
                 values = (MISSING if row.values[v.name] is None else row.values[v.name] for v in schema.scalars)
                 writer.writerow([row.subject, session, *files, *values])
-    reasons |= {row.key: row.reason for row in rows if isinstance(row, Reject)}
-    return [row.key for row in rows]
+    return rows
 
 
 def _read_rejects(folder: Path) -> dict[str, str]:
@@ -339,9 +347,31 @@ def _variable_answer(model: ScalarsModel, row: Row, name: str, law: Law, place: 
 
 
 def _complete(
-    rows: Mapping[str, Row], keys: Sequence[str], want: Sequence[str], reasons: Mapping[str, str]
-) -> list[Row]:
-    """The rows of all keys, of one set of columns; without an answer all cells but the flag are empty."""
-    columns = next(iter(rows.values()), dict.fromkeys(["key", "subject", *want, "not_given", "flag"]))
-    empty = dict.fromkeys(columns)
-    return [rows.get(key) or {**empty, "key": key, "subject": subject_of(key), "flag": reasons[key]} for key in keys]
+    listed: Sequence[Visit | Reject],
+    rows: Mapping[str, Row],
+    subjects: Mapping[str, Subject],
+    reasons: Mapping[str, str],
+    nobody: Sequence[Answer],
+) -> tuple[list[Row], list[Subject]]:
+    """The rows of the table, of one set of columns, and the pages, of all rows of the source.
+
+    Args:
+        listed: the rows of the source.
+        rows, subjects: of the visits that were answered, by key.
+        reasons: of the other visits, by key.
+        nobody: the answers to the query about somebody who has none; cells without an answer are empty.
+    """
+    names = [answer.name for answer in nobody]
+    columns = next(iter(rows.values()), dict.fromkeys(["key", "subject", *names, "not_given", "flag"]))
+    table, pages = [], []
+    for row in listed:
+        if isinstance(row, Visit) and row.key in rows:
+            table.append(rows[row.key])
+            pages.append(subjects[row.key])
+            continue
+        key = " ".join(row.key.split())  # of a cell of the source, where it is no label
+        reason = row.reason if isinstance(row, Reject) else reasons[key]
+        reason = reason if key else f"line {row.line}: {reason}"
+        table.append({**dict.fromkeys(columns), "key": key, "subject": subject_of(key), "flag": reason})
+        pages.append(Subject(key, nobody, [reason], page=isinstance(row, Visit)))
+    return table, pages

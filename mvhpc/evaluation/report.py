@@ -68,6 +68,7 @@ class Subject:
         mask: brain mask of the scan on the same grid, or None.
         template: brain mask of the template on the same grid, or None.
         figures: of quality, by name.
+        page: whether there is one; a row without a scan stands in the group's table alone.
     """
 
     key: str
@@ -77,6 +78,7 @@ class Subject:
     mask: NDArray[np.floating] | None = None
     template: NDArray[np.floating] | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
+    page: bool = True
 
 
 def write_pages(folder: Path, subjects: Sequence[Subject], about: str) -> None:
@@ -88,7 +90,7 @@ def write_pages(folder: Path, subjects: Sequence[Subject], about: str) -> None:
         about: one line: which model predicted what, from what.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for subject in subjects:
+    for subject in (s for s in subjects if s.page):
         answers = [
             {"name": a.name, "text": a.text(), "picture": _answer_picture(a) if a.given else ""}
             for a in subject.answers
@@ -97,7 +99,8 @@ def write_pages(folder: Path, subjects: Sequence[Subject], about: str) -> None:
         page = render("subject.html", subject=subject, answers=answers, brain=brain, about=about)
         write_text(folder / f"{subject.key}.html", page)
     rows = [
-        {"key": s.key, "texts": [a.text() for a in s.answers], "flags": "; ".join(s.flags) or "ok"} for s in subjects
+        {"key": s.key, "texts": [a.text() for a in s.answers], "flags": "; ".join(s.flags) or "ok", "page": s.page}
+        for s in subjects
     ]
     names = [a.name for a in subjects[0].answers] if subjects else []
     flagged = sum(bool(s.flags) for s in subjects)

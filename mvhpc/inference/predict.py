@@ -85,7 +85,7 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
         "versions": versions(networks=not isinstance(predictor, ScalarsPredictor)),
     }
     rows, failed, rate = answer_everybody(config, predictor, keys, query, description, run)
-    unanswered = without_answer(rows.values(), config.want)
+    unanswered = dict(without_answer(rows.values(), config.want))
     print(f"{query}: {selection.words(unanswered)}", file=sys.stderr)
     description["answered"] = selection.describe(unanswered)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -99,9 +99,9 @@ def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
             stream.write("\t".join(_cell(value) for value in row) + "\n")
 
 
-def without_answer(rows: Iterable[Row], want: Sequence[str]) -> dict[str, str]:
-    """Key -> reason, of the rows without any answer."""
-    return {row["key"]: row["flag"] for row in rows if all(row[name] is None for name in want)}
+def without_answer(rows: Iterable[Row], want: Sequence[str]) -> list[tuple[str, str]]:
+    """(key, reason) of the rows without any answer."""
+    return [(row["key"], row["flag"]) for row in rows if all(row[name] is None for name in want)]
 
 
 def _cell(value: float | str | None) -> str:
