@@ -52,15 +52,16 @@ class StreamedRecords:
             IntegrityError: a damaged array, or a shard without all of its records.
             DataError: a shard that the data set does not have.
         """
-        url, found = "", 0
+        url = ""
+        found: set[str] = set()
         for sample in source:
-            if sample["__url__"] != url:
-                self._check_count(url, found)
-                url, found = sample["__url__"], 0
-            found += 1
             key = sample["__key__"]
+            if sample["__url__"] != url or key in found:  # the same shard may come twice in a row
+                self._check_count(url, len(found))
+                url, found = sample["__url__"], set()
+            found.add(key)
             yield key, {variable: self._array(sample, key, variable) for variable in self.variables}
-        self._check_count(url, found)
+        self._check_count(url, len(found))
 
     def _array(self, sample: dict[str, Any], key: str, variable: str) -> NDArray[Any]:
         spec, record = self.dataset.index.arrays[variable], self.dataset.record(key)

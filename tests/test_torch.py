@@ -3,6 +3,7 @@
 import itertools
 import json
 import pickle
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,19 @@ def test_no_damage_of_a_shard_is_read_in_silence(tars: Path) -> None:
             list(stream(tars))
     shard.write_bytes(intact)
     assert len(list(stream(tars))) == 6
+
+
+def test_a_shard_is_counted_each_time_that_it_is_drawn(tars: Path) -> None:
+    """Sampling with replacement draws the same shard twice in a row, and one shard alone without an end."""
+    for seed in range(3):
+        assert len(list(itertools.islice(stream(tars, resampled=True, seed=seed), 40))) == 40
+    shard = tars / "shards/shard-00000.tar"
+    assert len(list(itertools.islice(stream([str(shard)], index=tars, resampled=True), 9))) == 9
+    with tarfile.open(shard) as members:
+        end = next(member.offset for member in members if member.name.startswith("sub-1."))
+    shard.write_bytes(shard.read_bytes()[:end])
+    with pytest.raises(IntegrityError, match="1 of 2 records"):
+        list(itertools.islice(stream([str(shard)], index=tars, resampled=True), 9))
 
 
 def test_plain_webdataset_reads_urls_with_braces(tars: Path) -> None:
