@@ -1,8 +1,9 @@
 """Repairing a packed data set: what is damaged is converted again from the source, to the bytes that were written."""
 
 import hashlib
+import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from shards.errors import DataError, IntegrityError
 from shards.files import locked_folder, sync, write_bytes
 from shards.index import Index, array_checksum
 from shards.inside import inside
+from shards.packing.pool import map_tasks
 from shards.participant_rows import Row
 from shards.participants import read_table
 from shards.preprocess.recipe import read_derivative
-from shards.processes import process_pool
 from shards.pseudonyms import fingerprint, pseudonymised, read_key
 from shards.record_table import Records
 from shards.records import Record
@@ -28,6 +29,8 @@ from shards.shard_writer import ShardWriter
 from shards.verify import Damage, verify
 from shards.volumes import Space
 from shards.zarr_coordinates import store_files
+
+PLACE = ".repair-"  # begins the names of folders in which shards are written
 
 
 def repair(
@@ -42,7 +45,8 @@ def repair(
 
     A damaged shard is written anew: its intact volumes as they are, the others converted from the source with the
     arguments that the index records, and compared with their checksums. It replaces the damaged file when it has its
-    recorded SHA-256; otherwise that stays as it is. Files that do not belong to the data set are not touched.
+    recorded SHA-256; otherwise that stays as it is. What killed processes left is removed; other files that do not
+    belong to the data set are not touched.
 
     Args:
         folder: of the data set.
@@ -55,7 +59,8 @@ def repair(
         Each damage, and why it was not repaired; '' where it was.
 
     Raises:
-        DataError: no packed data set, one that another process writes, or arguments that cannot be used.
+        DataError: no packed data set, one that another process writes, arguments that cannot be used, or a worker
+            process that was killed.
         IntegrityError: the index itself is damaged.
     """
     folder, workers = Path(folder), workers or available_cores()
@@ -63,13 +68,17 @@ def repair(
         damaged: dict[str, list[Damage]] = {}
         for damage in verify(folder, workers):
             damaged.setdefault(damage.file, []).append(damage)
+        for part in folder.rglob(".*.part"):
+            part.unlink()
+        for place in folder.glob(f"{PLACE}*"):
+            shutil.rmtree(place)
         if not damaged:
             return
         index = _load(folder, damaged)
         rows, space = _read_source(index, Path(source), files_root, pseudonymise)
         contents = Contents(index)
         tasks = [_task(folder, index, contents, file, rows, space) for file in damaged]
-        for file, reason in zip(damaged, _map(_restore, tasks, workers)):
+        for file, reason in map_tasks(_restore, tasks, workers):
             yield from ((damage, reason) for damage in damaged[file])
 
 
@@ -145,34 +154,26 @@ def _derived(index: Index) -> dict[str, bytes]:
     return store_files(index.arrays, index.grid, index.schema, index.records, places, index.per_shard)
 
 
-def _map(function: Callable[[_Task], str], tasks: Sequence[_Task], workers: int) -> Iterator[str]:
-    if workers == 1 or len(tasks) == 1:
-        yield from map(function, tasks)
-        return
-    with process_pool(min(workers, len(tasks))) as pool:
-        yield from pool.map(function, tasks)
-
-
-def _restore(task: _Task) -> str:
-    """Write a file with the bytes that it had; returns why that is not possible, '' where it was."""
+def _restore(task: _Task) -> tuple[str, str]:
+    """Write a file with the bytes that it had; returns it, and why that is not possible, '' where it was."""
     try:
         dataset = open_dataset(task.folder)
         known, path = dataset.index.files[task.file]["sha256"], inside(task.folder, task.file)
         path.parent.mkdir(parents=True, exist_ok=True)
         if task.number < 0:
             if hashlib.sha256(task.content).hexdigest() != known:
-                return "does not follow from the records; restore it or pack again"
+                return task.file, "does not follow from the records; restore it or pack again"
             write_bytes(path, task.content)
-            return ""
-        with tempfile.TemporaryDirectory(prefix=".repair-", dir=task.folder) as place:
+            return task.file, ""
+        with tempfile.TemporaryDirectory(prefix=PLACE, dir=task.folder) as place:
             files = _write_shard(dataset, task, Path(place))
             if files[task.file]["sha256"] != known:
-                return "this version writes the same volumes as other bytes; pack again"
+                return task.file, "this version writes the same volumes as other bytes; pack again"
             (Path(place) / task.file).replace(path)
             sync(path.parent)
     except (DataError, OSError) as error:
-        return str(error)
-    return ""
+        return task.file, str(error)
+    return task.file, ""
 
 
 def _write_shard(dataset: Dataset, task: _Task, place: Path) -> dict[str, dict[str, Any]]:

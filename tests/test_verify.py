@@ -1,7 +1,11 @@
 """Laws of verifying and repairing."""
 
+import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +170,43 @@ def test_only_what_is_damaged_is_converted(out: Path, source: Path, monkeypatch:
     assert [reason for _, reason in repair(out, source, workers=1)] == [""]
     assert converted == ["sub-04"]
     assert untouched == {path: path.stat().st_mtime_ns for path in untouched}
+
+
+KILLED = """
+import os, signal, sys
+import shards.repair
+write = shards.repair._write_shard
+def killed(*arguments):
+    write(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+shards.repair._write_shard = killed
+list(shards.repair.repair(*sys.argv[1:], workers=1))
+"""
+
+
+def test_a_repair_after_one_that_was_killed_leaves_nothing_else(out: Path, source: Path) -> None:
+    before = content(out)
+    flip(shards(out)[1], 900)
+    command = [sys.executable, "-c", KILLED, str(out), str(source)]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    (shards(out)[0].parent / ".zarr.json.7.part").write_bytes(b"half")
+    assert len(foreign_files(out)) > 1
+    assert [reason for _, reason in repair(out, source, workers=1)] == [""]
+    assert content(out) == before and not list(out.glob(".repair-*"))
+
+
+def killed(task: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_an_error_with_a_remedy(
+    out: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in shards(out):
+        flip(path, 900)
+    monkeypatch.setattr("shards.repair._restore", killed)
+    with pytest.raises(DataError, match="a worker process was killed, most likely for lack of memory"):
+        list(repair(out, source, workers=2))
 
 
 def test_a_changed_source_repairs_nothing(out: Path, source: Path, tmp_path: Path) -> None:
