@@ -18,7 +18,9 @@ from shards.audit.confounding import sentences
 from shards.audit.duplicates import compare_all
 from shards.audit.measure import SKETCH, Measured, Reference, details, encode, measure, picture, sketch
 from shards.audit.outliers import deviations, histogram_distances
-from shards.audit.run import audit
+from shards.audit.run import audit, split_sketches
+from shards.audit.stream import Look, look, mean_brains
+from shards.dataset import open_dataset
 from shards.errors import DataError, IntegrityError
 from shards.schema import Schema
 from tests.packing import PEOPLE, bids, content, packed
@@ -265,6 +267,15 @@ def test_the_page_is_whole_loads_nothing_and_does_not_depend_on_workers(
     assert scores == sorted(scores, reverse=True)
     assert all(len(card["values"]) == len(data["measures"]) for card in data["cards"])
     assert all(page.scripts[f"i{n}"].startswith("UklGR") for n in range(len(PEOPLE))), "not WebP"
+
+
+def test_looks_keep_no_sketch_beside_the_array(small: Path) -> None:
+    seen = look(small, mean_brains(open_dataset(small), ["image"]), 32, 1)
+    first = next(seen)
+    found, sketches = split_sketches([first, Look("sub-99", {}, b""), *seen], 1 + len(PEOPLE), "image")
+    assert (sketches[0] == first.volumes["image"].sketch).all() and sketches[0].any() and not sketches[1].any()
+    assert [f.key for f in found] == ["sub-00", "sub-99", *(key for key, *_ in PEOPLE[1:])]
+    assert not any(measured.sketch.size for f in found for measured in f.volumes.values())
 
 
 def test_what_cannot_be_audited_is_refused(small: Path, tmp_path: Path) -> None:

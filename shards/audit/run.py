@@ -1,13 +1,15 @@
 """``shards audit``: a packed data set -> one page that shows every volume, and takes verdicts on them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from shards.audit.duplicates import Pairs, compare_all
+from shards.audit.duplicates import compare_all
 from shards.audit.measure import SKETCH
 from shards.audit.outliers import histogram_distances
 from shards.audit.page import write_page
@@ -18,6 +20,7 @@ from shards.errors import DataError
 
 HEIGHTS = ((1_000, 160), (10_000, 96))  # records -> height of a picture, pixels; smaller ones keep large pages light
 SMALLEST = 64
+NO_SKETCH = np.zeros(0, np.float16)
 
 
 class Summary(TypedDict):
@@ -58,9 +61,9 @@ def audit(folder: str | Path, out: str | Path, workers: int = 0) -> Summary:
         raise DataError(f"{folder}: no record has a volume: nothing to look at")
     count = len(dataset)
     height = next((height for most, height in HEIGHTS if count <= most), SMALLEST)
-    looks = list(look(folder, references, height, workers or available_cores()))
     compared = next(iter(references))
-    pairs = _pairs(dataset, looks, compared)
+    looks, sketches = split_sketches(look(folder, references, height, workers or available_cores()), count, compared)
+    pairs = compare_all(sketches, [dataset.record(found.key).subject for found in looks])
     write_page(dataset, compared, _measures(dataset, looks, list(references)), [f.picture for f in looks], pairs, out)
     return Summary(records=count, alike=pairs.count, unlike=len(pairs.unlike), bytes=out.stat().st_size)
 
@@ -100,10 +103,22 @@ def _measures(dataset: Dataset, looks: Sequence[Look], variables: Sequence[str])
     return pd.concat([table, of_quality.loc[:, of_quality.nunique() > 1]], axis=1)
 
 
-def _pairs(dataset: Dataset, looks: Sequence[Look], variable: str) -> Pairs:
-    """Pairs by one variable; records without it are like none."""
-    sketches = np.zeros((len(looks), SKETCH), np.float16)
-    for row, found in zip(sketches, looks):
+def split_sketches(looks: Iterable[Look], count: int, variable: str) -> tuple[list[Look], NDArray[np.float16]]:
+    """Looks without their sketches, and the sketches of one variable, so that no sketch is in memory twice.
+
+    Args:
+        looks: at the records.
+        count: of the records.
+        variable: whose sketches are kept.
+
+    Returns:
+        The looks, and (count, SKETCH); 0 for records without the variable, which are like none.
+    """
+    sketches = np.zeros((count, SKETCH), np.float16)
+    kept = []
+    for found, row in zip(looks, sketches):
         if variable in found.volumes:
             row[:] = found.volumes[variable].sketch
-    return compare_all(sketches, [dataset.record(found.key).subject for found in looks])
+        bare = {name: replace(measured, sketch=NO_SKETCH) for name, measured in found.volumes.items()}
+        kept.append(replace(found, volumes=bare))
+    return kept, sketches
