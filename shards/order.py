@@ -26,6 +26,9 @@ class Order:
         n: number of samples.
         batch: samples per step, over all workers.
         seed: of the permutations.
+
+    Raises:
+        DataError: no sample, or a batch without one.
     """
 
     def __init__(self, n: int, batch: int, seed: int) -> None:

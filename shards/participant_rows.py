@@ -92,7 +92,11 @@ class Columns:
         self._notes |= dict.fromkeys(notes)
 
     def check_used(self, source: Path) -> None:
-        """Refuse a column to rename that no table has."""
+        """Refuse a column to rename that no table has.
+
+        Raises:
+            DataError: naming the column.
+        """
         if self.unused:
             raise DataError(f"{source}: rename: no table has a column {', '.join(map(repr, self.unused))}")
 
@@ -103,7 +107,11 @@ def prefixed(prefix: str, label: str) -> str:
 
 
 def check_fetched(variable: str, file: Path) -> None:
-    """Refuse a link of DataLad or git-annex whose content is elsewhere."""
+    """Refuse a link of DataLad or git-annex whose content is elsewhere.
+
+    Raises:
+        ValueError: naming the variable.
+    """
     if file.is_symlink() and not file.exists():
         raise ValueError(
             f"{variable}: the file is a link whose content is not here; fetch it first (datalad get, git annex get)"

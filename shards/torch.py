@@ -203,7 +203,11 @@ def to_sample(dataset: Dataset, record: tuple[str, Mapping[str, NDArray[Any]]]) 
 
 
 def chosen(dataset: Dataset, variables: Sequence[str] | None) -> list[str]:
-    """The volume variables to read."""
+    """The volume variables to read.
+
+    Raises:
+        DataError: an unknown one.
+    """
     names = [v.name for v in dataset.index.schema.volumes] if variables is None else list(variables)
     for name in names:
         if name not in dataset.index.arrays:

@@ -1,7 +1,8 @@
 """What makes the store of a packed data set readable by name: dimensions, coordinates and scalar variables.
 
 ``xarray.open_zarr(FOLDER / "data.zarr")`` has the volumes with the dimensions ``key``, ``x``, ``y``, ``z`` (of latents
-also ``channel``), keys as the labels of the first one, mm in RAS of the others, and each scalar variable by key.
+also ``channel``), keys as the labels of the first one, mm in RAS of the others, and each scalar variable by key, but
+those with the name of a dimension.
 Nothing here is read by this package.
 """
 

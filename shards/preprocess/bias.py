@@ -18,6 +18,9 @@ def correct_bias(brain: Volume, mask: Volume) -> Volume:
     Args:
         brain: at least 0 inside the mask.
         mask: 0 or 1, on the same grid.
+
+    Raises:
+        ValueError: N4 finds no usable field.
     """
     ants = ants_library()
     affine, shape = working_grid(mask, SPACING)

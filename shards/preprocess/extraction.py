@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import ndimage
 
 from shards.errors import DataError
-from shards.foreground import background
+from shards.foreground import background, faces
 from shards.preprocess.images import Volume
 
 CLEAR_FACES = 0.95  # share of the voxels on a volume's faces that are background where the brain is extracted
@@ -25,7 +24,7 @@ def extracted_mask(scan: Volume) -> Volume | None:
     Such a scan has one background value on its faces, and a foreground in one piece that is no larger than a brain.
     """
     empty = background(scan.voxels)
-    if (_faces(scan.voxels) == empty).mean() < CLEAR_FACES:
+    if (faces(scan.voxels) == empty).mean() < CLEAR_FACES:
         return None
     foreground = scan.voxels != empty
     if foreground.sum() * scan.voxel_ml > LARGEST_BRAIN_ML:
@@ -41,6 +40,8 @@ def extracted_mask(scan: Volume) -> Volume | None:
 
 def deepbet(device: str) -> Callable[[Volume], Volume]:
     """A function from a head to its brain mask, by deepbet (Fisch et al., 2024), whose networks come with the package.
+
+    The function raises ValueError where it finds no brain.
 
     Args:
         device: ``cpu`` or ``cuda``.
@@ -70,10 +71,15 @@ def deepbet(device: str) -> Callable[[Volume], Volume]:
 def hd_bet(weights: Path, device: str) -> Callable[[Volume], Volume]:
     """A function from a head to its brain mask, by HD-BET 2 (Isensee et al., 2019), a network of nnU-Net.
 
+    The function raises ValueError where it finds no brain.
+
     Args:
         weights: the zip file of its release, which holds ``plans.json``, ``dataset.json`` and ``fold_all``. Loading it
             runs code that it may hold; check its hash before.
         device: ``cpu`` or ``cuda``.
+
+    Raises:
+        DataError: a zip file without exactly one ``plans.json``.
     """
     import torch
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -100,8 +106,3 @@ def hd_bet(weights: Path, device: str) -> Callable[[Volume], Volume]:
         return scan.like(found)
 
     return mask
-
-
-def _faces(voxels: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The voxels on the six faces of a volume."""
-    return np.concatenate([np.take(voxels, (0, -1), axis).ravel() for axis in range(3)])

@@ -158,7 +158,8 @@ def explain(flag: str, figures: Mapping[str, float]) -> str:
     """What a flag of a record means, in words.
 
     Args:
-        flag: ``VARIABLE.FIGURE`` or ``VARIABLE.preprocess.FIGURE``, see :class:`shards.index.Record`.
+        flag: ``VARIABLE.FIGURE``, or ``VARIABLE.preprocess.FIGURE`` or ``VARIABLE.preprocess.brain.FIGURE`` of a
+            preprocessed volume; see :class:`shards.index.Record`.
         figures: of the record.
     """
     variable, figure = flag.split(".")[0], flag.split(".")[-1]
