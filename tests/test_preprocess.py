@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -20,6 +21,7 @@ from shards.dataset import open_dataset
 from shards.errors import DataError, TooManyRejects
 from shards.nifti import read
 from shards.pack import pack
+from shards.participant_rows import Row
 from shards.phantom.anatomy import draw_anatomy
 from shards.phantom.brain import Tissues, render_tissues, spacing
 from shards.phantom.make import render_image
@@ -27,10 +29,11 @@ from shards.preprocess import requirements
 from shards.preprocess.bias import correct_bias
 from shards.preprocess.extraction import extracted_mask
 from shards.preprocess.images import Volume, ants_library, resample
-from shards.preprocess.recipe import Recipe
+from shards.preprocess.recipe import Recipe, read_derivative
 from shards.preprocess.registration import FLIP, load_template, register, transform_bytes
 from shards.preprocess.run import preprocess
 from shards.preprocess.scan import preprocess_scan
+from shards.preprocess.subject import Job, Outcome, Worker
 from shards.preprocess.tissue import tissue_maps
 
 pytest.importorskip("ants")
@@ -249,6 +252,54 @@ def test_only_what_changed_is_done_again(source: Path, derivative: Path, tmp_pat
     assert not list(out.rglob("*space-*"))  # of the recipe before
 
 
+PLAIN = Recipe(steps=("brain",))
+
+
+@pytest.mark.parametrize("kind", ["bids", "csv"])
+def test_an_update_is_what_a_new_derivative_would_be(source: Path, tmp_path: Path, kind: str) -> None:
+    """Of scans, sessions, values and descriptions that were withdrawn nothing stays, and nothing is packed."""
+    scans, table, out, new = tmp_path / "scans", tmp_path / "scans.csv", tmp_path / "out", tmp_path / "new"
+    shutil.copytree(source, scans)
+    images = {path.name.removesuffix("_T1w.nii.gz"): path for path in scans.rglob("sub-[ab]*_T1w.nii.gz")}
+    later, other = images["sub-a_ses-2"], images["sub-b"]
+    lines = ["participant_id,session_id,path,age,sex", f"a,1,{images['sub-a_ses-1']},40,F", f"b,,{other},50,M"]
+    table.write_text("\n".join([*lines, f"a,2,{later},42,F"]) + "\n")
+    (scans / "participants.json").write_text("{}")
+    chosen = scans if kind == "bids" else table
+    options = {"workers": 1, "files_root": tmp_path if kind == "csv" else None}
+    preprocess(chosen, out, PLAIN, **options)
+    table.write_text("\n".join(lines) + "\n")
+    (scans / "participants.json").unlink()
+    (scans / "sub-a" / "sub-a_sessions.tsv").unlink()
+    for path in (later, other):
+        path.unlink()
+    (out / "sub-a" / "ses-1" / "anat" / ".sub-a_ses-1_desc-preproc_T1w.json.7.part").write_bytes(b"half")
+    notes = preprocess(chosen, out, PLAIN, **options)["notes"]
+    assert "old results of 2 scans, which the source no longer gives, were removed" in notes
+    preprocess(chosen, new, PLAIN, **options)
+    assert hashes(out) == hashes(new) and len(list(out.rglob("*"))) == len(list(new.rglob("*")))
+    pack(out, tmp_path / "packed", spacing=8.0, shape=(24, 24, 24), max_rejects="80%", fractions=(0, 0, 1), workers=1)
+    (record,) = open_dataset(tmp_path / "packed").index.records
+    assert (record.key, record.values["age"]) == ("sub-a_ses-1", 40.0)
+
+
+def test_an_unfinished_derivative_is_not_packed(source: Path, tmp_path: Path) -> None:
+    """A new recipe is interrupted: the folder mixes scans of both, and only another run of it makes it usable."""
+    out, options = tmp_path / "out", {"workers": 1, "keep_suspect": True}
+    preprocess(source, out, Recipe(steps=("brain",), brain="none"), **options)
+
+    def interrupted(job: Job, subjects: Sequence[list[Row]]) -> Iterator[list[Outcome]]:
+        yield from map(Worker(job), subjects[:1])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(source, out, PLAIN, map_subjects=interrupted, **options)
+    with pytest.raises(DataError, match="out: an unfinished derivative; run the same `shards preprocess` again"):
+        pack(out, tmp_path / "packed", spacing=8.0, shape=(24, 24, 24), workers=1)
+    assert preprocess(source, out, PLAIN, **options)["unchanged"] == 2
+    assert read_derivative(out) == (PLAIN, None)
+
+
 def test_another_folder_is_not_written_to(source: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(DataError, match="something other than a derivative"):
@@ -340,6 +391,8 @@ def test_a_recipe_with_a_template_of_its_own_needs_its_file(source: Path, tmp_pa
     (tmp_path / "other.nii").write_bytes(b"x")
     with pytest.raises(DataError, match=r"other.nii: SHA-256 is .*, that of the recipe's template 0000"):
         preprocess(source, tmp_path / "out", recipe, workers=1, template=tmp_path / "other.nii")
+    with pytest.raises(DataError, match=r"--template .*none.nii: No such file or directory; give a brain-extracted"):
+        preprocess(source, tmp_path / "out", QUICK, workers=1, template=tmp_path / "none.nii")
 
 
 # --- packing ---------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import gzip
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from shards.preprocess.registration import transform_bytes
 from shards.preprocess.scan import Result, parameters
 
 PACKAGES = ("mvhpc", "antspyx", "deepbet", "nilearn", "scikit-learn", "nibabel", "numpy", "scipy", "torch")
+TABLES = ("participants.tsv", "participants.json", "sessions.json", "sub-*/*_sessions.tsv", "sub-*/*_sessions.json")
 
 
 def result_files(folder: Path, row: Row, suffix: str, recipe: Recipe) -> dict[str, Path]:
@@ -123,9 +124,39 @@ def read_sidecar(folder: Path, row: Row, suffix: str, recipe: Recipe) -> dict[st
 
 def clear_visit(folder: Path, row: Row) -> None:
     """Remove the results of a visit, as those of another recipe; the sidecars first, which mark it as complete."""
-    files = sorted(_anat(folder, row).glob(f"{row.key}_*"), key=lambda path: path.suffix != ".json")
+    _clear(_anat(folder, row))
+
+
+def clear_others(folder: Path, keys: Collection[str]) -> int:
+    """Leave only the results of some visits: those of others, all tables, partial files and empty folders are removed.
+
+    Args:
+        folder: of the derivative.
+        keys: of the visits to keep.
+
+    Returns:
+        The number of visits that were removed.
+    """
+    removed = 0
+    for anat in [*folder.glob("sub-*/anat/"), *folder.glob("sub-*/ses-*/anat/")]:
+        if "_".join(anat.relative_to(folder).parts[:-1]) not in keys:
+            removed += _clear(anat)
+    for pattern in (*TABLES, "**/.*.part"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    for pattern in ("sub-*/ses-*/anat/", "sub-*/ses-*/", "sub-*/anat/", "sub-*/"):
+        for place in folder.glob(pattern):
+            if not any(place.iterdir()):
+                place.rmdir()
+    return removed
+
+
+def _clear(anat: Path) -> bool:
+    """Remove the results in a visit's folder; whether there were any."""
+    files = sorted(anat.glob("sub-*"), key=lambda path: path.suffix != ".json")
     for path in files:
         path.unlink()
+    return bool(files)
 
 
 def _anat(folder: Path, row: Row) -> Path:

@@ -17,6 +17,7 @@ MNI = "mni"
 TISSUES = ("GM", "WM", "CSF")
 GENERATOR = "shards preprocess"
 DESCRIPTION = "dataset_description.json"
+LOCK = ".preprocess.lock"  # stays in the derivative
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,15 @@ def read_derivative(folder: Path) -> tuple[Recipe, Space | None] | None:
     """The recipe of a derivative of this package, and the space of its volumes; None for any other folder.
 
     Raises:
-        DataError: a recipe that this version does not know.
+        DataError: a derivative that is not complete, or a recipe that this version does not know.
     """
     path = folder / DESCRIPTION
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         generator = next(g for g in content["GeneratedBy"] if g["Name"] == GENERATOR)
     except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        if (folder / LOCK).exists():
+            raise DataError(f"{folder}: an unfinished derivative; run the same `shards preprocess` again") from None
         return None
     try:
         recipe = Recipe.from_dict(generator["Recipe"])

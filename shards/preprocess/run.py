@@ -11,18 +11,17 @@ from shards.errors import DataError, TooManyRejects
 from shards.files import lock_file, sha256, write_bytes, write_text
 from shards.participant_rows import PATH, Reject, Row
 from shards.participants import read_table
-from shards.preprocess.derivative import versions
+from shards.preprocess.derivative import clear_others, versions
 from shards.preprocess.pool import map_processes
-from shards.preprocess.recipe import DESCRIPTION, MNI, Recipe, describe, read_derivative
+from shards.preprocess.recipe import DESCRIPTION, LOCK, MNI, Recipe, describe, read_derivative
 from shards.preprocess.registration import load_template
 from shards.preprocess.requirements import check_packages, check_weights, find_device
 from shards.preprocess.subject import Job, Outcome
-from shards.preprocess.tables import carry_tables
+from shards.preprocess.tables import carried_tables
 from shards.progress import Progress
 from shards.schema import Schema
 
 REJECTED = "rejected.tsv"
-LOCK = ".preprocess.lock"
 Map = Callable[[Job, Sequence[list[Row]]], Iterable[list[Outcome]]]
 
 
@@ -62,8 +61,8 @@ def preprocess(
     """Preprocess the scans of a BIDS folder or a CSV into a BIDS derivative.
 
     Called again, it processes only what has changed: a scan is skipped where its results are complete and its file,
-    the recipe and, of a follow-up, the subject's first scan are the same. Results do not depend on ``workers`` or on
-    interruptions.
+    the recipe and, of a follow-up, the subject's first scan are the same. Results of scans that the source no longer
+    has are removed. Results do not depend on ``workers`` or on interruptions.
 
     Args:
         source: a BIDS folder, or a CSV with the columns participant_id and path (session_id optional; for brain masks
@@ -105,19 +104,20 @@ def preprocess(
     if not table.rows:
         raise DataError(f"{source}: the table has no rows")
     _check_folder(Path(source), out)
+    visits = [row for row in table.rows if isinstance(row, Row)]
+    tables = carried_tables(Path(source), table.kind, visits)
     centre = load_template(job.template, recipe).centre if "registration" in recipe.steps else None
     out.mkdir(parents=True, exist_ok=True)
     try:
         with lock_file(out / LOCK, patience=0):
             (out / DESCRIPTION).unlink(missing_ok=True)  # it marks a complete derivative
             subjects: dict[str, list[Row]] = {}
-            for row in table.rows:
-                if isinstance(row, Row):
-                    subjects.setdefault(row.subject, []).append(row)
+            for row in visits:
+                subjects.setdefault(row.subject, []).append(row)
             workers = min(workers or available_cores(), max(1, len(subjects)))
             run = map_subjects or (lambda job, all_rows: map_processes(job, all_rows, workers))
             outcomes: dict[str, Outcome] = {}
-            with Progress("preprocessing", sum(map(len, subjects.values())), "scan") as bar:
+            with Progress("preprocessing", len(visits), "scan") as bar:
                 for batch in run(job, list(subjects.values())):
                     outcomes |= {outcome.key: outcome for outcome in batch}
                     bar.update(len(batch))
@@ -130,7 +130,12 @@ def preprocess(
                 raise TooManyRejects(
                     f"no scan could be processed; {key or f'line {line}'}: {reason}; see {out / REJECTED}"
                 )
-            carry_tables(Path(source), out, table.kind, {row.key for row in table.rows if isinstance(row, Row)})
+            removed = clear_others(out, {outcome.key for outcome in done})
+            if removed:
+                table.notes.append(f"old results of {removed} scans, which the source no longer gives, were removed")
+            for name, content in tables.items():
+                if (out / name).parent.is_dir():
+                    write_bytes(out / name, content)
             write_text(out / DESCRIPTION, json.dumps(describe(recipe, versions()["mvhpc"], centre), indent=1) + "\n")
     except BlockingIOError:
         raise DataError(f"{out} is being written by another process") from None
@@ -151,7 +156,10 @@ def _with_template(recipe: Recipe, template: Path | None) -> Recipe:
                 f"scans are registered to a template file with SHA-256 {recipe.template}: give it with --template"
             )
         return recipe
-    own = sha256(template)
+    try:
+        own = sha256(template)
+    except OSError as error:
+        raise DataError(f"--template {template}: {error.strerror}; give a brain-extracted NIfTI file") from error
     if recipe.template == MNI:
         return replace(recipe, template=own, space=_space(template))
     if own != recipe.template:
