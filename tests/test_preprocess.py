@@ -3,8 +3,10 @@
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -25,7 +27,7 @@ from shards.participant_rows import Row
 from shards.phantom.anatomy import draw_anatomy
 from shards.phantom.brain import Tissues, render_tissues, spacing
 from shards.phantom.make import render_image
-from shards.preprocess import requirements
+from shards.preprocess import pool, requirements
 from shards.preprocess.bias import correct_bias
 from shards.preprocess.extraction import extracted_mask
 from shards.preprocess.images import Volume, ants_library, resample
@@ -298,6 +300,32 @@ def test_an_unfinished_derivative_is_not_packed(source: Path, tmp_path: Path) ->
         pack(out, tmp_path / "packed", spacing=8.0, shape=(24, 24, 24), workers=1)
     assert preprocess(source, out, PLAIN, **options)["unchanged"] == 2
     assert read_derivative(out) == (PLAIN, None)
+
+
+class Call:
+    """A value that calls a function in the process which gets it."""
+
+    def __init__(self, function: Callable[..., object], argument: float) -> None:
+        self.call = function, (argument,)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return self.call
+
+
+def test_a_killed_process_rejects_its_own_subject_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others go on in parallel, in few new processes."""
+    calls = [Call(os._exit, 9) if i == 3 else Call(time.sleep, 0.2) for i in range(12)]
+    subjects = [[Row(i, f"sub-{i}", f"sub-{i}", "", "", {"age": call}, {})] for i, call in enumerate(calls)]
+    job, start, pools = Job(tmp_path, PLAIN, "T1w", None, None, "cpu"), pool.process_pool, []
+
+    def counted(workers: int, *arguments: object) -> object:
+        pools.append(workers)
+        return start(workers, *arguments)
+
+    monkeypatch.setattr(pool, "process_pool", counted)
+    outcomes = {outcome.key: outcome.reason for found in pool.map_processes(job, subjects, 2) for outcome in found}
+    assert outcomes == {f"sub-{i}": pool.KILLED if i == 3 else "no file *_T1w" for i in range(12)}
+    assert len(pools) <= 4 and pools.count(1) <= 2
 
 
 def test_another_folder_is_not_written_to(source: Path, tmp_path: Path) -> None:

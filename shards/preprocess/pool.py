@@ -1,8 +1,9 @@
 """Processes of this machine that preprocess subjects."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 
 from shards.participant_rows import Row
 from shards.preprocess.subject import Job, Outcome, Worker
@@ -15,32 +16,37 @@ _worker: Worker  # of this process
 def map_processes(job: Job, subjects: Sequence[list[Row]], workers: int) -> Iterator[list[Outcome]]:
     """The outcomes of each subject, in the order in which they are done; in this process where ``workers`` is 1.
 
-    If a process is killed, the subjects that are not done yet go on in new ones; a subject whose own process is killed
-    is rejected.
+    If a process is killed, the subjects that were in work are tried again by half as many processes, and so on; one
+    that is killed alone is rejected. The others go on in new processes.
     """
-    if workers == 1:
-        yield from map(Worker(job), subjects)
-        return
-    left = list(range(len(subjects)))
-    try:
-        for index, outcomes in _map(job, subjects, left, workers):
-            left.remove(index)
-            yield outcomes
-    except BrokenProcessPool:
-        for index in list(left):
-            try:
-                for _, outcomes in _map(job, subjects, [index], 1):
-                    yield outcomes
-            except BrokenProcessPool:
-                yield [Outcome(row.key, KILLED) for row in subjects[index]]
+    return map(Worker(job), subjects) if workers == 1 else _in_processes(job, subjects, workers)
 
 
-def _map(
-    job: Job, subjects: Sequence[list[Row]], indices: Sequence[int], workers: int
-) -> Iterator[tuple[int, list[Outcome]]]:
+def _in_processes(job: Job, subjects: Sequence[list[Row]], workers: int) -> Iterator[list[Outcome]]:
+    left = list(subjects)
+    while left:
+        try:
+            for rows, outcomes in _map(job, tuple(left), workers):
+                left.remove(rows)
+                yield outcomes
+        except BrokenProcessPool:
+            suspects, left = left[:workers], left[workers:]  # work begins in this order
+            if workers > 1:
+                yield from _in_processes(job, suspects, workers // 2)
+            else:
+                yield [Outcome(row.key, KILLED) for row in suspects[0]]
+
+
+def _map(job: Job, subjects: Sequence[list[Row]], workers: int) -> Iterator[tuple[list[Row], list[Outcome]]]:
+    """Each subject with its outcomes; at most ``workers`` are begun and not done."""
+    remaining = iter(subjects)
     with process_pool(workers, _start, job) as pool:
-        pending = {pool.submit(_preprocess, subjects[index]): index for index in indices}
-        while pending:
+        pending: dict[Future[list[Outcome]], list[Row]] = {}
+        while True:
+            for rows in islice(remaining, workers - len(pending)):
+                pending[pool.submit(_preprocess, rows)] = rows
+            if not pending:
+                return
             done, _ = wait(pending, return_when=FIRST_COMPLETED)
             for future in done:
                 yield pending.pop(future), future.result()
