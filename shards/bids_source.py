@@ -64,7 +64,7 @@ def read_bids(
             require_column(sessions.columns, SESSION, table)
             sessions_known.update(sessions.columns)
             digest.update(sessions.text.encode())
-            by_session = {prefixed("ses-", row[SESSION]): row for _, row in sessions.rows}
+            by_session = _by_session(table, sessions, names)
         visits = list(_visits(folder / subject, cells, schema, entities))
         full = [visit for visit in visits if visit[1]]
         empty_sessions += len(visits) - len(full) if full else 0
@@ -85,7 +85,7 @@ def read_bids(
                 check_fetched(variable.name, matches[0])
                 return matches[0]
 
-            own = {k: v for k, v in by_session.get(session, {}).items() if k != SESSION and not missing(v)}
+            own = {k: v for k, v in by_session.get(session, {}).items() if not missing(v)}
             why = functools.partial(_why_none, folder, subject, session, schema, folders, entities)
             own_names = {*own, *map(str.casefold, own)}
             described = {**description, **{c: entry for c, entry in of_sessions.items() if c in own_names}}
@@ -105,6 +105,25 @@ def read_bids(
     if empty_sessions:
         notes.append(f"{empty_sessions} sessions hold none of the volumes and were skipped")
     return Table("bids", builder.rows, notes, digest.hexdigest())
+
+
+def _by_session(path: Path, sheet: Sheet, names: Columns) -> dict[str, dict[str, str]]:
+    """Session -> its cells of the columns that are read.
+
+    Raises:
+        DataError: two rows of one session have different cells.
+    """
+    columns = [column for column in sheet.columns if column in names.wanted and column != SESSION]
+    found: dict[str, dict[str, str]] = {}
+    for line, row in sheet.rows:
+        session, cells = prefixed("ses-", row[SESSION]), {column: row[column] for column in columns}
+        for column, cell in found.setdefault(session, cells).items():
+            if cell != row[column]:
+                raise DataError(
+                    f"{path}: line {line}: {column!r} of {session} is {row[column]!r} here and {cell!r} in a line "
+                    "before; remove one of the two lines"
+                )
+    return found
 
 
 def _why_none(

@@ -19,7 +19,8 @@ TIME_UNITS = {
     "weeks": {"week", "weeks", "wk", "wks"},
     "days": {"day", "days", "d"},
 }
-STATED = re.compile(r"(?:\bin |[(\[])(\w+)")  # "age in months", "age (months)"
+# "age in months", "age (in whole months)", "age, years and months"; a lookahead, as the words may hold the next "in"
+STATED = re.compile(r"(?:\bin |[(\[,:] ?(?:in )?)(?=((?:\w+ (?:and |or )?)?\w+))")
 NOT = {"not", "non", "no", "nor", "neither"}
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "  ": "spaces"}
 UNKNOWN = MISSING | {"missing", "unknown", "not available", "not reported", "not known"}  # meanings of a level
@@ -126,10 +127,16 @@ def column_names(
         Column of the table -> wanted column, where these differ.
 
     Raises:
-        DataError: several columns could be the wanted one.
+        DataError: several columns could be the wanted one, or are renamed to it.
     """
     present = list(columns)
     names = {old: new for old, new in rename.items() if old in present}
+    for column, count in Counter(names.values()).items():
+        if count > 1:
+            found = [old for old, new in names.items() if new == column]
+            raise DataError(
+                f"{path}: line 1: --rename gives {' and '.join(map(repr, found))} the name {column!r}; give it to one"
+            )
     for column, synonyms in wanted.items():
         if column in present or column in names.values():
             continue
@@ -177,8 +184,8 @@ def entry_of(column: str, description: Description) -> Mapping[str, Any]:
 def check_units(path: Path, description: Description, schema: Schema, names: Mapping[str, str]) -> list[str]:
     """Refuse a table that has a variable in another unit of time than the schema.
 
-    The unit is that of ``Units`` in the sidecar, else that of ``Description`` ("age in months"), else that of the
-    column's own name (``age_months``).
+    The unit is that of ``Units`` in the sidecar, else that of ``LongName`` and ``Description`` ("age in months"), else
+    that of the column's own name (``age_months``).
 
     Args:
         path: of the table.
@@ -187,25 +194,28 @@ def check_units(path: Path, description: Description, schema: Schema, names: Map
         names: see :func:`column_names`.
 
     Returns:
-        A note for each unit that is not known, and is taken for the schema's.
+        A note for each column whose unit is not known, or one of several, and is taken for the schema's.
 
     Raises:
         DataError: naming the column and both units.
     """
     notes = []
     for v in schema.scalars:
-        ours = _time_unit(v.unit or "")
+        ours = next(iter(_time_units(v.unit or "")), "")
         entry = {str(key).casefold(): str(text) for key, text in entry_of(v.column, description).items()}
         stated = entry.get("units") or entry.get("unit") or ""
-        of_text = " ".join(STATED.findall(entry.get("description", "")))
-        of_name = " ".join(_parts(old) for old, new in names.items() if new == v.column)
-        theirs = _time_unit(stated) if stated else _time_unit(of_text) or _time_unit(of_name)
-        if theirs and ours and theirs != ours:
+        text = f"{entry.get('longname', '')}; {entry.get('description', '')}".casefold()
+        of_text = {unit for words in STATED.findall(text) for unit in _time_units(words)}
+        of_name = _time_units(" ".join(_parts(old) for old, new in names.items() if new == v.column))
+        theirs = sorted(_time_units(stated) if stated else of_text or of_name)
+        if theirs and ours and ours not in theirs:
             raise DataError(
-                f"{path}: column {v.column!r} is in {theirs}, the schema has {v.name} in {ours}; convert the column, "
-                "or give the schema that unit and a range in it"
+                f"{path}: column {v.column!r} is in {' or '.join(theirs)}, the schema has {v.name} in {ours}; convert "
+                "the column, correct `Units` in its JSON, or give the schema that unit and a range in it"
             )
-        if ours and stated and not theirs:
+        if ours and len(theirs) > 1:
+            notes.append(f"column {v.column!r} has the units {' and '.join(theirs)}, which are read as {ours}")
+        elif ours and stated and not theirs:
             notes.append(f"column {v.column!r} has the unit {stated[:40]!r} in its JSON, which is read as {ours}")
     return notes
 
@@ -243,13 +253,12 @@ def _parts(name: str) -> str:
     return " ".join(re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name))
 
 
-def _time_unit(text: str) -> str:
-    """``years`` for ``Year``, ``yrs``, ``in year(s)``, ...; '' for what names no unit of time, or several."""
+def _time_units(text: str) -> set[str]:
+    """``years`` for ``Year``, ``yrs``, ``in year(s)``, ...; empty for what names no unit of time."""
     words = re.findall(r"[^\W\d_]+", text.casefold())
     if len(words) > 1:  # letters alone may be anything
         words = [word for word in words if len(word) > 1]
-    found = {name for name, known in TIME_UNITS.items() if not known.isdisjoint(words)}
-    return found.pop() if len(found) == 1 else ""
+    return {name for name, known in TIME_UNITS.items() if not known.isdisjoint(words)}
 
 
 def require_column(columns: Iterable[str], wanted: str, path: Path, remedy: str = "") -> None:

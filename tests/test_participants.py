@@ -114,10 +114,18 @@ def test_a_unit_stands_in_the_name_of_a_column_or_is_noted(tmp_path: Path) -> No
         with pytest.raises(DataError, match=r"column 'age' is in (months|days), the schema has age in years"):
             read_table(tmp_path / "s.csv", SCHEMA, rename={column: "age"})
     source = tree(tmp_path, ["ok\t84\tF"])
-    (source / "participants.json").write_text(json.dumps({"age": {"Units": "decades"}}))
-    assert read_table(source, SCHEMA).notes == [
-        "column 'age' has the unit 'decades' in its JSON, which is read as years"
-    ]
+    for entry, note in (
+        ({"Units": "decades"}, "column 'age' has the unit 'decades' in its JSON, which is read as years"),
+        ({"Units": "years, months"}, "column 'age' has the units months and years, which are read as years"),
+        ({"Description": "age in years and months"}, "column 'age' has the units months and years, which are read as"),
+        ({"LongName": "age (years)", "Description": "in days"}, "column 'age' has the units days and years, which are"),
+    ):
+        (source / "participants.json").write_text(json.dumps({"age": entry}))
+        (found,) = read_table(source, SCHEMA).notes
+        assert found.startswith(note)
+    (source / "participants.json").write_text(json.dumps({"age": {"Description": "age in months and days"}}))
+    with pytest.raises(DataError, match="column 'age' is in days or months, the schema has age in years"):
+        read_table(source, SCHEMA)
 
 
 @pytest.mark.parametrize(
@@ -154,9 +162,53 @@ def test_a_table_is_needed_for_scalars_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("session", ["", "n/a"])
 def test_a_csv_without_sessions_becomes_a_table_of_participants(tmp_path: Path, session: str) -> None:
+    (tmp_path / "x.nii").write_bytes(b"")
     (tmp_path / "scans.csv").write_text(f"participant_id,session_id,path,age\nx,{session},x.nii,31\n")
-    carry_tables(tmp_path / "scans.csv", tmp_path, "csv", {"sub-x"})
-    assert read_sheet(tmp_path / "participants.tsv").rows == [(2, {"participant_id": "sub-x", "age": "31"})]
+    assert carried(tmp_path / "scans.csv") == {"participants.tsv": "participant_id\tage\nsub-x\t31\n"}
+
+
+def test_no_value_of_a_csv_is_lost_where_a_visit_has_no_session(tmp_path: Path) -> None:
+    """That visit has the participant's values, and the others those of their session."""
+    (tmp_path / "x.nii").write_bytes(b"")
+    scans = tmp_path / "scans.csv"
+    scans.write_text("participant_id,session_id,path,age\nx,,x.nii,31\nx,2,x.nii,33\nx,2,x.nii,35\n")
+    assert carried(scans) == {  # the last row is a duplicate
+        "participants.tsv": "participant_id\tage\nsub-x\t31\n",
+        "sub-x/sub-x_sessions.tsv": "session_id\tage\nses-2\t33\n",
+    }
+    scans.write_text("participant_id,session_id,path,age\nx,,x.nii,31\nx,2,x.nii,n/a\n")
+    with pytest.raises(DataError, match=r"scans.csv: line 3, column 'age': no value, .* give all visits a session"):
+        carried(scans)
+    scans.write_text("participant_id,session_id,path,age\nx,1,x.nii,31\nx,2,x.nii,n/a\n")
+    assert carried(scans)["participants.tsv"] == "participant_id\tage\nsub-x\tn/a\n"
+
+
+def test_the_description_of_a_tsv_is_carried_with_its_values(tmp_path: Path) -> None:
+    (tmp_path / "x.nii").write_bytes(b"")
+    (tmp_path / "scans.tsv").write_text("participant_id\tpath\tage\nx\tx.nii\t31\n")
+    (tmp_path / "scans.json").write_text(json.dumps({"age": {"Units": "months"}}))
+    found = carried(tmp_path / "scans.tsv")
+    assert found["participants.json"] == found["sessions.json"] == (tmp_path / "scans.json").read_text()
+
+
+def test_cells_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    source = table(tmp_path / "a", "participant_id\tAge\tyears\tsex", "sub-1\t31\t30\tF")
+    with pytest.raises(DataError, match=r"participants.tsv: line 1: --rename gives 'Age' and 'years' the name 'age'"):
+        read_table(source, SCHEMA, rename={"Age": "age", "years": "age"})
+    (tmp_path / "s.csv").write_text("participant_id,t1,t2,age,sex\np,x.nii,y.nii,31,F\n")
+    with pytest.raises(DataError, match=r"s.csv: line 1: --rename gives 't1' and 't2' the name 'path'"):
+        read_table(tmp_path / "s.csv", SCHEMA, rename={"t1": "path", "t2": "path"})
+    source = table(tmp_path / "b", "participant_id\tsex", "sub-1\tF")
+    (source / "sub-1" / "anat").rename(source / "sub-1" / "ses-1")
+    anat = source / "sub-1" / "ses-1" / "anat"
+    anat.mkdir()
+    (anat / "sub-1_ses-1_T1w.nii.gz").write_bytes(b"")
+    sessions = source / "sub-1" / "sub-1_sessions.tsv"
+    sessions.write_text("session_id\tage\trun\nses-1\t30\ta\n1\t30\tb\n")
+    assert values(read_table(source, SCHEMA)) == [(30, "F")]  # the column `run` is not read
+    sessions.write_text("session_id\tage\nses-1\t30\n1\t60\n")
+    with pytest.raises(DataError, match=r"sub-1_sessions.tsv: line 3: 'age' of ses-1 is '60' here and '30' in a line"):
+        read_table(source, SCHEMA)
 
 
 @pytest.mark.parametrize(
