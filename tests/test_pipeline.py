@@ -2,13 +2,15 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from mvhpc.cli import main
 from mvhpc.config import ConfigError, load_config
-from mvhpc.pipeline.plan import PipelineConfig
+from mvhpc.execute import plan
+from mvhpc.pipeline.plan import Pipeline, PipelineConfig
 from mvhpc.pipeline.report import write_report
 from mvhpc.pipeline.run import run_pipeline
 from mvhpc.runs.mlflow_store import store_client
@@ -105,6 +107,8 @@ def test_pipeline_from_nothing_and_again(tmp_path: Path, capsys: pytest.CaptureF
     check_report(root, tmp_path / "report.html")
     run_pipeline(configuration(root))
     assert capsys.readouterr().err.count("reused") == len(stages)
+    copied = shutil.copytree(root, tmp_path / "copied", copy_function=shutil.copyfile)  # without the times of files
+    assert {plan(*step).state() for step in Pipeline(configuration(copied)).steps()} == {"finished"}
 
     other = {**SMALL["joint"], "training": {**SMALL["joint"]["training"], "seed": 1}}
     run_pipeline(configuration(root, joint=other))
