@@ -13,7 +13,7 @@ from shards.errors import DataError, TooManyRejects
 from shards.files import write_bytes
 from shards.index import Split
 from shards.packing.journal import locked
-from shards.packing.make import Job, Shard, make_shard
+from shards.packing.make import Job, Shard, close_old, make_shard
 from shards.packing.merge import clean, collect, draw_again, put, write_dataset
 from shards.packing.options import Options, check_options
 from shards.packing.places import Place, digest
@@ -167,6 +167,8 @@ def _make(packing: Packing, tasks: Sequence[Task], options: Options, map_shards:
             f"{packing.job.folder}: {error.strerror}; free some space and run the same command again, which takes the "
             f"{len(packing.journal.shards)} complete shards"
         ) from error
+    finally:
+        close_old()
     return missing
 
 

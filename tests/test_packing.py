@@ -1,6 +1,7 @@
 """Laws of packing in units: the same bytes in any number of parts and after any interruption; only changes are made."""
 
 import errno
+import gc
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -157,6 +158,19 @@ def test_only_changes_are_converted(tmp_path: Path, storage: str, converted: lis
     kept = files(out).items() & old.items()
     assert len(kept) == 2  # of four shards: those of sub-02 and sub-03, and of sub-06
     assert not (out / ".partial").exists()
+
+
+def test_each_packing_of_one_process_copies_from_the_data_set_before_it(tmp_path: Path, storage: str) -> None:
+    """Not from one that was opened for an earlier packing, whose files are removed."""
+    source, out = bids(tmp_path / "bids", PEOPLE[:2]), tmp_path / "out"
+    packed(source, out, storage=storage)
+    for number, name in enumerate(("sub-00", "sub-01", "sub-00")):
+        save(source / name / "anat" / f"{name}_T1w.nii.gz", head(50 + number))
+        packed(source, out, storage=storage)
+        gc.collect()
+        assert not [r for r in map(os.path.realpath, Path("/proc/self/fd").iterdir()) if str(out) in r]
+        packed(source, tmp_path / name / str(number), storage=storage)
+        assert volumes(out) == volumes(tmp_path / name / str(number))
 
 
 def test_other_values_convert_nothing_in_a_zarr_store(tmp_path: Path, converted: list[str]) -> None:

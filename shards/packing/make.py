@@ -27,6 +27,7 @@ class Job:
 
     Attributes:
         folder: of the data set.
+        old: SHA-256 of the header of the data set that is there; empty for none.
         partial: folder that new shards are written to.
         storage, schema, arrays, per_shard: of the data set.
         dtype: of its volumes.
@@ -37,6 +38,7 @@ class Job:
     """
 
     folder: Path
+    old: str
     partial: Path
     storage: str
     dtype: str
@@ -117,15 +119,21 @@ def _moved(item: Item, number: int, job: Job) -> Place:
 
 def _copy(writer: ShardWriter, item: Item, job: Job) -> Record:
     """Write a row's volumes as they are in the old data set."""
-    dataset = _old(job.folder)
+    dataset = _open_old(job.folder, job.old)
     old = dataset.record(item.row.key)
     arrays = {name: dataset.read_stored(item.row.key, name) for name in old.checksums}
     return _write(writer, item, job, arrays, old.figures, old.flags, old.affines)
 
 
 @lru_cache(maxsize=1)
-def _old(folder: Path) -> Dataset:
+def _open_old(folder: Path, header: str) -> Dataset:
+    """The data set that is there; ``header`` tells it from those before it, which a process may have opened."""
     return open_dataset(folder)
+
+
+def close_old() -> None:
+    """Let go of the data set that volumes were copied from: its files may be removed now."""
+    _open_old.cache_clear()
 
 
 def _convert(writer: ShardWriter, item: Item, number: int, job: Job) -> tuple[Place, Record | None]:

@@ -9,6 +9,7 @@ from typing import Any
 from shards.convert import CONVERSION
 from shards.errors import DataError
 from shards.exclusions import exclude, unknown_note
+from shards.files import sha256
 from shards.header import NAME
 from shards.index import Index
 from shards.packing.box import find_shape
@@ -145,6 +146,7 @@ def prepare(source: Source, out: Path, options: Options, part: tuple[int, int] |
     parameters = digest([conversion, target])
     job = Job(
         folder=out,
+        old=sha256(out / NAME) if old is not None else "",
         partial=Journal.folder_of(out),
         storage=options.storage,
         dtype=options.dtype,
