@@ -230,7 +230,7 @@ def _pack(args: argparse.Namespace) -> None:
         return
     summary = pack(args.source, args.out, **options)
     if not summary["converted"]:
-        print("no row is new or changed: nothing was converted")
+        print("no file is new or changed: nothing was converted")
     print(
         f"packed {summary['packed']:,} of {summary['rows']:,} rows ({summary['subjects']:,} subjects) "
         f"into {args.out}, {' x '.join(map(str, summary['shape']))} voxels, {summary['bytes'] / 2**20:,.1f} MiB"

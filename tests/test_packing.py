@@ -173,16 +173,59 @@ def test_each_packing_of_one_process_copies_from_the_data_set_before_it(tmp_path
         assert volumes(out) == volumes(tmp_path / name / str(number))
 
 
-def test_other_values_convert_nothing_in_a_zarr_store(tmp_path: Path, converted: list[str]) -> None:
+def test_other_values_convert_nothing(tmp_path: Path, storage: str, converted: list[str]) -> None:
+    """A Zarr store keeps its shards; of tar files, which hold values, one is written again with its volumes copied."""
     source, out = bids(tmp_path / "bids", PEOPLE), tmp_path / "out"
-    packed(source, out)
+    packed(source, out, storage=storage)
     old = files(out)
     table = source / "participants.tsv"
     table.write_text(table.read_text().replace("sub-03\t35", "sub-03\t36"))
-    packed(source, out)
-    assert open_dataset(out).values("sub-03")["age"] == 36 and files(out) == old
-    packed(source, out, folds=3)
-    assert len(Index.load(out).splits) == 4 and files(out) == old and len(converted) == len(PEOPLE)
+    assert packed(source, out, storage=storage)["converted"] == 0
+    assert open_dataset(out).values("sub-03")["age"] == 36
+    kept = files(out)
+    assert len(kept.items() & old.items()) == len(old) - (storage == "webdataset")
+    packed(source, out, storage=storage, folds=3)
+    assert len(Index.load(out).splits) == 4 and files(out) == kept and len(converted) == len(PEOPLE)
+    assert not any(b'"age": 35' in raw for _, raw in kept.values())
+    packed(source, tmp_path / "new", storage=storage)
+    assert volumes(out) == volumes(tmp_path / "new") and Index.load(out).digest == Index.load(tmp_path / "new").digest
+
+
+def test_values_that_change_while_a_packing_is_interrupted_are_those_of_its_shards(
+    tmp_path: Path, storage: str
+) -> None:
+    source = bids(tmp_path / "bids", PEOPLE)
+    pack_part(source, tmp_path / "out", "1/2", storage=storage, **OPTIONS)
+    table = source / "participants.tsv"
+    table.write_text(table.read_text().replace("sub-00\t20", "sub-00\t21"))
+    packed(source, tmp_path / "out", storage=storage)
+    packed(source, tmp_path / "one", storage=storage)
+    assert content(tmp_path / "out") == content(tmp_path / "one")
+
+
+def test_files_that_are_exchanged_are_seen_whatever_their_size_and_time(
+    tmp_path: Path, storage: str, converted: list[str]
+) -> None:
+    """In the table, and on the disk."""
+    for i in range(4):
+        os.utime(save(tmp_path / f"scan{i}.nii", head(i)), (1, 1))
+    source, out = tmp_path / "scans.csv", tmp_path / "out"
+
+    def write(order: str) -> None:
+        rows = [f"{person},scan{scan}.nii,50,F" for person, scan in zip("abcd", order)]
+        source.write_text("\n".join(["participant_id,path,age,sex", *rows]))
+
+    write("0123")
+    packed(source, out, storage=storage)
+    write("1023")
+    assert packed(source, out, storage=storage)["converted"] == 2
+    packed(source, tmp_path / "table", storage=storage)
+    assert volumes(out) == volumes(tmp_path / "table")
+    for old, new in ((2, 9), (3, 2), (9, 3)):
+        (tmp_path / f"scan{old}.nii").rename(tmp_path / f"scan{new}.nii")
+    assert packed(source, out, storage=storage)["converted"] == 2
+    packed(source, tmp_path / "disk", storage=storage)
+    assert volumes(out) == volumes(tmp_path / "disk")
 
 
 def test_rejected_rows_are_tried_again_when_their_files_change(

@@ -12,13 +12,12 @@ from shards.convert import convert
 from shards.dataset import Dataset, open_dataset
 from shards.errors import IntegrityError
 from shards.index import Record
-from shards.packing.places import Place, content, stamp
+from shards.packing.places import Place, content, stamp, stored_values
 from shards.packing.plan import Item, Task
 from shards.participant_rows import Row
 from shards.schema import Schema
 from shards.shard_writer import ShardWriter
 from shards.volumes import Space, place
-from shards.writer import as_value
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def _add(writer: ShardWriter, item: Item, number: int, job: Job) -> tuple[Place,
 
 def _moved(item: Item, number: int, job: Job) -> Place:
     assert item.before is not None
-    mark = stamp(item.row, job.parameters, job.storage, job.space)
+    mark = stamp(item.row, job.parameters, job.space)
     return replace(item.before, shard=number, place=item.place, stamp=mark)
 
 
@@ -138,7 +137,7 @@ def close_old() -> None:
 
 def _convert(writer: ShardWriter, item: Item, number: int, job: Job) -> tuple[Place, Record | None]:
     row, shape = item.row, job.grid["shape"]
-    mark = stamp(row, job.parameters, job.storage, job.space)  # before the files are read
+    mark = stamp(row, job.parameters, job.space)  # before the files are read
     found = convert(row, job.schema, job.grid["spacing"], tuple(shape), job.space, job.dtype, job.keep_suspect)
     if found.reason:
         identity = "" if found.passing else _content(row, job, {})
@@ -158,7 +157,7 @@ def _convert(writer: ShardWriter, item: Item, number: int, job: Job) -> tuple[Pl
 
 def _content(row: Row, job: Job, known: Mapping[Path, str]) -> str:
     try:
-        return content(row, job.parameters, job.storage, job.space, known)
+        return content(row, job.parameters, job.space, known)
     except (OSError, ValueError):
         return ""  # a file is gone already
 
@@ -175,7 +174,7 @@ def _write(
     while writer.used < item.place:
         writer.skip()
     row = item.row
-    known = {v.name: as_value(row.values.get(v.name), v.kind) for v in job.schema.scalars}
+    known = stored_values(row, job.schema)
     places = {name: np.asarray(affine, float).tolist() for name, affine in affines.items()}
     stored = writer.add(row.key, row.subject, known, arrays, places)
     return Record(

@@ -12,13 +12,12 @@ from shards.files import sha256, sync, write_bytes
 from shards.index import Index, Record, Split
 from shards.packing.journal import PARTIAL, Journal
 from shards.packing.make import Job, Shard
-from shards.packing.places import Place, digest, read_places, write_places
+from shards.packing.places import Place, digest, read_places, stored_values, write_places
 from shards.participant_rows import Row
 from shards.schema import Schema
 from shards.split import draw_folds, draw_fractions
 from shards.tables import remove_others
 from shards.tar_shards import shard_path as tar_path
-from shards.writer import as_value
 from shards.zarr_coordinates import store_files
 from shards.zarr_store import shard_path as zarr_path
 
@@ -70,9 +69,8 @@ def collect(
     records = []
     for row in rows:
         if not places[row.key].reason:
-            values = {v.name: as_value(row.values.get(v.name), v.kind) for v in schema.scalars}
-            record = stored[row.key]
-            records.append(dataclasses.replace(record, subject=row.subject, group=groups[row.subject], values=values))
+            known = {"subject": row.subject, "group": groups[row.subject], "values": stored_values(row, schema)}
+            records.append(dataclasses.replace(stored[row.key], **known))
     return records, [places[row.key] for row in rows]
 
 

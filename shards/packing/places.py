@@ -15,7 +15,9 @@ from shards.files import sha256
 from shards.nifti import PAIR, file_sha256
 from shards.packing.pool import map_tasks
 from shards.participant_rows import Row
+from shards.schema import Schema, Value
 from shards.volumes import Space
+from shards.writer import as_value
 
 COLUMNS = ("shard", "place", "key", "stamp", "content", "cropped", "touches", "reason")
 CHUNK = 64  # rows whose files one task reads
@@ -29,8 +31,8 @@ class Place:
         shard: number of the shard.
         place: in the shard, from 0; empty where the row was rejected.
         key: of the row.
-        stamp: hash of the sizes and times of the source's files; changes where a file may have changed.
-        content: hash of the source's bytes and of everything else that decides what is stored; empty where the row was
+        stamp: hash of the inodes, sizes and times of the source's files; changes where a file may be another one.
+        content: hash of the source's bytes and of everything else that decides the volumes; empty where the row was
             rejected for a reason that may pass, such as a file that could not be read.
         cropped, touches: see :class:`shards.volumes.Canonical`; the largest and all of the row's volumes.
         reason: of the rejection; empty for a packed row.
@@ -51,32 +53,32 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def stored_values(row: Row, storage: str) -> list[Any]:
-    """What a shard holds of a row besides its volumes."""
-    return [row.key, row.subject, row.values] if storage == "webdataset" else []
+def stored_values(row: Row, schema: Schema) -> dict[str, Value]:
+    """The scalars that a record has of its row."""
+    return {v.name: as_value(row.values.get(v.name), v.kind) for v in schema.scalars}
 
 
-def stamp(row: Row, parameters: str, storage: str, space: Space | None) -> str:
-    """See :attr:`Place.stamp`; empty where a file is missing. Names of files are no part of it: they hold ids."""
-    times = []
+def stamp(row: Row, parameters: str, space: Space | None) -> str:
+    """See :attr:`Place.stamp`; empty where a file is missing.
+
+    Names of files are no part of it, since they hold ids: inodes tell files of equal size and time apart.
+    """
+    states = []
     for path in row_files(row, space):
         try:
             state = path.stat()
         except OSError:
             return ""
-        times.append([state.st_size, state.st_mtime_ns])
-    return digest([parameters, times, stored_values(row, storage)])[:32]
+        states.append([state.st_ino, state.st_size, state.st_mtime_ns])
+    return digest([parameters, states])[:32]
 
 
-def content(
-    row: Row, parameters: str, storage: str, space: Space | None, known: Mapping[Path, str] | None = None
-) -> str:
+def content(row: Row, parameters: str, space: Space | None, known: Mapping[Path, str] | None = None) -> str:
     """See :attr:`Place.content`.
 
     Args:
         row, space: the row and the space of its volumes.
         parameters: hash of all that decides the conversion.
-        storage: format of the shards.
         known: hashes of files that were read already.
 
     Raises:
@@ -87,7 +89,7 @@ def content(
         known[path] if path in known else file_sha256(path) if path.suffix in PAIR else sha256(path)
         for path in row_files(row, space)
     ]
-    return digest([parameters, sorted(row.files), hashes, stored_values(row, storage)])[:32]
+    return digest([parameters, sorted(row.files), hashes, []])[:32]  # [] as in the data sets of earlier versions
 
 
 def find_unchanged(
@@ -95,36 +97,35 @@ def find_unchanged(
     stamps: Mapping[str, str],
     places: Iterable[Place],
     parameters: str,
-    storage: str,
     space: Space | None,
     workers: int,
 ) -> set[str]:
-    """The keys of the rows whose source is as it was when they were packed or rejected.
+    """The keys of the rows whose files are as they were when they were packed or rejected.
 
-    Only files whose size or time differs are read.
+    Only files whose inode, size or time differs are read.
 
     Args:
         rows: of the table.
         stamps: key -> stamp of each row now.
         places: of the rows before, converted with the same parameters.
-        parameters, storage, space: see :func:`content`.
+        parameters, space: see :func:`content`.
         workers: processes.
     """
     before = {place.key: place for place in places if place.content}
     unchanged = {key for key, place in before.items() if stamps.get(key) == place.stamp}
     unsure = [row for row in rows if row.key in before and row.key not in unchanged and stamps[row.key]]
     chunks = [unsure[start : start + CHUNK] for start in range(0, len(unsure), CHUNK)]
-    read = partial(_contents, parameters=parameters, storage=storage, space=space)
+    read = partial(_contents, parameters=parameters, space=space)
     for found in map_tasks(read, chunks, workers):
         unchanged |= {key for key, value in found.items() if value == before[key].content}
     return unchanged
 
 
-def _contents(rows: Sequence[Row], parameters: str, storage: str, space: Space | None) -> dict[str, str]:
+def _contents(rows: Sequence[Row], parameters: str, space: Space | None) -> dict[str, str]:
     found = {}
     for row in rows:
         try:
-            found[row.key] = content(row, parameters, storage, space)
+            found[row.key] = content(row, parameters, space)
         except (OSError, ValueError):
             found[row.key] = ""  # the conversion gives the reason
     return found

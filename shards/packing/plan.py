@@ -2,7 +2,7 @@
 
 A shard of a new data set holds the next rows of the table. When the table has changed, shards whose rows are unchanged
 stay as they are. One with a changed or removed row is made again under a new number, with every row in its place; it
-takes the unchanged ones from the old shard. New rows fill new shards.
+takes the volumes of unchanged files from the old shard. New rows fill new shards.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -54,14 +54,21 @@ class Plan:
     tasks: list[Task]
 
 
-def make_plan(rows: Sequence[Row], per_shard: int, before: Iterable[Place], unchanged: Collection[str]) -> Plan:
+def make_plan(
+    rows: Sequence[Row],
+    per_shard: int,
+    before: Iterable[Place],
+    unchanged: Collection[str],
+    rewritten: Collection[str] = (),
+) -> Plan:
     """The plan for a table.
 
     Args:
         rows: of the table, those that can be read.
         per_shard: places per shard.
         before: places in the data set as it is.
-        unchanged: keys of the rows of ``before`` whose source is as it was.
+        unchanged: keys of the rows of ``before`` whose files are as they were.
+        rewritten: of these, keys whose shard holds other values than the table.
     """
     present = {row.key: row for row in rows}
     shards: dict[int, list[Place]] = {}
@@ -74,7 +81,7 @@ def make_plan(rows: Sequence[Row], per_shard: int, before: Iterable[Place], unch
     for _, places in sorted(shards.items()):
         here = [p for p in places if p.key in present and (p.key in unchanged or not p.reason)]
         settled |= {p.key for p in here}  # a rejected row whose source has changed is a new one
-        if all(p.key in unchanged for p in places if not p.reason):
+        if all(p.key in unchanged and p.key not in rewritten for p in places if not p.reason):
             kept += here
         elif here:
             items = (Item(p.place, present[p.key], p if p.key in unchanged else None) for p in here)

@@ -1,6 +1,6 @@
 """From the options of a packing to the shards that have to be made."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,13 +11,13 @@ from shards.errors import DataError
 from shards.exclusions import exclude, unknown_note
 from shards.files import sha256
 from shards.header import NAME
-from shards.index import Index
+from shards.index import Index, Record
 from shards.packing.box import find_shape
 from shards.packing.journal import Journal
 from shards.packing.make import Job
 from shards.packing.merge import old_places
 from shards.packing.options import Options
-from shards.packing.places import Place, digest, find_unchanged, stamp
+from shards.packing.places import Place, digest, find_unchanged, stamp, stored_values
 from shards.packing.plan import Plan, Task, make_plan
 from shards.participant_rows import Row, Table
 from shards.participants import read_table
@@ -126,7 +126,7 @@ def prepare(source: Source, out: Path, options: Options, part: tuple[int, int] |
     if shape is None:
         shape = find_shape(
             source.rows,
-            {row.key: stamp(row, "", "", space) for row in source.rows},
+            {row.key: stamp(row, "", space) for row in source.rows},
             Journal.folder_of(out),
             schema,
             options.spacing,
@@ -160,23 +160,18 @@ def prepare(source: Source, out: Path, options: Options, part: tuple[int, int] |
     )
     if old is not None:
         _check_same(out, old, job)
-    stamps = {row.key: stamp(row, parameters, options.storage, space) for row in source.rows}
+    stamps = {row.key: stamp(row, parameters, space) for row in source.rows}
     unchanged_of = partial(
-        find_unchanged,
-        source.rows,
-        stamps,
-        parameters=parameters,
-        storage=options.storage,
-        space=space,
-        workers=options.workers,
+        find_unchanged, source.rows, stamps, parameters=parameters, space=space, workers=options.workers
     )
     same = old is not None and old.provenance["packing"]["parameters"] == parameters
     unchanged = unchanged_of(places if same else [])
-    plan = make_plan(source.rows, job.per_shard, places, unchanged)
+    rewritten = _other_values(source.rows, old.records if old is not None else [], job)
+    plan = make_plan(source.rows, job.per_shard, places, unchanged, rewritten)
     plan = Plan([replace(p, stamp=stamps[p.key]) for p in plan.kept], plan.tasks)
     name = f"{part[0]}-of-{part[1]}" if part else ""
     journal = Journal(out, name, digest([parameters, options.storage, schema.to_dict(), job.per_shard]))
-    _forget_outdated(journal, plan.tasks, unchanged_of)
+    _forget_outdated(journal, plan.tasks, source.rows, job, unchanged_of)
     arguments = options.arguments(source.table.kind, shape)
     state = digest([source.table.sha256, arguments, schema.to_dict(), parameters, _rows(source, stamps)])
     return Packing(source, job, plan, journal, old, state)
@@ -223,7 +218,21 @@ def _short(value: Any) -> str:
     return ", ".join(value)
 
 
-def _forget_outdated(journal: Journal, tasks: Sequence[Task], unchanged_of: Callable[[list[Place]], set[str]]) -> None:
+def _other_values(rows: Sequence[Row], records: Iterable[Record], job: Job) -> set[str]:
+    """The keys of the rows that have other values than the records in the shards, which hold them in tar files only."""
+    if job.storage != "webdataset":
+        return set()
+    known = {row.key: (row.subject, stored_values(row, job.schema)) for row in rows}
+    return {r.key for r in records if r.key in known and (r.subject, r.values) != known[r.key]}
+
+
+def _forget_outdated(
+    journal: Journal,
+    tasks: Sequence[Task],
+    rows: Sequence[Row],
+    job: Job,
+    unchanged_of: Callable[[list[Place]], set[str]],
+) -> None:
     """Keep those shards of the journals that are what a task would make."""
     wanted = {task.number: [(item.place, item.row.key) for item in task.items] for task in tasks}
     complete = {
@@ -233,6 +242,7 @@ def _forget_outdated(journal: Journal, tasks: Sequence[Task], unchanged_of: Call
     }
     places = [place for shard in complete.values() for place in shard.places]
     unchanged = unchanged_of(places)
+    unchanged -= _other_values(rows, (record for shard in complete.values() for record in shard.records), job)
     for number in [*journal.shards]:
         shard = complete.get(number)
         if shard is None or not all(place.key in unchanged for place in shard.places):
