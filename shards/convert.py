@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
+from shards.errors import DataError
 from shards.nifti import PAIR
 from shards.participant_rows import Row
 from shards.preprocess.derivative import quality_file, read_quality
@@ -88,9 +89,20 @@ def row_files(row: Row, space: Space | None) -> list[Path]:
 
 
 def brain_extents(row: Row, spacing: float, space: Space | None) -> dict[str, Extent]:
-    """The extents of a row's brains by variable; empty where it is rejected."""
+    """The extents of a row's brains by variable; empty where it is rejected.
+
+    Raises:
+        DataError: a file that cannot be read now, and may be read later.
+    """
     found = _of_each(row, lambda path: brain_extent(path, spacing, space))
-    return {} if isinstance(found, Converted) else found
+    if isinstance(found, Converted):
+        if found.passing:
+            raise DataError(
+                f"{row.key}: {found.reason}; --shape auto depends on this scan: run the same command again when it can "
+                "be read, leave it out, or give a --shape"
+            )
+        return {}
+    return found
 
 
 def _of_each(row: Row, function: Callable[[Path], T]) -> dict[str, T] | Converted:

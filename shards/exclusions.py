@@ -55,10 +55,18 @@ def exclude(rows: Sequence[Row | Reject], reasons: Mapping[str, str]) -> list[Ro
     ]
 
 
-def unknown_note(rows: Sequence[Row | Reject], reasons: Mapping[str, str]) -> list[str]:
-    """A note on excluded keys that no row has; none without any."""
+def unknown_note(rows: Sequence[Row | Reject], reasons: Mapping[str, str], pseudonyms: bool) -> list[str]:
+    """A note on excluded keys that no row has; none without any.
+
+    Args:
+        rows: of the table.
+        reasons: see :func:`read_exclusions`.
+        pseudonyms: the rows have pseudonyms; unknown keys may be ids then, and are not named.
+    """
     unknown = sorted(set(reasons) - {row.key for row in rows})
     if not unknown:
         return []
+    if pseudonyms:
+        return [f"{len(unknown)} keys to exclude are in no row of the table; they have to be pseudonyms"]
     more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
     return [f"{len(unknown)} keys to exclude are in no row of the table: {', '.join(unknown[:NAMED])}{more}"]

@@ -70,6 +70,18 @@ def _row(row: Row, key: bytes) -> Row:
     return replace(row, key="_".join(names), subject=names[0], group=group)
 
 
+def without_names(reason: str, files: Iterable[Path]) -> str:
+    """The reason of a conversion up to the first name of a file or label of BIDS, which may be those of a person.
+
+    Args:
+        reason: in words.
+        files: of the row.
+    """
+    names = [re.escape(part) for file in files for part in {str(file), file.name}]
+    found = re.search("|".join([r"\b(?:sub|ses)-", *names]), reason)
+    return reason if found is None else _cut(reason, found)
+
+
 def _reject(row: Reject, key: bytes) -> Reject:
     subject, _, session = row.key.partition("_ses-")
     label = "_".join(_names(subject, session and f"ses-{session}", key)) if row.key else ""
@@ -89,7 +101,11 @@ def _hash(key: bytes, *parts: str) -> str:
 
 def _without_cells(reason: str) -> str:
     found = CELLS.search(reason)
-    return reason if found is None else f"{reason[: found.start()].rstrip(' :,')} {HIDDEN}".lstrip()
+    return reason if found is None else _cut(reason, found)
+
+
+def _cut(reason: str, found: re.Match[str]) -> str:
+    return f"{reason[: found.start()].rstrip(' :,')} {HIDDEN}".lstrip()
 
 
 def _check_unique(before: Iterable[Row | Reject], after: Iterable[Row | Reject], name: Callable[[Row], str]) -> None:

@@ -1,6 +1,9 @@
 """The box of packed volumes: the smallest that holds every brain, and a note for each brain that reaches its edge."""
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -9,8 +12,10 @@ from scipy import ndimage
 
 from shards.__main__ import main
 from shards.box import MULTIPLE, Profile, smallest_shape, touched
+from shards.errors import DataError
 from shards.index import Index
-from tests.packing import packed
+from shards.volumes import brain_extent
+from tests.packing import PEOPLE, bids, content, head, packed, save
 
 
 def brick(low: tuple[int, int, int], high: tuple[int, int, int], n: int = 60) -> np.ndarray:
@@ -92,3 +97,23 @@ def test_auto_packs_whole_brains_and_a_small_box_is_noted(tmp_path: Path, capsys
     command = ["pack", str(source), str(tmp_path / "x"), "--spacing", "2", "--keep-suspect", "--workers", "1"]
     assert main([*command, "--shape", "auto"]) == 0 and "32 x 56 x 32 voxels" in capsys.readouterr().out
     assert main([*command, "--shape", "32", "40"]) == 2 and "three numbers of voxels" in capsys.readouterr().err
+
+
+def test_a_scan_that_cannot_be_read_for_a_while_does_not_change_the_box(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = bids(tmp_path / "bids", PEOPLE[:4])
+    save(source / "sub-02/anat/sub-02_T1w.nii.gz", np.repeat(head(), 2, 1))
+    right = packed(source, tmp_path / "right", shape="auto")["shape"]
+
+    def failing(path: Path, *arguments: Any) -> Any:
+        if path.name.startswith("sub-02"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return brain_extent(path, *arguments)
+
+    monkeypatch.setattr("shards.convert.brain_extent", failing)
+    with pytest.raises(DataError, match="sub-02: image: Input/output error; --shape auto depends on this scan"):
+        packed(source, tmp_path / "out", shape="auto")
+    monkeypatch.undo()
+    assert packed(source, tmp_path / "out", shape="auto")["shape"] == right != [24, 24, 24]
+    assert content(tmp_path / "out") == content(tmp_path / "right")

@@ -459,6 +459,18 @@ def test_a_missing_map_rejects_the_row(derivative: Path, tmp_path: Path) -> None
     assert "sub-b\timage: no map *_label-GM_probseg.nii.gz" in (tmp_path / "packed" / "rejected.tsv").read_text()
 
 
+def test_a_missing_sidecar_is_listed_without_its_name(derivative: Path, tmp_path: Path) -> None:
+    copy, out, key = tmp_path / "derivative", tmp_path / "packed", tmp_path / "key"
+    shutil.copytree(derivative, copy)
+    next((copy / "sub-b").rglob("*_T1w.json")).unlink()
+    key.write_bytes(bytes(32))
+    key.chmod(0o600)
+    options = {"spacing": 8.0, "shape": (20, 24, 20), "max_rejects": "75%", "fractions": (0, 0, 1)}
+    pack(copy, out, **options, pseudonymise=key)
+    assert "image: no usable sidecar beside it" in (out / "rejected.tsv").read_text()
+    assert not [path for path in out.rglob("*") if path.is_file() and b"sub-b_" in path.read_bytes()]
+
+
 def test_a_pipeline_preprocesses_before_it_packs(source: Path, derivative: Path, tmp_path: Path) -> None:
     root = tmp_path / "study"
     changes = {

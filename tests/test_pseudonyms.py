@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shards.dataset import open_dataset
-from shards.errors import DataError, IntegrityError
+from shards.errors import DataError, IntegrityError, TooManyRejects
 from shards.header import read_header, write_header
 from shards.index import Index
 from shards.inside import inside
@@ -99,6 +99,30 @@ def test_nothing_but_the_names_changes(tmp_path: Path) -> None:
     groups = [[r.group for r in d.index.records] for d in (plain, hidden)]
     assert groups[0][0] == groups[0][1] != groups[0][2] and groups[1][0] == groups[1][1] != groups[1][2]
     assert len({r.key for r in hidden.index.records}) == len(hidden)
+
+
+def test_neither_a_conversion_nor_a_note_gives_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever an error of a library says, and whatever keys a table of verdicts has."""
+    source = bids(tmp_path / "source", [(f"sub-{name}", "40", "F") for name in ("DoeJane", "RoeRichard")])
+    rows = ["participant_id,path,age,sex"]
+    for person, name in enumerate(("DoeJane", "PoeEdgar")):
+        file = source / f"sub-{name}/anat/sub-{name}_T1w.nii.gz"
+        rows.append(f"p{person},{file if file.exists() else save(tmp_path / f'{name}.nii.gz', head(1))},40,F")
+    (tmp_path / "scans.csv").write_text("\n".join(rows))
+    (tmp_path / "verdicts.tsv").write_text("key\tverdict\nsub-DoeJane\treject\n")
+
+    def failing(path: Path, *arguments: object) -> None:
+        raise ValueError(f"damaged in slice 3 of 5: {path.name if 'Poe' in str(path) else path}, see its header")
+
+    key = make_key(tmp_path / "key")
+    monkeypatch.setattr("shards.convert.canonical", failing)
+    with pytest.raises(TooManyRejects) as refused:
+        packed(tmp_path / "scans.csv", tmp_path / "out", pseudonymise=key)
+    found = b"".join(content(tmp_path / "out").values()) + str(refused.value).encode()
+    assert b"damaged in slice 3 of 5 [pseudonymised" in found and b"Jane" not in found and b"Poe" not in found
+    monkeypatch.undo()
+    notes = packed(source, tmp_path / "noted", pseudonymise=key, exclusions=tmp_path / "verdicts.tsv")["notes"]
+    assert any("1 keys to exclude are in no row of the table" in note for note in notes) and "Jane" not in str(notes)
 
 
 def test_pseudonyms_depend_on_the_key_and_the_id_alone(tmp_path: Path) -> None:

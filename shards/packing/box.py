@@ -48,7 +48,7 @@ def find_shape(
         first: share of the rows that are left for the end, so that parts begin with different ones.
 
     Raises:
-        DataError: no row is fit to be packed.
+        DataError: no row is fit to be packed, or a file cannot be read now; the box would be another one without it.
     """
     chunks = []
     for start in range(0, len(rows), CHUNK):

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from shards.convert import convert
+from shards.convert import convert, row_files
 from shards.dataset import Dataset, open_dataset
 from shards.errors import IntegrityError
 from shards.index import Record
 from shards.packing.places import Place, content, stamp, stored_values
 from shards.packing.plan import Item, Task
 from shards.participant_rows import Row
+from shards.pseudonyms import without_names
 from shards.schema import Schema
 from shards.shard_writer import ShardWriter
 from shards.volumes import Space, place
@@ -141,7 +142,8 @@ def _convert(writer: ShardWriter, item: Item, number: int, job: Job) -> tuple[Pl
     found = convert(row, job.schema, job.grid["spacing"], tuple(shape), job.space, job.dtype, job.keep_suspect)
     if found.reason:
         identity = "" if found.passing else _content(row, job, {})
-        return Place(number, item.place, row.key, mark, identity, reason=" ".join(found.reason.split())), None
+        reason = without_names(found.reason, row_files(row, job.space))
+        return Place(number, item.place, row.key, mark, identity, reason=" ".join(reason.split())), None
     hashes = {row.files[name]: volume.sha256 for name, volume in found.volumes.items()}
     arrays: dict[str, Any] = {name: volume.voxels for name, volume in found.volumes.items()}
     for name, volume in found.volumes.items():

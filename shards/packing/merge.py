@@ -69,8 +69,8 @@ def collect(
     records = []
     for row in rows:
         if not places[row.key].reason:
-            known = {"subject": row.subject, "group": groups[row.subject], "values": stored_values(row, schema)}
-            records.append(dataclasses.replace(stored[row.key], **known))
+            record, values = stored[row.key], stored_values(row, schema)
+            records.append(dataclasses.replace(record, subject=row.subject, group=groups[row.subject], values=values))
     return records, [places[row.key] for row in rows]
 
 

@@ -58,7 +58,7 @@ def read_source(path: Path, options: Options) -> Source:
     table = read_table(path, options.schema, *choice)
     if options.key:
         table = pseudonymised(table, options.key)
-    notes = unknown_note(table.rows, options.exclusions)
+    notes = unknown_note(table.rows, options.exclusions, bool(options.key))
     table = replace(table, rows=exclude(table.rows, options.exclusions), notes=[*table.notes, *notes])
     if not table.rows:
         raise DataError(f"{path}: the table has no rows")

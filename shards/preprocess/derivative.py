@@ -110,7 +110,7 @@ def read_quality(image: Path) -> tuple[dict[str, float], list[str]]:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {name: float(x) for name, x in content["Figures"].items()}, [str(x) for x in content["Flags"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"no usable sidecar {path.name} beside it; run shards preprocess again") from None
+        raise ValueError("no usable sidecar beside it; run shards preprocess again") from None
 
 
 def read_sidecar(folder: Path, row: Row, suffix: str, recipe: Recipe) -> dict[str, Any] | None:
