@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from shards.cpus import worker_count
 from shards.errors import DataError, IntegrityError, TooManyRejects
 from shards.help_texts import AUDIT, ENTITIES, EXAMPLES, FILES_ROOT, PACK, PREPROCESS, RENAME, SPLIT, VERIFY
 
@@ -27,6 +28,13 @@ def pairs(text: str) -> dict[str, str]:
     if any(not (name and equals and value) for name, equals, value in pairs) or len({p[0] for p in pairs}) < len(pairs):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE,NAME=VALUE, each name once")
     return {name: value for name, _, value in pairs}
+
+
+def workers(text: str) -> int:
+    """A number of workers, 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of processes, or 0 for one per core")
+    return int(text)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -56,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     phantom.add_argument("--shape", type=int, nargs=3, metavar="N", help="voxels")
     phantom.add_argument("--rich", action="store_true", default=None, help="add T2w, five sites and a memory score")
     phantom.add_argument("--seed", type=int, metavar="N", help="random seed")
-    phantom.add_argument("--workers", type=int, default=0, metavar="N", help="processes; default one per core")
+    phantom.add_argument("--workers", type=workers, default=0, metavar="N", help="processes; default one per core")
 
     preprocess = command(
         "preprocess", "make a BIDS derivative of raw scans: brains in the space of a template", PREPROCESS
@@ -87,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     preprocess.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="for the network that extracts brains"
     )
-    preprocess.add_argument("--workers", type=int, metavar="N", help="processes; 0 for one per core")
+    preprocess.add_argument("--workers", type=workers, metavar="N", help="processes; 0 for one per core")
 
     pack = command("pack", "pack a BIDS folder or a CSV into shards", PACK)
     pack.add_argument("source", metavar="SOURCE", type=Path)
@@ -109,7 +117,7 @@ def make_parser() -> argparse.ArgumentParser:
     pack.add_argument("--group", metavar="COLUMN", help="keep rows of equal value in one part of a split")
     pack.add_argument("--folds", type=int, metavar="K", help="also record K cross-validation folds")
     pack.add_argument("--seed", type=int, metavar="N", help="of the splits")
-    pack.add_argument("--workers", type=int, metavar="N", help="processes; 0 for one per core")
+    pack.add_argument("--workers", type=workers, metavar="N", help="processes; 0 for one per core")
     pack.add_argument(
         "--part", metavar="I/N", help="make the shards of one of N parts; the command without --part ends the packing"
     )
@@ -137,13 +145,13 @@ def make_parser() -> argparse.ArgumentParser:
     audit = command("audit", "make a page that shows every volume, and on which people accept or reject them", AUDIT)
     audit.add_argument("folder", metavar="PACKED", type=Path)
     audit.add_argument("--out", metavar="FILE", type=Path, required=True, help="HTML file")
-    audit.add_argument("--workers", type=int, default=0, metavar="N", help="processes; default one per core")
+    audit.add_argument("--workers", type=workers, default=0, metavar="N", help="processes; default one per core")
 
     verify = command(
         "verify", "compare every file of a packed data set with its checksum; exit status 1 on damage", VERIFY
     )
     verify.add_argument("out", metavar="OUT", type=Path)
-    verify.add_argument("--workers", type=int, default=0, metavar="N", help="threads; default one per core")
+    verify.add_argument("--workers", type=workers, default=0, metavar="N", help="threads; default one per core")
     verify.add_argument("--repair", action="store_true", help="make what is damaged again, from --source")
     verify.add_argument("--source", metavar="SOURCE", type=Path, help="what OUT was packed from")
     verify.add_argument("--files-root", metavar="FOLDER", help=FILES_ROOT)
@@ -197,7 +205,7 @@ def _preprocess(args: argparse.Namespace) -> None:
         template=options["template"] or None,
         weights=options["weights"] or None,
         device=args.device,
-        workers=options["workers"],
+        workers=worker_count(options["workers"]),
         suffix=options["suffix"],
         keep_suspect=options["keep_suspect"],
         entities=options["entities"],

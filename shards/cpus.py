@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from shards.errors import DataError
+
 
 def available_cores(root: Path = Path("/")) -> int:
     """Processor cores that this process may use, at least 1.
@@ -16,6 +18,17 @@ def available_cores(root: Path = Path("/")) -> int:
     affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
     cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
     return max(1, int(min([float(cores), *_quotas(root)])))
+
+
+def worker_count(workers: int) -> int:
+    """The number of workers that is given; the processor cores for 0.
+
+    Raises:
+        DataError: a negative number.
+    """
+    if workers < 0:
+        raise DataError(f"workers {workers}: expected a number of processes, or 0 for one per core")
+    return workers or available_cores()
 
 
 def _quotas(root: Path) -> list[float]:

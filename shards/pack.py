@@ -19,7 +19,7 @@ from shards.packing.options import Options, check_options
 from shards.packing.places import Place, digest
 from shards.packing.plan import Task
 from shards.packing.pool import map_tasks
-from shards.packing.prepare import Packing, Source, prepare, read_source
+from shards.packing.prepare import Packing, Source, check_folder, prepare, read_source
 from shards.packing.summary import Summary, summarize
 from shards.participant_rows import Reject
 from shards.progress import Progress
@@ -47,7 +47,15 @@ class PartSummary(TypedDict):
     rejected: int
 
 
-def pack(source: str | Path, out: str | Path, *, map_shards: Map | None = None, **options: Any) -> Summary:
+def pack(
+    source: str | Path,
+    out: str | Path,
+    *,
+    spacing: float,
+    shape: Sequence[int] | str,
+    map_shards: Map | None = None,
+    **options: Any,
+) -> Summary:
     """Pack a BIDS folder or a CSV into ``out``.
 
     A shard is one unit of work: a process converts its rows and writes it whole. The result does not depend on
@@ -61,15 +69,15 @@ def pack(source: str | Path, out: str | Path, *, map_shards: Map | None = None, 
         source: see :func:`shards.participants.read_table`. Of a derivative of ``shards preprocess``, volumes stay where
             the template has them, and their tissue maps are stored beside them as ``VOLUME_TISSUE``.
         out: folder; new, or of a data set with the same grid, volumes and format.
+        spacing: mm.
+        shape: voxels, or ``auto``: the smallest box (:mod:`shards.box`) that holds every brain fit to be packed; that
+            of ``out`` where it holds a data set.
         map_shards: runs :func:`shards.packing.make.make_shard` on all tasks; processes of this machine by default.
-        options: keyword arguments:
+        options: further keyword arguments:
 
             * storage: ``zarr`` (default) or ``webdataset``.
             * dtype: of the stored volumes, see :data:`shards.quantization.LARGEST`; ``float16`` by default.
             * schema: a schema, or the name or file of one.
-            * spacing: mm.
-            * shape: voxels, or ``auto``: the smallest box (:mod:`shards.box`) that holds every brain fit to be packed;
-              that of ``out`` where it holds a data set.
             * max_rejects: largest number of rejected rows, or share of all rows as in ``5%`` (default).
             * fractions: of subjects in the train, validation and test parts of the split ``default``; by default those
               of :func:`shards.split.default_fractions`.
@@ -94,7 +102,8 @@ def pack(source: str | Path, out: str | Path, *, map_shards: Map | None = None, 
         TooManyRejects: the data set is not made, or stays as it was. ``rejected.tsv`` is in ``out``, or in its folder
             ``.partial`` where ``out`` holds a data set.
     """
-    checked, out = check_options(**options), Path(out)
+    checked, out = check_options(spacing=spacing, shape=shape, **options), Path(out)
+    check_folder(Path(source), out)
     found = read_source(Path(source), checked)
     with locked(out, ""):
         packing = prepare(found, out, checked)
@@ -109,7 +118,9 @@ def pack(source: str | Path, out: str | Path, *, map_shards: Map | None = None, 
     return summary
 
 
-def pack_part(source: str | Path, out: str | Path, part: str, **options: Any) -> PartSummary:
+def pack_part(
+    source: str | Path, out: str | Path, part: str, *, spacing: float, shape: Sequence[int] | str, **options: Any
+) -> PartSummary:
     """Make the shards of one part of a packing; parts may run at the same time, on machines that share ``out``.
 
     :func:`pack` with the same arguments takes the shards of all parts, makes the missing ones and writes the index.
@@ -117,13 +128,14 @@ def pack_part(source: str | Path, out: str | Path, part: str, **options: Any) ->
     Args:
         source, out: see :func:`pack`.
         part: ``I/N``, the I-th of N parts, from 1.
-        options: of :func:`pack`.
+        spacing, shape, options: of :func:`pack`.
 
     Raises:
         DataError: as :func:`pack`, or no part of that form.
     """
     number, count = _parse_part(part)
-    checked, out = check_options(**options), Path(out)
+    checked, out = check_options(spacing=spacing, shape=shape, **options), Path(out)
+    check_folder(Path(source), out)
     found = read_source(Path(source), checked)
     with locked(out, f"{number}-of-{count}"):
         packing = prepare(found, out, checked, (number, count))

@@ -10,6 +10,7 @@ from typing import Any
 
 from shards.environment import environment_variable
 
+KILLED = "a worker process was killed, most likely for lack of memory: use fewer workers"  # of a BrokenProcessPool
 SAFE_PATH = "PYTHONSAFEPATH"  # without it a signal.py in the working folder would be taken for Python's own
 
 

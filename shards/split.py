@@ -122,10 +122,7 @@ def draw_folds(
         DataError: fewer than two folds, or not enough groups for a test, a validation and a training part.
     """
     sizes = _group_sizes(records)
-    if folds < 2 or len(sizes) < max(folds, 3):
-        raise DataError(
-            f"{folds} folds of {len(sizes)} groups of subjects: at least 2 folds, and as many groups, are needed"
-        )
+    check_folds(folds, len(sizes))
     fold: dict[str, int] = {}
     filled = [0] * folds
     for member in sorted(_hash_order(sizes, seed), key=lambda g: -sizes[g]):  # large groups first: folds are even
@@ -140,6 +137,22 @@ def draw_folds(
         assignment = {r.key: part[r.group] for r in records}
         splits[f"{name}-{k + 1}-of-{folds}"] = Split("folds", seed, [], [k + 1, folds], group, assignment)
     return splits
+
+
+def check_folds(folds: int, groups: float = math.inf) -> None:
+    """Refuse folds that cannot be drawn.
+
+    Args:
+        folds: how many.
+        groups: of subjects; as many as are needed where they are not known yet.
+
+    Raises:
+        DataError: fewer than two folds, or not enough groups for a test, a validation and a training part.
+    """
+    if folds < 2:
+        raise DataError(f"{folds} folds: at least 2 are needed")
+    if groups < max(folds, 3):
+        raise DataError(f"{folds} folds of {groups} groups of subjects: at least {max(folds, 3)} groups are needed")
 
 
 def merge_groups(subjects: Sequence[tuple[str, str]]) -> dict[str, str]:

@@ -13,7 +13,7 @@ import google_crc32c
 import numpy as np
 
 from shards.contents import Contents, FileContent
-from shards.cpus import available_cores
+from shards.cpus import worker_count
 from shards.errors import DataError, IntegrityError
 from shards.files import sha256
 from shards.header import NAME, read_header
@@ -82,7 +82,7 @@ def verify(folder: str | Path, workers: int = 0) -> Iterator[Damage]:
     for file in sorted(contents.files.keys() - index.files.keys()):
         yield Damage(file, "holds volumes and is not in the list of files")
     check = partial(_check, folder, index, contents)
-    pool = ThreadPoolExecutor(workers or available_cores(), thread_name_prefix="verify")
+    pool = ThreadPoolExecutor(worker_count(workers), thread_name_prefix="verify")
     try:
         for found in progress(pool.map(check, index.files), "verifying", len(index.files), "file"):
             yield from found

@@ -1,9 +1,13 @@
 """The phantom's law: what is drawn, what the image shows of it, and the exact posterior."""
 
 import json
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -252,6 +256,19 @@ def test_a_killed_process_leaves_all_or_nothing(tmp_path: Path, moment: str) -> 
     make_phantoms(tmp_path / "once", 2, (16, 16, 16), workers=1)
     for path in (p for p in (tmp_path / "once").rglob("*") if p.is_file()):
         assert (out / path.relative_to(tmp_path / "once")).read_bytes() == path.read_bytes()
+
+
+def test_a_killed_worker_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def kill() -> None:
+        while not (children := multiprocessing.active_children()):
+            time.sleep(0.01)
+        os.kill(children[0].pid or 0, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert main(["phantom", str(tmp_path / "out"), "--subjects", "500", "--workers", "2"]) == 2
+    killer.join()
+    assert "phantom: a worker process was killed" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 def test_options_come_from_a_preset(tmp_path: Path) -> None:

@@ -175,6 +175,7 @@ def test_errors_are_one_line_without_traceback(tmp_path: Path) -> None:
         (["phantom", str(tmp_path / "p"), "--subjects", "0"], 2, "at least one"),
         (["pakc", "a", "b"], 2, "Did you mean 'pack'?"),
         (["verify", str(tmp_path)], 2, "no packed data set here"),
+        (["verify", str(tmp_path), "--workers", "-1"], 2, "expected a number of processes, or 0 for one per core"),
         (["pack", "nowhere", str(tmp_path), "--spacing", "2", "--shape", "8", "8", "8"], 2, "no such folder"),
         (["pack", "nowhere", "out", "--config", "dmo"], 2, "Did you mean 'demo'?"),
     ]:

@@ -14,6 +14,7 @@ from shards.dataset import open_dataset
 from shards.errors import DataError, TooManyRejects
 from shards.index import Index
 from shards.nifti import read
+from shards.pack import pack_part
 from shards.resample import sample
 from shards.verify import verify
 from shards.volumes import canonical, grid
@@ -258,6 +259,48 @@ def test_unusable_sources_are_refused(tmp_path: Path) -> None:
 
 
 # --- sources ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"folds": 1}, "1 folds: at least 2"),
+        ({"folds": -3}, "-3 folds"),
+        ({"folds": 3, "group": "family"}, "3 folds of 2 groups of subjects: at least 3 groups"),
+        ({"workers": -1}, "workers -1: expected"),
+        ({"worker": 1}, "unknown option 'worker'. Did you mean 'workers'"),
+        ({"shap": 1}, "unknown option 'shap'. Did you mean 'shape'"),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused_before_a_file_is_read(
+    tmp_path: Path, options: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_now(*_: object) -> None:
+        raise AssertionError("a volume was read")
+
+    families = dict(zip([name for name, *_ in PEOPLE], "aabbbbb"))
+    source = bids(tmp_path / "bids", PEOPLE, families)
+    monkeypatch.setattr("shards.convert.canonical", read_now)
+    for use in (packed, lambda *args, **options: pack_part(*args, "1/2", spacing=2, shape=SIZE, **options)):
+        with pytest.raises(DataError, match=reason):
+            use(source, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_data_set_is_not_written_into_a_source(tmp_path: Path) -> None:
+    source, other = bids(tmp_path / "bids", PEOPLE[:3]), bids(tmp_path / "other", PEOPLE[:3])
+    (other / "rejected.tsv").write_text("of a derivative")
+    before = content(tmp_path)
+    for out, reason in (
+        (source, "is the source"),
+        (tmp_path / "other/../bids", "is the source"),
+        (other, r"is a BIDS folder: it holds participants\.tsv; choose another folder"),
+        (other / "rejected.tsv", "is a file; choose a folder"),
+    ):
+        for use in (packed, lambda *args: pack_part(*args, "1/2", spacing=2, shape=SIZE)):
+            with pytest.raises(DataError, match=reason):
+                use(source, out)
+    assert content(tmp_path) == before
 
 
 def test_csv_and_bids_pack_to_the_same_data(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from shards.audit.measure import SKETCH
 from shards.audit.outliers import histogram_distances
 from shards.audit.page import write_page
 from shards.audit.stream import Look, look, mean_brains
-from shards.cpus import available_cores
+from shards.cpus import worker_count
 from shards.dataset import Dataset, open_dataset
 from shards.errors import DataError
 
@@ -62,7 +62,7 @@ def audit(folder: str | Path, out: str | Path, workers: int = 0) -> Summary:
     count = len(dataset)
     height = next((height for most, height in HEIGHTS if count <= most), SMALLEST)
     compared = next(iter(references))
-    looks, sketches = split_sketches(look(folder, references, height, workers or available_cores()), count, compared)
+    looks, sketches = split_sketches(look(folder, references, height, worker_count(workers)), count, compared)
     pairs = compare_all(sketches, [dataset.record(found.key).subject for found in looks])
     write_page(dataset, compared, _measures(dataset, looks, list(references)), [f.picture for f in looks], pairs, out)
     return Summary(records=count, alike=pairs.count, unlike=len(pairs.unlike), bytes=out.stat().st_size)

@@ -13,7 +13,7 @@ from shards.audit.alignment import Affine, Aligner, Array, centred, pyramid
 from shards.audit.measure import MIDDLE, Measured, Reference, correlation, encode, measure
 from shards.dataset import Dataset, open_dataset
 from shards.errors import DataError
-from shards.processes import process_pool
+from shards.processes import KILLED, process_pool
 from shards.progress import progress
 
 SAMPLE = 100  # brains, evenly spread over the records, from which the mean brain is made
@@ -114,7 +114,7 @@ def _by_processes(
             while pending:
                 yield from pending.popleft().result()
     except BrokenProcessPool:
-        raise DataError("a worker process was killed, most likely for lack of memory: use fewer workers") from None
+        raise DataError(KILLED) from None
 
 
 _state: tuple[Dataset, Mapping[str, Reference], int]  # of a worker process

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shards.cpus import available_cores
+from shards.cpus import worker_count
 from shards.errors import DataError, nearest
 from shards.exclusions import read_exclusions
 from shards.participant_rows import Reject
@@ -14,7 +14,7 @@ from shards.pseudonyms import fingerprint, read_key
 from shards.quantization import stored_as
 from shards.schema import Schema
 from shards.shard_writer import STORAGES
-from shards.split import FRACTIONS, draw_fractions
+from shards.split import FRACTIONS, check_folds, draw_fractions
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,16 @@ def check_options(
     files_root: str | Path | None = None,
     pseudonymise: str | Path | None = None,
     exclusions: str | Path | None = None,
+    **unknown: Any,
 ) -> Options:
     """The options of :func:`shards.pack.pack`, with its defaults.
 
     Raises:
-        DataError: an option that cannot be used.
+        DataError: an option that cannot be used, or is none.
     """
+    if unknown:
+        known = ["spacing", "shape", *(check_options.__kwdefaults__ or {})]
+        raise DataError(nearest(next(iter(unknown)), known, "option"))
     schema = schema if isinstance(schema, Schema) else Schema.load(schema)
     if storage not in STORAGES:
         raise DataError(nearest(storage, STORAGES, "format"))
@@ -121,6 +125,8 @@ def check_options(
         raise DataError("the schema has no volume variable: nothing to pack")
     if not 0.1 <= spacing <= 50:
         raise DataError(f"spacing {spacing:g}: expected millimetres, 0.1 to 50")
+    if folds != 0:
+        check_folds(folds)
     options = Options(
         storage=storage,
         dtype=dtype,
@@ -133,7 +139,7 @@ def check_options(
         group=group or "",
         folds=folds,
         seed=seed,
-        workers=workers or available_cores(),
+        workers=worker_count(workers),
         keep_suspect=keep_suspect,
         entities=dict(entities or {}),
         rename=dict(rename or {}),

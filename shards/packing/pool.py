@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from shards.environment import environment_variable
 from shards.errors import DataError
-from shards.processes import process_pool
+from shards.processes import KILLED, process_pool
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -43,6 +43,4 @@ def map_tasks(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> I
                 for future in done:
                     yield future.result()
     except BrokenProcessPool:
-        raise DataError(
-            "a worker process was killed, most likely for lack of memory: use fewer workers; complete shards are reused"
-        ) from None
+        raise DataError(f"{KILLED}; complete shards are reused") from None

@@ -21,12 +21,12 @@ from shards.packing.places import Place, digest, find_unchanged, stamp, stored_v
 from shards.packing.plan import Plan, Task, make_plan
 from shards.participant_rows import Row, Table
 from shards.participants import read_table
-from shards.preprocess.recipe import Recipe, read_derivative
+from shards.preprocess.recipe import DESCRIPTION, Recipe, read_derivative
 from shards.pseudonyms import pseudonymised
 from shards.qc.limits import LIMITS
 from shards.quantization import stored_as
 from shards.shard_writer import records_per_shard
-from shards.split import check_groups, merge_groups
+from shards.split import check_folds, check_groups, merge_groups
 from shards.volumes import Space, grid
 
 
@@ -48,11 +48,26 @@ class Source:
     space: Space | None
 
 
+def check_folder(source: Path, out: Path) -> None:
+    """Refuse a folder that holds a source, whose files a data set would replace.
+
+    Raises:
+        DataError: ``out`` is ``source``, another BIDS folder, or a file.
+    """
+    if source.resolve() == out.resolve():
+        raise DataError(f"{out} is the source; choose another folder for the data set")
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; choose a folder")
+    for name in (DESCRIPTION, "participants.tsv"):
+        if (out / name).exists():
+            raise DataError(f"{out} is a BIDS folder: it holds {name}; choose another folder for the data set")
+
+
 def read_source(path: Path, options: Options) -> Source:
     """Read the table of a source.
 
     Raises:
-        DataError: a source, or a column of groups or of a split, that cannot be used.
+        DataError: a source, a number of folds, or a column of groups or of a split, that cannot be used.
     """
     choice = (options.group, options.split_column, options.entities, options.rename, options.files_root)
     table = read_table(path, options.schema, *choice)
@@ -64,7 +79,9 @@ def read_source(path: Path, options: Options) -> Source:
         raise DataError(f"{path}: the table has no rows")
     rows = [row for row in table.rows if isinstance(row, Row)]
     groups = merge_groups([(row.subject, row.group) for row in rows])
-    if options.split_column:  # a split that cannot be used is refused before hours of work
+    if options.folds:  # a split that cannot be used is refused before hours of work
+        check_folds(options.folds, len(set(groups.values())))
+    if options.split_column:
         if rows and not any(row.part for row in rows):
             raise DataError(
                 f"column {options.split_column!r} has no value in any row; expected train, validation or test"

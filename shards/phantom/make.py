@@ -9,6 +9,7 @@ a memory score, a whole number, that falls with age (:data:`MEMORY`), independen
 """
 
 import json
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +19,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from shards.cpus import available_cores
+from shards.cpus import worker_count
+from shards.errors import DataError
 from shards.files import atomic_folder
 from shards.phantom.anatomy import LAW, Regression, draw_anatomy, draw_person
 from shards.phantom.brain import Tissues, render_tissues, spacing
-from shards.processes import process_pool
+from shards.processes import KILLED, process_pool
 from shards.progress import progress
 
 T1W = {"csf": 0.16, "grey": 0.56, "deep": 0.64, "white": 0.90}
@@ -148,16 +150,20 @@ def make_phantoms(
 
     Raises:
         FileExistsError: ``out`` exists and is not an empty folder.
-        ValueError: fewer than one subject, or a side below 16 voxels.
+        ValueError: fewer than one subject, a side below 16 voxels, or a negative number of workers.
+        DataError: a process was killed.
     """
     if subjects < 1 or min(shape) < 16:
         raise ValueError(f"{subjects} phantoms of {shape} voxels: at least one phantom of 16 voxels a side is needed")
-    workers = workers or available_cores()
+    workers = worker_count(workers)
     with atomic_folder(Path(out)) as folder:
         write = partial(_write_subject, folder, seed, shape, rich)
         if workers > 1:
-            with process_pool(min(workers, subjects)) as pool:
-                rows = list(progress(pool.map(write, range(subjects), chunksize=8), "phantoms", subjects, "brain"))
+            try:
+                with process_pool(min(workers, subjects)) as pool:
+                    rows = list(progress(pool.map(write, range(subjects), chunksize=8), "phantoms", subjects, "brain"))
+            except BrokenProcessPool:
+                raise DataError(KILLED) from None
         else:
             rows = list(progress(map(write, range(subjects)), "phantoms", subjects, "brain"))
         _write_tables(folder, pd.DataFrame(rows))
