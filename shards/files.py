@@ -10,11 +10,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from uuid import uuid4
 
 from shards.errors import DataError
 
 MARKERS = ("index.json", "dataset_description.json", "model.json")  # see is_complete
+LOCK = ".shards.lock"  # in the folder of a data set that is written
 LOCK_POLL_S = 0.2
+LEAVING_S = 2.0  # a part that ends holds the folder alone for a moment
 
 
 def sync(path: Path) -> None:
@@ -29,7 +32,7 @@ def sync(path: Path) -> None:
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; it becomes ``path`` where the block succeeds and is removed otherwise."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = _temporary(path)
     try:
         yield temporary
         sync(temporary)
@@ -48,8 +51,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists already and is not empty; remove it or choose another name")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _temporary(path)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -59,6 +61,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside ``path`` of this call alone: on two nodes, or in two containers, processes have equal numbers."""
+    return path.with_name(f".{path.name}.{uuid4().hex[:16]}.part")
 
 
 def is_complete(path: Path) -> bool:
@@ -125,43 +132,43 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def lock_folder(folder: Path) -> int:
-    """Lock a folder itself, without waiting: a lock file would stay in it after a process that was killed.
+@contextlib.contextmanager
+def locked_folder(folder: Path, part: str = "") -> Iterator[None]:
+    """Hold the folder of a data set while the block lasts: alone, or for a part of the work beside other parts.
 
-    Returns:
-        A descriptor; closing it, or the end of the process, releases the lock.
+    Files are locked, since NFS shows the lock of a folder to no other machine. The last process removes them; those of
+    processes that were killed are removed by the next one.
+
+    Args:
+        folder: of the data set.
+        part: name of the part; empty to hold the folder alone.
 
     Raises:
-        DataError: no such folder, another process has locked it, or the file system has no locks.
+        DataError: no such folder, another process holds it, or the file system has no locks.
     """
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        held = isinstance(error, BlockingIOError)
-        raise DataError(
-            f"{folder} is being written by another process" if held else f"{folder}: no locks here ({error.strerror})"
-        ) from None
-    return descriptor
+    with contextlib.ExitStack() as stack:
+        try:
+            patience = LEAVING_S if part else 0
+            descriptor = stack.enter_context(lock_file(folder / LOCK, patience, shared=bool(part)))
+            if part:
+                stack.enter_context(lock_file(folder / f"{LOCK}-{part}", patience=0))
+        except BlockingIOError:
+            busy = f"{folder} is being written by another process"
+            raise DataError(f"{busy}, or part {part} of it" if part else busy) from None
+        except OSError as error:
+            raise DataError(f"{folder / LOCK}: cannot be locked ({error.strerror})") from error
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # other parts go on
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for path in sorted(folder.glob(f"{LOCK}*"), reverse=True):  # that of the folder comes last
+                    path.unlink()
 
 
 @contextlib.contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Hold the lock of :func:`lock_folder` while the block lasts."""
-    descriptor = lock_folder(folder)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def lock_file(path: Path, patience: float = math.inf, *, required: bool = True) -> Iterator[int]:
-    """Hold an exclusive lock on a file while the block lasts; yield its descriptor, open for reading and writing.
+def lock_file(path: Path, patience: float = math.inf, *, required: bool = True, shared: bool = False) -> Iterator[int]:
+    """Hold a lock on a file while the block lasts; yield its descriptor, open for reading and writing.
 
     The file is created where it is missing, readable by its owner alone, and stays. The lock is the operating
     system's: it ends with the process, however that ends. Whoever holds it may remove or rename the file: a process
@@ -171,6 +178,7 @@ def lock_file(path: Path, patience: float = math.inf, *, required: bool = True) 
         path: of the lock file; its folder exists.
         patience: seconds to wait for the holder; 0: do not wait.
         required: raise where the file system has no locks; otherwise nothing is locked there.
+        shared: other processes may hold a shared lock at the same time; otherwise the lock is exclusive.
 
     Raises:
         BlockingIOError: the lock is still held when patience ends.
@@ -180,7 +188,7 @@ def lock_file(path: Path, patience: float = math.inf, *, required: bool = True) 
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            _wait_for_lock(descriptor, path, end, required)
+            _wait_for_lock(descriptor, path, end, required, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
             if _is_same_file(path, descriptor):
                 yield descriptor
                 return
@@ -188,10 +196,10 @@ def lock_file(path: Path, patience: float = math.inf, *, required: bool = True) 
             os.close(descriptor)
 
 
-def _wait_for_lock(descriptor: int, path: Path, end: float, required: bool) -> None:
+def _wait_for_lock(descriptor: int, path: Path, end: float, required: bool, kind: int) -> None:
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if end == math.inf else fcntl.LOCK_NB))
+            fcntl.flock(descriptor, kind | (0 if end == math.inf else fcntl.LOCK_NB))
             return
         except BlockingIOError as error:
             if time.monotonic() >= end:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from shards.errors import DataError, TooManyRejects
-from shards.files import write_bytes
+from shards.files import locked_folder, write_bytes
 from shards.index import Split
-from shards.packing.journal import locked
 from shards.packing.make import Job, Shard, close_old, make_shard
 from shards.packing.merge import clean, collect, draw_again, put, write_dataset
 from shards.packing.options import Options, check_options
@@ -105,10 +104,10 @@ def pack(
     checked, out = check_options(spacing=spacing, shape=shape, **options), Path(out)
     check_folder(Path(source), out)
     found = read_source(Path(source), checked)
-    with locked(out, ""):
+    out.mkdir(parents=True, exist_ok=True)
+    with locked_folder(out):
         packing = prepare(found, out, checked)
-        if packing.old is not None:
-            clean(out, packing.old)
+        clean(out, packing.old, [name for shard in packing.journal.shards.values() for name in shard.files])
         if packing.old is not None and packing.done:
             summary = summarize(packing.old, found.table, packing.plan.kept, 0)
         else:
@@ -137,7 +136,8 @@ def pack_part(
     checked, out = check_options(spacing=spacing, shape=shape, **options), Path(out)
     check_folder(Path(source), out)
     found = read_source(Path(source), checked)
-    with locked(out, f"{number}-of-{count}"):
+    out.mkdir(parents=True, exist_ok=True)
+    with locked_folder(out, f"{number}-of-{count}"):
         packing = prepare(found, out, checked, (number, count))
         tasks = [task for task in packing.plan.tasks if task.number % count == number - 1]
         made = _make(packing, tasks, checked, None)

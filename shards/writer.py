@@ -1,6 +1,6 @@
 """Writing a packed data set by one process: atomic."""
 
-import os
+import contextlib
 import shutil
 import weakref
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError, nearest
-from shards.files import lock_folder, sha256, sync, write_bytes
+from shards.files import locked_folder, sha256, sync, write_bytes
 from shards.header import NAME
 from shards.index import Index, Record, Split
 from shards.schema import Schema, Value
@@ -65,7 +65,9 @@ class DatasetWriter:
         self.files: dict[str, dict[str, Any]] = {}
         self.per_shard = records_per_shard(self.arrays)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._unlock = weakref.finalize(self, os.close, lock_folder(self.folder))
+        lock = contextlib.ExitStack()
+        lock.enter_context(locked_folder(self.folder))
+        self._unlock = weakref.finalize(self, lock.close)
         self._partial = self.folder / PARTIAL
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from shards.dataset import open_dataset
+from shards.verify import foreign_files, verify
 from tests.packing import PEOPLE, bids, content, head, packed, save, volumes
 
 
@@ -62,6 +63,56 @@ def test_killed_at_any_moment_and_run_again(tmp_path: Path, storage: str, worker
     packed(source, outs[0], storage=storage)
     packed(source, outs[1], storage=storage)
     assert content(outs[0]) == content(outs[1]) and kills
+
+
+OTHER_OPTIONS = """
+import os, signal, sys
+from pathlib import Path
+import shards.header
+from shards.pack import pack
+moment, source, out = sys.argv[1:]
+def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
+replace = Path.replace
+def first_move(self, target):
+    replace(self, target)
+    if target.name in ("0", "shard-00000.tar"): die()
+if moment == "first move": Path.replace = first_move
+if moment == "header": shards.header.write_bytes = die
+pack(source, out, spacing=2.0, shape=(20, 24, 18), max_rejects="100%", keep_suspect=True)
+"""
+
+
+@pytest.mark.parametrize("moment", ["first move", "header"])
+@pytest.mark.parametrize("update", [False, True])
+@pytest.mark.parametrize("other", ["storage", "spacing", "pseudonymise"])
+def test_killed_and_run_with_other_options(tmp_path: Path, moment: str, update: bool, other: str) -> None:
+    """Nothing of the interrupted packing stays, and everything that is not of a packing does."""
+    source, out, key = bids(tmp_path / "bids", PEOPLE[:3]), tmp_path / "out", tmp_path / "key"
+    key.write_bytes(bytes(32))
+    key.chmod(0o600)
+    options: dict[str, object] = {"storage": "webdataset", "spacing": 4.0, "pseudonymise": key}
+    options = {other: options[other]}
+    if update:
+        if other != "pseudonymise":
+            pytest.skip("refused")
+        packed(source, out, **options)
+        save(source / "sub-01/anat/sub-01_T1w.nii.gz", head(40))
+    out.mkdir(exist_ok=True)
+    (out / "notes.txt").write_text("mine")
+    command = [sys.executable, "-c", OTHER_OPTIONS, moment, str(source), str(out)]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    packed(source, out, **options)
+    packed(source, tmp_path / "once", **options)
+    assert not list(verify(out))
+    found = content(out)
+    assert found.pop("notes.txt") == b"mine"
+    if update:
+        assert volumes(out) == volumes(tmp_path / "once") and foreign_files(out) == ["notes.txt"]
+    else:
+        assert found == content(tmp_path / "once")
+    assert {p.relative_to(out).parts[0] for p in out.rglob("*")} - {"notes.txt"} == {n.split("/")[0] for n in found}
+    if other == "pseudonymise":
+        assert not any(b"sub-0" in raw for raw in [*found.values(), *map(str.encode, found)])
 
 
 EACH_WRITE = """

@@ -1,24 +1,19 @@
-"""The folder of an unfinished packing: locks, and journals of the shards that are complete.
+"""The folder of an unfinished packing, with journals of the shards that are complete.
 
 Each process that packs a data set, the main one and those of parts, has a journal of its own, to which it appends a
 line when a shard is complete on the disk. All of them read all journals.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-from shards.errors import DataError
-from shards.files import lock_file, write_bytes
+from shards.files import write_bytes
 from shards.packing.make import Shard
 
 PARTIAL = ".partial"
 JOURNAL = "journal"
-BUSY = "is being written by another process"
 
 
 class Journal:
@@ -36,7 +31,6 @@ class Journal:
         self._path = self.partial / f"{JOURNAL}{'-' * bool(name)}{name}.jsonl"
         self._identity = {"identity": identity}
         self.shards: dict[int, Shard] = {}
-        self.outdated: list[Shard] = []  # complete shards that are of no use any more
         for path in sorted(self.partial.glob(f"{JOURNAL}*.jsonl")):
             self.shards |= {shard.number: shard for shard in self._read(path)}
         lines = [self._identity, *(shard.to_dict() for shard in self._read(self._path))]  # without a torn last line
@@ -77,28 +71,3 @@ class Journal:
     def remove(self) -> None:
         """Remove the folder with all journals."""
         shutil.rmtree(self.partial)
-
-
-@contextlib.contextmanager
-def locked(folder: Path, name: str) -> Iterator[None]:
-    """Hold the folder of a data set: alone, or for a part beside other parts.
-
-    The folder itself is locked: a lock file would stay in the data set of a process that was killed.
-
-    Args:
-        folder: created where missing.
-        name: see :class:`Journal`.
-
-    Raises:
-        DataError: another process holds it.
-    """
-    (folder / PARTIAL).mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if name else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        with lock_file(folder / PARTIAL / f"part-{name}.lock", patience=0) if name else contextlib.nullcontext():
-            yield
-    except BlockingIOError:
-        raise DataError(f"{folder} {BUSY}{f', or part {name} of it' if name else ''}") from None
-    finally:
-        os.close(descriptor)

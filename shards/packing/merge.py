@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from shards.zarr_coordinates import store_files
 from shards.zarr_store import shard_path as zarr_path
 
 PLACES = "packing-"  # and a hash, so that an index and its places are replaced together
-OBSOLETE = "obsolete.json"
+FILES = "files.json"  # lists all files of the data set that is there and of the new one, before the first is moved
 
 
 def old_places(folder: Path, index: Index) -> list[Place] | None:
@@ -99,12 +99,8 @@ def write_dataset(
     shards = sorted({record.slot // job.per_shard for record in records})
     paths = [path for number in shards for path in _paths(job, number)]
     made = {name: entry for shard in journal.shards.values() for name, entry in shard.files.items()}
-    outdated = {name for shard in journal.outdated for name in shard.files}
     known = {**(dict(old.files) if old is not None else {}), **made}
     entries = {path: known[path] for path in paths if path in known}
-    for name in entries:
-        if old is None or name not in old.files:
-            _move(journal, name)
     small = dict(files)
     if job.storage == "zarr":
         places_used = max(record.slot for record in records) + 1
@@ -112,6 +108,10 @@ def write_dataset(
     table = write_places(places)
     name = f"{PLACES}{digest(table.decode())[:12]}.tsv"
     small[name] = table
+    write_bytes(journal.partial / FILES, json.dumps(sorted({*known, *small})).encode())
+    for path in entries:
+        if old is None or path not in old.files:
+            _move(journal, path)
     for path, content in small.items():
         put(journal, path, content)
         entries[path] = {"bytes": len(content), "sha256": sha256(folder / path)}
@@ -130,10 +130,8 @@ def write_dataset(
         provenance={**provenance, "packing": {**provenance["packing"], "places": name}},
         per_shard=job.per_shard,
     )
-    unused = sorted({*known, *outdated} - entries.keys())
-    write_bytes(journal.partial / OBSOLETE, json.dumps([name, unused]).encode())
     index.save(folder)
-    _remove_obsolete(folder, index)
+    _remove_unnamed(folder, index.files)
     return index
 
 
@@ -145,28 +143,28 @@ def put(journal: Journal, name: str, content: bytes) -> None:
     (journal.partial / name).replace(journal.folder / name)
 
 
-def clean(folder: Path, index: Index) -> None:
-    """Remove what an interrupted end has left.
+def clean(folder: Path, index: Index | None, kept: Collection[str] = ()) -> None:
+    """Remove the files of data sets before this one, and what an interrupted end has left, of any options.
 
     Args:
         folder: of the data set.
-        index: as it was read from there.
+        index: of the data set that is there; None for none.
+        kept: files of complete shards that are still to become a data set.
     """
-    remove_others(folder, index.tables.values())
-    _remove_obsolete(folder, index)
+    if index is not None or (folder / PARTIAL / FILES).is_file():
+        remove_others(folder, index.tables.values() if index is not None else ())
+    _remove_unnamed(folder, [*kept, *(index.files if index is not None else ())])
 
 
-def _remove_obsolete(folder: Path, index: Index) -> None:
-    """Remove the files of the data set before; none where the index is still the old one."""
-    path = folder / PARTIAL / OBSOLETE
-    if path.is_file():
-        name, unused = json.loads(path.read_bytes())
-        if name == index.provenance.get("packing", {}).get("places"):
-            for file in unused:
-                (folder / file).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # one that is not empty
-                    for parent in (folder / file).parents:
-                        parent.rmdir()
+def _remove_unnamed(folder: Path, kept: Collection[str]) -> None:
+    """Remove those of the listed files that are not kept, and folders that are empty then."""
+    path = folder / PARTIAL / FILES
+    listed = json.loads(path.read_bytes()) if path.is_file() else ()
+    for file in set(listed).difference(kept):
+        (folder / file).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # one that is not empty
+            for parent in (folder / file).parents:
+                parent.rmdir()
 
 
 def _paths(job: Job, number: int) -> list[str]:

@@ -263,4 +263,4 @@ def _forget_outdated(
     for number in [*journal.shards]:
         shard = complete.get(number)
         if shard is None or not all(place.key in unchanged for place in shard.places):
-            journal.outdated.append(journal.shards.pop(number))
+            del journal.shards[number]
