@@ -37,7 +37,7 @@ the template has them and whose tissue maps are packed too. Each volume is resam
 shape, centred on the brain, with intensities in [0, 1]. A scan that is no brain-extracted T1w brain (a head with
 skull, a CT, a label map, a slab) is rejected, or with --keep-suspect packed and flagged. Rejected rows are listed
 with their reasons in OUT/rejected.tsv. After an interruption, the same command resumes after the complete shards. For
-a finished data set, it packs the rows that are new or whose files have changed, and no others.
+a finished data set, it converts the rows that are new or whose files have changed, and no others.
 
 Options that are not given come from the preset: configs/pack/NAME.yaml, over configs/pack/default.yaml.
 

@@ -22,6 +22,7 @@ LETTERS = 16  # of a pseudonym, 5 bits each
 # A reason shows the text of the table from here on: quoted cells, lists in parentheses, names, paths, numbers.
 CELLS = re.compile(r"""['"(;/]|\b(?:sub|ses)-|(?<![\w.])[-+]?\d""")
 HIDDEN = "[pseudonymised: see that line of the table]"
+UNNAMED = "[the name of a file is left out]"
 
 
 def read_key(path: str | Path) -> bytes:
@@ -79,7 +80,7 @@ def without_names(reason: str, files: Iterable[Path]) -> str:
     """
     names = [re.escape(part) for file in files for part in {str(file), file.name}]
     found = re.search("|".join([r"\b(?:sub|ses)-", *names]), reason)
-    return reason if found is None else _cut(reason, found)
+    return _cut(reason, found, UNNAMED)
 
 
 def _reject(row: Reject, key: bytes) -> Reject:
@@ -100,12 +101,11 @@ def _hash(key: bytes, *parts: str) -> str:
 
 
 def _without_cells(reason: str) -> str:
-    found = CELLS.search(reason)
-    return reason if found is None else _cut(reason, found)
+    return _cut(reason, CELLS.search(reason), HIDDEN)
 
 
-def _cut(reason: str, found: re.Match[str]) -> str:
-    return f"{reason[: found.start()].rstrip(' :,')} {HIDDEN}".lstrip()
+def _cut(reason: str, found: re.Match[str] | None, instead: str) -> str:
+    return reason if found is None else f"{reason[: found.start()].rstrip(' :,')} {instead}".lstrip()
 
 
 def _check_unique(before: Iterable[Row | Reject], after: Iterable[Row | Reject], name: Callable[[Row], str]) -> None:

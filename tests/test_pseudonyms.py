@@ -119,7 +119,11 @@ def test_neither_a_conversion_nor_a_note_gives_a_name(tmp_path: Path, monkeypatc
     with pytest.raises(TooManyRejects) as refused:
         packed(tmp_path / "scans.csv", tmp_path / "out", pseudonymise=key)
     found = b"".join(content(tmp_path / "out").values()) + str(refused.value).encode()
-    assert b"damaged in slice 3 of 5 [pseudonymised" in found and b"Jane" not in found and b"Poe" not in found
+    assert (
+        b"damaged in slice 3 of 5 [the name of a file is left out]" in found
+        and b"Jane" not in found
+        and b"Poe" not in found
+    )
     monkeypatch.undo()
     notes = packed(source, tmp_path / "noted", pseudonymise=key, exclusions=tmp_path / "verdicts.tsv")["notes"]
     assert any("1 keys to exclude are in no row of the table" in note for note in notes) and "Jane" not in str(notes)
