@@ -12,7 +12,7 @@ import numpy as np
 
 from shards.contents import Contents
 from shards.convert import convert
-from shards.cpus import available_cores
+from shards.cpus import worker_count
 from shards.dataset import Dataset, open_dataset
 from shards.errors import DataError, IntegrityError
 from shards.files import locked_folder, sync, write_bytes
@@ -63,7 +63,7 @@ def repair(
             process that was killed.
         IntegrityError: the index itself is damaged.
     """
-    folder, workers = Path(folder), workers or available_cores()
+    folder, workers = Path(folder), worker_count(workers)
     with locked_folder(folder):
         damaged: dict[str, list[Damage]] = {}
         for damage in verify(folder, workers):

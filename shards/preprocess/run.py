@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
-from shards.cpus import available_cores
+from shards.cpus import worker_count
 from shards.errors import DataError, TooManyRejects
 from shards.files import lock_file, sha256, write_bytes, write_text
 from shards.participant_rows import PATH, Reject, Row
@@ -114,7 +114,7 @@ def preprocess(
             subjects: dict[str, list[Row]] = {}
             for row in visits:
                 subjects.setdefault(row.subject, []).append(row)
-            workers = min(workers or available_cores(), max(1, len(subjects)))
+            workers = min(worker_count(workers), max(1, len(subjects)))
             run = map_subjects or (lambda job, all_rows: map_processes(job, all_rows, workers))
             outcomes: dict[str, Outcome] = {}
             with Progress("preprocessing", len(visits), "scan") as bar:
