@@ -258,7 +258,7 @@ def test_a_killed_process_leaves_all_or_nothing(tmp_path: Path, moment: str) -> 
         assert (out / path.relative_to(tmp_path / "once")).read_bytes() == path.read_bytes()
 
 
-def test_a_killed_worker_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_worker_is_an_error_of_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def kill() -> None:
         while not (children := multiprocessing.active_children()):
             time.sleep(0.01)
