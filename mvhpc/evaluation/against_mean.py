@@ -15,7 +15,7 @@ ROUNDING = 1e-3  # of the constant prediction's score
 
 
 @dataclass(frozen=True)
-class Comparison:
+class AgainstMean:
     """A model beside a constant prediction, over the people whose value is known and who were answered.
 
     Attributes:
@@ -59,7 +59,7 @@ class Comparison:
 
 def compare(
     frame: pd.DataFrame, constant: Sequence[float | str | None], variable: Variable, seed: int = 0
-) -> Comparison | None:
+) -> AgainstMean | None:
     """Compare predictions with a constant; None where the variable was not predicted or nobody's value is known.
 
     Args:
@@ -79,5 +79,5 @@ def compare(
     gain = own - other if category else other - own
     people = frame["subject"].astype(str).tolist()
     found = [mean_over_subjects(x + 0 * both, people, seed=seed) for x in (own, other, gain)]
-    comparison = Comparison(variable, *found)
+    comparison = AgainstMean(variable, *found)
     return comparison if comparison.own.n else None

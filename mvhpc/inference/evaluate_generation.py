@@ -31,7 +31,7 @@ from mvhpc.evaluation.generation import (
 from mvhpc.evaluation.neighbours import Copies, find_copies
 from mvhpc.evaluation.similarity import SCALES, scales
 from mvhpc.evaluation.volume_measures import PAIRS, SMOOTHING, SPACING, Measures, compared_voxels, measure
-from mvhpc.inference.generation_comparison import Comparison, EvaluateGenerationConfig
+from mvhpc.inference.generation_comparison import Cohorts, EvaluateGenerationConfig
 from mvhpc.inference.generation_pictures import SHOWN, Found, draw_figures
 from mvhpc.inference.prediction_tables import derivative, write_rows
 from mvhpc.inference.sampler import versions
@@ -52,11 +52,11 @@ def run(config: EvaluateGenerationConfig, run: Run) -> dict[str, Any]:
         Figures of drawn people, by short names.
 
     Raises:
-        ConfigError: as :meth:`Comparison.of`; a baseline that reads something else.
+        ConfigError: as :meth:`Cohorts.of`; a baseline that reads something else.
         WeightsError: weights that are missing, or have another hash.
         FileExistsError: ``config.out`` exists.
     """
-    who = Comparison.of(config)
+    who = Cohorts.of(config)
     device = resolve_device(config.compute.device)
     network = feature_network(
         config.features, config.features_sha256, config.slices, config.pixels, who.volume.name, device
@@ -96,7 +96,7 @@ class _Shown:
             yield volume
 
 
-def _voxels(who: Comparison, keys: Sequence[str]) -> NDArray[np.float32]:
+def _voxels(who: Cohorts, keys: Sequence[str]) -> NDArray[np.float32]:
     """The compared voxels of packed people, (N, V)."""
     volumes = progress(who.read(keys), "others", len(keys), "volume")
     rows = [compared_voxels(volume, who.dataset.index.grid) for volume in volumes]
@@ -105,7 +105,7 @@ def _voxels(who: Comparison, keys: Sequence[str]) -> NDArray[np.float32]:
 
 def _rows(
     config: EvaluateGenerationConfig,
-    who: Comparison,
+    who: Cohorts,
     network: FeatureNetwork,
     drawn: Measures,
     real: Measures,
@@ -130,7 +130,7 @@ def _of_people(measures: Measures) -> NDArray[np.float32]:
 
 
 def _copies(
-    who: Comparison, drawn: Measures, real: Measures, readable: NDArray[np.float32]
+    who: Cohorts, drawn: Measures, real: Measures, readable: NDArray[np.float32]
 ) -> tuple[Copies | None, Copies | None]:
     """Drawn people beside those of the training, and held-out ones in their place; None where that says nothing."""
     chosen = set(who.training)
@@ -148,7 +148,7 @@ def _copies(
 
 
 def _readings(
-    who: Comparison, network: FeatureNetwork, drawn: Measures, real: Measures, readable: NDArray[np.float32]
+    who: Cohorts, network: FeatureNetwork, drawn: Measures, real: Measures, readable: NDArray[np.float32]
 ) -> Iterator[Reading]:
     """Each scalar as ridge regression reads it, and that of an in-domain network as the network does."""
     for variable in who.dataset.index.schema.scalars:
@@ -167,7 +167,7 @@ def _readings(
             yield Reading(variable, network.reader, *parts)
 
 
-def _recipe(config: EvaluateGenerationConfig, who: Comparison, network: FeatureNetwork) -> dict[str, Any]:
+def _recipe(config: EvaluateGenerationConfig, who: Cohorts, network: FeatureNetwork) -> dict[str, Any]:
     """How the figures were made; JSON-able."""
     grid, shape = who.dataset.index.grid, volume_shape(who.dataset)
     return {
@@ -197,7 +197,7 @@ def _recipe(config: EvaluateGenerationConfig, who: Comparison, network: FeatureN
     }
 
 
-def _page(rows: Sequence[Row], recipe: dict[str, Any], who: Comparison) -> str:
+def _page(rows: Sequence[Row], recipe: dict[str, Any], who: Cohorts) -> str:
     """The table and the recipe as Markdown."""
     facts = {**recipe["Network"], **{key: recipe[key] for key in ("ResolutionMm", "Shape", "SimilarityScales")}}
     lines = "\n".join(f"- {name}: {_words(value)}" for name, value in facts.items())

@@ -52,7 +52,7 @@ class EvaluateGenerationConfig:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Cohorts:
     """Who is compared with whom.
 
     Attributes:
@@ -80,7 +80,7 @@ class Comparison:
     warnings: list[str]
 
     @classmethod
-    def of(cls, config: EvaluateGenerationConfig) -> "Comparison":
+    def of(cls, config: EvaluateGenerationConfig) -> "Cohorts":
         """Open data and model.
 
         Raises:

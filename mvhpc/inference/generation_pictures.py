@@ -14,7 +14,7 @@ from mvhpc.evaluation.generation import Reading, Row
 from mvhpc.evaluation.neighbours import Copies
 from mvhpc.evaluation.volume_measures import Measures
 from mvhpc.inference.drawn_volumes import draw_for_records
-from mvhpc.inference.generation_comparison import Comparison, EvaluateGenerationConfig
+from mvhpc.inference.generation_comparison import Cohorts, EvaluateGenerationConfig
 from mvhpc.inference.pictures import draw_over_number, fluid_over_number
 from mvhpc.records import true_value
 from mvhpc.runs.folder import Run
@@ -37,7 +37,7 @@ class Found:
 
 def draw_figures(
     config: EvaluateGenerationConfig,
-    who: Comparison,
+    who: Cohorts,
     distance: str,
     drawn: Measures,
     real: Measures,
@@ -102,7 +102,7 @@ def draw_figures(
         yield path
 
 
-def _real_values(who: Comparison) -> list[dict[str, Value]]:
+def _real_values(who: Cohorts) -> list[dict[str, Value]]:
     names = who.dataset.index.schema.scalars
     return [{v.name: true_value(who.dataset, key, v) for v in names} for key in who.keys[:SHOWN]]
 
@@ -112,7 +112,7 @@ def _caption(row: dict[str, Value], scalars: Sequence[Variable]) -> str:
     return " ".join(v if isinstance(v, str) else f"{v:.0f}" for v in values if v is not None)
 
 
-def _nearest(who: Comparison, copies: Copies, path: Path, config: EvaluateGenerationConfig) -> None:
+def _nearest(who: Cohorts, copies: Copies, path: Path, config: EvaluateGenerationConfig) -> None:
     """The drawn people that are relatively nearest to somebody of the training, over that person."""
     ratio = copies.training / np.maximum(copies.held_out, 1e-12)
     chosen = np.argsort(ratio)[:SHOWN].tolist()

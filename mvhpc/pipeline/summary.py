@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from mvhpc.config import load_config
-from mvhpc.evaluation.against_mean import Comparison, compare
+from mvhpc.evaluation.against_mean import AgainstMean, compare
 from mvhpc.evaluation.tables import Table, constant_predictions, label, read_predictions, scoreboard
 from mvhpc.inference.inpaint import InpaintConfig, inpaint_half
 from mvhpc.inference.pictures import draw_over_number, fluid_of_dataset, fluid_of_tree, fluid_over_number
@@ -79,7 +79,7 @@ def table_of_results(pipeline: Pipeline) -> tuple[Table, list[str]]:
     return scoreboard([*ours, *means, *best], schema, wanted), verdicts
 
 
-def _compare(frames: Sequence[pd.DataFrame], variable: Variable) -> Comparison | None:
+def _compare(frames: Sequence[pd.DataFrame], variable: Variable) -> AgainstMean | None:
     """Predictions of a variable, over all splits, beside those of the mean."""
     if not frames:
         return None
