@@ -22,7 +22,8 @@ TIME_UNITS = {
 # "age in months", "age (in whole months)", "age, years and months"; a lookahead, as the words may hold the next "in"
 STATED = re.compile(r"(?:\bin |[(\[,:] ?(?:in )?)(?=((?:\w+ (?:and |or )?)?\w+))")
 NOT = {"not", "non", "no", "nor", "neither"}
-SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "  ": "spaces"}
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", " ": "spaces"}
+NO_NAMES = re.compile(r"sep=|#\s")  # begins a line for a spreadsheet, or a comment
 UNKNOWN = MISSING | {"missing", "unknown", "not available", "not reported", "not known"}  # meanings of a level
 Description = Mapping[str, Mapping[str, Any]]  # column -> its entry in a sidecar
 
@@ -54,7 +55,7 @@ def read_sheet(path: Path) -> Sheet:
 
     A quotation mark is a character of its cell in a TSV, which has no quoting (BIDS). In a CSV a cell may be quoted; an
     unbalanced quotation mark is refused, and so are quoted line breaks, which it would cause. A row with fewer or more
-    cells than there are columns is refused: a missing cell would move the ones after it.
+    cells than there are columns is refused, even if the last ones are empty: others may have moved.
 
     Args:
         path: of a CSV (by its suffix) or a TSV.
@@ -67,27 +68,31 @@ def read_sheet(path: Path) -> Sheet:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
+        if error.object.startswith(b"PK"):  # a zip file
+            raise DataError(f"{path}: a spreadsheet, not text; save it as CSV") from error
         raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     commas = path.suffix.casefold() == ".csv"
     quoting: Any = {"delimiter": ",", "strict": True} if commas else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     reader = csv.reader(io.StringIO(text, newline=""), **quoting)
+    between = "commas" if commas else "tabs"
+    first = text.partition("\n")[0][:60]
     rows = []
     try:
         columns = [c.strip() for c in next(reader, [])]
-        _check_separator(path, columns, "commas" if commas else "tabs")
+        _check_names(path, first, columns, between)
         for cells in reader:
             if any("\n" in cell or "\r" in cell for cell in cells):
                 raise DataError(
                     f"{path}: line {reader.line_num}: a cell holds a line break; remove the quotation mark that is "
                     "not closed"
                 )
-            if any(cells[len(columns) :]):
-                raise DataError(f"{path}: line {reader.line_num} has more cells than there are columns")
             if any(map(str.strip, cells)):
-                if len(cells) < len(columns):
+                if len(cells) != len(columns):
+                    surplus = f"remove {between} inside cells and at the ends of lines"
+                    remedy = "write n/a where a value is missing" if len(cells) < len(columns) else surplus
                     raise DataError(
-                        f"{path}: line {reader.line_num} has {len(cells)} cells of {len(columns)} columns; write n/a "
-                        "where a value is missing"
+                        f"{path}: line {reader.line_num} has {len(cells)} cells of {len(columns)} columns, whose names "
+                        f"are in line 1 ({first!r}); {remedy}"
                     )
                 rows.append((reader.line_num, {c: cell.strip() for c, cell in zip(columns, cells)}))
     except csv.Error as error:
@@ -98,13 +103,20 @@ def read_sheet(path: Path) -> Sheet:
     return Sheet(columns, rows, text)
 
 
-def _check_separator(path: Path, columns: list[str], wanted: str) -> None:
-    """Refuse an empty table, and one whose columns are separated by something else than ``wanted``."""
+def _check_names(path: Path, line: str, columns: list[str], wanted: str) -> None:
+    """Refuse a first line without names, with quoted ones, or with another separator than ``wanted``."""
     if not any(columns):
         raise DataError(f"{path}: no names of columns in the first line")
+    if NO_NAMES.match(line):
+        raise DataError(f"{path}: line 1 ({line!r}) must hold the names of the columns; remove it")
+    if len(columns[0]) > 1 and columns[0][0] == columns[0][-1] == '"':
+        raise DataError(f"{path}: the names of the columns stand in quotation marks; remove these, a TSV has none")
     found = [name for separator, name in SEPARATORS.items() if separator in columns[0]]
     if len(columns) == 1 and found:
-        raise DataError(f"{path}: the columns are separated by {found[0]}; save the table with {wanted} between them")
+        raise DataError(
+            f"{path}: the columns in line 1 ({line!r}) are separated by {found[0]}; save the table with {wanted} "
+            "between them"
+        )
 
 
 def missing(cell: str) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -64,11 +65,18 @@ def test_a_balanced_quotation_keeps_its_commas(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x.csv", "x.CSV", "participants.tsv"])
 def test_a_row_with_a_cell_too_few_or_too_many_is_refused(tmp_path: Path, name: str) -> None:
     between = "\t" if name.endswith("tsv") else ","
-    for row in (["a", "31"], ["a", "31", "12", "4"]):
+    for row in (["a", "31"], ["a", "31", "12", "4"], ["a", "", "31", ""], ["a", "31", "12", ""]):
         lines = ["participant_id,age,score", "b,45,11", "", ",".join(row)]
         (tmp_path / name).write_text("\n".join(lines).replace(",", between) + "\n")
-        with pytest.raises(DataError, match=rf"{name}: line 4 has .* (cells|columns)"):
+        with pytest.raises(DataError, match=rf"{name}: line 4 has {len(row)} cells of 3 columns"):
             read_sheet(tmp_path / name)
+
+
+def test_a_decimal_comma_in_each_row_does_not_move_cells(tmp_path: Path) -> None:
+    """All rows have one cell more, which is empty, as those of a program that ends lines with a separator."""
+    (tmp_path / "s.csv").write_text("participant_id,path,weight,age,height,comment\n1,a.nii,80,5,45,180,\n")
+    with pytest.raises(DataError, match=r"line 2 has 7 cells of 6 columns, .* remove commas inside cells and at"):
+        read_sheet(tmp_path / "s.csv")
 
 
 @pytest.mark.parametrize(
@@ -133,15 +141,27 @@ def test_a_unit_stands_in_the_name_of_a_column_or_is_noted(tmp_path: Path) -> No
     [
         ("participants.tsv", "participant_id,age,sex", "separated by commas; save the table with tabs"),
         ("participants.tsv", "participant_id   age   sex", "separated by spaces; save the table with tabs"),
+        ("participants.tsv", "participant_id age sex", "separated by spaces; save the table with tabs"),
+        ("participants.tsv", '"participant_id"\t"age"\t"sex"', "names of the columns stand in quotation marks; remove"),
+        ("x.csv", "sep=,\nparticipant_id,age,sex", r"line 1 \('sep=,'\) must hold the names of the columns; remove it"),
+        ("x.csv", "# of May, 2020\nparticipant_id,age,sex", r"line 1 \('# of May, 2020'\) must hold the names"),
+        ("x.csv", "Export\nparticipant_id,age,sex", r"line 2 has 3 cells of 1 columns, .* in line 1 \('Export'\)"),
         ("x.csv", "participant_id;age;sex", "separated by semicolons; save the table with commas"),
         ("x.csv", "participant_id\tage\tsex", "separated by tabs; save the table with commas"),
         ("x.csv", "", "no names of columns"),
     ],
 )
-def test_other_separators_are_named(tmp_path: Path, name: str, header: str, words: str) -> None:
+def test_a_first_line_without_names_is_explained(tmp_path: Path, name: str, header: str, words: str) -> None:
     (tmp_path / name).write_text(f"{header}\n")
     with pytest.raises(DataError, match=words):
         read_sheet(tmp_path / name)
+
+
+def test_a_spreadsheet_is_named(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.xlsx", "w") as file:
+        file.writestr("xl/workbook.xml", bytes(range(256)))
+    with pytest.raises(DataError, match=r"x.xlsx: a spreadsheet, not text; save it as CSV"):
+        read_sheet(tmp_path / "x.xlsx")
 
 
 @pytest.mark.parametrize("between", ["\r", "\r\n", "\n   \n", "\n\t\t\n"])

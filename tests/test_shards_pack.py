@@ -239,7 +239,7 @@ def test_unusable_sources_are_refused(tmp_path: Path) -> None:
         ("participant_id,path,age\n", "unknown column 'sex'"),
         ("participant,path,age,sex\n", "Did you mean 'participant'"),
         ("participant_id,file,age,sex\na,b,1,F\n", "unknown column 'path'"),
-        ("participant_id,path,age,sex\na,b,1,F,9\n", "line 2 has more cells"),
+        ("participant_id,path,age,sex\na,b,1,F,9\n", "line 2 has 5 cells of 4 columns"),
         ("participant_id,path,age,sex,age\n", "two columns named 'age'"),
         ("participant_id,path,age,sex\n", "no rows"),
     ]:
