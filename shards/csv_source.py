@@ -25,8 +25,7 @@ def read_csv(
         DataError: the table cannot be read, lacks a column, or has a path that leads out of its folder.
     """
     sheet, renamed = names.name(path, read_sheet(path))
-    sidecar = path.with_suffix(".json")  # of a TSV, as BIDS has it
-    description = read_description(sidecar, renamed) if path.suffix == ".tsv" else {}
+    description = read_description(path.with_suffix(".json"), renamed)
     names.add_notes(check_units(path, description, schema, renamed))
     volumes = schema.volumes
     columns = {v.name: v.column for v in volumes}

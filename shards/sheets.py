@@ -15,12 +15,13 @@ from shards.schema import MISSING, Schema, Value, Variable
 
 TIME_UNITS = {
     "years": {"year", "years", "yr", "yrs", "y", "a"},
-    "months": {"month", "months", "mo", "mos"},
+    "months": {"month", "months", "mo", "mos", "mth", "mths"},
     "weeks": {"week", "weeks", "wk", "wks"},
     "days": {"day", "days", "d"},
 }
 # "age in months", "age (in whole months)", "age, years and months"; a lookahead, as the words may hold the next "in"
 STATED = re.compile(r"(?:\bin |[(\[,:] ?(?:in )?)(?=((?:\w+ (?:and |or )?)?\w+))")
+PASSING = re.compile(r"\d[\s-]*[a-z]+|\b(?:year|month|week|day)\b")  # "the 6-month visit", "on the day of the scan"
 NOT = {"not", "non", "no", "nor", "neither"}
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", " ": "spaces"}
 NO_NAMES = re.compile(r"sep=|#\s")  # begins a line for a spreadsheet, or a comment
@@ -196,8 +197,8 @@ def entry_of(column: str, description: Description) -> Mapping[str, Any]:
 def check_units(path: Path, description: Description, schema: Schema, names: Mapping[str, str]) -> list[str]:
     """Refuse a table that has a variable in another unit of time than the schema.
 
-    The unit is that of ``Units`` in the sidecar, else that of ``LongName`` and ``Description`` ("age in months"), else
-    that of the column's own name (``age_months``).
+    The unit is that of ``Units`` in the sidecar, else that of ``LongName`` and ``Description`` ("age in months",
+    "months since birth"), else that of the column's own name (``age_months``).
 
     Args:
         path: of the table.
@@ -206,7 +207,7 @@ def check_units(path: Path, description: Description, schema: Schema, names: Map
         names: see :func:`column_names`.
 
     Returns:
-        A note for each column whose unit is not known, or one of several, and is taken for the schema's.
+        A note for each column whose unit is not known or not certain, and is taken for the schema's.
 
     Raises:
         DataError: naming the column and both units.
@@ -218,17 +219,19 @@ def check_units(path: Path, description: Description, schema: Schema, names: Map
         stated = entry.get("units") or entry.get("unit") or ""
         text = f"{entry.get('longname', '')}; {entry.get('description', '')}".casefold()
         of_text = {unit for words in STATED.findall(text) for unit in _time_units(words)}
-        of_name = _time_units(" ".join(_parts(old) for old, new in names.items() if new == v.column))
-        theirs = sorted(_time_units(stated) if stated else of_text or of_name)
+        of_text = of_text or _time_units(PASSING.sub("", text))
+        of_name = _time_units(" ".join(_parts(old, v.column) for old, new in names.items() if new == v.column))
+        theirs = _time_units(stated) if stated else of_text or of_name
+        others = sorted((theirs or _time_units(text)) - {ours})
         if theirs and ours and ours not in theirs:
             raise DataError(
-                f"{path}: column {v.column!r} is in {' or '.join(theirs)}, the schema has {v.name} in {ours}; convert "
-                "the column, correct `Units` in its JSON, or give the schema that unit and a range in it"
+                f"{path}: column {v.column!r} is in {' or '.join(others)}, the schema has {v.name} in {ours}; convert "
+                "the column, set `Units` in its JSON, or give the schema that unit and a range in it"
             )
-        if ours and len(theirs) > 1:
-            notes.append(f"column {v.column!r} has the units {' and '.join(theirs)}, which are read as {ours}")
-        elif ours and stated and not theirs:
+        if ours and stated and not theirs:
             notes.append(f"column {v.column!r} has the unit {stated[:40]!r} in its JSON, which is read as {ours}")
+        elif ours and others:
+            notes.append(f"column {v.column!r} is read as {ours}; its JSON or name has {' and '.join(others)} too")
     return notes
 
 
@@ -260,9 +263,10 @@ def _words(text: str) -> list[str]:
     return [whole, *(word for word in re.findall(r"\w+", whole) if len(word) > 1)]
 
 
-def _parts(name: str) -> str:
-    """The words of a column's name: ``age_months`` and ``AgeMonths`` have two."""
-    return " ".join(re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name))
+def _parts(name: str, column: str) -> str:
+    """The words of a column's name: ``age_months``, ``AgeMonths`` and, of a column ``age``, ``agemonths`` have two."""
+    parts = re.sub(f"^{re.escape(column)}", r"\g<0> ", name, flags=re.IGNORECASE)
+    return " ".join(re.findall(r"[A-Z]?[a-z]+|[A-Z]+", parts))
 
 
 def _time_units(text: str) -> set[str]:

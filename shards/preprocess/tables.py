@@ -15,7 +15,7 @@ def carried_tables(source: Path, kind: str, rows: Sequence[Row]) -> dict[str, by
 
     A BIDS folder's ``participants.tsv``, the tables of sessions and the descriptions of both stay as they are.
     A CSV becomes such tables, without its columns of paths: what differs between a subject's sessions goes into its
-    table of sessions. The description of a TSV becomes that of both.
+    table of sessions. Its description (JSON) becomes that of both.
 
     Args:
         source: of the preprocessing.
@@ -52,7 +52,7 @@ def carried_tables(source: Path, kind: str, rows: Sequence[Row]) -> dict[str, by
             visits = [[prefixed("ses-", row[SESSION]), *(row[c] for c in columns)] for row in sessions.values()]
             tables[f"{subject}/{subject}_sessions.tsv"] = _tsv([SESSION, *columns], visits)
     sidecar = source.with_suffix(".json")
-    if source.suffix == ".tsv" and sidecar.is_file():
+    if sidecar.is_file():
         tables |= dict.fromkeys(("participants.json", "sessions.json"), sidecar.read_bytes())
     return {"participants.tsv": _tsv([ID, *columns], table), **tables}
 
