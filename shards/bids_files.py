@@ -66,6 +66,8 @@ def _ending(suffix: str) -> re.Pattern[str]:
 
 def several(files: Sequence[Path], stem: str, suffix: str) -> str:
     """Why several files of one suffix cannot be used, and how to choose."""
+    if len({path.name.partition(f"_{suffix}.")[0] for path in files}) == 1:
+        return f"{' and '.join(path.name for path in files)} are one scan in several formats; remove all but one"
     kinds = [path.name.removeprefix(f"{stem}_").partition(f"_{suffix}.")[0] for path in files]
     example = ",".join(f"{key}={value}" for key, value in ENTITY.findall(kinds[-1])) or "desc=preproc"
     return (

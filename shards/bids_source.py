@@ -2,11 +2,13 @@
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from shards.bids_files import find_files, folder_names, several
 from shards.errors import DataError
+from shards.files import NOT_FETCHED, is_dangling
 from shards.participant_rows import ID, LABEL, SESSION, Columns, RowBuilder, Table, check_fetched, prefixed
 from shards.schema import Schema, Variable
 from shards.sheets import Description, Sheet, check_units, missing, read_description, read_sheet, require_column
@@ -33,11 +35,12 @@ def read_bids(
         DataError: the table cannot be read, or lacks a column.
     """
     path = folder / "participants.tsv"
-    if not path.exists() and schema.scalars and folder.is_dir():
+    given = path.exists() or is_dangling(path)
+    if not given and schema.scalars and folder.is_dir():
         raise DataError(
             f"{path}: No such file; write one, or for a derivative copy that of the data set it was made from"
         )
-    sheet, renamed = names.name(path, read_sheet(path) if path.exists() else _list_subjects(folder))
+    sheet, renamed = names.name(path, read_sheet(path) if given else _list_subjects(folder))
     require_column(sheet.columns, ID, path)
     if group:
         require_column(sheet.columns, group, path)
@@ -45,9 +48,11 @@ def read_bids(
     names.add_notes(check_units(path, description, schema, renamed))
     sessions_known: set[str] = set()
     builder = RowBuilder(path, schema, group, split_column)
-    folders = {p.name[4:].lstrip("0"): p.name for p in folder.glob("sub-*")}  # label without leading zeros -> name
+    folders = _folders(folder, "sub-")
+    bare = {_bare(name): name for name in folders}
     digest = hashlib.sha256(sheet.text.encode())
     empty_sessions = 0
+    without_folder: set[str] = set()  # rows of sessions
     for line, cells in sheet.rows:
         subject = prefixed("sub-", cells[ID])
         if missing(cells[ID]) or not LABEL.fullmatch(subject):  # not a safe path
@@ -56,7 +61,7 @@ def read_bids(
         table = folder / subject / f"{subject}_sessions.tsv"
         by_session: dict[str, dict[str, str]] = {}
         of_sessions: Description = {}
-        if table.is_file():
+        if table.is_file() or is_dangling(table):
             sessions, renamed = names.name(table, read_sheet(table))
             for sidecar in (folder / "sessions.json", table.with_suffix(".json")):
                 of_sessions = {**of_sessions, **read_description(sidecar, renamed)}
@@ -65,8 +70,10 @@ def read_bids(
             sessions_known.update(sessions.columns)
             digest.update(sessions.text.encode())
             by_session = _by_session(table, sessions, names)
+            present = _folders(folder / subject, "ses-")
+            without_folder.update(f"{subject}/{name}" for name in by_session if name not in present)
         visits = list(_visits(folder / subject, cells, schema, entities))
-        full = [visit for visit in visits if visit[1]]
+        full = [(session, files) for session, files in visits if files or _dangling(folder, subject, session)]
         empty_sessions += len(visits) - len(full) if full else 0
         for session, files in full or visits[:1]:
 
@@ -75,6 +82,7 @@ def read_bids(
                 files: Mapping[str, list[Path]] = files,
                 subject: str = subject,
                 session: str = session,
+                rowless: str = _rowless(table, by_session, session) if missing(cells.get(SESSION, "")) else "",
             ) -> Path | None:
                 matches = files.get(variable.name, [])
                 if len(matches) > 1:
@@ -83,10 +91,12 @@ def read_bids(
                 if not matches:
                     return None
                 check_fetched(variable.name, matches[0])
+                if rowless:
+                    raise ValueError(rowless)
                 return matches[0]
 
             own = {k: v for k, v in by_session.get(session, {}).items() if not missing(v)}
-            why = functools.partial(_why_none, folder, subject, session, schema, folders, entities)
+            why = functools.partial(_why_none, folder, subject, session, schema, bare, entities)
             own_names = {*own, *map(str.casefold, own)}
             described = {**description, **{c: entry for c, entry in of_sessions.items() if c in own_names}}
             builder.add(line, {**cells, **own, SESSION: session}, find, why, described)
@@ -99,21 +109,28 @@ def read_bids(
         require_column(sheet.columns, split_column, path)
     notes = []
     listed = {prefixed("sub-", cells[ID]) for _, cells in sheet.rows}
-    unlisted = sum(p.is_dir() and p.name not in listed for p in folder.glob("sub-*"))
+    unlisted = sum(name not in listed for name in folders)
     if unlisted:
         notes.append(f"{unlisted} subject folders have no row in participants.tsv and were skipped")
     if empty_sessions:
         notes.append(f"{empty_sessions} sessions hold none of the volumes and were skipped")
+    if without_folder:
+        notes.append(
+            f"{len(without_folder)} rows in tables of sessions have no folder and were skipped, as "
+            f"{min(without_folder)}"
+        )
     return Table("bids", builder.rows, notes, digest.hexdigest())
 
 
 def _by_session(path: Path, sheet: Sheet, names: Columns) -> dict[str, dict[str, str]]:
-    """Session -> its cells of the columns that are read.
+    """Session -> its cells of the columns that are read; empty where none is.
 
     Raises:
         DataError: two rows of one session have different cells.
     """
-    columns = [column for column in sheet.columns if column in names.wanted and column != SESSION]
+    columns = [column for column in sheet.columns if column in names.wanted and column not in {ID, SESSION}]
+    if not columns:
+        return {}
     found: dict[str, dict[str, str]] = {}
     for line, row in sheet.rows:
         session, cells = prefixed("ses-", row[SESSION]), {column: row[column] for column in columns}
@@ -126,37 +143,70 @@ def _by_session(path: Path, sheet: Sheet, names: Columns) -> dict[str, dict[str,
     return found
 
 
+def _rowless(table: Path, by_session: Mapping[str, Mapping[str, str]], session: str) -> str:
+    """Why a session without a row in its subject's table cannot be used; '' where it has one or needs none."""
+    if not session or not by_session or session in by_session:
+        return ""
+    near = _near(session, by_session)
+    return f"{table.name} has no row {session}" + (f", but {near}: write {session} there" if near else ": add it")
+
+
 def _why_none(
     folder: Path,
     subject: str,
     session: str,
     schema: Schema,
-    folders: Mapping[str, str],
+    bare: Mapping[str, str],
     entities: Mapping[str, str],
 ) -> str:
     """The most likely reason why a BIDS folder has no volume of a subject, and what to do."""
+    if link := _dangling(folder, subject, session):
+        return f"; {link.relative_to(folder)} is {NOT_FETCHED}"
     if not (folder / subject).is_dir():
-        same = folders.get(subject.removeprefix("sub-").lstrip("0"))
-        zeros = f", but {same}: write the id with its zeros in participants.tsv" if same else ""
-        return f"; there is no folder {subject}{zeros}"
+        near = bare.get(_bare(subject), "")
+        return f"; there is no folder {subject}" + (f", but {near}: write {near} in participants.tsv" if near else "")
+    if not (folder / subject / session).is_dir() and (near := _near(session, _folders(folder / subject, "ses-"))):
+        return f"; there is no folder {subject}/{session}, but {near}: write {near} in participants.tsv"
     chosen = "".join(f"_{key}-{value}*" for key, value in entities.items())
     place = f"{session}/anat" if session else "anat"
     wanted = " or ".join(f"{place}/*{chosen}_{v.suffix}.nii.gz" for v in schema.volumes)
     suffixes = tuple(f"_{v.suffix}".casefold() for v in schema.volumes)
     files = (p for p in (folder / subject).rglob("*.*") if p.suffix != ".json")
-    near = [p for p in files if p.name.partition(".")[0].casefold().endswith(suffixes)]
-    if near:
+    misplaced = [p for p in files if p.name.partition(".")[0].casefold().endswith(suffixes)]
+    if misplaced:
         remedy = "check --entities, or move or rename it" if entities else "move or rename it"
-        return f"; looked for {wanted}, found {min(near).relative_to(folder)}: {remedy}"
+        return f"; looked for {wanted}, found {min(misplaced).relative_to(folder)}: {remedy}"
     return f"; looked for {wanted} in {subject}"
 
 
 def _list_subjects(folder: Path) -> Sheet:
     """A table of the subject folders, for a source without ``participants.tsv`` of which no scalar is wanted."""
-    names = sorted(path.name for path in folder.glob("sub-*") if path.is_dir())
+    names = _folders(folder, "sub-")
     if not names:
         raise DataError(f"{folder}: no participants.tsv and no folder sub-*; give a BIDS folder")
     return Sheet([ID], [(line, {ID: name}) for line, name in enumerate(names, 2)], "\n".join(names))
+
+
+def _bare(label: str) -> str:
+    """A label without what tables change in it: prefix, leading zeros and capitals."""
+    return re.sub("^(sub-|ses-)*0*", "", label.casefold())
+
+
+def _near(label: str, names: Iterable[str]) -> str:
+    """The name that is the same bare label; '' for none."""
+    return {_bare(name): name for name in names}.get(_bare(label), "")
+
+
+def _folders(folder: Path, prefix: str) -> list[str]:
+    """The subfolders with this prefix, sorted; links whose content is not here are folders too."""
+    names = (name for name in folder_names(folder) if name.startswith(prefix))
+    return [name for name in names if (folder / name).is_dir() or is_dangling(folder / name)]
+
+
+def _dangling(folder: Path, subject: str, session: str) -> Path | None:
+    """The folder on the way to a visit's volumes that is a link whose content is not here."""
+    visit = folder / subject / session
+    return next(filter(is_dangling, (folder / subject, visit, visit / "anat")), None)
 
 
 def _visits(
@@ -167,8 +217,9 @@ def _visits(
     if not missing(named):
         sessions = [prefixed("ses-", named)]
     else:
-        found = [name for name in folder_names(folder) if name.startswith("ses-") and (folder / name).is_dir()]
-        sessions = [*([""] if (folder / "anat").is_dir() or not found else []), *found]
+        found = _folders(folder, "ses-")
+        plain = (folder / "anat").is_dir() or is_dangling(folder / "anat")
+        sessions = [*([""] if plain or not found else []), *found]
     for session in sessions:
         stem = "_".join(filter(None, (folder.name, session)))
         files = {}

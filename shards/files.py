@@ -18,6 +18,12 @@ MARKERS = ("index.json", "dataset_description.json", "model.json")  # see is_com
 LOCK = ".shards.lock"  # in the folder of a data set that is written
 LOCK_POLL_S = 0.2
 LEAVING_S = 2.0  # a part that ends holds the folder alone for a moment
+NOT_FETCHED = "a link whose content is not here; fetch it first (datalad get, git annex get)"
+
+
+def is_dangling(path: Path) -> bool:
+    """Whether a path is a link to nothing, as those of DataLad and git-annex before their content is fetched."""
+    return path.is_symlink() and not path.exists()
 
 
 def sync(path: Path) -> None:

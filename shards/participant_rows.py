@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.errors import DataError
+from shards.files import NOT_FETCHED, is_dangling
 from shards.schema import Schema, Value, Variable
 from shards.sheets import Description, Sheet, column_names, missing, parse_cell
 from shards.split import parse_part
@@ -112,10 +113,8 @@ def check_fetched(variable: str, file: Path) -> None:
     Raises:
         ValueError: naming the variable.
     """
-    if file.is_symlink() and not file.exists():
-        raise ValueError(
-            f"{variable}: the file is a link whose content is not here; fetch it first (datalad get, git annex get)"
-        )
+    if is_dangling(file):
+        raise ValueError(f"{variable}: the file is {NOT_FETCHED}")
 
 
 class RowBuilder:
@@ -156,7 +155,8 @@ class RowBuilder:
         key = "_".join(labels)
         try:
             if not all(map(LABEL.fullmatch, labels)):
-                raise ValueError("an id may hold letters, digits, -, _ and + only, 40 at most")
+                remedy = "; remove the .0" if any(label.endswith(".0") for label in labels) else ""
+                raise ValueError(f"an id may hold letters, digits, -, _ and + only, 40 at most{remedy}")
             if key in self.seen:
                 raise ValueError(f"duplicate id: {key} stands in line {self.seen[key]} already")
             self.seen[key] = line

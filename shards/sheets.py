@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import DataError, nearest
+from shards.files import NOT_FETCHED, is_dangling
 from shards.schema import MISSING, Schema, Value, Variable
 
 TIME_UNITS = {
@@ -67,7 +68,7 @@ def read_sheet(path: Path) -> Sheet:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
+        raise DataError(f"{path}: {NOT_FETCHED if is_dangling(path) else error.strerror}") from error
     except UnicodeDecodeError as error:
         if error.object.startswith(b"PK"):  # a zip file
             raise DataError(f"{path}: a spreadsheet, not text; save it as CSV") from error
@@ -177,7 +178,7 @@ def read_description(path: Path, names: Mapping[str, str]) -> dict[str, Mapping[
     Raises:
         DataError: not such a description.
     """
-    if not path.is_file():
+    if not path.is_file() and not is_dangling(path):
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -186,7 +187,8 @@ def read_description(path: Path, names: Mapping[str, str]) -> dict[str, Mapping[
         lower = {folded.get(name.casefold(), name.casefold()): entry for name, entry in entries.items()}
         return lower | {names.get(name, name): entry for name, entry in entries.items()}
     except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{path}: not a description of columns as BIDS has it ({error})") from error
+        why = NOT_FETCHED if is_dangling(path) else f"not a description of columns as BIDS has it ({error})"
+        raise DataError(f"{path}: {why}") from error
 
 
 def entry_of(column: str, description: Description) -> Mapping[str, Any]:

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from shards.errors import DataError
+from shards.files import NOT_FETCHED
 from shards.participant_rows import Reject, Row, Table
 from shards.participants import read_table
 from shards.preprocess.tables import carried_tables
@@ -249,7 +251,9 @@ def test_cells_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("there", "listed", "reason"),
     [
-        ("sub-01/anat/sub-01_T1w.nii.gz", "1", "no folder sub-1, but sub-01: write the id with its zeros"),
+        ("sub-01/anat/sub-01_T1w.nii.gz", "1", "no folder sub-1, but sub-01: write sub-01 in participants.tsv"),
+        ("sub-01/anat/sub-01_T1w.nii.gz", "Sub-01", "no folder sub-Sub-01, but sub-01: write sub-01 in"),
+        ("sub-NYU1/anat/sub-NYU1_T1w.nii.gz", "nyu1", "no folder sub-nyu1, but sub-NYU1: write sub-NYU1 in"),
         ("sub-01/anat/sub-01_T1w.nii.gz", "07", "no folder sub-07"),
         ("sub-01/sub-01_T1w.nii.gz", "01", r"looked for anat/\*_T1w.nii.gz, found sub-01/sub-01_T1w.nii.gz"),
         ("sub-01/anat/sub-01_t1w.nii.gz", "01", r"looked for .*, found sub-01/anat/sub-01_t1w.nii.gz"),
@@ -265,6 +269,67 @@ def test_a_missing_file_is_explained(tmp_path: Path, there: str, listed: str, re
     (row,) = read_table(tmp_path, SCHEMA).rows
     assert isinstance(row, Reject)
     assert re.match(f"no file: image; .*{reason}", row.reason), row.reason
+
+
+def visits(folder: Path, *sessions: str) -> Path:
+    """A BIDS folder with these sessions of sub-01, whose age in ``participants.tsv`` is 31."""
+    for session in sessions:
+        anat = folder / "sub-01" / session / "anat"
+        anat.mkdir(parents=True)
+        (anat / f"sub-01_{session}_T1w.nii.gz").write_bytes(b"")
+    (folder / "participants.tsv").write_text("participant_id\tage\tsex\nsub-01\t31\tF\n")
+    return folder
+
+
+def test_an_id_of_a_spreadsheet_is_explained(tmp_path: Path) -> None:
+    source = table(tmp_path, "participant_id\tage\tsex", "sub-1.0\t31\tF")
+    (reason,) = values(read_table(source, SCHEMA))
+    assert reason.endswith("40 at most; remove the .0")
+
+
+def test_every_session_has_its_own_row_in_a_table_of_sessions(tmp_path: Path) -> None:
+    source = visits(tmp_path, "ses-01", "ses-02")
+    sessions = source / "sub-01" / "sub-01_sessions.tsv"
+    sessions.write_text("session_id\tage\nses-01\t31\n2\t43\nses-03\t50\n")
+    found = read_table(source, SCHEMA)
+    assert values(found) == [(31, "F"), "sub-01_sessions.tsv has no row ses-02, but ses-2: write ses-02 there"]
+    assert found.notes == ["2 rows in tables of sessions have no folder and were skipped, as sub-01/ses-03"]
+    sessions.write_text("session_id\tage\nbaseline\t31\nses-02\tn/a\n")
+    found = read_table(source, SCHEMA)
+    assert values(found) == ["sub-01_sessions.tsv has no row ses-01: add it", (31, "F")]
+    sessions.write_text("session_id\tmood\nses-01\t3\n")  # no column that is read
+    found = read_table(source, SCHEMA)
+    assert values(found) == [(31, "F"), (31, "F")] and not found.notes
+    sessions.unlink()
+    (source / "participants.tsv").write_text("participant_id\tsession_id\tage\tsex\n01\t1\t31\tF\n")
+    (reason,) = values(read_table(source, SCHEMA))
+    assert reason.endswith("no folder sub-01/ses-1, but ses-01: write ses-01 in participants.tsv")
+    (source / "participants.tsv").write_text("participant_id\tsession_id\tage\tsex\n01\t01\t31\tF\n")
+    sessions.write_text("session_id\tage\nses-02\t33\n")
+    assert values(read_table(source, SCHEMA)) == [(31, "F")]  # its own row is in participants.tsv
+
+
+@pytest.mark.parametrize("place", ["sub-01", "sub-01/ses-2", "sub-01/ses-2/anat"])
+def test_a_folder_that_is_not_fetched_is_a_rejected_visit(tmp_path: Path, place: str) -> None:
+    source = visits(tmp_path, "ses-1", "ses-2")
+    shutil.rmtree(source / place)
+    (source / place).symlink_to(tmp_path / "annex")
+    for remove in (False, True):
+        if remove:
+            (source / "participants.tsv").unlink()
+        *others, last = read_table(source, Schema.load("image-only")).rows
+        assert len(others) == (place != "sub-01") and all(isinstance(row, Row) for row in others)
+        assert isinstance(last, Reject)
+        assert last.reason == f"no file: image; {place} is {NOT_FETCHED}"
+
+
+@pytest.mark.parametrize("name", ["participants.tsv", "participants.json", "sub-01/sub-01_sessions.tsv"])
+def test_a_table_that_is_not_fetched_is_not_taken_for_none(tmp_path: Path, name: str) -> None:
+    source = visits(tmp_path, "ses-1")
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(tmp_path / "annex")
+    with pytest.raises(DataError, match=rf"{name}: a link whose content is not here; fetch it first \(datalad get"):
+        read_table(source, Schema.load("image-only"))
 
 
 def table(folder: Path, header: str, *rows: str, name: str = "participants.tsv") -> Path:
@@ -371,5 +436,10 @@ def test_entities_choose_among_the_files_of_one_suffix(tmp_path: Path) -> None:
     for chosen, prefix in (({"desc": "preproc"}, ""), ({"desc": "preproc", "space": "MNI152NLin2009cAsym"}, space)):
         (row,) = read_table(source, masked, entities=chosen).rows
         assert isinstance(row, Row) and row.files["mask"].name == f"sub-1_{prefix}desc-brain_mask.nii.gz"
+    (anat / "sub-1_desc-preproc_T1w.nii").write_bytes(b"")
+    assert file(desc="preproc") == (
+        "image: sub-1_desc-preproc_T1w.nii and sub-1_desc-preproc_T1w.nii.gz are one scan in several formats; "
+        "remove all but one"
+    )
     with pytest.raises(DataError, match="no entity"):
         read_table(source, SCHEMA, entities={"space": "a/b"})

@@ -335,7 +335,7 @@ def test_sessions_are_records_with_their_own_values(tmp_path: Path) -> None:
     for session in ("ses-1", "ses-2", "ses-3"):
         save(tmp_path / "sub-two" / session / "anat" / f"sub-two_{session}_T1w.nii.gz", head(int(session[-1])))
     (tmp_path / "sub-two/ses-3/anat/sub-two_ses-3_T1w.nii.gz").unlink()
-    (tmp_path / "sub-two/sub-two_sessions.tsv").write_text("session_id\tage\nses-2\t72.5\n")
+    (tmp_path / "sub-two/sub-two_sessions.tsv").write_text("session_id\tage\nses-1\tn/a\nses-2\t72.5\n")
     with (source / "participants.tsv").open("a") as table:
         table.write("sub-two\t70\tF\n")
     summary = packed(source, tmp_path / "out")
