@@ -213,6 +213,21 @@ def test_each_faulty_row_gets_its_reason_and_the_rest_is_packed(tmp_path: Path) 
     assert list(verify(tmp_path / "out")) == []
 
 
+def test_equal_scans_of_different_subjects_are_noted(tmp_path: Path) -> None:
+    source = bids(tmp_path / "bids", PEOPLE)
+    scan = source / "sub-01/anat/sub-01_T1w.nii.gz"
+    (source / "sub-04/anat/sub-04_T1w.nii.gz").write_bytes(scan.read_bytes())
+    notes = packed(source, tmp_path / "out")["notes"]
+    assert [note for note in notes if "same volume" in note] == [
+        "1 rows have the same volume as another subject (sub-04 is sub-01), which may be in another part of the split: "
+        "remove the wrong rows from the source, or give one person's rows one id"
+    ]
+    visits = tmp_path / "visits.csv"
+    rows = "".join(f"sub-1,{visit},{scan},40,F\n" for visit in "ab")
+    visits.write_text(f"participant_id,session_id,path,age,sex\n{rows}")
+    assert not any("same volume" in note for note in packed(visits, tmp_path / "visits")["notes"])
+
+
 def test_too_many_rejects_fail_and_leave_the_list(tmp_path: Path) -> None:
     source = bids(tmp_path / "bids", PEOPLE)
     (source / "sub-03/anat/sub-03_T1w.nii.gz").unlink()

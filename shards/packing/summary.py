@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TypedDict
 
-from shards.index import PARTS, Index
+from shards.index import PARTS, Index, Record
 from shards.packing.places import Place
 from shards.participant_rows import Table
 from shards.split import FRACTIONS
@@ -64,7 +64,8 @@ def summarize(index: Index, table: Table, places: Sequence[Place], converted: in
             subjects[assignment[record.key]].add(record.subject)
     parts = {part: len(members) for part, members in subjects.items()}
     flagged = [r for r in records if r.flags]
-    notes = [*table.notes, *_box_notes(packed, cropped, touching)]
+    copies = _copy_notes(records, [v.name for v in schema.volumes])
+    notes = [*table.notes, *_box_notes(packed, cropped, touching), *copies]
     if flagged:
         notes.append(
             f"quality control flags {len(flagged)} of the packed rows (first {flagged[0].key}: "
@@ -102,6 +103,22 @@ def summarize(index: Index, table: Table, places: Sequence[Place], converted: in
 
 def _named(keys: Sequence[str]) -> str:
     return ", ".join(keys[:NAMED]) + (f" and {len(keys) - NAMED} more" if len(keys) > NAMED else "")
+
+
+def _copy_notes(records: Sequence[Record], volumes: Sequence[str]) -> list[str]:
+    """Different subjects with equal volumes, bit for bit."""
+    first: dict[tuple[str, str], Record] = {}
+    copies: list[str] = []
+    for record in records:
+        same = [first.setdefault((v, record.checksums[v]), record) for v in volumes if v in record.checksums]
+        others = [f"{record.key} is {other.key}" for other in same if other.subject != record.subject]
+        copies += others[:1]
+    if not copies:
+        return []
+    return [
+        f"{len(copies)} rows have the same volume as another subject ({_named(copies)}), which may be in another part "
+        "of the split: remove the wrong rows from the source, or give one person's rows one id"
+    ]
 
 
 def _box_notes(packed: Sequence[Place], cropped: Sequence[Place], touching: Sequence[Place]) -> list[str]:
