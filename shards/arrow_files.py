@@ -1,5 +1,7 @@
 """Arrow IPC files in memory maps, checked in pieces: each piece when it is first used."""
 
+import mmap
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ def write_arrow(sink: Any, schema: pa.Schema, batches: Iterable[pa.RecordBatch])
     """Write batches of records as an Arrow IPC file.
 
     Args:
-        sink: Arrow's output stream; it is left open.
+        sink: a binary file or an output stream of Arrow; it is left open.
         schema: of the batches.
         batches: in order.
 
@@ -31,6 +33,13 @@ def write_arrow(sink: Any, schema: pa.Schema, batches: Iterable[pa.RecordBatch])
             writer.write_batch(batch)
             ends.append(sink.tell())
     return [*ends, sink.tell()]
+
+
+def mapped(path: Path) -> pa.Buffer:
+    """A memory map of a file. Python opens it: Arrow refuses names that are not of the locale's encoding."""
+    with path.open("rb") as file:
+        empty = not file.seek(0, os.SEEK_END)
+        return pa.py_buffer(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def checksums(buffer: pa.Buffer, ends: Iterable[int]) -> list[int]:
@@ -76,8 +85,7 @@ class ArrowFile:
             FileNotFoundError: no such file.
             IntegrityError: as above.
         """
-        with pa.memory_map(str(path)) as source:
-            return cls(path.name, source.read_buffer(), ends, crcs)
+        return cls(path.name, mapped(path), ends, crcs)
 
     def _check(self, piece: int) -> None:
         if not self._checked[piece]:

@@ -89,7 +89,7 @@ def _lines(content: dict[str, Any]) -> Iterator[str]:
         if "counts" in scalar:
             text = ", ".join(f"{c} {n:,}" for c, n in scalar["counts"].items())
         elif "mean" in scalar:
-            text = f"{scalar['mean']:.1f} ± {scalar['sd']:.1f} {scalar['unit']}".rstrip()
+            text = f"{scalar['mean']:.1f} (SD {scalar['sd']:.1f}) {scalar['unit']}".rstrip()
             text += f", {scalar['min']:g} to {scalar['max']:g}"
         else:
             text = "no value"

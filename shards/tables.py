@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from shards.arrow_files import ArrowFile, checksums, numbers_of, write_arrow
+from shards.arrow_files import ArrowFile, checksums, mapped, numbers_of, write_arrow
 from shards.errors import DataError, IntegrityError
 from shards.files import atomic_file, sha256, write_bytes
 from shards.record_table import PARTS, Assignment, Keys, Records, key_hash
@@ -112,10 +112,9 @@ def _write_arrow(folder: Path, table: str, schema: pa.Schema, batches: Iterable[
     """Write a file to its name, which is known when all of it is."""
     part = folder / f".{table}.part"
     try:
-        with pa.OSFile(str(part), "wb") as sink:
+        with part.open("wb") as sink:
             ends = write_arrow(sink, schema, batches)
-        with pa.memory_map(str(part)) as source:
-            crcs = checksums(source.read_buffer(), ends)
+        crcs = checksums(mapped(part), ends)
         digest = sha256(part)
         name = f"{table}-{digest[:12]}.arrow"
         with atomic_file(folder / name) as target:

@@ -23,7 +23,7 @@ from shards.index import Index
 from shards.pack import pack
 from shards.verify import verify
 from shards.volumes import canonical
-from tests.packing import PEOPLE, bids, content, packed
+from tests.packing import PEOPLE, SIZE, bids, content, packed
 
 # --- processes that are killed ------------------------------------------------------------------------------------
 
@@ -123,7 +123,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(out)]) == 0
     assert main(["inspect", str(out)]) == 0
     text = capsys.readouterr().out
-    assert "16 x 18 x 14 float16, 2 mm, RAS" in text and "F 4, M 3" in text and "35.0 ± 10.0 years, 20 to 50" in text
+    assert "16 x 18 x 14 float16, 2 mm, RAS" in text and "F 4, M 3" in text and "35.0 (SD 10.0) years, 20 to 50" in text
     assert main(["inspect", str(out), "--json"]) == 0
     described = json.loads(capsys.readouterr().out)
     assert described["splits"]["default"]["test"] == 1 and described["provenance"]["rejected"] == 1
@@ -186,6 +186,19 @@ def test_errors_are_one_line_without_traceback(tmp_path: Path) -> None:
         [sys.executable, "-m", "shards", "pack", "--help"], capture_output=True, text=True, check=True
     )
     assert "examples:" in done.stdout and "--max-rejects" in done.stdout
+
+
+def test_a_folder_of_any_name_is_packed_and_read_in_the_locale_c(tmp_path: Path) -> None:
+    source = bids(tmp_path / "source", PEOPLE[:2])
+    out, options = str(tmp_path / "Zürich"), ["--spacing", "2", "--shape", *map(str, SIZE), "--keep-suspect"]
+    for arguments in (["pack", str(source), out, *options], ["verify", out], ["inspect", out]):
+        done = subprocess.run(
+            [sys.executable, "-m", "shards", *arguments],
+            env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif("MVHPC_IXI" not in os.environ, reason="needs real scans: set MVHPC_IXI to their BIDS folder")

@@ -30,15 +30,16 @@ def write_parquet(path: Path, rows: Sequence[Row], schema: Schema, want: Sequenc
 
     flat = [_flat(row) for row in rows]
     types = pyarrow.schema([(name, _type(name, schema, want)) for name in flat[0]])
-    with atomic_file(path) as part:
-        parquet.write_table(pyarrow.Table.from_pylist(flat, types), part)
+    with atomic_file(path) as part, part.open("wb") as sink:  # Arrow opens no name that is not UTF-8
+        parquet.write_table(pyarrow.Table.from_pylist(flat, types), sink)
 
 
 def read_rows(path: Path) -> list[Row]:
     """The rows that :func:`write_parquet` wrote."""
     from pyarrow import parquet
 
-    return [_row(cells) for cells in parquet.read_table(path).to_pylist()]
+    with path.open("rb") as source:
+        return [_row(cells) for cells in parquet.read_table(source).to_pylist()]
 
 
 def _flat(row: Row) -> Row:
