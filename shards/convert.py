@@ -1,5 +1,6 @@
 """Converting the rows of a table to volumes."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from shards.qc.limits import verdict, violated
 from shards.schema import Schema
 from shards.volumes import Canonical, Space, brain_extent, canonical, map_file
 
-CONVERSION = 2  # of the arrays and figures that a file gives; to be raised where these change
+CONVERSION = 3  # of the arrays and figures that a file gives; to be raised where these change
 CHANGED = "the file changed while it was read; pack again when it is complete"
 
 T = TypeVar("T")
@@ -59,7 +60,12 @@ def convert(
 
     def one(path: Path) -> Canonical:
         volume = canonical(path, spacing, shape, space, dtype)
-        return volume if space is None else _with_quality(volume, path)
+        if space is not None:
+            volume = _with_quality(volume, path)
+        for figure, value in volume.figures.items():
+            if not math.isfinite(value):
+                raise ValueError(f"the figure {figure} of quality control is {value}")
+        return volume
 
     before = _states(row, space)
     found = _of_each(row, one)

@@ -86,12 +86,14 @@ def to_columns(records: Sequence[Record], schema: pa.Schema) -> pa.RecordBatch:
     """Some records as one batch.
 
     Raises:
-        DataError: a value that its column cannot hold; the message names the first record.
+        DataError: a value that its column cannot hold; the message names the record.
     """
     try:
         columns = [pa.array(map(_cells(field.name), records), field.type, size=len(records)) for field in schema]
     except (pa.ArrowException, ValueError, TypeError) as error:
-        raise DataError(f"{records[0].key} and the {len(records) - 1} records after it: {error}") from error
+        for record in records if len(records) > 1 else ():
+            to_columns([record], schema)
+        raise DataError(f"{records[0].key}: {error}") from error
     return pa.record_batch(columns, schema=schema)
 
 
@@ -112,13 +114,13 @@ def _cells(column: str) -> Callable[[Record], Any]:
         case "affine":
             return lambda r: list(itertools.chain(*r.affines[name])) if name in r.affines else None
         case "figure":
-            return lambda r: _finite(r.figures.get(name))
+            return lambda r: _finite(name, r.figures.get(name))
     return operator.attrgetter(what)
 
 
-def _finite(number: float | None) -> float | None:
+def _finite(figure: str, number: float | None) -> float | None:
     if number is not None and not math.isfinite(number):
-        raise ValueError(f"a figure that is {number}")
+        raise ValueError(f"the figure {figure} is {number}")
     return number
 
 

@@ -471,6 +471,18 @@ def test_a_missing_sidecar_is_listed_without_its_name(derivative: Path, tmp_path
     assert not [path for path in out.rglob("*") if path.is_file() and b"sub-b_" in path.read_bytes()]
 
 
+def test_a_figure_that_is_no_number_rejects_its_scan_alone(derivative: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "derivative"
+    shutil.copytree(derivative, copy)
+    sidecar = copy / "sub-b" / "anat" / f"sub-b_space-{SPACE}_desc-preproc_T1w.json"
+    content = json.loads(sidecar.read_text())
+    content["Figures"]["affine_overlap"] = float("inf")
+    sidecar.write_text(json.dumps(content))
+    pack(copy, tmp_path / "packed", spacing=8.0, shape=(20, 24, 20), max_rejects="75%", fractions=(0, 0, 1), workers=1)
+    reason = "sub-b\timage: the figure preprocess.affine_overlap of quality control is inf"
+    assert reason in (tmp_path / "packed" / "rejected.tsv").read_text()
+
+
 def test_a_pipeline_preprocesses_before_it_packs(source: Path, derivative: Path, tmp_path: Path) -> None:
     root = tmp_path / "study"
     changes = {

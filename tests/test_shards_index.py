@@ -127,9 +127,11 @@ def test_two_records_of_one_key_are_refused(tmp_path: Path) -> None:
 def test_a_figure_that_is_no_number_is_refused(tmp_path: Path) -> None:
     index = Index.load(stored(tmp_path / "a", "zarr"))
     (tmp_path / "b").mkdir()
-    record = dataclasses.replace(index.records[0], figures={"scan.size": float("nan")})
-    with pytest.raises(DataError, match=r"sub-0 .* figure that is nan"):
-        dataclasses.replace(index, records=[record]).save(tmp_path / "b")
+    for place in (0, 4):
+        records = list(index.records)
+        records[place] = dataclasses.replace(records[place], figures={"scan.size": float("nan")})
+        with pytest.raises(DataError, match=f"sub-{place}: the figure scan.size is nan"):
+            dataclasses.replace(index, records=records).save(tmp_path / "b")
 
 
 # --- every bit, every writer --------------------------------------------------------------------------------------
