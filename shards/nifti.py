@@ -4,6 +4,7 @@ import hashlib
 import io
 import logging
 import math
+import re
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,8 @@ from shards.qc.figures import measure
 
 LARGEST = 2**33  # bytes of an unpacked file; a larger one is damaged, or not a structural scan
 GZIP = 31  # zlib's window bits for a gzip stream with its checksum
-POINTERS = (b"/annex/objects/", b"version https://git-lfs.github.com/spec/")  # in place of a file's content
+POINTER = re.compile(rb"^version https://git-lfs\.github\.com/spec/|annex[/\\]objects[/\\]")  # in place of content
+SMALL = 1024  # bytes; pointers, and links that were checked out as text, are shorter
 PAIR = (".hdr", ".img")
 MGH = 1  # version in the first four bytes of an MGH file, in the place of the header size of NIfTI
 PLAUSIBLE = (0.05, 50.0)  # mm, of a voxel
@@ -121,7 +123,7 @@ def read_raw(path: Path) -> RawScan:
     Raises:
         ValueError: as :func:`read`, but for NaN voxels.
     """
-    raw, voxels = _pair(path) if path.suffix in PAIR else (path.read_bytes(), b"")
+    raw, voxels = _pair(path) if path.suffix in PAIR else (_content(path), b"")
     digest = hashlib.sha256(raw)
     digest.update(voxels)
     image, header = _parse(raw, voxels)
@@ -163,13 +165,21 @@ def _unzip(raw: bytes) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def _content(path: Path) -> bytes:
+    """The bytes of a file."""
+    raw = path.read_bytes()
+    if len(raw) < SMALL and POINTER.search(raw):
+        raise ValueError("the file is a pointer whose content was not fetched (git annex get, git lfs pull)")
+    return raw
+
+
 def _pair(path: Path) -> tuple[bytes, bytes]:
     """The bytes of a header and of its image file."""
     files = [path.with_suffix(suffix) for suffix in PAIR]
     for file in files:
         if not file.is_file():
             raise ValueError(f"half of a pair: there is no {file.suffix} file beside it")
-    header, voxels = (file.read_bytes() for file in files)
+    header, voxels = map(_content, files)
     if header[344:347] not in {b"ni1", b"n+1"} and header[4:7] not in {b"ni2", b"n+2"}:
         raise ValueError("in the Analyze format, which does not tell left from right: convert it to NIfTI")
     return header, voxels
@@ -186,8 +196,6 @@ def _parse(raw: bytes, voxels: bytes = b"") -> tuple[Any, dict[str, float]]:
         raw = _unzip(raw)
     if len(raw) > LARGEST:
         raise ValueError(f"larger than {LARGEST >> 30} GiB unpacked")
-    if raw.startswith(POINTERS):
-        raise ValueError("the file is a pointer whose content was not fetched (git annex get, git lfs pull)")
     kind = {348: nib.Nifti1Pair, 540: nib.Nifti2Pair} if voxels else {348: nib.Nifti1Image, 540: nib.Nifti2Image}
     kind[MGH] = nib.MGHImage
     if not raw:

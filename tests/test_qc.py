@@ -357,7 +357,8 @@ def test_a_file_of_freesurfer_without_directions_is_flagged(tmp_path: Path, brai
 def test_files_that_were_not_fetched_are_rejected_rows(tmp_path: Path, brain: np.ndarray) -> None:
     """Links of DataLad without content, and pointers in place of content."""
     lines = ["participant_id\tage\tsex"]
-    for i in range(4):
+    annex = "../../../.git/annex/objects/k7/Q2/MD5E-s91--0123.nii.gz/MD5E-s91--0123.nii.gz"
+    for i in range(6):
         anat = tmp_path / "bids" / f"sub-{i}" / "anat"
         anat.mkdir(parents=True)
         path = anat / f"sub-{i}_T1w.nii.gz"
@@ -368,10 +369,12 @@ def test_files_that_were_not_fetched_are_rejected_rows(tmp_path: Path, brain: np
             path.write_text("/annex/objects/MD5E-s91--0123.nii.gz\n")
         elif i == 3:
             path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+        elif i > 3:  # links that were checked out as text
+            path.write_text(annex if i == 4 else annex.replace("/", "\\"))
         else:
             nib.save(nib.Nifti1Image(brain, AFFINE), path)
     (tmp_path / "bids" / "participants.tsv").write_text("\n".join(lines) + "\n")
-    summary = pack(tmp_path / "bids", tmp_path / "out", spacing=8.0, shape=(20, 24, 20), max_rejects=3)
+    summary = pack(tmp_path / "bids", tmp_path / "out", spacing=8.0, shape=(20, 24, 20), max_rejects=5)
     rejected = (tmp_path / "out" / "rejected.tsv").read_text().splitlines()
     assert summary["packed"] == 1 and "a link whose content is not here" in rejected[1]
     assert all("a pointer whose content was not fetched" in line for line in rejected[2:])
