@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 from shards.nifti import read
-from shards.qc.figures import measure
 from shards.qc.limits import LIMITS, verdict, violated
 
 
@@ -22,7 +21,7 @@ def table(folders: list[Path]) -> list[str]:
         for path in sorted(folder.glob("sub-*/**/anat/*_T1w.nii*")):
             scan = read(path)
             start = time.perf_counter()
-            rows.append(measure(scan.voxels, scan.affine))
+            rows.append(scan.figures())
             seconds.append(time.perf_counter() - start)
             flags = [limit.figure for limit in violated(rows[-1], rejects=False)]
             reasons = verdict(rows[-1]) or [f"flagged: {', '.join(flags)}"] * bool(flags)

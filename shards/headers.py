@@ -3,7 +3,8 @@
 The rule: the sform counts where its code is not 0, then the qform, as in nibabel and most programs. A scan is rejected
 where qform and sform disagree on the voxel sizes, on left and right, or, in one space, on which axis is which: one of
 the two is wrong, and only the owner of the scan knows which. It is flagged where they are turned against each other,
-where pixdim alone disagrees, and where neither has a code, so that the header does not tell left from right.
+where pixdim alone disagrees, and where neither has a code, so that the header does not tell left from right. Axes that
+are far from right angles are wrong too: no scanner has such axes.
 """
 
 from typing import Any
@@ -37,13 +38,15 @@ def compare_forms(image: Any) -> dict[str, float]:
         pixdim differs from the voxel sizes that count; ``unoriented``, 1 where neither form has a code, else 0.
 
     Raises:
-        ValueError: they contradict each other; the message gives the reason without the path.
+        ValueError: they contradict each other, or pixdim is not finite; the message gives the reason without the path.
     """
     header = image.header
     sizes = np.linalg.norm(affine_mm(image)[:3, :3], axis=0)
     pixdim = np.abs(np.array(header.get_zooms()[:3], np.float64)) * millimetres(image)
     sform, qform = int(header["sform_code"]), int(header["qform_code"])
     differ = float(np.max(np.abs(pixdim / sizes - 1)))
+    if not np.isfinite(differ):
+        raise ValueError("the header's pixdim is infinite or NaN: correct it")
     figures = {"header_degrees": 0.0, "header_sizes": differ, "unoriented": float(sform < 1 and qform < 1)}
     if sform < 1 or qform < 1:
         return figures
@@ -66,6 +69,13 @@ def compare_forms(image: Any) -> dict[str, float]:
             f"the header contradicts itself: its axes point to {codes[0]} by the sform and to {codes[1]} by the qform"
         )
     return figures | {"header_degrees": float(angle)}
+
+
+def shear_degrees(affine: NDArray[np.float64]) -> float:
+    """By how much the angles between the axes of an affine, (4, 4), differ from 90 degrees; the largest."""
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    cosines = np.abs(np.triu(directions.T @ directions, 1)).max()
+    return float(np.degrees(np.arcsin(min(1.0, cosines))))
 
 
 def _rotation(affine: NDArray[np.float64]) -> NDArray[np.float64]:

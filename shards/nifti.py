@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from shards.files import sha256
 from shards.foreground import Foreground, cut, faces, most_frequent, place_foreground
-from shards.headers import affine_mm, compare_forms, millimetres
+from shards.headers import affine_mm, compare_forms, millimetres, shear_degrees
 from shards.qc.figures import measure
 
 LARGEST = 2**33  # bytes of an unpacked file; a larger one is damaged, or not a structural scan
@@ -38,7 +38,7 @@ class Scan:
         voxels: float32 (X, Y, Z), axes nearest to right, anterior, superior, contiguous.
         affine: (4, 4), voxel to mm in the scanner's space.
         sha256: of the file.
-        header: figures of quality control, see :func:`shards.headers.compare_forms`.
+        header: figures of quality control, see :func:`shards.headers.compare_forms`, and ``shear_degrees``.
     """
 
     voxels: NDArray[np.float32]
@@ -238,4 +238,4 @@ def _parse(raw: bytes, voxels: bytes = b"") -> tuple[Any, dict[str, float]]:
     header = {"unoriented": unoriented} if size == MGH else compare_forms(image)
     if zooms.min() < PLAUSIBLE[0] or zooms.max() > PLAUSIBLE[1]:
         raise ValueError(f"voxels of {' x '.join(f'{z:g}' for z in zooms)} mm: wrong units or affine")
-    return image, header
+    return image, header | {"shear_degrees": shear_degrees(image.affine)}

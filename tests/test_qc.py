@@ -1,6 +1,7 @@
 """Quality control: what is no whole, upright, brain-extracted T1w brain is found, for the right reason."""
 
 import dataclasses
+import gzip
 import os
 import re
 from collections.abc import Callable
@@ -269,6 +270,34 @@ def test_dead_voxels_change_themselves_alone(tmp_path: Path, brain: np.ndarray, 
     good, other = (canonical(tmp_path / f"{n}.nii", 4.0, SHAPE) for n in ("good", "dead"))
     assert verdict(other.figures) == []
     assert (np.abs(good.voxels.astype(float) - other.voxels.astype(float)) > 5e-3).sum() <= outliers
+
+
+@pytest.mark.parametrize(("degrees", "rejects"), [(0, False), (5, False), (27, True)])
+@pytest.mark.parametrize("name", ["a.nii", "a.mgz"])
+def test_sheared_axes_are_flagged_or_rejected(
+    tmp_path: Path, brain: np.ndarray, name: str, degrees: float, rejects: bool
+) -> None:
+    angle, sheared = np.radians(degrees), AFFINE.copy()
+    sheared[:2, 1] = MM * np.sin(angle), MM * np.cos(angle)
+    image = nib.Nifti1Image(brain, turned(30) @ sheared)
+    image.set_qform(None, 0)  # it cannot hold such axes
+    nib.save(image if name == "a.nii" else nib.MGHImage(brain, image.affine), tmp_path / name)
+    figures = read(tmp_path / name).header
+    assert figures["shear_degrees"] == pytest.approx(degrees, abs=1e-3)
+    assert [limit.figure for limit in violated(figures, rejects=False)] == ["shear_degrees"] * (degrees > 0)
+    assert [reason[:8] for reason in verdict(figures)] == ["sheared:"] * rejects
+
+
+@pytest.mark.parametrize("pixdim", [np.inf, np.nan])
+def test_a_pixdim_that_is_no_number_rejects_its_scan_alone(tmp_path: Path, brain: np.ndarray, pixdim: float) -> None:
+    source = table(tmp_path / "in", {"good": brain, "bad": brain})
+    raw = bytearray(gzip.decompress((tmp_path / "in" / "bad.nii.gz").read_bytes()))
+    header = np.frombuffer(raw, nib.nifti1.header_dtype, 1)
+    header["pixdim"][0, 1:4], header["qform_code"] = pixdim, 0
+    (tmp_path / "in" / "bad.nii.gz").write_bytes(gzip.compress(raw))
+    summary = pack(source, tmp_path / "out", spacing=8.0, shape=(20, 24, 20), max_rejects=1)
+    assert summary["packed"] == 1
+    assert "sub-bad\timage: the header's pixdim is infinite or NaN" in (tmp_path / "out/rejected.tsv").read_text()
 
 
 def test_voxel_sizes_that_contradict_each_other_are_refused(tmp_path: Path, brain: np.ndarray) -> None:

@@ -57,6 +57,10 @@ LIMITS = (
           "0): left and right may be exchanged", "NIfTI: code 0 means unknown coordinates", heads=True, rejects=False),
     Limit("header_sizes", 0, 0.02, "image", "pixdim differs from the sform's voxel sizes by {:.0%}; the sform is used",
           "rounding and calibration stay below; 0.000 measured", heads=True, rejects=False),
+    Limit("shear_degrees", 0, 10, "image", "sheared: axes of the affine are {:.0f} degrees off right angles; correct "
+          "it, or resample the scan", "axes of a scanner are at right angles; 0.00 measured", heads=True),
+    Limit("shear_degrees", 0, 2, "image", "sheared: axes of the affine are {:.0f} degrees off right angles",
+          "rounding stays below; 0.00 measured", heads=True, rejects=False),
     Limit("header_degrees", 0, 20, "image", "qform and sform are turned against each other by {:.0f} degrees; the "
           "sform is used", "heads in a scanner are tilted by 20 degrees at most", heads=True, rejects=False),
     Limit("height_mm", 70, INF, "image", "only {:.0f} mm from bottom to top: a slab, or a part of a brain",
