@@ -30,7 +30,7 @@ def rescale(found: Foreground) -> NDArray[np.float32]:
     empty, top = found.empty, PERCENTILE / np.float32(100)
     if not len(found.strengths):
         raise ValueError(f"constant volume: all voxels are {empty:g}")
-    least = np.float32(FAINT) * found.strengths.quantile(top)
+    least = np.float32(FAINT) * min(found.strengths.quantile(top), np.float32(bounds_of(found.strengths)[1]))
     inside = found.strength > least
     if empty == 0 and found.voxels.min() >= 0:  # strengths are the values
         values = found.strengths
@@ -44,6 +44,11 @@ def rescale(found: Foreground) -> NDArray[np.float32]:
     first, stop = max(start, values.below(lowest)), values.below(highest, inclusive=True)
     low, high = float(values.at(first)), float(values.quantile(top, first, stop))
     if not high > low:
+        if fainter := len(found.strengths) - count:
+            raise ValueError(
+                f"{count} voxels are {low:g}, and the other {fainter} differ a thousand times less from the "
+                "background: overflows, or a damaged file"
+            )
         raise ValueError(f"constant volume: the foreground has no contrast (all {low:g})")
     scaled = found.voxels - np.float32(low)
     scaled /= np.float32(high - low)

@@ -259,7 +259,7 @@ def test_an_index_from_before_quality_control_loads(tmp_path: Path, brain: np.nd
 
 
 @pytest.mark.parametrize("value", [-32768, 32767, 1e9])
-@pytest.mark.parametrize("outliers", [1, 100])
+@pytest.mark.parametrize("outliers", [1, 100, 250])
 def test_dead_voxels_change_themselves_alone(tmp_path: Path, brain: np.ndarray, value: float, outliers: int) -> None:
     nib.save(nib.Nifti1Image(brain, AFFINE), tmp_path / "good.nii")
     dead = brain.copy()
@@ -269,7 +269,28 @@ def test_dead_voxels_change_themselves_alone(tmp_path: Path, brain: np.ndarray, 
     nib.save(nib.Nifti1Image(dead, AFFINE), tmp_path / "dead.nii")
     good, other = (canonical(tmp_path / f"{n}.nii", 4.0, SHAPE) for n in ("good", "dead"))
     assert verdict(other.figures) == []
+    flags = [limit.figure for limit in violated(other.figures, rejects=False)]
+    assert flags == ["outliers"] * (other.figures["outliers"] > 0.001) and other.figures["outliers"] < 0.02
     assert (np.abs(good.voxels.astype(float) - other.voxels.astype(float)) > 5e-3).sum() <= outliers
+
+
+def spiked(brain: np.ndarray, value: float, share: float) -> np.ndarray:
+    """A copy of which this share of the voxels have that value."""
+    inside = np.argwhere(brain > 0)
+    chosen = np.random.default_rng(0).choice(len(inside), int(share * len(inside)), replace=False)
+    voxels = brain.copy()
+    voxels[tuple(inside[chosen].T)] = value
+    return voxels
+
+
+def test_outliers_that_spoil_the_contrast_are_named(tmp_path: Path, brain: np.ndarray) -> None:
+    many = measure(spiked(brain, 1e6, 0.04), AFFINE)
+    assert verdict(many)[0].startswith("4.0% of the voxels are far brighter or darker than tissue")
+    near = measure(spiked(brain, 3 * brain.max(), 0.015), AFFINE)  # near enough to tissue to be of the range
+    assert verdict(near) == [] and [limit.figure for limit in violated(near, rejects=False)] == ["peak"]
+    nib.save(nib.Nifti1Image(spiked(brain / 2, 1e6, 0.07), AFFINE), tmp_path / "a.nii")
+    with pytest.raises(ValueError, match=r"^\d+ voxels are 1e\+06, and the other \d+ differ a thousand times less"):
+        canonical(tmp_path / "a.nii", 4.0, SHAPE)
 
 
 @pytest.mark.parametrize(("degrees", "rejects"), [(0, False), (5, False), (27, True)])

@@ -15,6 +15,7 @@ from shards.qc.outline import FAINT, shape_figures
 
 HOUNSFIELD = -900.0  # a background below is air in Hounsfield units; magnitudes of MR are not negative
 BRIGHT = np.float32(99) / np.float32(100)  # quantile of bright tissue
+WHITE, TOP = 0.75, 0.995  # quantiles of the foreground: white matter, and what becomes 1
 
 
 def measure(voxels: NDArray[np.float32], affine: NDArray[np.float64]) -> dict[str, float]:
@@ -43,8 +44,12 @@ def measure_foreground(found: Foreground, affine: NDArray[np.float64]) -> dict[s
     if len(found.strengths):
         most = np.float32(bounds_of(found.strengths)[1])
         bright = float(min(found.strengths.quantile(BRIGHT), most))
+        start, stop = found.strengths.below(FAINT * bright), found.strengths.below(float(most), inclusive=True)
+        figures["outliers"] = 1 - stop / len(found.strengths)
+        white, top = (float(found.strengths.quantile(np.float64(q), start, stop)) for q in (WHITE, TOP))
+        figures["peak"] = top / white
         signal, strength = found.signal, found.strength
-        if found.strengths.at(len(found.strengths) - 1) > most:
+        if figures["outliers"]:
             signal = np.clip(signal, -most, most)
         inside = strength > np.float32(FAINT * bright)
         count = int(np.count_nonzero(inside))

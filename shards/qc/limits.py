@@ -42,6 +42,7 @@ class Limit:
 
 
 INF = math.inf
+OUTLIERS = "beyond five times the range of most tissue lies none; 0 measured"
 LIMITS = (
     Limit("hounsfield", 0, 0.05, "image", "a CT, not MR: its background is air in Hounsfield units (-1000)",
           "a head in a CT has at least 20 % of air; magnitudes of MR are not negative", heads=True),
@@ -89,6 +90,12 @@ LIMITS = (
           "that is not brain-extracted, or a brain that is not covered",
           "the brain stem has 0.08 of the largest section; 0.00 measured, at most 0.16 in a template's box, necks "
           "0.36 to 0.65"),
+    Limit("outliers", 0, 0.02, "brain", "{:.1%} of the voxels are far brighter or darker than tissue: overflows, or a "
+          "damaged file", OUTLIERS),
+    Limit("outliers", 0, 0.001, "brain", "{:.1%} of the voxels are far brighter or darker than tissue (overflows, "
+          "spikes); they are clipped", OUTLIERS, rejects=False),
+    Limit("peak", 0, 2.5, "brain", "the strongest voxels are {:.1f} times as strong as white matter: they take most of "
+          "the range, and tissue has little contrast", "1.15 to 1.54 measured", t1w=True, rejects=False),
     Limit("solid", 0.7, 1, "brain", "hollow: {:.0%} of the outline is tissue; a CT, or a skull without brain",
           "ventricles are at most 10 % of a brain, even in hydrocephalus hardly 25 %; 0.97 to 1.00 measured"),
     Limit("volume_ml", 500, INF, "brain", "{:.0f} ml are too few for a human brain: a part of one, an animal, or a "
