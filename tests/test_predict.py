@@ -289,10 +289,10 @@ class Mortal:
 
 @pytest.mark.slow
 def test_subjects_of_workers_that_die_are_answered_once_and_one_that_kills_them_has_failed(tmp_path) -> None:
-    import ray
-
     keys = [*(f"sub-{i:02d}" for i in range(9)), "once", *(f"sub-{i:02d}" for i in range(9, 18)), "always", "sub-18"]
     with ray_session(2, tmp_path):
+        import ray  # which reads the session's settings on import
+
         start = ray.remote(Mortal).options(num_cpus=1, max_restarts=0).remote
         found = list(Pool(lambda: start(tmp_path), 2, 2).answer([keys[i : i + 7] for i in range(0, len(keys), 7)]))
     assert sorted(row["key"] for one in found for row in one.rows) == sorted({*keys} - {"always"})
