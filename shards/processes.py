@@ -25,12 +25,12 @@ def process_pool(
         start: called with ``arguments`` in each process first.
     """
     context = multiprocessing.get_context("spawn")  # fork is unsafe where the caller has threads
-    pool = _Pool(workers, context, initializer=_start, initargs=(start, arguments))
-    try:
-        with environment_variable(SAFE_PATH, "1"):
+    with environment_variable(SAFE_PATH, "1"):  # from the pool on: its locks start a process that tracks them
+        pool = _Pool(workers, context, initializer=_start, initargs=(start, arguments))
+        try:
             yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Pool(ProcessPoolExecutor):

@@ -82,7 +82,9 @@ def test_dashboard_needs_its_password_and_takes_what_was_kept_for_it(
         Journal(runs / "packed.run").write("artifact", step=0, path="x.png")
 
     command = [sys.executable, "-m", "mvhpc", "dashboard", str(store), "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    (tmp_path / "logging.py").write_text("raise SystemExit('a script of the user, no module of Python')")
+    command.insert(1, "-P")
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     try:
         assert server.stdout is not None
         line = server.stdout.readline().split()

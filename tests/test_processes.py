@@ -43,11 +43,17 @@ def test_ctrl_c_while_a_process_starts(number: int, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", ["signal", "socket", "numpy"])
 def test_scripts_of_the_user_are_no_modules_of_python(tmp_path: Path, name: str) -> None:
     (tmp_path / f"{name}.py").write_text("raise SystemExit('a script of the user, no module of Python')")
-    script = "from shards.processes import process_pool\nwith process_pool(1) as pool: print(pool.submit(int).result())"
-    command = [sys.executable, "-P", "-c", script]
+    program = tmp_path / "bin" / "program"  # an installed one, whose path has the folder of the program
+    program.parent.mkdir()
+    program.write_text(
+        "from shards.processes import process_pool\n"
+        "if __name__ == '__main__':\n"
+        "    with process_pool(1) as pool: print(pool.submit(int).result())\n"
+    )
+    command = [sys.executable, str(program)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert (done.stdout, done.returncode) == ("0\n", 0), done.stderr
+    assert (done.stdout, done.stderr, done.returncode) == ("0\n", "", 0)
 
 
 @pytest.mark.parametrize("milliseconds", range(0, 60, 5))

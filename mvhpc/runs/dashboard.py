@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from mvhpc.config import ConfigError
@@ -79,11 +80,12 @@ def serve(database: Path, port: int) -> Iterator[tuple[str, str]]:
     )
     port = _free(port)
     address = f"http://{HOST}:{port}"
-    command = [sys.executable, "-P", "-W", "ignore", "-m", "mlflow", "server", "--app-name", "mvhpc"]
+    command = [sys.executable, "-W", "ignore", "-m", "mlflow", "server", "--app-name", "mvhpc"]
     command += ["--backend-store-uri", f"{SQLITE}{database.resolve()}", "--host", HOST, "--port", str(port)]
     command += ["--artifacts-destination", (database.resolve().parent / "mlartifacts").as_uri(), "--workers", "1"]
     environment = os.environ | ENVIRONMENT
     environment |= {
+        "PYTHONSAFEPATH": "1",  # of its workers too
         "MLFLOW_AUTH_CONFIG_PATH": str((private / "auth.ini").resolve()),
         "MLFLOW_AUTH_ADMIN_PASSWORD": password,
         "MLFLOW_FLASK_SERVER_SECRET_KEY": key,
@@ -91,9 +93,9 @@ def serve(database: Path, port: int) -> Iterator[tuple[str, str]]:
     }
     log = private / "log.txt"
     with log.open("w") as output:
-        server = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True
-        )
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+        # Uvicorn imports from the folder that it runs in, where the user may have a logging.py.
+        server = subprocess.Popen(command, env=environment, cwd=private, start_new_session=True, **streams)
     try:
         if not wait_for_server(f"{address}/health", lambda: server.poll() is None):
             tail = "\n".join(log.read_text().splitlines()[-15:])
