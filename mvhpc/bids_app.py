@@ -8,9 +8,8 @@ from pathlib import Path
 
 from mvhpc.config import ConfigError
 from mvhpc.inference.prediction_tables import Row, without_answer
-from mvhpc.scans import OK, TABLE, Request, predict_scans
 from shards.__main__ import OneLineParser, pairs
-from shards.errors import DataError
+from shards.errors import DataError, explain
 from shards.help_texts import ENTITIES, FILES_ROOT, RENAME
 
 ABOUT = "From raw scans to predictions: the preprocessing that the model's data had, quality control, answers, pages."
@@ -18,6 +17,8 @@ ABOUT = "From raw scans to predictions: the preprocessing that the model's data 
 
 def summary(rows: Sequence[Row], want: Sequence[str]) -> str:
     """How many scans were answered and how many are flagged; and which were not answered, with the reasons."""
+    from mvhpc.scans import OK
+
     unanswered = without_answer(rows, want)
     flagged = sum(row["flag"] != OK for row in rows)
     head = f"{len(rows) - len(unanswered)} of {len(rows)} scans answered, {flagged} flagged"
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def predict_command(arguments: Sequence[str]) -> int:
-    """``mvhpc predict --bids``; returns the exit status."""
+    """``mvhpc predict --bids``; returns the exit status, 1 where nobody is answered."""
     parser = OneLineParser("mvhpc predict", description=ABOUT)
     parser.add_argument("--bids", type=Path, required=True, metavar="FOLDER", help="BIDS folder or CSV of raw scans")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of the results")
@@ -64,6 +65,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace, bids: Path, out: Path) -> int:
+    from mvhpc.scans import TABLE, Request, predict_scans  # imports matplotlib, after its backend is chosen
+
     request = Request(
         bids,
         out,
@@ -85,8 +88,14 @@ def _run(options: argparse.Namespace, bids: Path, out: Path) -> int:
     except (ConfigError, DataError) as error:
         print(f"mvhpc: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"mvhpc: {explain(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("mvhpc: interrupted; the same command continues", file=sys.stderr)
+        return 130
     print(f"{summary(rows, want)}\nsee {out / TABLE} and {out / 'index.html'}")
-    return 0
+    return int(len(without_answer(rows, want)) == len(rows))
 
 
 def _names(text: str) -> list[str]:

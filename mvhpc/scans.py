@@ -5,7 +5,7 @@ import csv
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from shards.errors import DataError, TooManyRejects
 from shards.files import atomic_file, rename_aside
 from shards.nifti import read
 from shards.pack import pack
-from shards.participant_rows import ID, PATH, SESSION, Reject
+from shards.participant_rows import ID, PATH, SESSION, Reject, Table
 from shards.participant_rows import Row as Visit
 from shards.participants import read_table
 from shards.preprocess.derivative import result_files
@@ -222,6 +222,9 @@ def _list_scans(request: Request, schema: Schema, recipe: Recipe | None, path: P
         specs[image] |= {"column": PATH}
     choice: dict[str, Any] = {"entities": request.entities, "rename": request.rename, "files_root": request.files_root}
     table = read_table(request.source, Schema.from_dict(specs), **choice)
+    if any(isinstance(row, Reject) for row in table.rows):
+        needed = {name: spec for name, spec in specs.items() if spec["kind"] == "volume" or name in request.given}
+        table = _forgive(table, read_table(request.source, Schema.from_dict(needed), **choice), schema)
     for note in table.notes:
         print(f"note: {note}", file=sys.stderr)
     if not table.rows:
@@ -241,6 +244,24 @@ def _list_scans(request: Request, schema: Schema, recipe: Recipe | None, path: P
                 values = (MISSING if row.values[v.name] is None else row.values[v.name] for v in schema.scalars)
                 writer.writerow([row.subject, session, *files, *values])
     return rows
+
+
+def _forgive(table: Table, needed: Table, schema: Schema) -> Table:
+    """``table`` with nobody rejected for a value that is not given: these people have no true values, and a note says so.
+
+    Args:
+        table: with all scalars of ``schema``.
+        needed: the same rows with the given ones alone.
+        schema: of ``table``.
+    """
+    rows, reasons = [], []
+    for row, other in zip(table.rows, needed.rows, strict=True):
+        if isinstance(row, Reject) and isinstance(other, Visit):
+            reasons.append(f"{row.key}: {row.reason}")
+            row = replace(other, values={**dict.fromkeys(v.name for v in schema.scalars), **other.values})
+        rows.append(row)
+    notes = [f"the true values of {len(reasons)} rows cannot be read, the first of {reasons[0]}"] if reasons else []
+    return replace(table, rows=rows, notes=[*table.notes, *notes])
 
 
 def _read_rejects(folder: Path) -> dict[str, str]:

@@ -97,7 +97,7 @@ def test_options_choose_files_and_columns_and_keep_suspects(
     command += ["--given", "image,sex", "--want", "age", "--workers", "1"]
     assert mvhpc_main(command) == 2 and "sex" in capsys.readouterr().err
     command += ["--rename", "geschlecht=sex"]
-    assert mvhpc_main(command) == 0
+    assert mvhpc_main(command) == 1  # nobody is answered
     found = table(home / "derived-out" / "predictions.tsv")
     assert found["age"].isna().all() and "choose by --entities" in found.loc["sub-0001", "flag"]
     (raw / "sub-labels" / "anat" / "sub-labels_T1w.nii.gz").rename(
@@ -155,6 +155,19 @@ def test_monai_starts_the_exported_model_on_a_raw_scan(home: Path, results: Path
     assert answer["age"] == pytest.approx(expected["age"], rel=1e-4) and answer["flag"] == expected["flag"]
     recipe = json.loads((tmp_path / "bundle" / "configs" / "recipe.json").read_text())
     assert Recipe.from_dict(recipe) == RECIPE
+
+
+def test_values_that_are_not_given_reject_nobody(
+    home: Path, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = shutil.copytree(home / "raw" / "sub-0001", tmp_path / "raw" / "sub-0001").parent
+    (raw / "participants.tsv").write_text("participant_id\tage\tsex\nsub-0001\t200\tX\n")
+    command = ["predict", "--bids", str(raw), "--out", str(tmp_path / "out"), "--model", str(home / "scalars")]
+    assert mvhpc_main(command) == 0
+    assert "note: the true values of 1 rows cannot be read, the first of sub-0001: age" in capsys.readouterr().err
+    found, expected = (table(path / "predictions.tsv").loc["sub-0001"] for path in (tmp_path / "out", results))
+    assert found["age"] == expected["age"] and np.isnan(found["age_true"]) and np.isnan(found["sex_true"])
+    assert mvhpc_main([*command, "--given", "image,age", "--want", "sex"]) == 1
 
 
 def test_an_unknown_participant_is_refused(home: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
