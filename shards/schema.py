@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import DataError, nearest
+from shards.numbers import parse_number
 from shards.presets import preset_file, read_yaml
 
 MISSING = {"", "n/a", "na", "nan", "none", "null"}  # BIDS writes n/a; the others are common in other tables
@@ -152,7 +153,7 @@ class Variable:
                 "stands for in the Levels of participants.json, or in the schema's aliases"
             )
         try:
-            number = float(word.replace("_", "?"))  # Python reads 4_5 as 45
+            number = parse_number(float, word)
         except ValueError:
             raise ValueError(f"{self.name}: {text.strip()[:40]!r} is not a number") from None
         low, high = self.range

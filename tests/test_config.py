@@ -66,12 +66,20 @@ def test_fingerprint_sees_every_value() -> None:
         ("demo", [*JOINT, "optimizer.betas=[0.9,1.0]"], r"optimizer\.betas=\[0\.9, 1\.0\]: two numbers"),
         ("demo", [*JOINT, "optimizer.warmup=-1"], "optimizer.warmup=-1: at least 0"),
         ("demo", [*JOINT, "optimizer.clip=-0.5"], "optimizer.clip=-0.5: at least 0"),
+        ("demo", [*JOINT, "training.epochs=1_2"], "epochs=1_2: a number has no _"),
+        ("demo", [*JOINT, "optimizer.betas=[0_9,0.99]"], "0_9.*: a number has no _"),
+        ("demo", [*JOINT, "optimizer.betas=0_9,0.99"], "0_9.*: a number has no _"),
         ("nowhere/x.yaml", JOINT, "nowhere/x.yaml"),
     ],
 )
 def test_what_is_wrong_is_named(preset: str, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(JointConfig, "joint", preset, overrides)
+
+
+def test_words_keep_their_underscores() -> None:
+    """YAML reads 2024_01 as the number 202401."""
+    assert load_config(JointConfig, "joint", "demo", [*JOINT, "split=2024_01"]).split == "2024_01"
 
 
 def test_a_variable_is_given_or_wanted() -> None:

@@ -27,6 +27,7 @@ REMOVED = {  # key of an earlier version -> what is so without it
     "predict_by": "a joint model predicts by its model of scalars",
     "clean_volume_prob": "scalars are predicted by the model of scalars (mvhpc train scalars)",
 }
+UNDERSCORE = "\ue000"  # stands for _ in overrides while they are YAML, which reads 1_2 as 12
 C = TypeVar("C")
 
 
@@ -66,10 +67,17 @@ def _parsed(kind: Any, layer: Any) -> Any:
         if value is None and target is not None:
             value = ""  # ``key=``: empty
         if isinstance(value, str) and value != MISSING and typing.get_origin(target) in (list, dict):
-            values[key] = _listed(value) if typing.get_origin(target) is list else _mapped(key, value)
-        else:
-            values[key] = _parsed(target, value)
+            value = _listed(value) if typing.get_origin(target) is list else _mapped(key, value)
+        _check_numbers(key, target, value)
+        values[key] = _parsed(target, value)
     return OmegaConf.create(values)
+
+
+def _check_numbers(key: str, kind: Any, value: Any) -> None:
+    """Refuse texts such as 1_2, a slip for 1.2, where ``kind`` has numbers: OmegaConf reads them as 12."""
+    numbers = list(value.values()) if isinstance(value, Mapping) else value
+    if (typing.get_args(kind) or (kind,))[-1] in (int, float) and "_" in str(numbers):
+        raise ConfigError(f"{key}={numbers}: a number has no _")
 
 
 def _listed(text: str) -> list[str]:
@@ -147,10 +155,21 @@ def _read_yaml(path: Path) -> tuple[str, Any]:
 def _read_override(override: str) -> tuple[str, Any]:
     if "=" not in override:
         raise ConfigError(f"{override!r}: an override has the form key=value")
+    key, _, text = override.partition("=")
     try:
-        return override, OmegaConf.from_dotlist([override])
+        layer = OmegaConf.from_dotlist([f"{key}={text.replace('_', UNDERSCORE)}"])
+        return override, _with_underscores(OmegaConf.to_container(layer))
     except Exception as error:
         raise ConfigError(f"{override!r}: {error}") from error
+
+
+def _with_underscores(node: Any) -> Any:
+    """``node`` with what :data:`UNDERSCORE` stands for, in keys too."""
+    if isinstance(node, dict):
+        return {_with_underscores(key): _with_underscores(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_with_underscores(value) for value in node]
+    return node.replace(UNDERSCORE, "_") if isinstance(node, str) else node
 
 
 def _nested(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -205,7 +224,7 @@ def flatten(values: Any) -> dict[str, Any]:
 
 def flatten_override(override: str) -> dict[str, Any]:
     """The dotted keys that an override ``key=value`` sets."""
-    return flatten(OmegaConf.to_container(_read_override(override)[1]))
+    return flatten(_read_override(override)[1])
 
 
 def to_yaml(config: Any) -> str:

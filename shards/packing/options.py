@@ -9,6 +9,7 @@ from typing import Any
 from shards.cpus import worker_count
 from shards.errors import DataError, nearest
 from shards.exclusions import read_exclusions
+from shards.numbers import parse_number
 from shards.participant_rows import Reject
 from shards.pseudonyms import fingerprint, read_key
 from shards.quantization import stored_as
@@ -158,7 +159,7 @@ def _check_shape(shape: Sequence[int] | str) -> tuple[int, int, int] | None:
     if shape == "auto" or list(shape) == ["auto"]:
         return None
     try:
-        height, width, depth = (int(n) for n in shape)
+        height, width, depth = (parse_number(int, n) for n in shape)
         if not all(2 <= n <= 1024 for n in (height, width, depth)):
             raise ValueError
     except (TypeError, ValueError):
