@@ -24,7 +24,8 @@ from mvhpc.pipeline.plan import Pipeline
 from mvhpc.pipeline.project import Request, record_project
 from mvhpc.runs.folder import read_record
 from mvhpc.stages import STAGES
-from shards.errors import DataError
+from shards.__main__ import OneLineParser
+from shards.errors import DataError, explain
 
 TAIL = 8  # lines of the log to show after a failure
 
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return jobs_cli.main(words)
         return _submit(_parser().parse_intermixed_args(words))
     except (ConfigError, DataError, OSError) as error:
-        print(f"{PROG}: {error}", file=sys.stderr)
+        print(f"{PROG}: {explain(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted; `{PROG} status` shows what was submitted", file=sys.stderr)
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=PROG,
         description="Submit one stage of the pipeline, or all of them, as jobs.",
         epilog=EXAMPLES,

@@ -21,7 +21,7 @@ from mvhpc.parsers import (
 from mvhpc.runtime.importing import require
 from mvhpc.runtime.watchdog import Interrupted
 from mvhpc.stages import STAGES, Stage
-from shards.errors import DataError, nearest
+from shards.errors import DataError, explain, nearest
 
 USAGE = """mvhpc: joint diffusion models of brain MRI and clinical data
 
@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mvhpc: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"mvhpc: {error}", file=sys.stderr)
+        print(f"mvhpc: {explain(error)}", file=sys.stderr)
         return 1
     except Exception as error:
         print(f"mvhpc {command}: {type(error).__name__}: {error}", file=sys.stderr)

@@ -6,17 +6,26 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 from shards.cpus import worker_count
-from shards.errors import DataError, IntegrityError, TooManyRejects
+from shards.errors import DataError, IntegrityError, TooManyRejects, explain
 from shards.help_texts import AUDIT, ENTITIES, EXAMPLES, FILES_ROOT, PACK, PREPROCESS, RENAME, SPLIT, VERIFY
+from shards.numbers import parse_number
+
+os.environ["MPLBACKEND"] = "Agg"  # a notebook names a backend to its commands that only its own Python has
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Prints errors in one line."""
+    """Prints errors in one line; takes numbers as :func:`shards.numbers.parse_number`."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        for kind in (int, float):
+            self.register("type", kind, partial(parse_number, kind))
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -342,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (DataError, OSError) as error:
-        print(f"shards {args.command}: {error}", file=sys.stderr)
+        print(f"shards {args.command}: {explain(error, args.out)}", file=sys.stderr)
         return 1 if isinstance(error, IntegrityError | TooManyRejects) else 2
     except KeyboardInterrupt:
         print(f"shards {args.command}: interrupted", file=sys.stderr)

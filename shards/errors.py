@@ -1,7 +1,10 @@
 """The exceptions of this package."""
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+FULL = {errno.ENOSPC, errno.EDQUOT}  # of a disk, or of somebody's share of it
 
 
 class DataError(ValueError):
@@ -22,3 +25,15 @@ def nearest(word: str, known: Iterable[str], what: str) -> str:
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.4)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"unknown {what} {word!r}.{hint} Known: {', '.join(names) or 'none'}."
+
+
+def explain(error: Exception, out: object = "the results") -> str:
+    """The message of an error of a command; that of a full disk names no file by itself, and says what to do.
+
+    Args:
+        error: that ended the command.
+        out: where the command writes.
+    """
+    if isinstance(error, OSError) and error.errno in FULL and not error.filename:
+        return f"the disk of {out} is full: free some space and repeat the command"
+    return str(error)

@@ -1,6 +1,5 @@
 """Packing: a table of participants -> a data set of canonical volumes; in parallel, in parts, and only what changed."""
 
-import errno
 import platform
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
-from shards.errors import DataError, TooManyRejects
+from shards.errors import FULL, DataError, TooManyRejects
 from shards.files import locked_folder, write_bytes
 from shards.index import Split
 from shards.packing.make import Job, Shard, close_old, make_shard
@@ -26,7 +25,6 @@ from shards.split import default_fractions, draw_folds, draw_fractions
 
 REJECTED = "rejected.tsv"
 PACKAGES = ("numpy", "scipy", "nibabel", "numcodecs", "mvhpc")
-FULL = {errno.ENOSPC, errno.EDQUOT}
 Map = Callable[[Job, Sequence[Task]], Iterable[Shard]]
 
 

@@ -430,3 +430,20 @@ def test_the_end_of_an_earlier_start_is_not_recorded(tmp_path: Path) -> None:
     assert read_state(folder) == second.state
     record_end(folder, second.attempt, {"status": "FAILED", "outcome": {"error": "OSError"}})
     assert read_state(folder)["status"] == "FAILED"
+
+
+def test_a_full_disk_costs_mlflow_one_line(tmp_path: Path) -> None:
+    """Neither the log nor how the stage ended finds room; the process beside the stages goes on."""
+    with track(tmp_path):
+        losses(tmp_path, range(2))
+    folder = tmp_path / "packed.run"
+    (folder / "log.txt").unlink(missing_ok=True)
+    (folder / "log.txt").symlink_to("/dev/full")
+    (folder / "tracking.json").unlink()
+    (folder / "tracking.json").symlink_to("/dev/full")
+    begun = {"folder": str(folder), "attempt": "a", "environment": dict(os.environ)}
+    lines = "".join(f"{json.dumps(line)}\n" for line in (begun, {}) * 2)
+    command = [sys.executable, "-P", "-W", "ignore", "-m", "mvhpc.runs.mlflow_process"]
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.splitlines() == ["{}", "{}"]
+    assert len(done.stderr.splitlines()) == 2 and done.stderr.count("the store cannot be used now") == 2

@@ -1,5 +1,6 @@
 """The `shards` command, and processes of it that are killed."""
 
+import errno
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from mvhpc.config import load_config
 from mvhpc.data_stages import PackConfig
 from shards.__main__ import main
 from shards.dataset import open_dataset
-from shards.errors import TooManyRejects
+from shards.errors import TooManyRejects, explain
 from shards.files import is_complete
 from shards.index import Index
 from shards.pack import pack
@@ -178,6 +179,9 @@ def test_errors_are_one_line_without_traceback(tmp_path: Path) -> None:
         (["verify", str(tmp_path), "--workers", "-1"], 2, "expected a number of processes, or 0 for one per core"),
         (["pack", "nowhere", str(tmp_path), "--spacing", "2", "--shape", "8", "8", "8"], 2, "no such folder"),
         (["pack", "nowhere", "out", "--config", "dmo"], 2, "Did you mean 'demo'?"),
+        (["pack", "nowhere", "out", "--spacing", "1_2"], 2, "'1_2'"),
+        (["pack", "nowhere", "out", "--shape", "1_6", "16", "16"], 2, "'1_6'"),
+        (["phantom", "out", "--subjects", "1_0"], 2, "'1_0'"),
     ]:
         done = subprocess.run([sys.executable, "-m", "shards", *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == status
@@ -199,6 +203,23 @@ def test_a_folder_of_any_name_is_packed_and_read_in_the_locale_c(tmp_path: Path)
             check=False,
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_a_full_disk_is_told_from_other_errors() -> None:
+    """The operating system does not name the file whose content finds no room."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert explain(full, "out") == "the disk of out is full: free some space and repeat the command"
+    named = OSError(errno.ENOENT, "No such file or directory", "x")
+    assert explain(named, "out") == "[Errno 2] No such file or directory: 'x'"
+
+
+@pytest.mark.parametrize("module", ["shards.__main__", "mvhpc.cli", "mvhpc.bids_app", "launchers.submit"])
+def test_commands_draw_without_the_backend_of_a_notebook(module: str) -> None:
+    """Jupyter names it to the commands that it starts, and it is no part of their Python."""
+    script = f"import {module}, mvhpc.evaluation.figures"
+    environment = {**os.environ, "MPLBACKEND": "module://no_such_module"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.skipif("MVHPC_IXI" not in os.environ, reason="needs real scans: set MVHPC_IXI to their BIDS folder")

@@ -46,13 +46,12 @@ def replay(folder: Path, attempt: str) -> None:
     pause, last, warned = 0.0, False, False
     while not last:
         last = over.wait(pause)
-        if last:
-            if lines[0]:
-                record_end(folder, attempt, json.loads(lines[0]))
-            else:
-                record_kill(folder, attempt)
         start = time.monotonic()
         try:
+            if last and lines[0]:
+                record_end(folder, attempt, json.loads(lines[0]))
+            elif last:
+                record_kill(folder, attempt)
             sync(folder)
             if not pause:
                 catch_up(folder.parent, over.is_set)
@@ -85,7 +84,8 @@ def serve() -> None:
             filename=folder / "log.txt", format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
         )
         replay(folder, begun["attempt"])
-        logging.basicConfig(handlers=[logging.NullHandler()], force=True)  # closes the file
+        with contextlib.suppress(OSError):  # the disk is full
+            logging.basicConfig(handlers=[logging.NullHandler()], force=True)  # closes the file
         answer = json.dumps({path: inode(path) for path in open_databases()})
         with contextlib.suppress(BrokenPipeError):  # the program did not wait for it
             os.write(answers, f"{answer}\n".encode())
@@ -94,5 +94,6 @@ def serve() -> None:
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the stage, whose end ends this process
         signal.signal(number, signal.SIG_IGN)
+    logging.raiseExceptions = False  # where the disk is full, the log is the least that is lost
     os.umask(0o077)  # the store and its figures are their owner's
     serve()
