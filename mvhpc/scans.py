@@ -247,7 +247,7 @@ def _list_scans(request: Request, schema: Schema, recipe: Recipe | None, path: P
 
 
 def _forgive(table: Table, needed: Table, schema: Schema) -> Table:
-    """``table`` with nobody rejected for a value that is not given: these people have no true values, and a note says so.
+    """``table`` with nobody rejected for a value that is not given; these people have no true values, which is noted.
 
     Args:
         table: with all scalars of ``schema``.

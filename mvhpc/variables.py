@@ -5,6 +5,7 @@ a ``dict`` from variable name to tensor, with a second ``dict`` of (B,) bool for
 """
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -139,6 +140,8 @@ def standard_intervals(schema: Schema, rows: Sequence[Mapping[str, Value]]) -> d
 def check_known(schema: Schema, rows: Sequence[Mapping[str, Value]]) -> None:
     """Refuse to train a model of a number or category that none of its people has: it would invent all answers.
 
+    Of one that has a single value a note says that it is not predicted.
+
     Args:
         schema: of the variables.
         rows: values of the training's people by name; None, or no entry, where missing.
@@ -152,6 +155,13 @@ def check_known(schema: Schema, rows: Sequence[Mapping[str, Value]]) -> None:
             f"none of the {len(rows)} training subjects has {' or '.join(never)}: fill the column, or pack with a "
             "schema without it (--schema)"
         )
+    for v in schema.scalars:
+        values = {row.get(v.name) for row in rows} - {None}
+        if len(values) == 1:
+            print(
+                f"note: all training subjects that have {v.name} have {values.pop()}: it is not predicted",
+                file=sys.stderr,
+            )
 
 
 class Variables:

@@ -1,5 +1,6 @@
 """Predictions do not depend on how they were computed, and every bad query is refused with its reason."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -64,6 +65,23 @@ def test_rows_are_one_a_subject_in_order_and_say_what_was_missing(tiny_early, ti
     known = frame.dropna(subset=["sex_true"])
     assert summary["all/sex_accuracy"] == pytest.approx((known["sex"] == known["sex_true"]).mean())
     assert description["data"] == dataset.index.digest and description["network_calls"] == 20
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_early"])
+def test_what_all_people_of_the_training_share_is_not_predicted(request, model, tiny_dataset, tmp_path) -> None:
+    """A model of women of 50 answers women of 50, for certain, whatever the scan shows."""
+    values = {"given": ["image"], "want": ["age", "sex"]} | (EXACT if model == "tiny_model" else {"samples": 1})
+    predictor = open_predictor(
+        configuration(request.getfixturevalue(model), tiny_dataset, tmp_path / "a.tsv", **values)
+    )
+    facts = {"age": {"people": 9, "range": [50.0, 50.0], "mean": 50.0}, "sex": {"people": 8, "classes": {"F": 8}}}
+    predictor.training = dataclasses.replace(predictor.training, variables=facts)
+    (row,) = predictor(predictor.dataset.keys()[:1])
+    assert {value for name, value in row.items() if name.startswith(("age", "sex")) and "_true" not in name} == {None}
+    assert row["age_true"] is not None and "age is not predicted: all 9 people" in row["flag"]
+    assert "sex is not predicted: all 8 people of the training that have it have F" in row["flag"]
+    predictor.training = dataclasses.replace(predictor.training, variables=facts | {"age": {}})
+    assert predictor(predictor.dataset.keys()[:1])[0]["age"] is not None
 
 
 def test_mean_and_sd_are_those_of_the_chains(tiny_early, tiny_dataset, tmp_path) -> None:

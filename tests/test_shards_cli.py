@@ -205,7 +205,7 @@ def test_a_folder_of_any_name_is_packed_and_read_in_the_locale_c(tmp_path: Path)
         assert done.returncode == 0, done.stderr
 
 
-def test_a_full_disk_is_told_from_other_errors() -> None:
+def test_a_full_disk_is_named_with_what_to_do() -> None:
     """The operating system does not name the file whose content finds no room."""
     full = OSError(errno.ENOSPC, "No space left on device")
     assert explain(full, "out") == "the disk of out is full: free some space and repeat the command"

@@ -76,6 +76,12 @@ def test_a_variable_that_nobody_has_is_refused() -> None:
         check_known(SCHEMA, [{"age": None, "site": "lima"}, {"site": "oslo"}])
 
 
+def test_a_variable_of_a_single_value_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    check_known(SCHEMA, [{"age": 40.0, "site": "lima"}, {"age": 41.0, "site": "lima"}, {"age": 41.0}])
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note == "note: all training subjects that have site have lima: it is not predicted"
+
+
 def test_moments_standardise_each_element() -> None:
     g = torch.Generator().manual_seed(0)
     latents = 3 + 7 * torch.rand(2, 3, 4, 5, generator=g) * torch.randn(50, 2, 3, 4, 5, generator=g)

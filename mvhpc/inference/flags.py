@@ -50,6 +50,7 @@ def row_flag(
         learnt: that the model learnt from this person, in words; else empty.
     """
     words = [learnt] if learnt else []
+    words += [text for name in want if (text := training.uniform(name))]
     for name, p in p_values.items():
         shape, detail = (p < UNUSUAL).tolist()
         if shape or detail:

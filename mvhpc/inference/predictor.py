@@ -124,7 +124,8 @@ class Predictor(GroupedPredictor):
             row: Row = {"key": key, "subject": subject_of(key)}
             for name in self.want:
                 true = true_value(self.dataset, key, self.schema[name])
-                row |= cells[name][i] | {f"{name}_true": true}
+                row |= dict.fromkeys(cells[name][i]) if self.training.uniform(name) else cells[name][i]
+                row[f"{name}_true"] = true
             values = scalar_values(self.dataset, key, self.schema, self.given)
             flags = row_flag(self.schema, self.training, {}, values, row, self.want, self.learnt.get(key, ""))
             rows.append(row | {"not_given": ",".join(lacking) or None, "flag": "; ".join(flags) or "ok"})

@@ -98,7 +98,7 @@ class ScalarsPredictor(GroupedPredictor):
             row: Row = {"key": key, "subject": subject_of(key)}
             for name in self.want:
                 own = cells[name][i]
-                row |= own if answered else dict.fromkeys(own)
+                row |= own if answered and not self.training.uniform(name) else dict.fromkeys(own)
                 row[f"{name}_true"] = true_value(self.dataset, key, self.schema[name])
             if self.config.draws:
                 row["draws"] = {name: x[i] if answered else () for name, x in drawn.items()}

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
+from mvhpc.models.training_people import TrainingPeople
+
 KINDS = {
     "scalars": "predicts scalars of a person from voxels or tissue maps, with their distributions",
     "joint": "joint diffusion model: predicts scalars, and draws, translates and fills in volumes",
@@ -73,6 +75,7 @@ def _variables(schema: Mapping[str, Any], people: Mapping[str, Any]) -> Iterator
             known.append(f"{facts['range'][0]:g} to {facts['range'][1]:g} {spec.get('unit') or ''}".rstrip())
             known.append(f"mean {facts['mean']:.4g}")
         known += [f"{text} {count}" for text, count in facts.get("classes", {}).items()]
+        known += ["one value alone: not predicted"] * bool(TrainingPeople(variables=people).uniform(name))
         kind = f"{spec['kind']} ({spec['suffix']})" if spec.get("suffix") else spec["kind"]
         yield f"| {name} | {kind} | {', '.join(known) or 'not recorded'} |"
     yield ""

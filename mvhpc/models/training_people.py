@@ -100,6 +100,16 @@ class TrainingPeople:
         classes = facts.get("classes")
         return max(classes, key=lambda c: classes[c]) if classes else facts.get("mean")
 
+    def uniform(self, name: str) -> str:
+        """That all people of the training had one value of a scalar, in words; empty where they had several."""
+        facts = self.variables.get(name, {})
+        classes = [c for c, people in facts.get("classes", {}).items() if people]
+        low, high = facts.get("range", (0, 1))
+        if len(classes) != 1 and low != high:
+            return ""
+        value = classes[0] if classes else f"{low:g}"
+        return f"{name} is not predicted: all {facts['people']} people of the training that have it have {value}"
+
     def learnt(self, index: Index) -> dict[str, str]:
         """Key -> :data:`SCAN` or :data:`PERSON`, of the records of a data set from whom the model learnt.
 
