@@ -32,7 +32,7 @@ SUBJECT = "sub-scan"
 
 @dataclass(frozen=True)
 class Model:
-    """A trained model: of scalars, which answers questions about people, or joint, which draws synthetic ones too; or a
+    """A trained model: of scalars, which predicts scalars of people, or joint, which draws synthetic ones too; or a
     baseline, which answers one query about people of a packed data set.
 
     Attributes:

@@ -88,7 +88,7 @@ class Request:
 
 
 def predict_scans(request: Request, model: ScalarsModel | None = None) -> tuple[list[Row], list[str]]:
-    """Preprocess, judge and answer; write ``predictions.tsv``, its description and a page per scan.
+    """Preprocess, check and predict; write ``predictions.tsv``, its description and a page per scan.
 
     Scans are preprocessed as those that the model was trained on. A scan that cannot be preprocessed or fails quality
     control has a row with its reason and no answers. So has a row of the source that names no usable scan; it has no

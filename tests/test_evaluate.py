@@ -17,7 +17,7 @@ from mvhpc.evaluation.tables import read_predictions
 from mvhpc.execute import execute, plan
 from mvhpc.inference import methods
 from mvhpc.inference.evaluate import EvaluateConfig
-from mvhpc.inference.methods import LINEAR, MEAN, Method, ask, open_methods, queries_of
+from mvhpc.inference.methods import LINEAR, MEAN, Method, answer_query, open_methods, queries_of
 from mvhpc.inference.predictor import PredictConfig
 from mvhpc.parsers import parser_of
 from mvhpc.runs.folder import identity
@@ -161,7 +161,7 @@ def test_answers_in_another_precision_are_not_taken(tiny_dataset: Path, tiny_ear
         values = {"out": "o", "data": str(tiny_dataset), "runs": [str(tiny_early)], "compute.precision": precision}
         values |= {"sampling.steps": 2, "sampling.stride": 500, "samples": 2, "compute.device": "cpu"}
         config = load_config(EvaluateConfig, "evaluate", "default", (), values).predictions()
-        found = ask(method, config, ("age", ("image",)), dataset, dataset.keys("test"), tmp_path)
+        found = answer_query(method, config, ("age", ("image",)), dataset, dataset.keys("test"), tmp_path)
         return found.frame["value"].tolist()
 
     exact = ages("float32")

@@ -1,6 +1,6 @@
 """The paper's specialists in the folds of real people, beside the models of scalars, in the paper's tables.
 
-    python -m benchmarks.real.tables runs/real/ixi runs/real/ixi-folds
+    python -m benchmarks.real.tables runs/real/ixi runs/real/ixi-folds [--rows "3D DenseNet121 (MSE)" ...]
 
 Both folders are of ``python -m benchmarks.real.answers``: people packed with ten folds, and the models of scalars of
 these folds, beside which DenseNet121, ViT and BRAID are trained. ``mvhpc evaluate`` adds the linear reading and
@@ -32,7 +32,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("people", type=Path, help="folder of the packed people")
     parser.add_argument("folds", type=Path, help="folder of the folds")
+    parser.add_argument("--rows", nargs="+", choices=SPECIALISTS, default=list(SPECIALISTS), help="specialists")
     options = parser.parse_args()
+    chosen = {row: SPECIALISTS[row] for row in options.rows}
     data, root = options.people.resolve() / "packed", options.folds.resolve()
     folds = sorted(root.glob("fold-*"), key=lambda path: int(path.name.removeprefix("fold-")))
     splits = [f"{fold.name}-of-{len(folds)}" for fold in folds]
@@ -40,11 +42,11 @@ def main() -> None:
         root,
         [
             [training(data, fold, split, *specialist)]
-            for specialist in SPECIALISTS.values()
+            for specialist in chosen.values()
             for fold, split in zip(folds, splits, strict=True)
         ],
     )
-    rows = {"model of scalars": "scalars"} | {row: f"{name}-{want}" for row, (name, want, *_) in SPECIALISTS.items()}
+    rows = {"model of scalars": "scalars"} | {row: f"{name}-{want}" for row, (name, want, *_) in chosen.items()}
     runs = [(row, fold / run) for row, run in rows.items() for fold in folds]
     values = {
         "runs": [str(path) for _, path in runs],

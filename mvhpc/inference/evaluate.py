@@ -22,7 +22,7 @@ from mvhpc.inference.methods import (
     LINEAR,
     MEAN,
     Method,
-    ask,
+    answer_query,
     linear_answers,
     mean_answers,
     open_methods,
@@ -111,7 +111,7 @@ def run(config: EvaluateConfig, run: Run) -> dict[str, Any]:
 
 
 def compare(config: EvaluateConfig, dataset: Dataset, methods: Sequence[Method], folder: Path) -> Comparison:
-    """Ask every method every query that it takes.
+    """Answer every query by every method that it takes.
 
     Args:
         config: of the stage.
@@ -136,9 +136,9 @@ def compare(config: EvaluateConfig, dataset: Dataset, methods: Sequence[Method],
         for method in members:
             comparison.notes += _learnt(method, dataset, keys)
             for query in filter(method.answers, queries):
-                comparison.add(comparison.found, ask(method, settings, query, dataset, keys, folder))
+                comparison.add(comparison.found, answer_query(method, settings, query, dataset, keys, folder))
             for query in filter(method.answers, sloped if others else ()):
-                comparison.add(comparison.fitted, ask(method, settings, query, dataset, others, folder))
+                comparison.add(comparison.fitted, answer_query(method, settings, query, dataset, others, folder))
         if train := dataset.keys("train", split) if held_out else []:
             print(f"{LINEAR}: fitting to {len(train)} visits", file=sys.stderr)
             floor = LinearFloor(dataset, train)

@@ -66,8 +66,8 @@ def run(config: EvaluateGenerationConfig, run: Run) -> dict[str, Any]:
     grid, shown = who.dataset.index.grid, _Shown()
     drawn = measure(shown(progress(who.drawn, "drawn", len(who.keys), "volume")), network, grid)
     real = measure(progress(who.read(who.keys), "real", len(who.keys), "volume"), network, grid)
-    readable = _voxels(who, who.readable)
-    found = _rows(config, who, network, drawn, real, readable)
+    others = _voxels(who, who.others)
+    found = _rows(config, who, network, drawn, real, others)
     recipe = _recipe(config, who, network)
     with atomic_folder(Path(config.out)) as folder:
         write_rows(folder / f"{TABLE}.tsv", HEADER, [row.cells for row in found.rows])
@@ -109,17 +109,17 @@ def _rows(
     network: FeatureNetwork,
     drawn: Measures,
     real: Measures,
-    readable: NDArray[np.float32],
+    others: NDArray[np.float32],
 ) -> Found:
     seed = config.seed
     sets = Sets(drawn.features, real.features, who.paired)
     rows, lines = distance_rows(sets, network.name, network.planes, config.resamples, seed)
     rows += overlap_rows(_of_people(drawn), _of_people(real), seed)
     rows += [diversity_row(drawn, real, seed), *sharpness_rows(drawn, real, seed)]
-    copies, floor = _copies(who, drawn, real, readable)
+    copies, floor = _copies(who, drawn, real, others)
     if copies:
         rows += copy_rows(copies, floor, seed)
-    readings = list(_readings(who, network, drawn, real, readable))
+    readings = list(_readings(who, network, drawn, real, others))
     rows += [row for reading in readings for row in reading.rows(seed)]
     return Found(rows, lines, readings, copies, floor)
 
@@ -130,30 +130,30 @@ def _of_people(measures: Measures) -> NDArray[np.float32]:
 
 
 def _copies(
-    who: Cohorts, drawn: Measures, real: Measures, readable: NDArray[np.float32]
+    who: Cohorts, drawn: Measures, real: Measures, others: NDArray[np.float32]
 ) -> tuple[Copies | None, Copies | None]:
     """Drawn people beside those of the training, and held-out ones in their place; None where that says nothing."""
     chosen = set(who.training)
-    rows = [i for i, key in enumerate(who.readable) if key in chosen]
+    rows = [i for i, key in enumerate(who.others) if key in chosen]
     if len(rows) < len(who.keys):
         who.warnings.append(
             f"{len(rows)} people of the training are in these data, fewer than the {len(who.keys)} held-out ones: "
             "whether any were copied is not measured"
         )
         return None, None
-    owners = np.array([who.dataset.record(who.readable[i]).subject for i in rows])
-    training, half = readable[rows], len(real.voxels) // 2
+    owners = np.array([who.dataset.record(who.others[i]).subject for i in rows])
+    training, half = others[rows], len(real.voxels) // 2
     copies = find_copies(drawn.voxels, training, real.voxels, owners, who.paired)
     return copies, find_copies(real.voxels[:half], training, real.voxels[half:], owners)
 
 
 def _readings(
-    who: Cohorts, network: FeatureNetwork, drawn: Measures, real: Measures, readable: NDArray[np.float32]
+    who: Cohorts, network: FeatureNetwork, drawn: Measures, real: Measures, others: NDArray[np.float32]
 ) -> Iterator[Reading]:
     """Each scalar as ridge regression reads it, and that of an in-domain network as the network does."""
     for variable in who.dataset.index.schema.scalars:
         wanted = [row[variable.name] for row in who.values]
-        known = (readable, who.recorded(who.readable, variable))
+        known = (others, who.recorded(who.others, variable))
         true = who.recorded(who.keys, variable)
         reading = ridge_reading(variable, known, (drawn.voxels, wanted), (real.voxels, true))
         if reading is None:
@@ -183,7 +183,7 @@ def _recipe(config: EvaluateGenerationConfig, who: Cohorts, network: FeatureNetw
         "Part": config.split,
         "Split": config.split_name,
         "TrainingPeople": len(who.training),
-        "PeopleOfTheReader": len(who.readable),
+        "PeopleOfTheRegression": len(who.others),
         "Voxels": f"about {SPACING:g} mm, smoothed by {SMOOTHING:g} voxel, left and right averaged",
         "SimilarityScales": f"{scales(shape)} of {len(SCALES)}, {min(PAIRS, len(who.keys) - 1)} pairs",
         "Resamples": config.resamples,

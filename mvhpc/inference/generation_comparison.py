@@ -60,7 +60,7 @@ class Cohorts:
         volume: that is compared.
         keys: of the real people, in an order of chance.
         training: of the people from whom the model learnt.
-        readable: of all people outside of the part, for the reader.
+        others: of all people outside of the part, for regressions on their voxels.
         values: scalars of the drawn people, in their order.
         drawn: their volumes.
         paired: whether drawn person i has the scalars of real person i.
@@ -72,7 +72,7 @@ class Cohorts:
     volume: Variable
     keys: list[str]
     training: list[str]
-    readable: list[str]
+    others: list[str]
     values: list[dict[str, Value]]
     drawn: Iterable[NDArray[np.float32]]
     paired: bool

@@ -117,7 +117,7 @@ def _nearest(who: Cohorts, copies: Copies, path: Path, config: EvaluateGeneratio
     ratio = copies.training / np.maximum(copies.held_out, 1e-12)
     chosen = np.argsort(ratio)[:SHOWN].tolist()
     learnt = set(who.training)
-    training = [key for key in who.readable if key in learnt]
+    training = [key for key in who.others if key in learnt]
     if who.sampler:
         keys = [who.keys[i] for i in chosen]
         volumes = draw_for_records(who.sampler, who.dataset, keys, who.volume.name, config.seed, config.batch)

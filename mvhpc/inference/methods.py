@@ -138,7 +138,7 @@ def queries_of(schema: Schema, methods: Sequence[Method]) -> list[Query]:
     return found
 
 
-def ask(
+def answer_query(
     method: Method, config: PredictConfig, query: Query, dataset: Dataset, keys: Sequence[str], folder: Path
 ) -> Answers:
     """The answers of a model to one query, kept in ``folder`` for the next comparison of the same model, on the same

@@ -37,7 +37,7 @@ from mvhpc.runs.mlflow_store import (
 from shards.files import lock_file, write_text
 
 STATE = "tracking.json"
-REFUSED = "REFUSED"  # status of a stage that did not begin, since its question or input was refused: no run of MLflow
+REFUSED = "REFUSED"  # status of a stage that did not begin, since its query or input was refused: no run of MLflow
 LOCK = ".tracking.lock"
 PATIENCE_S = 60.0  # for another process that brings the same run up to date
 

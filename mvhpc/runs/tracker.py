@@ -134,7 +134,7 @@ class Tracker:
 def status(kind: type[BaseException], new: bool = False) -> str:
     """MLflow's word for how a stage ended that raised an exception of ``kind``; ``new``: it was started first here.
 
-    A new stage whose question or input was refused has no run.
+    A new stage whose query or input was refused has no run.
     """
     if new and issubclass(kind, ConfigError | DataError):
         return REFUSED

@@ -56,7 +56,7 @@ def preprocess_scan(
     suffix: str = T1W,
     keep_suspect: bool = False,
 ) -> Result:
-    """Run the steps of the recipe on one scan, and judge it before and after them.
+    """Run the steps of the recipe on one scan, and check it before and after them.
 
     Args:
         path: of the scan.
@@ -72,8 +72,8 @@ def preprocess_scan(
     """
     scan = read(path)
     head = Volume(_without_outliers(scan.voxels, scan.voxels != background(scan.voxels)), scan.affine)
-    judge = _Judge(suffix, keep_suspect)
-    judge.add(scan.figures(), head=True)
+    quality = _Quality(suffix, keep_suspect)
+    quality.add(scan.figures(), head=True)
     mask, extraction = _brain(head, recipe, extract, mask_file)
     head = head.like(_without_outliers(head.voxels, mask.voxels > 0))
     low = min(0.0, float(head.voxels[mask.voxels > 0].min()))
@@ -81,10 +81,10 @@ def preprocess_scan(
     if "bias" in recipe.steps:
         brain = bias.correct_bias(brain, mask)
     unextracted = "brain" not in recipe.steps or recipe.brain == "none"
-    judge.add(measure(brain.voxels, brain.affine), head=unextracted, prefix="brain.")
+    quality.add(measure(brain.voxels, brain.affine), head=unextracted, prefix="brain.")
     maps = tissue.tissue_maps(brain, mask) if "tissue" in recipe.steps else {}
     if "registration" not in recipe.steps or template is None:
-        return Result(brain, mask, maps, None, extraction, judge.figures, judge.flags, judge.suspect)
+        return Result(brain, mask, maps, None, extraction, quality.figures, quality.flags, quality.suspect)
     matrix = registration.register(brain, mask, template, recipe.registration)
     shape = template.brain.voxels.shape
     image, inside, *warped = (resample(v, template.brain.affine, shape, matrix) for v in (brain, mask, *maps.values()))
@@ -92,8 +92,8 @@ def preprocess_scan(
     image = image.like(np.where(mask.voxels > 0, image.voxels, 0))
     maps = {name: m.like(np.clip(m.voxels, 0, 1)) for name, m in zip(maps, warped)}
     fit = compare(image.voxels, mask.voxels > 0, template.brain.voxels, template.mask.voxels > 0, recipe.registration)
-    judge.add(fit | {"volume_ratio": 1 / abs(float(np.linalg.det(matrix[:3, :3])))})
-    return Result(image, mask, maps, matrix, extraction, judge.figures, judge.flags, judge.suspect)
+    quality.add(fit | {"volume_ratio": 1 / abs(float(np.linalg.det(matrix[:3, :3])))})
+    return Result(image, mask, maps, matrix, extraction, quality.figures, quality.flags, quality.suspect)
 
 
 def _without_outliers(voxels: NDArray[np.float32], inside: NDArray[np.bool_]) -> NDArray[np.float32]:
@@ -106,7 +106,7 @@ def _without_outliers(voxels: NDArray[np.float32], inside: NDArray[np.bool_]) ->
     return np.where(inside, np.clip(voxels, tissue.min(), tissue.max()), voxels)
 
 
-class _Judge:
+class _Quality:
     """Quality control of one scan, step by step.
 
     Attributes:
