@@ -1,6 +1,6 @@
 """The paper's specialists in the folds of real people, beside the models of scalars, in the paper's tables.
 
-    python -m benchmarks.real.tables runs/real/ixi runs/real/ixi-folds [--rows "3D DenseNet121 (MSE)" ...]
+    python -m benchmarks.real.tables runs/real/ixi runs/real/ixi-folds [--rows "3D DenseNet121 (MSE)" ...] [--first N]
 
 Both folders are of ``python -m benchmarks.real.answers``: people packed with ten folds, and the models of scalars of
 these folds, beside which DenseNet121, ViT and BRAID are trained. ``mvhpc evaluate`` adds the linear reading and
@@ -33,11 +33,13 @@ def main() -> None:
     parser.add_argument("people", type=Path, help="folder of the packed people")
     parser.add_argument("folds", type=Path, help="folder of the folds")
     parser.add_argument("--rows", nargs="+", choices=SPECIALISTS, default=list(SPECIALISTS), help="specialists")
+    parser.add_argument("--first", type=int, metavar="N", help="the first N folds alone")
     options = parser.parse_args()
     chosen = {row: SPECIALISTS[row] for row in options.rows}
     data, root = options.people.resolve() / "packed", options.folds.resolve()
     folds = sorted(root.glob("fold-*"), key=lambda path: int(path.name.removeprefix("fold-")))
     splits = [f"{fold.name}-of-{len(folds)}" for fold in folds]
+    folds, splits = folds[: options.first], splits[: options.first]
     complete_chains(
         root,
         [
