@@ -114,6 +114,18 @@ def write_once(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def check_output(source: Path, out: Path) -> None:
+    """Refuse a folder for results that is their source, or no folder.
+
+    Raises:
+        DataError: naming ``out``.
+    """
+    if source.resolve() == out.resolve():
+        raise DataError(f"{out} is the source; choose another folder")
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; choose a folder")
+
+
 def free_suffix(paths: Sequence[Path]) -> str:
     """``.old-N`` with the least N for which no path with that suffix exists."""
     number = 1

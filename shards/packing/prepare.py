@@ -9,7 +9,7 @@ from typing import Any
 from shards.convert import CONVERSION
 from shards.errors import DataError
 from shards.exclusions import exclude, unknown_note
-from shards.files import sha256
+from shards.files import check_output, sha256
 from shards.header import NAME
 from shards.index import Index, Record
 from shards.packing.box import find_shape
@@ -54,10 +54,7 @@ def check_folder(source: Path, out: Path) -> None:
     Raises:
         DataError: ``out`` is ``source``, another BIDS folder, or a file.
     """
-    if source.resolve() == out.resolve():
-        raise DataError(f"{out} is the source; choose another folder for the data set")
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out} is a file; choose a folder")
+    check_output(source, out)
     for name in (DESCRIPTION, "participants.tsv"):
         if (out / name).exists():
             raise DataError(f"{out} is a BIDS folder: it holds {name}; choose another folder for the data set")

@@ -8,7 +8,7 @@ from typing import TypedDict
 
 from shards.cpus import worker_count
 from shards.errors import DataError, TooManyRejects
-from shards.files import lock_file, sha256, write_bytes, write_text
+from shards.files import check_output, lock_file, sha256, write_bytes, write_text
 from shards.participant_rows import PATH, Reject, Row
 from shards.participants import read_table
 from shards.preprocess.derivative import clear_others, versions
@@ -186,10 +186,7 @@ def _rejects(rows: Sequence[Row | Reject], outcomes: dict[str, Outcome]) -> Iter
 
 def _check_folder(source: Path, out: Path) -> None:
     """Refuse a folder with content of something else."""
-    if source.is_dir() and source.resolve() == out.resolve():
-        raise DataError(f"{out} is the source; choose another folder for the derivative")
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out} is a file; choose a folder")
+    check_output(source, out)
     if out.is_dir() and any(out.iterdir()) and not (out / LOCK).exists() and read_derivative(out) is None:
         raise DataError(f"{out} holds something other than a derivative of this command; choose another folder")
 
