@@ -28,6 +28,7 @@ from mvhpc.models.known_answer import check_known_answer
 from mvhpc.models.scalar_bundle import ScalarsModel
 from mvhpc.models.scalar_stack import StackPosterior
 from mvhpc.runs.folder import exclusive, identity
+from mvhpc.runs.places import without_places
 from mvhpc.runtime.devices import one_thread, resolve_device
 from mvhpc.variables import Categorical, Continuous
 from shards.bids_source import MASK
@@ -143,7 +144,7 @@ def _predict(request: Request, model: ScalarsModel, given: Sequence[str], want: 
     answered, pages = _complete(listed, rows, subjects, reasons, nobody)
     unanswered = without_answer(answered, want)
     counted = f"{len(answered) - len(unanswered)} of {len(answered)} scans answered"
-    about = f"{', '.join(want)} given {', '.join(given)}, by {request.model}; {counted}"
+    about = f"{', '.join(want)} given {', '.join(given)}, by {without_places(request.model)}; {counted}"
     facts = {
         "given": list(given),
         "want": list(want),

@@ -50,6 +50,7 @@ def test_every_row_has_its_own_answer_or_reason(tiny_bids: Path, tiny_scalars: P
     page = (query.out / "index.html").read_text()
     assert page.count("href=") == 2 and "sub-12/34" in page and "2 of 9 scans answered" in page
     assert "not answered" not in (query.out / "sub-01.html").read_text()
+    assert not any(str(tiny_scalars) in path.read_text() for path in query.out.glob("*.html"))
 
 
 def test_the_first_scan_is_answered_where_nobody_else_is_there(
