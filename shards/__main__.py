@@ -1,11 +1,11 @@
-"""The `shards` command: phantom, preprocess, pack, audit, verify, inspect, split."""
+"""The `shards` command, see :data:`COMMANDS`."""
 
 import argparse
 import difflib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from shards.cpus import worker_count
 from shards.errors import DataError, IntegrityError, TooManyRejects, explain
-from shards.help_texts import AUDIT, ENTITIES, EXAMPLES, FILES_ROOT, PACK, PREPROCESS, RENAME, SPLIT, VERIFY
+from shards.help_texts import AUDIT, ENTITIES, EXAMPLES, FILES_ROOT, MERGE, PACK, PREPROCESS, RENAME, SPLIT, VERIFY
 from shards.numbers import parse_number
 
 os.environ["MPLBACKEND"] = "Agg"  # a notebook names a backend to its commands that only its own Python has
@@ -128,7 +128,7 @@ def make_parser() -> argparse.ArgumentParser:
     pack.add_argument("--seed", type=int, metavar="N", help="of the splits")
     pack.add_argument("--workers", type=workers, metavar="N", help="processes; 0 for one per core")
     pack.add_argument(
-        "--part", metavar="I/N", help="make the shards of one of N parts; the command without --part ends the packing"
+        "--part", metavar="I/N", help="make the shards of one of N parts; `shards merge` makes a data set of them"
     )
     pack.add_argument(
         "--keep-suspect", action="store_true", default=None, help="pack and flag scans that fail quality control"
@@ -141,6 +141,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--pseudonymise", metavar="KEYFILE", help="replace the ids of subjects, sessions and groups by keyed hashes"
     )
     pack.add_argument("--exclude", metavar="FILE", help="table of verdicts of `shards audit`: leave rejected rows out")
+
+    merge = command("merge", "make a data set of the parts of `shards pack --part`", MERGE)
+    merge.add_argument("out", metavar="OUT", type=Path)
 
     split = command("split", "record another split, or cross-validation folds, in a packed data set", SPLIT)
     split.add_argument("out", metavar="OUT", type=Path)
@@ -242,18 +245,30 @@ def _pack(args: argparse.Namespace) -> None:
         made = pack_part(args.source, args.out, args.part, **options)
         print(
             f"part {args.part}: {made['made']:,} of its {made['shards']:,} shards made now, {made['converted']:,} rows "
-            f"converted, {made['rejected']:,} rows rejected; the command without --part ends the packing"
+            f"converted, {made['rejected']:,} rows rejected; after all parts: shards merge {args.out}"
         )
         return
     summary = pack(args.source, args.out, **options)
     if not summary["converted"]:
         print("no file is new or changed: nothing was converted")
+    _print_packed(args.out, summary)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from shards.pack import merge
+
+    _print_packed(args.out, merge(args.out))
+
+
+def _print_packed(out: Path, summary: Mapping[str, Any]) -> None:
+    from shards.packing.rejected import REJECTED
+
     print(
         f"packed {summary['packed']:,} of {summary['rows']:,} rows ({summary['subjects']:,} subjects) "
-        f"into {args.out}, {' x '.join(map(str, summary['shape']))} voxels, {summary['bytes'] / 2**20:,.1f} MiB"
+        f"into {out}, {' x '.join(map(str, summary['shape']))} voxels, {summary['bytes'] / 2**20:,.1f} MiB"
     )
     if summary["rejected"]:
-        print(f"rejected {summary['rejected']:,}: see {args.out / 'rejected.tsv'}")
+        print(f"rejected {summary['rejected']:,}: see {out / REJECTED}")
     parts = ", ".join(f"{part} {n:,}" for part, n in summary["split"].items())
     print(f"split of the subjects: {parts}")
     missing = [f"{name} {n:,}" for name, n in summary["missing"].items() if n]
@@ -324,6 +339,7 @@ COMMANDS = {
     "phantom": _phantom,
     "preprocess": _preprocess,
     "pack": _pack,
+    "merge": _merge,
     "split": _split,
     "audit": _audit,
     "verify": _verify,

@@ -48,7 +48,15 @@ examples:
   shards pack bids/ packed --entities space=MNI152NLin2009cAsym,desc=preproc    of several files of a scan, this one
   shards pack bids/ packed --split-column set     column `set` holds train, validation (val, dev) or test
   shards pack scans.csv packed --config h200 --format webdataset --schema my_schema.yaml --workers 8
-  shards pack bids/ packed --part 1/4             on one of four machines; then, on any of them, without --part
+  shards pack bids/ packed --part 1/4             on one of four machines; then, on any of them, shards merge packed
+"""
+MERGE = """The parts have to be complete, and of equal arguments; no scan is converted. `shards pack` without --part
+makes a data set of them too, and converts what is missing.
+
+examples:
+  shards pack bids/ packed --part 1/2
+  shards pack bids/ packed --part 2/2
+  shards merge packed
 """
 SPLIT = """A recorded split never changes; another split needs another NAME. A data set that was packed with --group
 keeps each group in one part here too.

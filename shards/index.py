@@ -157,7 +157,7 @@ class Index:
             except FileNotFoundError as error:
                 before, header = header, read_header(folder)
                 if header == before:
-                    raise IntegrityError(f"{error.filename}: missing; restore it or pack again") from error
+                    raise IntegrityError(f"{error.filename or error}: missing; restore it or pack again") from error
                 # another process has replaced the index meanwhile
 
     @classmethod

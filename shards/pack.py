@@ -14,16 +14,17 @@ from shards.index import Split
 from shards.packing.make import Job, Shard, close_old, make_shard
 from shards.packing.merge import clean, collect, draw_again, put, write_dataset
 from shards.packing.options import Options, check_options
-from shards.packing.places import Place, digest
+from shards.packing.parts import read_parts, record_part
+from shards.packing.places import digest
 from shards.packing.plan import Task
 from shards.packing.pool import map_tasks
-from shards.packing.prepare import Packing, Source, check_folder, prepare, read_source
+from shards.packing.prepare import Packing, check_folder, prepare, read_source
+from shards.packing.rejected import REJECTED, write_rejected
 from shards.packing.summary import Summary, summarize
 from shards.participant_rows import Reject
 from shards.progress import Progress
 from shards.split import default_fractions, draw_folds, draw_fractions
 
-REJECTED = "rejected.tsv"
 PACKAGES = ("numpy", "scipy", "nibabel", "numcodecs", "mvhpc")
 Map = Callable[[Job, Sequence[Task]], Iterable[Shard]]
 
@@ -120,7 +121,7 @@ def pack_part(
 ) -> PartSummary:
     """Make the shards of one part of a packing; parts may run at the same time, on machines that share ``out``.
 
-    :func:`pack` with the same arguments takes the shards of all parts, makes the missing ones and writes the index.
+    :func:`merge` makes a data set of all parts; :func:`pack` with the same arguments makes missing shards too.
 
     Args:
         source, out: see :func:`pack`.
@@ -137,6 +138,7 @@ def pack_part(
     out.mkdir(parents=True, exist_ok=True)
     with locked_folder(out, f"{number}-of-{count}"):
         packing = prepare(found, out, checked, (number, count))
+        record_part(out, (number, count), Path(source), {**options, "spacing": spacing, "shape": shape}, checked.schema)
         tasks = [task for task in packing.plan.tasks if task.number % count == number - 1]
         made = _make(packing, tasks, checked, None)
         places = [place for task in made for place in packing.journal.shards[task.number].places]
@@ -146,6 +148,31 @@ def pack_part(
         converted=sum(map(_converted, made)),
         rejected=sum(bool(place.reason) for place in places),
     )
+
+
+def merge(out: str | Path) -> Summary:
+    """Make a data set of the shards of all parts (:func:`pack_part`), with their arguments. No row is converted.
+
+    Returns:
+        As :func:`pack`.
+
+    Raises:
+        DataError: as :func:`pack`; parts that differ in their arguments, or that are not complete.
+        TooManyRejects: as :func:`pack`.
+    """
+    out = Path(out)
+    count, source, options = read_parts(out)
+
+    def refuse(job: Job, missing: Sequence[Task]) -> Iterable[Shard]:
+        if missing:
+            parts = ", ".join(f"{number + 1}/{count}" for number in sorted({task.number % count for task in missing}))
+            raise DataError(
+                f"{out}: {len(missing):,} shards of {parts} are missing, or their sources have changed: run these "
+                "parts again, which keep their complete shards, then merge again"
+            )
+        return ()
+
+    return pack(source, out, map_shards=refuse, **options)
 
 
 def _parse_part(part: str) -> tuple[int, int]:
@@ -188,7 +215,7 @@ def _finish(packing: Packing, options: Options, converted: int) -> Summary:
     shards = [packing.journal.shards[task.number] for task in packing.plan.tasks]
     kept = packing.plan.kept
     records, places = collect(source.rows, source.groups, job.schema, shards, kept, packing.old)
-    listing = _listing(source, places)
+    listing = write_rejected(table.rows, places)
     _check_rejects(packing, options, len(records), listing)
     if options.split_column:
         part = {row.key: row.part for row in source.rows if row.part}
@@ -243,14 +270,3 @@ def _check_rejects(packing: Packing, options: Options, packed: int, listing: byt
     if not packed:
         count, remedy = f"none of {rows} rows can be packed", "Correct them"
     raise TooManyRejects(f"{count}, first {key}: {reason}; all are listed in {listed}. {remedy}")
-
-
-def _listing(source: Source, places: Sequence[Place]) -> bytes:
-    """The content of ``rejected.tsv``."""
-    reasons = {place.key: place.reason for place in places if place.reason}
-    lines = ["line\tkey\treason\n"]
-    for row in source.table.rows:
-        reason = row.reason if isinstance(row, Reject) else reasons.get(row.key)
-        if reason:
-            lines.append(f"{row.line}\t{' '.join(row.key.split())}\t{' '.join(reason.split())}\n")
-    return "".join(lines).encode()

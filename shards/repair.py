@@ -1,5 +1,6 @@
 """Repairing a packed data set: what is damaged is converted again from the source, to the bytes that were written."""
 
+import contextlib
 import hashlib
 import shutil
 import tempfile
@@ -18,8 +19,10 @@ from shards.errors import DataError, IntegrityError
 from shards.files import locked_folder, sync, write_bytes
 from shards.index import Index, array_checksum
 from shards.inside import inside
+from shards.packing.merge import old_places
 from shards.packing.pool import map_tasks
-from shards.participant_rows import Row
+from shards.packing.rejected import REJECTED, write_rejected
+from shards.participant_rows import Row, Table
 from shards.participants import read_table
 from shards.preprocess.recipe import read_derivative
 from shards.pseudonyms import fingerprint, pseudonymised, read_key
@@ -75,9 +78,10 @@ def repair(
         if not damaged:
             return
         index = _load(folder, damaged)
-        rows, space = _read_source(index, Path(source), files_root, pseudonymise)
-        contents = Contents(index)
-        tasks = [_task(folder, index, contents, file, rows, space) for file in damaged]
+        table, space = _read_source(index, Path(source), files_root, pseudonymise)
+        rows = {row.key: row for row in table.rows if isinstance(row, Row)}
+        contents, derived = Contents(index), _derived(folder, index, table)
+        tasks = [_task(folder, index, contents, derived, file, rows, space) for file in damaged]
         for file, reason in map_tasks(_restore, tasks, workers):
             yield from ((damage, reason) for damage in damaged[file])
 
@@ -98,8 +102,8 @@ def _load(folder: Path, damaged: Iterable[str]) -> Index:
 
 def _read_source(
     index: Index, source: Path, files_root: str | Path | None, pseudonymise: str | Path | None
-) -> tuple[dict[str, Row], Space | None]:
-    """The rows of the source by key, as they were read when they were packed, and the space of their volumes."""
+) -> tuple[Table, Space | None]:
+    """The source, read as it was when it was packed, and the space of its volumes."""
     given = index.provenance["arguments"]
     key = read_key(pseudonymise) if pseudonymise else b""
     if (fingerprint(key) if key else None) != given.get("pseudonyms"):
@@ -108,7 +112,7 @@ def _read_source(
     table = read_table(source, index.schema, files_root=files_root or None, **choice)
     table = pseudonymised(table, key) if key else table
     _, space = read_derivative(source) or (None, None)
-    return {row.key: row for row in table.rows if isinstance(row, Row)}, space
+    return table, space
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class _Task:
     Attributes:
         folder: of the data set.
         file: relative to it.
-        content: of a file whose content follows from the index.
+        content: of a file whose content follows from the index and the source's tables.
         number: of the shard; -1 for another file.
         variable: of a shard of a Zarr store; empty for a tar file.
         records: (row of the index, row of the source or None) of those in the shard.
@@ -135,23 +139,32 @@ class _Task:
 
 
 def _task(
-    folder: Path, index: Index, contents: Contents, file: str, rows: Mapping[str, Row], space: Space | None
+    folder: Path,
+    index: Index,
+    contents: Contents,
+    derived: Mapping[str, bytes],
+    file: str,
+    rows: Mapping[str, Row],
+    space: Space | None,
 ) -> _Task:
     if (content := contents.files.get(file)) is None:
-        return _Task(folder, file, content=_derived(index).get(file, b""))
+        return _Task(folder, file, content=derived.get(file, b""))
     assert isinstance(index.records, Records)
     own = np.unique(content.rows).tolist()
     pairs = [(row, rows.get(index.records.key(row))) for row in own]
     return _Task(folder, file, b"", content.number, content.variable, pairs, space)
 
 
-def _derived(index: Index) -> dict[str, bytes]:
-    """The files whose content follows from the index."""
-    if index.storage != "zarr":
-        return {}
-    assert isinstance(index.records, Records)
-    places = 1 + max(index.records.column("slot"), default=-1)
-    return store_files(index.arrays, index.grid, index.schema, index.records, places, index.per_shard)
+def _derived(folder: Path, index: Index, table: Table) -> dict[str, bytes]:
+    """The files whose content follows from the index and the source's tables."""
+    found: dict[str, bytes] = {}
+    with contextlib.suppress(IntegrityError):  # the places are damaged, too
+        found[REJECTED] = write_rejected(table.rows, old_places(folder, index) or ())
+    if index.storage == "zarr":
+        assert isinstance(index.records, Records)
+        places = 1 + max(index.records.column("slot"), default=-1)
+        found |= store_files(index.arrays, index.grid, index.schema, index.records, places, index.per_shard)
+    return found
 
 
 def _restore(task: _Task) -> tuple[str, str]:
@@ -162,7 +175,7 @@ def _restore(task: _Task) -> tuple[str, str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if task.number < 0:
             if hashlib.sha256(task.content).hexdigest() != known:
-                return task.file, "does not follow from the records; restore it or pack again"
+                return task.file, "does not follow from the records and the source; restore it or pack again"
             write_bytes(path, task.content)
             return task.file, ""
         with tempfile.TemporaryDirectory(prefix=PLACE, dir=task.folder) as place:

@@ -5,6 +5,7 @@ import fcntl
 import gc
 import os
 import random
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from shards.dataset import open_dataset
 from shards.errors import DataError, TooManyRejects
 from shards.files import locked_folder
 from shards.index import Index
-from shards.pack import pack_part
+from shards.pack import merge, pack_part
 from shards.packing.places import Place
 from shards.packing.plan import make_plan
 from shards.participant_rows import Row
@@ -85,9 +86,11 @@ def test_parts_in_any_order_give_the_bytes_of_one_process(
         again = pack_part(source, tmp_path / "parts", f"{number}/{parts}", **options)
         assert again["made"] == 0
     assert sorted(converted) == [name for name, *_ in PEOPLE]
+    shutil.copytree(tmp_path / "parts", tmp_path / "merged")
     summary = packed(source, tmp_path / "parts", **options)
+    assert summary == merge(tmp_path / "merged")
     assert len(converted) == len(PEOPLE) and summary["packed"] == 6
-    assert content(tmp_path / "one") == content(tmp_path / "parts")
+    assert content(tmp_path / "one") == content(tmp_path / "parts") == content(tmp_path / "merged")
 
 
 def test_the_end_makes_the_shards_that_parts_have_not_made(tmp_path: Path, storage: str) -> None:
@@ -96,6 +99,28 @@ def test_the_end_makes_the_shards_that_parts_have_not_made(tmp_path: Path, stora
     pack_part(source, tmp_path / "out", "2/3", storage=storage, **OPTIONS)
     packed(source, tmp_path / "out", storage=storage)
     assert content(tmp_path / "one") == content(tmp_path / "out")
+
+
+def test_only_complete_parts_of_equal_arguments_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = bids(tmp_path / "bids", PEOPLE), tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no parts to merge"):
+        merge(out)
+    pack_part("bids", out, "1/2", seed=3, **OPTIONS)
+    with pytest.raises(DataError, match="parts 2/2 have not run"):
+        merge(out)
+    pack_part(source, out, "2/2", seed=4, **OPTIONS)
+    with pytest.raises(DataError, match="parts 1/2 and 2/2 differ in seed"):
+        merge(out)
+    pack_part(source, out, "2/2", seed=3, workers=2, **{**OPTIONS, "schema": Schema.load()})
+    change(source / "sub-00/anat/sub-00_T1w.nii.gz")
+    with pytest.raises(DataError, match="1 shards of 1/2 are missing, or their sources have changed"):
+        merge(out)
+    pack_part(source, out, "1/2", seed=3, **OPTIONS)
+    monkeypatch.chdir("/")
+    assert merge(out)["packed"] == len(PEOPLE)
+    packed(source, tmp_path / "one", seed=3)
+    assert content(out) == content(tmp_path / "one")
 
 
 @pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/0"])
@@ -385,6 +410,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--part", "2/2"]) == 0
     assert "2 of its 2 shards made now, 3 rows converted, 0 rows rejected" in capsys.readouterr().out
     assert main([*command, "--part", "3/2"]) == 2 and "expected I/N" in capsys.readouterr().err
+    assert main(["merge", str(out)]) == 2 and "parts 1/2 have not run" in capsys.readouterr().err
+    assert main([*command, "--part", "1/2"]) == 0 and f"shards merge {out}" in capsys.readouterr().out
+    assert main(["merge", str(out)]) == 0 and "packed 7 of 7 rows" in capsys.readouterr().out
+    assert not main(["pack", str(source), str(tmp_path / "other"), *command[3:]])
+    assert content(out) == content(tmp_path / "other")
     assert main(command) == 0 and "packed 7 of 7 rows" in capsys.readouterr().out
     assert main(command) == 0 and "nothing was converted" in capsys.readouterr().out
 

@@ -250,9 +250,24 @@ def test_a_damaged_index_is_not_repaired(out: Path, source: Path) -> None:
         with pytest.raises(IntegrityError, match="a repair needs the index"):
             list(repair(out, source))
         path.write_bytes(raw)
-    flip(out / "rejected.tsv", 0)
-    ((damage, reason),) = repair(out, source)
-    assert damage == Damage("rejected.tsv") and "does not follow from the records" in reason
+
+
+def test_the_table_of_rejected_rows_is_repaired_from_the_source(out: Path, source: Path, tmp_path: Path) -> None:
+    image = source / "sub-01/anat/sub-01_T1w.nii.gz"
+    image.write_bytes(b"x")  # rejected when it was packed
+    with (source / "participants.tsv").open("a") as table:
+        table.write("sub-99\t40\tF\n")  # rejected with its row: no file
+    packed(source, tmp_path / "new", storage=Index.load(out).storage, max_rejects="100%")
+    path = tmp_path / "new" / "rejected.tsv"
+    before = path.read_bytes()
+    assert b"sub-01" in before and b"sub-99" in before
+    flip(path, 0)
+    assert list(repair(tmp_path / "new", source)) == [(Damage("rejected.tsv"), "")] and path.read_bytes() == before
+    flip(path, 0)
+    with (source / "participants.tsv").open("a") as table:
+        table.write("sub-98\t40\tF\n")
+    ((_, reason),) = repair(tmp_path / "new", source)
+    assert "does not follow from the records and the source" in reason
 
 
 def test_the_command(out: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ from mvhpc.stages import STAGES
 from shards.dataset import Dataset, open_dataset
 from shards.files import write_text
 from shards.index import PARTS
-from shards.pack import REJECTED
+from shards.packing.rejected import REJECTED
 from shards.schema import Variable
 from shards.sheets import read_sheet
 from shards.web_page import inline, inline_file
