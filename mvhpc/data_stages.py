@@ -1,5 +1,6 @@
 """The stages ``phantom``, ``preprocess`` and ``pack``; they call :mod:`shards`."""
 
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ from shards.phantom.make import make_phantoms
 from shards.preprocess.recipe import Recipe
 from shards.preprocess.run import preprocess
 from shards.schema import Schema
+
+INTERVAL_S = 30
 
 
 @dataclass
@@ -101,6 +104,24 @@ class PackConfig:
     tracking: Tracking
 
 
+class _Advance:
+    """Records in the journal that a stage advances, and how fast: at once, then every :data:`INTERVAL_S`.
+
+    Near a job's time limit, a stage that has advanced is requeued (:mod:`launchers.head`).
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._journal, self._start, self._done, self._next = run.journal, time.monotonic(), 0, 0.0
+
+    def __call__(self, number: int) -> None:
+        now = time.monotonic()
+        self._done += number
+        if now >= self._next:
+            rate = self._done / max(now - self._start, 1e-9)
+            self._journal.write("metrics", step=self._done, metrics={"system/samples_per_second": rate})
+            self._next = now + INTERVAL_S
+
+
 def run_phantom(config: PhantomConfig, run: Run) -> dict[str, Any]:
     """Stage ``phantom``: see :func:`shards.phantom.make.make_phantoms`."""
     height, width, depth = config.shape
@@ -133,6 +154,7 @@ def run_preprocess(config: PreprocessConfig, run: Run) -> dict[str, Any]:
         suffix=config.suffix,
         keep_suspect=config.keep_suspect,
         map_subjects=map_subjects,
+        on_scans=_Advance(run),
         entities=config.entities,
         files_root=config.files_root,
     )
@@ -168,5 +190,6 @@ def run_pack(config: PackConfig, run: Run) -> dict[str, Any]:
         pseudonymise=config.pseudonymise,
         exclusions=config.exclude or None,
         map_shards=map_shards,
+        on_rows=_Advance(run),
     )
     return dict(summary)

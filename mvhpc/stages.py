@@ -29,7 +29,8 @@ class Stage:
         task: ``module:class`` of a :class:`mvhpc.training.task.Task`, for a stage that trains; else empty. The output
             folder of such a stage is its run folder, and it resumes from checkpoints.
         uses_nodes: whether it can run on several nodes.
-        resumes: whether it continues where it was interrupted, though it trains nothing.
+        resumes: whether it continues where it was interrupted, though it trains nothing; its journal has ``metrics``
+            where it has advanced.
     """
 
     name: str
@@ -112,6 +113,7 @@ STAGES: dict[str, Stage] = {
             out="derivative",
             help="make a BIDS derivative of raw scans, in the space of a template",
             uses_nodes=True,
+            resumes=True,
         ),
         Stage(
             "pack",
@@ -121,6 +123,7 @@ STAGES: dict[str, Stage] = {
             out="packed",
             help="pack a BIDS tree or CSV into shards",
             uses_nodes=True,
+            resumes=True,
         ),
         Stage(
             "vae",

@@ -52,6 +52,7 @@ def pack(
     spacing: float,
     shape: Sequence[int] | str,
     map_shards: Map | None = None,
+    on_rows: Callable[[int], None] | None = None,
     **options: Any,
 ) -> Summary:
     """Pack a BIDS folder or a CSV into ``out``.
@@ -71,6 +72,7 @@ def pack(
         shape: voxels, or ``auto``: the smallest box (:mod:`shards.box`) that holds every brain fit to be packed; that
             of ``out`` where it holds a data set.
         map_shards: runs :func:`shards.packing.make.make_shard` on all tasks; processes of this machine by default.
+        on_rows: called with the number of rows of each shard that is made.
         options: further keyword arguments:
 
             * storage: ``zarr`` (default) or ``webdataset``.
@@ -110,7 +112,7 @@ def pack(
         if packing.old is not None and packing.done:
             summary = summarize(packing.old, found.table, packing.plan.kept, 0)
         else:
-            made = _make(packing, packing.plan.tasks, checked, map_shards)
+            made = _make(packing, packing.plan.tasks, checked, map_shards, on_rows)
             summary = _finish(packing, checked, sum(_converted(task) for task in made))
         packing.journal.remove()
     return summary
@@ -140,7 +142,7 @@ def pack_part(
         packing = prepare(found, out, checked, (number, count))
         record_part(out, (number, count), Path(source), {**options, "spacing": spacing, "shape": shape}, checked.schema)
         tasks = [task for task in packing.plan.tasks if task.number % count == number - 1]
-        made = _make(packing, tasks, checked, None)
+        made = _make(packing, tasks, checked)
         places = [place for task in made for place in packing.journal.shards[task.number].places]
     return PartSummary(
         shards=len(tasks),
@@ -187,7 +189,13 @@ def _converted(task: Task) -> int:
     return sum(item.before is None for item in task.items)
 
 
-def _make(packing: Packing, tasks: Sequence[Task], options: Options, map_shards: Map | None) -> list[Task]:
+def _make(
+    packing: Packing,
+    tasks: Sequence[Task],
+    options: Options,
+    map_shards: Map | None = None,
+    on_rows: Callable[[int], None] | None = None,
+) -> list[Task]:
     """Make the shards that are not complete; returns their tasks."""
     missing = packing.missing(tasks)
     rows, done = sum(len(task.items) for task in tasks), sum(len(task.items) for task in missing)
@@ -197,6 +205,8 @@ def _make(packing: Packing, tasks: Sequence[Task], options: Options, map_shards:
             for shard in run(packing.job, missing):
                 packing.journal.add(shard)
                 bar.update(len(shard.places))
+                if on_rows:
+                    on_rows(len(shard.places))
     except OSError as error:
         if error.errno not in FULL:
             raise

@@ -226,7 +226,7 @@ def test_without_slurm_nodes_are_workers_on_this_machine(capsys: pytest.CaptureF
 
 @pytest.mark.parametrize(
     ("stage", "advances", "end"),
-    [("predict", True, Requeue), ("predict", False, JobFailed), ("encode", True, JobFailed)],
+    [("predict", True, Requeue), ("pack", True, Requeue), ("pack", False, JobFailed), ("encode", True, JobFailed)],
 )
 def test_near_the_time_limit_a_stage_that_resumes_and_advances_is_requeued(
     stage: str, advances: bool, end: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -18,6 +18,8 @@ import pytest
 from mvhpc.config import load_config
 from mvhpc.data_stages import PackConfig
 from mvhpc.execute import execute, plan
+from mvhpc.runs.journal import read
+from mvhpc.stages import STAGES
 from shards.__main__ import main
 from shards.dataset import open_dataset
 from shards.errors import DataError, TooManyRejects
@@ -441,3 +443,5 @@ def test_ray_gives_the_same_bytes(tmp_path: Path) -> None:
     config = load_config(PackConfig, "pack", "default", ["compute.workers=2"], values)
     assert execute(plan("pack", config))["packed"] == len(PEOPLE)
     assert content(tmp_path / "one") == content(tmp_path / "out")
+    events = read(STAGES["pack"].run_folder(tmp_path / "out"))
+    assert [event["step"] in (1, 2) for event in events if event["event"] == "metrics"] == [True]

@@ -238,13 +238,14 @@ def test_only_what_changed_is_done_again(source: Path, derivative: Path, tmp_pat
     scans, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(source, scans)
     shutil.copytree(derivative, out)
-    summary = preprocess(scans, out, QUICK, workers=1)
-    assert (summary["processed"], summary["unchanged"]) == (0, 3)
+    new: list[int] = []
+    summary = preprocess(scans, out, QUICK, workers=1, on_scans=new.append)
+    assert (summary["processed"], summary["unchanged"], new) == (0, 3, [])
     assert hashes(out) == hashes(derivative)
     save(scans / "sub-b" / "anat" / "sub-b_T1w.nii.gz", phantom(2)[0])
     next((out / "sub-a" / "ses-2" / "anat").glob("*GM*")).unlink()  # as after an interruption
-    summary = preprocess(scans, out, QUICK, workers=1)
-    assert (summary["processed"], summary["unchanged"]) == (2, 1)
+    summary = preprocess(scans, out, QUICK, workers=1, on_scans=new.append)
+    assert (summary["processed"], summary["unchanged"], new) == (2, 1, [1, 1])
     before, after = hashes(derivative), hashes(out)
     changed = {name for name in before if before[name] != after[name]}
     assert changed and all(name.startswith("sub-b/") for name in changed)

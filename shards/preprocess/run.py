@@ -55,6 +55,7 @@ def preprocess(
     suffix: str = "T1w",
     keep_suspect: bool = False,
     map_subjects: Map | None = None,
+    on_scans: Callable[[int], None] | None = None,
     entities: Mapping[str, str] | None = None,
     files_root: str | Path | None = None,
 ) -> Summary:
@@ -77,6 +78,7 @@ def preprocess(
         keep_suspect: keep scans that fail quality control (:mod:`shards.qc`) too, and flag them in their sidecars.
         map_subjects: runs :class:`shards.preprocess.subject.Worker` on all subjects; processes of this machine by
             default.
+        on_scans: called with the number of results of each subject that are new.
         entities, files_root: see :func:`shards.participants.read_table`.
 
     Returns:
@@ -121,6 +123,8 @@ def preprocess(
                 for batch in run(job, list(subjects.values())):
                     outcomes |= {outcome.key: outcome for outcome in batch}
                     bar.update(len(batch))
+                    if on_scans and (new := sum(not (o.unchanged or o.reason) for o in batch)):
+                        on_scans(new)
             rejects = list(_rejects(table.rows, outcomes))
             lines = [f"{line}\t{key}\t{' '.join(reason.split())}\n" for line, key, reason in rejects]
             write_bytes(out / REJECTED, "".join(["line\tkey\treason\n", *lines]).encode())
