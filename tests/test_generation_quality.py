@@ -204,4 +204,6 @@ def test_sharpness_falls_with_smoothing_and_similarity_with_difference() -> None
     assert sharpness(x / 2) == pytest.approx(sharpness(x) / 4, rel=0.05)
     a, b = torch.from_numpy(x)[None, None], torch.from_numpy(x[::-1].copy())[None, None]
     assert float(ms_ssim(a, a)) == pytest.approx(1) and float(ms_ssim(a, b)) < 0.2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ms_ssim(a, a), torch.ones(1))
     assert [scales((n, n, n)) for n in (11, 22, 48, 160, 192)] == [1, 2, 3, 4, 5]

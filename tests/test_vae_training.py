@@ -93,6 +93,8 @@ def test_psnr_and_ssim_are_scikit_images() -> None:
         assert float(ssim(a, b)[i]) == pytest.approx(similarity[inner].mean(), abs=1e-5)
         assert float(ssim(a, b, inside)[i]) == pytest.approx(similarity[inner][where[inner]].mean(), abs=1e-5)
     assert torch.equal(ssim(a[..., :8, :8, :8], a[..., :8, :8, :8]), torch.ones(2))  # fits a smaller window
+    with torch.autocast("cpu", torch.bfloat16):  # as in the validation of a training
+        assert float(ssim(a, b, inside)[1]) == pytest.approx(similarity[inner][where[inner]].mean(), abs=1e-5)
 
 
 @pytest.mark.parametrize(("layers", "smallest"), [(1, 6), (2, 12), (3, 24)])

@@ -1,4 +1,4 @@
-"""Similarity of two volumes."""
+"""Similarity of two volumes, in float32 also under autocast, whose bfloat16 has three digits."""
 
 from collections.abc import Sequence
 
@@ -28,9 +28,10 @@ def ssim(x: Tensor, y: Tensor, inside: Tensor | None = None) -> Tensor:
     from monai.metrics.regression import compute_ssim_and_cs  # MONAI takes seconds to import
 
     width = min(11, *((n - 1) // 2 * 2 + 1 for n in x.shape[2:]))
-    similarity, _ = compute_ssim_and_cs(
-        x, y, spatial_dims=3, kernel_size=[width] * 3, kernel_sigma=[1.5] * 3, data_range=1.0
-    )
+    with torch.autocast(x.device.type, enabled=False):
+        similarity, _ = compute_ssim_and_cs(
+            x.float(), y.float(), spatial_dims=3, kernel_size=[width] * 3, kernel_sigma=[1.5] * 3, data_range=1.0
+        )
     edge = width // 2
     if inside is not None and edge:
         inside = inside[:, :, edge:-edge, edge:-edge, edge:-edge]
@@ -55,9 +56,11 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     width = min(11, *((n - 1) // 2 * 2 + 1 for n in x.shape[2:]))
     weights = SCALES[: scales(x.shape[2:], width)]
     total = sum(weights)
-    return compute_ms_ssim(
-        x, y, spatial_dims=3, kernel_size=[width] * 3, kernel_sigma=1.5, weights=[w / total for w in weights]
-    )[:, 0]
+    shares = [weight / total for weight in weights]
+    with torch.autocast(x.device.type, enabled=False):
+        return compute_ms_ssim(
+            x.float(), y.float(), spatial_dims=3, kernel_size=[width] * 3, kernel_sigma=1.5, weights=shares
+        )[:, 0]
 
 
 def _mean(values: Tensor, inside: Tensor | None) -> Tensor:
