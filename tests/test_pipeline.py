@@ -13,7 +13,9 @@ from mvhpc.execute import plan
 from mvhpc.pipeline.plan import Pipeline, PipelineConfig
 from mvhpc.pipeline.report import write_report
 from mvhpc.pipeline.run import run_pipeline
+from mvhpc.runs.journal import read
 from mvhpc.runs.mlflow_store import store_client
+from mvhpc.runs.tracker import PIPELINE
 from shards.index import Index
 
 SMALL = {
@@ -107,6 +109,16 @@ def test_pipeline_from_nothing_and_again(tmp_path: Path, capsys: pytest.CaptureF
     check_report(root, tmp_path / "report.html")
     run_pipeline(configuration(root))
     assert capsys.readouterr().err.count("reused") == len(stages)
+    shutil.rmtree(root / PIPELINE)  # as where jobs have run all stages
+    run_pipeline(configuration(root))
+    events = read(root / PIPELINE)
+    assert "../results.md" in [event["path"] for event in events if event["event"] == "artifact"]
+    (found,) = (event["metrics"] for event in events if event["event"] == "summary")
+    assert {"test/age_mae given image and sex", "test/sex_accuracy given nothing"} <= found.keys()
+    count = len(events)
+    run_pipeline(configuration(root))
+    assert len(read(root / PIPELINE)) == count
+    capsys.readouterr()
     copied = shutil.copytree(root, tmp_path / "copied", copy_function=shutil.copyfile)  # without the times of files
     assert {plan(*step).state() for step in Pipeline(configuration(copied)).steps()} == {"finished"}
 

@@ -229,3 +229,10 @@ def test_a_model_of_scalars_is_trained_where_the_design_needs_one(home: Path) ->
         assert {config.model for stage, config in steps if stage in {"predict", "generate"}} == {"runs/by/joint"}
     alone = configure("joint", "latents=l", "vae=v", "out=o")  # a model of scalars need not be
     assert alone.project is None and alone.config.scalars == ""
+
+
+def test_a_refused_value_of_a_stage_is_named_and_not_kept(home: Path) -> None:
+    for values in (["vae.training.epoch=1"], ["vae={training: {epoch: 1}}"]):
+        with pytest.raises(ConfigError, match=r"stage vae: .*unknown key 'training.epoch'. Did you mean"):
+            run_pipeline(configure_pipeline("demo", ["root=runs/new", *values], "demo"))
+    assert not Path("runs").exists()

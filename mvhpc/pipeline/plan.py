@@ -7,11 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mvhpc.config import CONFIGS, load_config
+from mvhpc.config import CONFIGS, ConfigError, load_config
 from mvhpc.stages import STAGES, query_name
 from shards.schema import Schema
 
 FINAL = "default"  # the split of the model that a project keeps
+RESULTS = "results.md"  # below the root: the table of `mvhpc run`
 
 
 @dataclass
@@ -80,8 +81,13 @@ class Pipeline:
 
     def _settings(self, stage: str, paths: Sequence[str]) -> Any:
         """The configuration of a stage without its paths."""
-        values = dict.fromkeys(paths, "") | getattr(self.config, stage)
-        return load_config(STAGES[stage].config_class(), stage, self.preset(stage), (), values)
+        return self._load(stage, dict.fromkeys(paths, "") | getattr(self.config, stage))
+
+    def _load(self, stage: str, values: Mapping[str, Any]) -> Any:
+        try:
+            return load_config(STAGES[stage].config_class(), stage, self.preset(stage), (), values)
+        except ConfigError as error:
+            raise ConfigError(f"stage {stage}: {error}") from error
 
     def inputs(self, stage: str) -> Mapping[str, str]:
         """Configuration key -> the stage that makes this input, in this project."""
@@ -128,11 +134,15 @@ class Pipeline:
         return preset if (CONFIGS / stage / f"{preset}.yaml").is_file() else "default"
 
     def configure(self, stage: str, split: str, query: Query | None = None) -> Any:
-        """The configuration of one stage."""
+        """The configuration of one stage.
+
+        Raises:
+            ConfigError: an invalid value of the project; the message names the stage.
+        """
         values = self.values(stage, split, query.name if query else "")
         if query:
             values |= {"want": query.want, "given": query.given}
-        return load_config(STAGES[stage].config_class(), stage, self.preset(stage), (), values)
+        return self._load(stage, values)
 
     def steps(self) -> Iterator[tuple[str, Any]]:
         """(stage, configuration) in the order in which they run."""

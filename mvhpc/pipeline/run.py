@@ -6,7 +6,7 @@ from typing import Any
 
 from mvhpc.config import ConfigError, to_dict
 from mvhpc.execute import PlannedStage, execute, plan, reconcile, set_aside
-from mvhpc.pipeline.plan import Pipeline, PipelineConfig
+from mvhpc.pipeline.plan import RESULTS, Pipeline, PipelineConfig
 from mvhpc.pipeline.project import record_project
 from mvhpc.runs.pipeline_run import PipelineRun
 
@@ -62,8 +62,8 @@ def run_pipeline(config: PipelineConfig) -> Pipeline:
         Exception: as a stage raises.
     """
     pipeline = Pipeline(config)
+    steps = list(pipeline.steps())  # checks all configurations
     record_project(config)
-    steps = list(pipeline.steps())
     start = time.monotonic()
     tracking = steps[0][1].tracking
     values = {key: value for key, value in to_dict(config).items() if key not in {"root", "source"}}
@@ -77,10 +77,12 @@ def run_pipeline(config: PipelineConfig) -> Pipeline:
                 found.setdefault(" and ".join(step.given) or "nothing", {}).update(done or planned.summary())
         from mvhpc.pipeline.summary import summarize  # imports torch, which other commands do not need
 
+        before = results.read_text() if (results := pipeline.root / RESULTS).is_file() else ""
         print(summarize(pipeline))
+        tracked.changed |= not tracked.reported or results.read_text() != before  # jobs may have run all stages
         if tracked.changed:
             tracked.results(found)
-            tracked.run.keep(pipeline.root / "results.md", "results")
+            tracked.run.keep(results, "results")
             for picture in sorted((pipeline.root / "figures").glob("*.png")):
                 tracked.run.keep(picture, "figures")
     print(f"complete after {time.monotonic() - start:.0f} s", file=sys.stderr)

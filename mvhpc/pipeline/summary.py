@@ -12,7 +12,7 @@ from mvhpc.evaluation.tables import Table, constant_predictions, label, read_pre
 from mvhpc.inference.inpaint import InpaintConfig, inpaint_half
 from mvhpc.inference.pictures import draw_over_number, fluid_of_dataset, fluid_of_tree, fluid_over_number
 from mvhpc.inference.sampler import Sampler
-from mvhpc.pipeline.plan import FINAL, Pipeline
+from mvhpc.pipeline.plan import FINAL, RESULTS, Pipeline
 from mvhpc.stages import STAGES
 from shards.dataset import open_dataset
 from shards.files import write_text
@@ -140,7 +140,7 @@ def summarize(pipeline: Pipeline) -> str:
     """
     (table, verdicts), folder = table_of_results(pipeline), collect_figures(pipeline)
     lines = "".join(f"- {verdict}\n" for verdict in verdicts)
-    write_text(pipeline.root / "results.md", f"{table.markdown()}\n\n{lines}")
+    write_text(pipeline.root / RESULTS, f"{table.markdown()}\n\n{lines}")
     return "\n".join(
         [
             "",

@@ -30,7 +30,7 @@ class PipelineRun:
 
     Attributes:
         run: its run folder.
-        changed: whether a stage ran; otherwise nothing is sent.
+        changed: whether a stage ran or the results are new; otherwise nothing is sent.
     """
 
     def __init__(self, root: Path, config: dict[str, Any], uri: str, experiment: str) -> None:
@@ -54,6 +54,11 @@ class PipelineRun:
     def __enter__(self) -> "PipelineRun":
         write_state(self.run.folder, self.state)
         return self
+
+    @property
+    def reported(self) -> bool:
+        """Whether results were journaled, by any call."""
+        return any(event["event"] == "summary" for event in read(self.run.folder))
 
     def results(self, summaries: dict[str, dict[str, Any]]) -> None:
         """Journal what the stages found; the latest results are those of the last step.
