@@ -8,7 +8,8 @@ VENV := .venv
 
 install: $(VENV)/.installed
 
-# torch is installed first and alone, so that no other package chooses its build.
+# torch is installed first and alone, so that no other package chooses its build. editable_mode=compat: otherwise a folder
+# named mvhpc where Python starts, as the clone in its parent, hides the package.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed; set it: make PYTHON=/path/to/python3.12"; exit 1; }
 	@echo "1/3 environment in $(VENV)"
@@ -17,7 +18,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "2/3 torch (200 MB and more)"
 	@$(VENV)/bin/python -m pip install --quiet torch==2.13.0
 	@echo "3/3 mvhpc and its packages (about 150; one to three minutes)"
-	@PYTHONWARNINGS=ignore $(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@PYTHONWARNINGS=ignore $(VENV)/bin/python -m pip install --quiet -c constraints.txt \
+		--config-settings editable_mode=compat -e '.[dev]'
 	@touch $@
 
 demo: install

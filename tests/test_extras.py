@@ -1,5 +1,6 @@
 """What works without the packages of the extras, and how a missing one is told."""
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -60,3 +61,12 @@ def test_the_packages_of_the_extras_are_no_dependencies_and_make_installs_all() 
         assert not needed & {line.split(">")[0].split("[")[0] for line in extras[name]}
     assert "mvhpc[train,cluster,preprocess]" in extras["dev"]
     assert ".[dev]" in (ROOT / "Makefile").read_text()
+
+
+def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path: Path) -> None:
+    """As in the folder that holds a clone."""
+    for name in ("mvhpc", "shards", "launchers"):
+        (tmp_path / name).mkdir()
+    code = "import launchers.submit, mvhpc, shards.pack; mvhpc.load"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
