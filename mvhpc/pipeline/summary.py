@@ -1,6 +1,7 @@
 """Results of a finished pipeline: the table, figures and further commands."""
 
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -111,20 +112,28 @@ def collect_figures(pipeline: Pipeline) -> Path:
     key = next((key for key in dataset.keys("test", FINAL) if dataset.has(key, volume.name)), None)
     half = folder / "inpainted-half.png"
     if key is not None and _older(half, trained):
+        _say(half)
         inpaint_half(sampler, dataset, key, half)
     number = next((v for v in dataset.index.schema.scalars if v.kind != "categorical"), None)
     if number is None:
         return folder
     ages = folder / f"drawn-over-{number.name}.png"
     if _older(ages, trained):
+        _say(ages)
         draw_over_number(sampler, dataset, FINAL, ages)
     tree = Path(pipeline.place("generate", FINAL))
     if volume.suffix == "T1w" and tree.is_dir():
+        fluid = folder / f"ventricles-over-{number.name}.png"
+        _say(fluid)
         real = fluid_of_dataset(dataset, dataset.keys("test", FINAL), volume.name, number.name)
         drawn = fluid_of_tree(tree, number, volume, dataset.index.grid["spacing"])
         label = f"{number.name} ({number.unit})" if number.unit else number.name
-        fluid_over_number(real, drawn, folder / f"ventricles-over-{number.name}.png", label)
+        fluid_over_number(real, drawn, fluid, label)
     return folder
+
+
+def _say(picture: Path) -> None:
+    print(f"picture: {picture}", file=sys.stderr)
 
 
 def _older(path: Path, time: float) -> bool:
