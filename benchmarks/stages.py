@@ -3,7 +3,6 @@
 import ctypes
 import os
 import signal
-import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -11,23 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from mvhpc.config import load_config
-from mvhpc.execute import execute, plan
+from mvhpc.execute import plan
+from mvhpc.pipeline.run import do
 from mvhpc.stages import STAGES
 
 Stage = tuple[str, str, dict[str, Any]]  # name, preset, values
 
 
 def complete(root: Path, stage: str, preset: str, values: dict[str, Any]) -> None:
-    """Run a stage whose result is not complete."""
+    """Run a stage whose result is not complete; one of other settings or inputs is set aside."""
     values = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
     values["tracking.uri"] = f"sqlite:///{root / 'mlflow.db'}"
     config: Any = load_config(STAGES[stage].config_class(), stage, preset, (), values)
-    planned = plan(stage, config)
-    if planned.state() != "finished":
-        start = time.time()
-        print(f"{stage} -> {config.out}", flush=True)
-        execute(planned)
-        print(f"{stage} -> {config.out}: {time.time() - start:.0f} s", flush=True)
+    do(plan(stage, config), f"{stage} ", numbers=False)
 
 
 def complete_chain(root: Path, stages: Sequence[Stage]) -> None:
