@@ -14,7 +14,7 @@ from typing import Any
 
 from mvhpc.checkpoints.compatibility import check_newest
 from mvhpc.config import ConfigError, decisive, fingerprint, to_yaml
-from mvhpc.runs.folder import Run, exclusive, identity, read_record
+from mvhpc.runs.folder import Run, description, exclusive, identity, read_record
 from mvhpc.runs.journal import read
 from mvhpc.runs.tracker import Tracker
 from mvhpc.runtime.importing import resolve
@@ -60,7 +60,8 @@ class PlannedStage:
 
         Returns:
             ``finished``, ``running`` (started with this configuration and these inputs), ``changed`` (other settings or
-            inputs), ``unknown`` (content without a record: this stage did not make it) or ``new``.
+            inputs, or made anew by another command), ``unknown`` (content without a record: this stage did not make it)
+            or ``new``.
         """
         record = read_record(self.folder)
         if not record:
@@ -69,6 +70,9 @@ class PlannedStage:
             return "changed"
         if not self.files[0].exists():
             return "new"
+        described = description(self.out)
+        if record.get("description", described) != described:
+            return "changed"
         if record["status"] == "running" and self.has_result():
             return "finished"
         status: str = record["status"]
@@ -97,6 +101,7 @@ class PlannedStage:
     def mark_finished(self, summary: Mapping[str, Any] = MappingProxyType({}), seconds: float = 0.0) -> None:
         """Record that the stage is finished."""
         finished = {"status": "finished", "summary": dict(summary), "seconds": round(seconds, 1)}
+        finished["description"] = description(self.out)
         write_text(self.folder / "stage.json", json.dumps({**self.record(), **finished}, indent=1))
 
     def record(self) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from shards.participants import read_table
 from shards.preprocess.derivative import result_files
 from shards.preprocess.recipe import MNI, Recipe
 from shards.preprocess.registration import load_template
-from shards.preprocess.run import preprocess
+from shards.preprocess.run import other_recipe, preprocess, with_template
 from shards.progress import Progress
 from shards.schema import Schema
 from shards.sheets import column_names, read_sheet
@@ -132,6 +132,8 @@ def _predict(request: Request, model: ScalarsModel, given: Sequence[str], want: 
         source = out / DERIVATIVE
         options: dict[str, Any] = {"template": request.template, "weights": request.weights, "device": request.device}
         options |= {"workers": request.workers, "keep_suspect": request.keep_suspect}
+        if other_recipe(source, with_template(recipe, request.template)):  # of a model before
+            rename_aside([source])
         with contextlib.suppress(TooManyRejects):
             preprocess(out / SCANS, source, recipe, **options)
         reasons |= _read_rejects(source)

@@ -79,8 +79,11 @@ def test_the_app_answers_as_the_stages_do(home: Path, results: Path) -> None:
 def test_answers_to_another_query_are_set_aside(home: Path, results: Path) -> None:
     folder = shutil.copytree(results, home / "another")
     before = {path.name: path.read_bytes() for path in folder.glob("*.*") if path.is_file()}
+    described = folder / "preprocessed" / "dataset_description.json"
+    described.write_text(described.read_text().replace('"affine"', '"rigid"'))  # of a model with another recipe
     command = [str(home / "raw"), str(folder), "participant", "--model", str(home / "scalars"), "--want", "sex"]
     assert main(command) == 0
+    assert '"rigid"' in (folder / "preprocessed.old-1" / described.name).read_text()
     for name in ("predictions.tsv", "predictions.json", "index.html", "sub-0001.html"):
         assert (folder / f"{name}.old-1").read_bytes() == before[name] != (folder / name).read_bytes()
 

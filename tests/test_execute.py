@@ -48,6 +48,23 @@ def test_a_result_without_its_record_is_taken_as_finished(tmp_path: Path) -> Non
     assert phantom(out, subjects=3).state() == "changed"
 
 
+def test_a_result_that_another_command_made_anew_is_set_aside(tmp_path: Path) -> None:
+    out = tmp_path / "scans"
+    do(phantom(out))
+    described = out / "dataset_description.json"
+    content = json.loads(described.read_text())
+    described.write_text(json.dumps({**content, "GeneratedBy": [{**content["GeneratedBy"][0], "Version": "99"}]}))
+    assert phantom(out).state() == "finished"  # by another version
+    described.write_text(json.dumps({**content, "Name": "another"}))
+    assert phantom(out).state() == "changed"
+    do(phantom(out))
+    assert "another" in (tmp_path / "scans.old-1" / described.name).read_text()
+    record = tmp_path / "scans.run" / "stage.json"
+    record.write_text(json.dumps({k: v for k, v in read_record(record.parent).items() if k != "description"}))
+    described.write_text("{")
+    assert phantom(out).state() == "finished"  # recorded by an earlier version
+
+
 def test_a_strangers_folder_is_never_taken_for_a_result(tmp_path: Path) -> None:
     out = tmp_path / "scans"
     out.mkdir()

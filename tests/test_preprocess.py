@@ -249,13 +249,24 @@ def test_only_what_changed_is_done_again(source: Path, derivative: Path, tmp_pat
     before, after = hashes(derivative), hashes(out)
     changed = {name for name in before if before[name] != after[name]}
     assert changed and all(name.startswith("sub-b/") for name in changed)
-    plain = dataclasses.replace(QUICK, steps=("brain",))
-    summary = preprocess(scans, out, plain, workers=1)
-    assert summary["processed"] == 3
-    assert not list(out.rglob("*space-*"))  # of the recipe before
 
 
 PLAIN = Recipe(steps=("brain",))
+
+
+def test_a_complete_derivative_of_other_settings_is_left_alone(
+    source: Path, derivative: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(derivative, out)
+    steps = ["--steps", "brain", "--spacing", "2", "--workers", "1"]
+    assert main(["preprocess", str(source), str(out), *steps]) == 2
+    found = "steps brain registration tissue there, brain now; spacing 4 mm there, 2 mm now"
+    assert f"{out} is complete, with other settings: {found}; choose another folder" in capsys.readouterr().err
+    assert hashes(out) == hashes(derivative)
+    (out / "dataset_description.json").unlink()  # as after an interruption
+    assert preprocess(source, out, PLAIN, workers=1)["processed"] == 3
+    assert not list(out.rglob("*space-*"))  # of the recipe before
 
 
 @pytest.mark.parametrize("kind", ["bids", "csv"])
@@ -287,9 +298,10 @@ def test_an_update_is_what_a_new_derivative_would_be(source: Path, tmp_path: Pat
 
 
 def test_an_unfinished_derivative_is_not_packed(source: Path, tmp_path: Path) -> None:
-    """A new recipe is interrupted: the folder mixes scans of both, and only another run of it makes it usable."""
+    """Two recipes are interrupted: the folder mixes scans of both, and only another run of it makes it usable."""
     out, options = tmp_path / "out", {"workers": 1, "keep_suspect": True}
     preprocess(source, out, Recipe(steps=("brain",), brain="none"), **options)
+    (out / "dataset_description.json").unlink()
 
     def interrupted(job: Job, subjects: Sequence[list[Row]]) -> Iterator[list[Outcome]]:
         yield from map(Worker(job), subjects[:1])
@@ -503,6 +515,9 @@ def test_a_pipeline_preprocesses_before_it_packs(source: Path, derivative: Path,
     assert index.provenance["recipe"] == QUICK.to_dict()
     assert set(index.arrays) == {"image", "image_GM", "image_WM", "image_CSF"}
     assert plan(*steps[0]).state() == "finished"
+    shutil.rmtree(root / "derivative")
+    preprocess(source, root / "derivative", PLAIN, workers=1)  # by another command
+    assert plan(*steps[0]).state() == "changed"
 
 
 # --- what is missing is found before work starts ---------------------------------------------------------------------

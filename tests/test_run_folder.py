@@ -28,6 +28,7 @@ from mvhpc.stages import STAGES
 from mvhpc.training.vae import VAEConfig
 from shards.files import lock_file, write_once
 from shards.index import Index
+from shards.pack import pack
 from shards.split import record_split
 
 HOLD = """
@@ -76,7 +77,13 @@ def test_data_that_are_refused_leave_the_record_of_what_is_there(tiny_bids: Path
     with pytest.raises(FileExistsError, match=r"packed\.v1 exists already"):
         execute(changed)
     assert record(tmp_path / "packed.v1.run") == before
-    assert plan("pack", load_config(PackConfig, "pack", values=values)).state() == "finished"
+    unchanged = plan("pack", load_config(PackConfig, "pack", values=values))
+    assert unchanged.state() == "finished"
+    record_split(tmp_path / "packed.v1", None, 2, 0, None, None)
+    assert unchanged.state() == "finished"
+    options = {name: values[name] for name in ("spacing", "shape", "workers", "keep_suspect")}
+    pack(tiny_bids, tmp_path / "packed.v1", **options, fractions=(0.2, 0.4, 0.4))  # by another command
+    assert unchanged.state() == "changed"
 
 
 def test_a_stage_that_fails_or_is_interrupted_leaves_the_record_of_what_is_there(

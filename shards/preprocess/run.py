@@ -13,7 +13,7 @@ from shards.participant_rows import PATH, Reject, Row
 from shards.participants import read_table
 from shards.preprocess.derivative import clear_others, versions
 from shards.preprocess.pool import map_processes
-from shards.preprocess.recipe import DESCRIPTION, LOCK, MNI, Recipe, describe, read_derivative
+from shards.preprocess.recipe import DESCRIPTION, LOCK, MNI, Recipe, describe, differences, read_derivative
 from shards.preprocess.registration import load_template
 from shards.preprocess.requirements import check_packages, check_weights, find_device
 from shards.preprocess.subject import Job, Outcome
@@ -63,7 +63,8 @@ def preprocess(
 
     Called again, it processes only what has changed: a scan is skipped where its results are complete and its file,
     the recipe and, of a follow-up, the subject's first scan are the same. Results of scans that the source no longer
-    has are removed. Results do not depend on ``workers`` or on interruptions.
+    has are removed. Results do not depend on ``workers`` or on interruptions. A complete derivative of another recipe
+    is left alone.
 
     Args:
         source: a BIDS folder, or a CSV with the columns participant_id and path (session_id optional; for brain masks
@@ -85,11 +86,12 @@ def preprocess(
         A summary; ``out/rejected.tsv`` lists the scans without a result with the reasons.
 
     Raises:
-        DataError: a source, folder or argument that cannot be used, or a missing package or file of weights.
+        DataError: a source, folder or argument that cannot be used, a complete derivative of another recipe, or a
+            missing package or file of weights.
         TooManyRejects: no scan can be processed; ``out/rejected.tsv`` is written.
     """
     out = Path(out)
-    recipe = _with_template(recipe, Path(template) if template is not None else None)
+    recipe = with_template(recipe, template)
     check_packages(recipe)
     weights = Path(weights) if weights is not None else None
     check_weights(recipe, weights)
@@ -105,7 +107,7 @@ def preprocess(
     table = read_table(source, _schema(suffix, recipe), entities=entities, files_root=files_root or None)
     if not table.rows:
         raise DataError(f"{source}: the table has no rows")
-    _check_folder(Path(source), out)
+    _check_folder(Path(source), out, recipe)
     visits = [row for row in table.rows if isinstance(row, Row)]
     tables = carried_tables(Path(source), table.kind, visits)
     centre = load_template(job.template, recipe).centre if "registration" in recipe.steps else None
@@ -152,8 +154,22 @@ def preprocess(
     )
 
 
-def _with_template(recipe: Recipe, template: Path | None) -> Recipe:
-    """The recipe with the hash and the label of a template file; a recipe that has a hash keeps it."""
+def other_recipe(out: Path, recipe: Recipe) -> str:
+    """How the recipe of a complete derivative differs from ``recipe``, in words; empty where it does not, and for any
+    other folder."""
+    try:
+        found = read_derivative(out)
+    except DataError:  # not complete, or of a version with other recipes: it is made anew
+        return ""
+    return differences(found[0], recipe) if found else ""
+
+
+def with_template(recipe: Recipe, template: str | Path | None) -> Recipe:
+    """The recipe with the hash and the label of a template file; a recipe that has a hash keeps it.
+
+    Raises:
+        DataError: a file that cannot be read, is not the recipe's, or is missing.
+    """
     if template is None:
         if recipe.template != MNI and "registration" in recipe.steps:
             raise DataError(
@@ -161,11 +177,11 @@ def _with_template(recipe: Recipe, template: Path | None) -> Recipe:
             )
         return recipe
     try:
-        own = sha256(template)
+        own = sha256(Path(template))
     except OSError as error:
         raise DataError(f"--template {template}: {error.strerror}; give a brain-extracted NIfTI file") from error
     if recipe.template == MNI:
-        return replace(recipe, template=own, space=_space(template))
+        return replace(recipe, template=own, space=_space(Path(template)))
     if own != recipe.template:
         raise DataError(f"{template}: SHA-256 is {own}, that of the recipe's template {recipe.template}")
     return recipe
@@ -188,11 +204,13 @@ def _rejects(rows: Sequence[Row | Reject], outcomes: dict[str, Outcome]) -> Iter
             yield row.line, row.key, outcomes[row.key].reason
 
 
-def _check_folder(source: Path, out: Path) -> None:
-    """Refuse a folder with content of something else."""
+def _check_folder(source: Path, out: Path, recipe: Recipe) -> None:
+    """Refuse a folder with content of something else, or of another recipe."""
     check_output(source, out)
     if out.is_dir() and any(out.iterdir()) and not (out / LOCK).exists() and read_derivative(out) is None:
         raise DataError(f"{out} holds something other than a derivative of this command; choose another folder")
+    if found := other_recipe(out, recipe):
+        raise DataError(f"{out} is complete, with other settings: {found}; choose another folder, or remove it")
 
 
 def _space(template: Path) -> str:
