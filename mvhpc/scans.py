@@ -36,6 +36,7 @@ from shards.errors import DataError, TooManyRejects
 from shards.files import atomic_file, rename_aside
 from shards.nifti import read
 from shards.pack import pack
+from shards.packing.rejected import read_rejected
 from shards.participant_rows import ID, PATH, SESSION, Reject, Table
 from shards.participant_rows import Row as Visit
 from shards.participants import read_table
@@ -136,7 +137,7 @@ def _predict(request: Request, model: ScalarsModel, given: Sequence[str], want: 
             rename_aside([source])
         with contextlib.suppress(TooManyRejects):
             preprocess(out / SCANS, source, recipe, **options)
-        reasons |= _read_rejects(source)
+        reasons |= read_rejected(source)
     rows: dict[str, Row] = {}
     subjects: dict[str, Subject] = {}
     warnings: list[str] = []
@@ -267,12 +268,6 @@ def _forgive(table: Table, needed: Table, schema: Schema) -> Table:
     return replace(table, rows=rows, notes=[*table.notes, *notes])
 
 
-def _read_rejects(folder: Path) -> dict[str, str]:
-    """Key -> reason of the rejected rows of a derivative or a packed data set."""
-    path = folder / "rejected.tsv"
-    return {cells["key"]: cells["reason"] for _, cells in read_sheet(path).rows} if path.is_file() else {}
-
-
 def _answer(
     request: Request,
     model: ScalarsModel,
@@ -292,7 +287,7 @@ def _answer(
     except TooManyRejects:
         return {}, {}, []
     finally:
-        for key, reason in _read_rejects(packed).items():
+        for key, reason in read_rejected(packed):
             reasons.setdefault(key, reason)  # a scan without a result of the preprocessing has that reason
     overrides = {"out": str(request.out / TABLE), "model": request.model, "data": str(packed), "split": "all"}
     overrides |= {"given": ",".join(given), "want": ",".join(want)}

@@ -12,6 +12,7 @@ from shards.sheets import Description, Sheet, column_names, missing, parse_cell
 from shards.split import parse_part
 
 ID, SESSION, PATH = "participant_id", "session_id", "path"  # the first two are names of the BIDS specification
+NO_FILE = "no file: "  # begins the reason of a row without any volume
 LABEL = re.compile(r"[A-Za-z0-9_+-]{1,40}")  # safe in file names, tar members and webdataset keys (which end at a dot)
 
 
@@ -165,7 +166,7 @@ class RowBuilder:
             found = {v.name: find(v) for v in self.schema.volumes}
             files = {name: path for name, path in found.items() if path is not None}
             if not files:
-                raise ValueError(f"no file: {', '.join(found)}" + why())
+                raise ValueError(f"{NO_FILE}{', '.join(found)}{why()}")
         except ValueError as error:
             self.rows.append(Reject(line, key, str(error)))
             return

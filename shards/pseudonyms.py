@@ -20,7 +20,7 @@ from shards.participant_rows import Reject, Row, Table
 SHORTEST = 16  # bytes of a key
 LETTERS = 16  # of a pseudonym, 5 bits each
 # A reason shows the text of the table from here on: quoted cells, lists in parentheses, names, paths, numbers.
-CELLS = re.compile(r"""['"(;/]|\b(?:sub|ses)-|(?<![\w.])[-+]?\d""")
+CELLS = re.compile(r"""['"(;/]|\b(?:sub|ses)-|(?<![\w.])[-+]?\d|\S+\.(?:nii|mg[hz]|hdr|img)\b""")
 HIDDEN = "[pseudonymised: see that line of the table]"
 UNNAMED = "[the name of a file is left out]"
 

@@ -21,7 +21,7 @@ from shards.index import Index, array_checksum
 from shards.inside import inside
 from shards.packing.merge import old_places
 from shards.packing.pool import map_tasks
-from shards.packing.rejected import REJECTED, write_rejected
+from shards.packing.rejected import REJECTED, with_reasons, write_rejected
 from shards.participant_rows import Row, Table
 from shards.participants import read_table
 from shards.preprocess.recipe import read_derivative
@@ -110,9 +110,9 @@ def _read_source(
         raise DataError(f"{source}: give the key that the data set was packed with, if any, by --pseudonymise")
     choice: dict[str, Any] = {name: given.get(name) for name in ("entities", "rename")}
     table = read_table(source, index.schema, files_root=files_root or None, **choice)
-    table = pseudonymised(table, key) if key else table
-    _, space = read_derivative(source) or (None, None)
-    return table, space
+    recipe, space = read_derivative(source) or (None, None)
+    table = with_reasons(table, source) if recipe else table
+    return pseudonymised(table, key) if key else table, space
 
 
 @dataclass(frozen=True)

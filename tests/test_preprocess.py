@@ -472,6 +472,29 @@ def test_a_missing_map_rejects_the_row(derivative: Path, tmp_path: Path) -> None
     assert "sub-b\timage: no map *_label-GM_probseg.nii.gz" in (tmp_path / "packed" / "rejected.tsv").read_text()
 
 
+def test_the_reasons_of_the_preprocessing_are_kept(source: Path, derivative: Path, tmp_path: Path) -> None:
+    """Also of a person all of whose sessions were rejected; a name in a reason gets no further than it did."""
+    scans, out, key = tmp_path / "scans", tmp_path / "derivative", tmp_path / "key"
+    shutil.copytree(source, scans)
+    shutil.copytree(derivative, out)
+    for path in scans.glob("sub-a/ses-*/anat/*.nii.gz"):
+        path.write_bytes(b"no scan")
+    preprocess(scans, out, QUICK, workers=1)
+    options = {"spacing": 8.0, "shape": (20, 24, 20), "max_rejects": "75%", "fractions": (0, 0, 1)}
+    pack(out, tmp_path / "packed", **options)
+    listed = (tmp_path / "packed" / "rejected.tsv").read_text().splitlines()[1:]
+    assert listed[0] == "2\tsub-a\tpreprocessing: not a NIfTI file, nor one of FreeSurfer (.mgz)"
+    assert listed[1] == listed[0].replace("2\tsub-a", "4\tsub-c")
+    assert listed[2].startswith("5\tsub-d\tpreprocessing: no file: image; there is no folder sub-d")
+    key.write_bytes(bytes(32))
+    key.chmod(0o600)
+    table = out / "rejected.tsv"
+    table.write_text(table.read_text().replace("not a NIfTI file", "Doe_Jane.nii.gz is no scan, Doe"))
+    pack(out, tmp_path / "hidden", **options, pseudonymise=key)
+    hidden = (tmp_path / "hidden" / "rejected.tsv").read_text()
+    assert hidden.count("\tpreprocessing [pseudonymised: ") == 2 and "Doe" not in hidden and "sub-c" not in hidden
+
+
 def test_a_missing_sidecar_is_listed_without_its_name(derivative: Path, tmp_path: Path) -> None:
     copy, out, key = tmp_path / "derivative", tmp_path / "packed", tmp_path / "key"
     shutil.copytree(derivative, copy)

@@ -19,6 +19,7 @@ from shards.packing.merge import old_places
 from shards.packing.options import Options
 from shards.packing.places import Place, digest, find_unchanged, stamp, stored_values
 from shards.packing.plan import Plan, Task, make_plan
+from shards.packing.rejected import with_reasons
 from shards.participant_rows import Row, Table
 from shards.participants import read_table
 from shards.preprocess.recipe import DESCRIPTION, Recipe, read_derivative
@@ -68,6 +69,9 @@ def read_source(path: Path, options: Options) -> Source:
     """
     choice = (options.group, options.split_column, options.entities, options.rename, options.files_root)
     table = read_table(path, options.schema, *choice)
+    recipe, space = read_derivative(path) or (None, None)
+    if recipe:
+        table = with_reasons(table, path)
     if options.key:
         table = pseudonymised(table, options.key)
     notes = unknown_note(table.rows, options.exclusions, bool(options.key))
@@ -84,7 +88,6 @@ def read_source(path: Path, options: Options) -> Source:
                 f"column {options.split_column!r} has no value in any row; expected train, validation or test"
             )
         check_groups([(row.subject, groups[row.subject], row.part) for row in rows], options.split_column)
-    recipe, space = read_derivative(path) or (None, None)
     return Source(table, rows, groups, recipe, space)
 
 

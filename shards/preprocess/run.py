@@ -128,7 +128,7 @@ def preprocess(
                     if on_scans and (new := sum(not (o.unchanged or o.reason) for o in batch)):
                         on_scans(new)
             rejects = list(_rejects(table.rows, outcomes))
-            lines = [f"{line}\t{key}\t{' '.join(reason.split())}\n" for line, key, reason in rejects]
+            lines = ["\t".join(" ".join(str(cell).split()) for cell in row) + "\n" for row in rejects]
             write_bytes(out / REJECTED, "".join(["line\tkey\treason\n", *lines]).encode())
             done = [outcome for outcome in outcomes.values() if not outcome.reason]
             if not done:
