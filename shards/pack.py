@@ -276,7 +276,8 @@ def _check_rejects(packing: Packing, options: Options, packed: int, listing: byt
         write_bytes(listed, listing)
     _, key, reason = (faulty or lines)[0].split("\t")
     count = f"{len(faulty)} of {rows} rows are faulty ({options.max_rejects} allowed)"
-    remedy = "Correct them, or raise the limit: complete shards are then reused"
+    limit = f"`shards pack --max-rejects {len(faulty)}`, or `mvhpc run pack.max_rejects={len(faulty)}`"
+    remedy = f"Correct them, or raise the limit ({limit}): complete shards are then reused"
     if not packed:
         count, remedy = f"none of {rows} rows can be packed", "Correct them"
     raise TooManyRejects(f"{count}, first {key}: {reason}; all are listed in {listed}. {remedy}")

@@ -23,9 +23,11 @@ from mvhpc.config import ConfigError, load_config
 from mvhpc.data_stages import PackConfig, PhantomConfig
 from mvhpc.execute import execute, plan
 from mvhpc.inference.predictor import PredictConfig
+from mvhpc.pipeline.run import do
 from mvhpc.runs.folder import exclusive, identity, read_record
 from mvhpc.stages import STAGES
 from mvhpc.training.vae import VAEConfig
+from shards.errors import TooManyRejects
 from shards.files import lock_file, write_once
 from shards.index import Index
 from shards.pack import pack
@@ -84,6 +86,19 @@ def test_data_that_are_refused_leave_the_record_of_what_is_there(tiny_bids: Path
     options = {name: values[name] for name in ("spacing", "shape", "workers", "keep_suspect")}
     pack(tiny_bids, tmp_path / "packed.v1", **options, fractions=(0.2, 0.4, 0.4))  # by another command
     assert unchanged.state() == "changed"
+
+
+def test_a_packing_with_a_higher_limit_goes_on(tiny_bids: Path, tmp_path: Path) -> None:
+    """The shards that are complete are reused, as the message of the refusal says."""
+    source = shutil.copytree(tiny_bids, tmp_path / "source")
+    next(source.rglob("sub-01*.nii.gz")).write_bytes(b"no scan")
+    values = {"source": str(source), "out": str(tmp_path / "packed"), "spacing": 8.0, "shape": [16, 16, 16]}
+    values |= {"workers": 1, "split": [0.4, 0.1, 0.5], "keep_suspect": True, "max_rejects": "0"}
+    with pytest.raises(TooManyRejects, match=r"pack\.max_rejects=1"):
+        do(plan("pack", load_config(PackConfig, "pack", values=values)))
+    higher = load_config(PackConfig, "pack", values={**values, "max_rejects": 1})
+    assert (do(plan("pack", higher)) or {})["converted"] == 0
+    assert not list(tmp_path.glob("*.old-*"))
 
 
 def test_a_stage_that_fails_or_is_interrupted_leaves_the_record_of_what_is_there(

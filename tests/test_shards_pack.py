@@ -232,8 +232,9 @@ def test_too_many_rejects_fail_and_leave_the_list(tmp_path: Path) -> None:
     source = bids(tmp_path / "bids", PEOPLE)
     (source / "sub-03/anat/sub-03_T1w.nii.gz").unlink()
     for limit in ("5%", "0", "14%"):
-        with pytest.raises(TooManyRejects, match=r"1 of 7 rows .* sub-03: no file"):
+        with pytest.raises(TooManyRejects, match=r"1 of 7 rows .* sub-03: no file") as refused:
             packed(source, tmp_path / "out", max_rejects=limit)
+        assert "(`shards pack --max-rejects 1`, or `mvhpc run pack.max_rejects=1`)" in str(refused.value)
         assert "sub-03" in (tmp_path / "out" / "rejected.tsv").read_text()
         with pytest.raises(DataError, match="no packed data set"):
             open_dataset(tmp_path / "out")

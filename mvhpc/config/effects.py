@@ -31,6 +31,7 @@ EFFECTS = {
     "tracking": Effect.NONE,
     "batch": Effect.NONE,  # of inference; the noise of a sample does not depend on its batch
     "workers": Effect.NONE,  # of packing
+    "max_rejects": Effect.NONE,  # a packing is refused or not; its shards stay
     "model.checkpointing": Effect.NONE,  # activations are recomputed instead of stored
     "training.checkpoint_every": Effect.NONE,
     "training.damaged": Effect.NONE,  # a run that met damage may go on without it
