@@ -121,7 +121,7 @@ class PlannedStage:
         """
         for key, path in self.missing.items():
             maker = self.stage.inputs[key]
-            how = f"; stage {maker} makes it" if maker else ""
+            how = f"; stage {maker} makes it" if maker and maker != "phantom" else ""  # real scans are no phantoms
             raise ConfigError(f"{key}={path}: no such file or folder (is its file system mounted?){how}")
 
 

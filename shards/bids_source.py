@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from shards.bids_files import find_files, folder_names, several
-from shards.errors import DataError
+from shards.errors import DataError, named
 from shards.files import NOT_FETCHED, is_dangling
 from shards.participant_rows import ID, LABEL, SESSION, Columns, RowBuilder, Table, check_fetched, prefixed
 from shards.schema import Schema, Variable
@@ -109,9 +109,11 @@ def read_bids(
         require_column(sheet.columns, split_column, path)
     notes = []
     listed = {prefixed("sub-", cells[ID]) for _, cells in sheet.rows}
-    unlisted = sum(name not in listed for name in folders)
+    unlisted = [name for name in folders if name not in listed]
     if unlisted:
-        notes.append(f"{unlisted} subject folders have no row in participants.tsv and were skipped")
+        which, added = ("folder that has", "one is") if len(unlisted) == 1 else ("folders that have", "rows are")
+        text = f"skipped {len(unlisted)} subject {which} no row in participants.tsv, until {added} added"
+        notes.append(f"{text}: {named(unlisted)}")
     if empty_sessions:
         notes.append(f"{empty_sessions} sessions hold none of the volumes and were skipped")
     if without_folder:

@@ -2,7 +2,7 @@
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 FULL = {errno.ENOSPC, errno.EDQUOT}  # of a disk, or of somebody's share of it
 
@@ -17,6 +17,11 @@ class IntegrityError(DataError):
 
 class TooManyRejects(DataError):
     """More rejected rows than allowed."""
+
+
+def named(keys: Sequence[str], most: int = 10) -> str:
+    """The first of some keys, and how many more there are."""
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
 def nearest(word: str, known: Iterable[str], what: str) -> str:

@@ -21,6 +21,8 @@ SHORTEST = 16  # bytes of a key
 LETTERS = 16  # of a pseudonym, 5 bits each
 # A reason shows the text of the table from here on: quoted cells, lists in parentheses, names, paths, numbers.
 CELLS = re.compile(r"""['"(;/]|\b(?:sub|ses)-|(?<![\w.])[-+]?\d|\S+\.(?:nii|mg[hz]|hdr|img)\b""")
+LABELS = re.compile(r"\b(?:sub|ses)-")
+LEFT_OUT = "[names are left out]"
 HIDDEN = "[pseudonymised: see that line of the table]"
 UNNAMED = "[the name of a file is left out]"
 
@@ -54,7 +56,7 @@ def pseudonymised(table: Table, key: bytes) -> Table:
     """The table with pseudonyms in place of the ids of subjects, sessions and groups.
 
     Values of variables stay, and so do the numbers of lines. Of the reason of a rejected row only that part stays that
-    quotes nothing of the table.
+    quotes nothing of the table, and of a note what comes before the first label.
 
     Raises:
         DataError: two ids with one pseudonym.
@@ -62,7 +64,10 @@ def pseudonymised(table: Table, key: bytes) -> Table:
     rows = [_reject(row, key) if isinstance(row, Reject) else _row(row, key) for row in table.rows]
     for name in (lambda row: row.key, lambda row: row.group):
         _check_unique(table.rows, rows, name)
-    return replace(table, rows=rows, sha256=hmac.new(key, table.sha256.encode(), hashlib.sha256).hexdigest())
+    notes = [_cut(note, LABELS.search(note), LEFT_OUT) for note in table.notes]
+    return replace(
+        table, rows=rows, notes=notes, sha256=hmac.new(key, table.sha256.encode(), hashlib.sha256).hexdigest()
+    )
 
 
 def _row(row: Row, key: bytes) -> Row:

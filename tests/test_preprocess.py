@@ -18,6 +18,7 @@ from mvhpc.config import load_config
 from mvhpc.data_stages import PreprocessConfig
 from mvhpc.execute import execute, plan
 from mvhpc.pipeline.plan import Pipeline, PipelineConfig
+from mvhpc.pipeline.run import do
 from shards.__main__ import main
 from shards.dataset import open_dataset
 from shards.errors import DataError, TooManyRejects
@@ -519,7 +520,9 @@ def test_a_figure_that_is_no_number_rejects_its_scan_alone(derivative: Path, tmp
     assert reason in (tmp_path / "packed" / "rejected.tsv").read_text()
 
 
-def test_a_pipeline_preprocesses_before_it_packs(source: Path, derivative: Path, tmp_path: Path) -> None:
+def test_a_pipeline_preprocesses_before_it_packs(
+    source: Path, derivative: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = tmp_path / "study"
     changes = {
         "root": str(root),
@@ -532,7 +535,8 @@ def test_a_pipeline_preprocesses_before_it_packs(source: Path, derivative: Path,
     steps = list(pipeline.steps())
     assert [stage for stage, _ in steps][:3] == ["preprocess", "pack", "scalars"]
     for stage, config in steps[:2]:
-        execute(plan(stage, config))
+        do(plan(stage, config))
+    assert f"\nrejected 2: see {root / 'derivative' / 'rejected.tsv'}\n" in capsys.readouterr().err
     assert hashes(root / "derivative") == hashes(derivative)
     index = open_dataset(root / "packed").index
     assert index.provenance["recipe"] == QUICK.to_dict()

@@ -195,8 +195,9 @@ def test_an_input_that_is_away_is_no_changed_one(home: Path) -> None:
     Path("scans").rename("unmounted")
     assert do(plan("pack", packed)) is None
     packed.spacing = 10.0
-    with pytest.raises(ConfigError, match="is its file system mounted"):
+    with pytest.raises(ConfigError, match=r"^source=scans: no such .* \(is its file system mounted\?\)$"):
         do(plan("pack", packed))
+    assert configure("pack", root="runs/small").plan().missing  # without a word of `shards phantom`
     assert not Path("runs/small/packed.old-1").exists()
 
 

@@ -41,7 +41,7 @@ def named_people(folder: Path) -> tuple[Path, list[str]]:
         "StMaryHospital",
         "Epilepsy",
     ]
-    secrets += ["1931", "MissTypo", "BrownBob", "SmithSam"]
+    secrets += ["1931", "MissTypo", "BrownBob", "SmithSam", "LaneLois"]
     people = [(f"sub-{name}", str(40 + i), "FM"[i % 2]) for i, name in enumerate(secrets[:3])]
     source = bids(folder, people, {"sub-DoeJane": secrets[4], "sub-RoeRichard": secrets[4]})
     (source / "sub-PoeEdgar/anat").rename(source / "sub-PoeEdgar/anat.old")
@@ -64,6 +64,7 @@ def named_people(folder: Path) -> tuple[Path, list[str]]:
         "sub-DoeJane\t41\tF\tn/a",
         "sub-Miss Typo\t41\tF\tn/a",
     ]
+    save(source / "sub-LaneLois/anat/sub-LaneLois_T1w.nii.gz", head(7))  # without a row
     rows += ["sub-RoeRichard2\tSmithSam\tF\tn/a", "sub-RoeRichard3\t1931\tF\tn/a", "sub-RoeRichard4\t31\tBrownBob\tn/a"]
     with (source / "participants.tsv").open("a") as table:
         table.write("\n".join(rows) + "\n")
@@ -76,6 +77,10 @@ def test_no_byte_of_a_data_set_holds_a_name(tmp_path: Path, storage: str, capfd:
     key = make_key(tmp_path / "key")
     summary = packed(source, tmp_path / "out", storage=storage, group="family", pseudonymise=key)
     assert summary["packed"] == 3 and summary["rejected"] == 7
+    assert (
+        "skipped 1 subject folder that has no row in participants.tsv, until one is added [names are left out]"
+        in (summary["notes"])
+    )
     shown = capfd.readouterr()
     everything = [*content(tmp_path / "out").values(), *map(str.encode, content(tmp_path / "out"))]
     everything += [str(summary).encode(), (shown.out + shown.err).encode()]

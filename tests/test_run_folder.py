@@ -88,10 +88,13 @@ def test_data_that_are_refused_leave_the_record_of_what_is_there(tiny_bids: Path
     assert unchanged.state() == "changed"
 
 
-def test_a_packing_with_a_higher_limit_goes_on(tiny_bids: Path, tmp_path: Path) -> None:
+def test_a_packing_with_a_higher_limit_goes_on(
+    tiny_bids: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The shards that are complete are reused, as the message of the refusal says."""
     source = shutil.copytree(tiny_bids, tmp_path / "source")
     next(source.rglob("sub-01*.nii.gz")).write_bytes(b"no scan")
+    (source / "sub-new").mkdir()
     values = {"source": str(source), "out": str(tmp_path / "packed"), "spacing": 8.0, "shape": [16, 16, 16]}
     values |= {"workers": 1, "split": [0.4, 0.1, 0.5], "keep_suspect": True, "max_rejects": "0"}
     with pytest.raises(TooManyRejects, match=r"pack\.max_rejects=1"):
@@ -99,6 +102,11 @@ def test_a_packing_with_a_higher_limit_goes_on(tiny_bids: Path, tmp_path: Path) 
     higher = load_config(PackConfig, "pack", values={**values, "max_rejects": 1})
     assert (do(plan("pack", higher)) or {})["converted"] == 0
     assert not list(tmp_path.glob("*.old-*"))
+    printed = capsys.readouterr().err
+    assert f"\nrejected 1: see {tmp_path / 'packed' / 'rejected.tsv'}\n" in printed
+    assert (
+        "\nnote: skipped 1 subject folder that has no row in participants.tsv, until one is added: sub-new\n" in printed
+    )
 
 
 def test_a_stage_that_fails_or_is_interrupted_leaves_the_record_of_what_is_there(

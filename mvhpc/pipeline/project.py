@@ -189,7 +189,7 @@ class Configured:
         makers = self.project.inputs(self.stage.name) if self.project else {}
         for key, path in planned.missing.items():
             maker = STAGES.get(makers.get(key, self.stage.inputs[key]))
-            if maker is None or planned.state() == "finished":
+            if maker is None or self._is_users(maker, path) or planned.state() == "finished":
                 continue
             root = f" --root {self.project.root}" if self.project else ""
             source = "SOURCE " if maker.inputs else ""
@@ -197,6 +197,11 @@ class Configured:
             hint = f"make it with `{command}`" + (", or add --with-inputs" if key in makers else "")
             raise ConfigError(f"{key}={path}: no such file or folder; {hint}")
         return planned
+
+    def _is_users(self, maker: Stage, path: str) -> bool:
+        """Whether an input is the user's data, in place of which no phantoms are wanted."""
+        drawn = self.project is not None and path == str(self.project.root / maker.out)
+        return maker.name == "phantom" and not drawn
 
 
 def _made_by(project: Pipeline, split: str, stage: str, seen: set[str]) -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ from mvhpc.runs.pipeline_run import PipelineRun
 
 
 def do(planned: PlannedStage, label: str = "", numbers: bool = True) -> dict[str, Any] | None:
-    """Run a stage that is not complete. A result of other settings or inputs is set aside first.
+    """Run a stage that is not complete, and print its notes. A result of other settings or inputs is set aside first.
 
     Args:
         planned: the stage.
@@ -47,6 +47,10 @@ def do(planned: PlannedStage, label: str = "", numbers: bool = True) -> dict[str
     shown = ", ".join(f"{k} {_number(v)}" for k, v in summary.items() if isinstance(v, int | float))
     took = f"{' ' * len(label)}done in {time.monotonic() - start:.0f} s"
     print(f"{took}: {shown}" if numbers else took, file=sys.stderr)
+    if summary.get("rejected"):
+        print(f"rejected {summary['rejected']:,}: see {planned.out / 'rejected.tsv'}", file=sys.stderr)
+    for note in summary.get("notes", ()):
+        print(f"note: {note}", file=sys.stderr)
     return summary
 
 

@@ -4,13 +4,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TypedDict
 
+from shards.errors import named
 from shards.index import PARTS, Index, Record
 from shards.packing.places import Place
 from shards.participant_rows import Table
 from shards.split import FRACTIONS
 
 CROPPED = 0.02  # share of a brain outside the box from which on a row is reported
-NAMED = 10  # keys in one note
 
 
 class Summary(TypedDict):
@@ -81,7 +81,7 @@ def summarize(index: Index, table: Table, places: Sequence[Place], converted: in
             )
     without = [r.key for r in records if r.key not in assignment]
     if without:
-        notes.append(f"{len(without)} rows have no value in the split column and belong to no part: {_named(without)}")
+        notes.append(f"{len(without)} rows have no value in the split column and belong to no part: {named(without)}")
     return Summary(
         rows=len(table.rows),
         packed=len(records),
@@ -101,10 +101,6 @@ def summarize(index: Index, table: Table, places: Sequence[Place], converted: in
     )
 
 
-def _named(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:NAMED]) + (f" and {len(keys) - NAMED} more" if len(keys) > NAMED else "")
-
-
 def _copy_notes(records: Sequence[Record], volumes: Sequence[str]) -> list[str]:
     """Different subjects with equal volumes, bit for bit."""
     first: dict[tuple[str, str], Record] = {}
@@ -116,7 +112,7 @@ def _copy_notes(records: Sequence[Record], volumes: Sequence[str]) -> list[str]:
     if not copies:
         return []
     return [
-        f"{len(copies)} rows have the same volume as another subject ({_named(copies)}), which may be in another part "
+        f"{len(copies)} rows have the same volume as another subject ({named(copies)}), which may be in another part "
         "of the split: remove the wrong rows from the source, or give one person's rows one id"
     ]
 
@@ -134,6 +130,6 @@ def _box_notes(packed: Sequence[Place], cropped: Sequence[Place], touching: Sequ
         notes.append(
             f"{len(touching)} of {len(packed)} brains reach the edge of the box "
             f"({', '.join(f'{side} {count}' for side, count in sides.most_common())}): "
-            f"{_named([place.key for place in touching])}; --shape auto finds a box that holds all"
+            f"{named([place.key for place in touching])}; --shape auto finds a box that holds all"
         )
     return notes
