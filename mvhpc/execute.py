@@ -200,9 +200,9 @@ def execute(planned: PlannedStage) -> dict[str, Any]:
                 tracker.trained = _trained(planned, summary) if stage.trains else {}
                 # Before the slow MLflow, so that the stage counts as finished if the process is killed there.
                 planned.mark_finished(summary, time.monotonic() - start)
-        except BaseException:
+        except BaseException as error:
             with (folder / "log.txt").open("a") as log:
-                log.write(traceback.format_exc())
+                log.write("interrupted\n" if isinstance(error, KeyboardInterrupt) else traceback.format_exc())
             if _starts(folder) == begun and read_record(folder).get("status") == "running":
                 for path, content in before.items():
                     write_bytes(path, content)

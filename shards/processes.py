@@ -20,6 +20,8 @@ def process_pool(
 ) -> Iterator[ProcessPoolExecutor]:
     """A pool of new processes, which leave Ctrl-C to this one. In the end, work that has not begun is dropped.
 
+    After Ctrl-C, or where nobody takes the results, the processes are ended at once: what they write must be atomic.
+
     Args:
         workers: number of processes.
         start: called with ``arguments`` in each process first.
@@ -29,6 +31,9 @@ def process_pool(
         pool = _Pool(workers, context, initializer=_start, initargs=(start, arguments))
         try:
             yield pool
+        except (KeyboardInterrupt, GeneratorExit):
+            pool.end()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -43,6 +48,11 @@ class _Pool(ProcessPoolExecutor):
     def submit(self, *arguments: Any, **keywords: Any) -> "Future[Any]":
         with _interrupts_held():
             return super().submit(*arguments, **keywords)
+
+    def end(self) -> None:
+        """End the processes in the middle of their work; the pool then finds itself broken."""
+        for process in list(self._processes.values()):
+            process.terminate()
 
 
 def _start(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:

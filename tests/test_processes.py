@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import psutil
@@ -79,4 +80,19 @@ def test_ctrl_c_drops_what_has_not_begun() -> None:
         work = [pool.submit(time.sleep, 0.1) for _ in range(10_000)]
         work[0].result()
         raise KeyboardInterrupt
-    assert sum(future.cancelled() for future in work) > 9_000
+    dropped = [future for future in work if future.cancelled() or isinstance(future.exception(), BrokenProcessPool)]
+    assert len(dropped) > 9_000
+
+
+def test_ctrl_c_ends_work_that_has_begun() -> None:
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), process_pool(2) as pool:
+        for _ in range(2):
+            pool.submit(int).result()
+        pids = [*pool._processes]
+        work = [pool.submit(time.sleep, 600) for _ in range(2)]
+        while not all(future.running() for future in work):
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+    assert time.monotonic() - started < 60 and not any(map(psutil.pid_exists, pids))
+    assert all(isinstance(future.exception(), BrokenProcessPool) for future in work)

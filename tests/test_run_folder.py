@@ -140,6 +140,8 @@ def test_a_stage_that_fails_or_is_interrupted_leaves_the_record_of_what_is_there
     with pytest.raises(KeyboardInterrupt):
         execute(plan("predict", other))
     thread.join()
+    log = (finished.folder / "log.txt").read_text()
+    assert log.endswith("interrupted\n") and "KeyboardInterrupt" not in log
     assert record(finished.folder) == before
     assert finished.state() == "finished"
 
