@@ -19,6 +19,11 @@ class TooManyRejects(DataError):
     """More rejected rows than allowed."""
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number with its noun, as ``1 scan`` or ``2 scans``."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
 def named(keys: Sequence[str], most: int = 10) -> str:
     """The first of some keys, and how many more there are."""
     return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
-from shards.errors import FULL, DataError, TooManyRejects
+from shards.errors import FULL, DataError, TooManyRejects, counted
 from shards.files import locked_folder, write_bytes
 from shards.index import Split
 from shards.packing.make import Job, Shard, close_old, make_shard
@@ -202,6 +202,9 @@ def _make(
     run = map_shards or (lambda job, tasks: map_tasks(partial(make_shard, job=job), tasks, options.workers))
     try:
         with Progress("packing", rows, "volume", initial=rows - done) as bar:
+            if missing and not map_shards:  # the first shard may take a while
+                where = counted(min(options.workers, len(missing)), "process", "processes")
+                bar.say(f"packing {counted(done, 'row')} into {counted(len(missing), 'shard')}, in {where}")
             for shard in run(packing.job, missing):
                 packing.journal.add(shard)
                 bar.update(len(shard.places))

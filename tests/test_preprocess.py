@@ -191,6 +191,19 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_what_begins_is_printed_before_anything_is_loaded(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def loads(*arguments: object) -> None:
+        raise DataError("loading")
+
+    monkeypatch.setattr("shards.preprocess.run.load_template", loads)
+    with pytest.raises(DataError, match="loading"):
+        preprocess(source, tmp_path / "out", QUICK, workers=8)
+    line = "preprocessing 4 scans of 3 subjects: brain, registration, tissue; to 4 mm; in 3 processes\n"
+    assert capsys.readouterr().err == line
+
+
 @pytest.fixture(scope="module")
 def derivative(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("derivative") / "out"

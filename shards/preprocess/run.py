@@ -1,13 +1,14 @@
 """Preprocessing of a whole source: subject by subject, in parallel, resumable and incremental."""
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
 from shards.cpus import worker_count
-from shards.errors import DataError, TooManyRejects
+from shards.errors import DataError, TooManyRejects, counted
 from shards.files import check_output, lock_file, sha256, write_bytes, write_text
 from shards.participant_rows import PATH, Reject, Row
 from shards.participants import read_table
@@ -109,16 +110,17 @@ def preprocess(
         raise DataError(f"{source}: the table has no rows")
     _check_folder(Path(source), out, recipe)
     visits = [row for row in table.rows if isinstance(row, Row)]
+    subjects: dict[str, list[Row]] = {}
+    for row in visits:
+        subjects.setdefault(row.subject, []).append(row)
+    workers = min(worker_count(workers), max(1, len(subjects)))
+    _announce(len(visits), len(subjects), recipe, 0 if map_subjects else workers)
     tables = carried_tables(Path(source), table.kind, visits)
     centre = load_template(job.template, recipe).centre if "registration" in recipe.steps else None
     out.mkdir(parents=True, exist_ok=True)
     try:
         with lock_file(out / LOCK, patience=0):
             (out / DESCRIPTION).unlink(missing_ok=True)  # it marks a complete derivative
-            subjects: dict[str, list[Row]] = {}
-            for row in visits:
-                subjects.setdefault(row.subject, []).append(row)
-            workers = min(worker_count(workers), max(1, len(subjects)))
             run = map_subjects or (lambda job, all_rows: map_processes(job, all_rows, workers))
             outcomes: dict[str, Outcome] = {}
             with Progress("preprocessing", len(visits), "scan") as bar:
@@ -185,6 +187,14 @@ def with_template(recipe: Recipe, template: str | Path | None) -> Recipe:
     if own != recipe.template:
         raise DataError(f"{template}: SHA-256 is {own}, that of the recipe's template {recipe.template}")
     return recipe
+
+
+def _announce(scans: int, subjects: int, recipe: Recipe, workers: int) -> None:
+    """Say what begins, since the first scan takes a minute: templates and networks are loaded."""
+    work = f"{counted(scans, 'scan')} of {counted(subjects, 'subject')}: {', '.join(recipe.steps)}"
+    grid = f"; to {recipe.spacing:g} mm" if "registration" in recipe.steps else ""
+    where = f"; in {counted(workers, 'process', 'processes')}" if workers else ""
+    print(f"preprocessing {work}{grid}{where}", file=sys.stderr, flush=True)
 
 
 def _schema(suffix: str, recipe: Recipe) -> Schema:
