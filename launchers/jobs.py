@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launchers.allocation import Assignment
 from mvhpc.config import ConfigError
 from mvhpc.runs.clone import git
 from mvhpc.runs.folder import read_record
@@ -67,14 +68,22 @@ class Job:
         """Its output; with several nodes that of node 0."""
         return Path(self.run) / "jobs" / f"{self.id}_0_log.out"
 
-    def save(self) -> None:
+    def save(self, assignment: Assignment | None = None) -> None:
         """Write ``job.json``, and ``code.diff`` with the state of the code that was submitted."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         commit, diff = code_state()
         content = {**dataclasses.asdict(self), "commit": commit, "dirty": bool(diff)}
+        if assignment is not None:
+            content["assignment"] = dataclasses.asdict(assignment)
         write_text(self.folder / "code.diff", diff)
         write_text(self.folder / "job.json", json.dumps(content, indent=1))
         register_run(Path(self.run))
+
+    def assignment(self) -> dict[str, Any]:
+        """What it is to do, as recorded at submission; empty where nothing is recorded."""
+        path = self.folder / "job.json"
+        found: dict[str, Any] = json.loads(path.read_text()).get("assignment", {}) if path.is_file() else {}
+        return found
 
     def record(self, event: str, **fields: Any) -> None:
         """Append an event to its journal."""
@@ -142,6 +151,14 @@ def locked(run: Path) -> Iterator[Lock]:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with lock_file(path) as descriptor:
         yield Lock(descriptor)
+
+
+def holder_of(run: Path) -> Job | None:
+    """The job that holds a run folder; None: none. Nothing is written there."""
+    if not (run / "jobs" / "lock").is_file():
+        return None
+    with locked(run) as lock:
+        return lock.holder
 
 
 def release(run: Path, job: str) -> None:

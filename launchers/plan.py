@@ -44,12 +44,16 @@ class Step:
         """Its run folder."""
         return STAGES[self.stage].run_folder(self.config.out)
 
+    def values(self) -> dict[str, Any]:
+        """Its complete configuration."""
+        return to_dict(self.config)
+
     def assignment(self, site: Site) -> Assignment:
         """What its job is to do."""
         return Assignment(
             stage=self.stage,
             run=str(self.run.absolute()),
-            values=to_dict(self.config),
+            values=self.values(),
             # An input that an earlier job of the chain has yet to make exists when this one starts.
             inputs={
                 name: paths if isinstance(paths, list) else [paths]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from launchers import jobs, jobs_cli, local, plan, slurm
+from launchers import conflicts, jobs, jobs_cli, local, plan, slurm
 from launchers.jobs import PROG, Job
 from launchers.plan import Step
 from launchers.site import Site, load_site
@@ -142,6 +142,7 @@ def _submit(options: argparse.Namespace) -> int:
             _show(step, site, options.min_nodes, on_slurm)
         return 0
     plan.check_first(steps)
+    conflicts.check_steps(steps)
     if project:
         with _writable():
             record_project(project.config)
@@ -151,7 +152,7 @@ def _submit(options: argparse.Namespace) -> int:
         if step.finished:
             print(f"{step.stage}: complete and unchanged: reused {step.config.out}", file=sys.stderr)
             continue
-        job = _submit_step(step, after, start, chained=step.chained)
+        job = _submit_step(step, site, after, start)
         after = job.id
         if not on_slurm or (options.wait and step is steps[-1]):
             status = _watch(job, step.config.out)
@@ -178,30 +179,26 @@ def _writable() -> Iterator[None]:
         ) from error
 
 
-def _submit_step(step: Step, after: str | None, start: Callable[[Step, str | None], Job], chained: bool) -> Job:
+def _submit_step(step: Step, site: Site, after: str | None, start: Callable[[Step, str | None], Job]) -> Job:
     """Submit a step and make its job the holder of the run folder.
 
-    An earlier job of a chained step that is pending or running is returned as it is.
+    An earlier job of a chained step that is pending or running, with the same values, is returned as it is.
 
     Raises:
-        ConfigError: an earlier job holds the run folder, and the step is not chained; the folder cannot be made, or
-            SLURM refuses the job.
+        ConfigError: another job holds the run folder (:mod:`launchers.conflicts`); the folder cannot be made, or SLURM
+            refuses the job.
     """
     with _writable():
         step.run.mkdir(parents=True, exist_ok=True, mode=0o700)
     with jobs.locked(step.run) as lock:
         holder = lock.holder
         if holder is not None and (now := jobs_cli.state(holder)):
-            if chained:
-                print(f"{step.stage}: job {holder.id} is already {now}", file=sys.stderr)
-                return holder
-            raise ConfigError(
-                f"{step.run} is held by job {holder.id} ({now}), submitted on {holder.host}; see `{PROG} logs "
-                f"{holder.id}`, or end it with `{PROG} cancel {holder.id}`"
-            )
+            conflicts.check_holder(step, holder, now)
+            print(f"{step.stage}: job {holder.id} is already {now}", file=sys.stderr)
+            return holder
         job = start(step, after)
         lock.set_holder(job)
-        job.save()
+        job.save(step.assignment(site))
     return job
 
 

@@ -1,0 +1,88 @@
+"""Jobs of an earlier submission that wait or run: a new one may not change what they work with."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from launchers import jobs, jobs_cli
+from launchers.jobs import PROG, Job
+from launchers.plan import Step
+from mvhpc.config import ConfigError, flatten
+from mvhpc.runs.mlflow_store import SQLITE
+from mvhpc.stages import STAGES
+
+NAMED = 4  # differences in one message
+
+
+def check_steps(steps: Sequence[Step]) -> None:
+    """Check all steps of a submission before the first of them is submitted.
+
+    Raises:
+        ConfigError: a job that is pending or running holds the run folder of a step and has other values, or reads a
+            result that would be made anew; or the step is no stage of a pipeline, which is submitted once.
+    """
+    made_anew: dict[Path, str] = {}  # path of a result -> stage
+    for step in steps:
+        holder = jobs.holder_of(step.run)
+        if holder is not None and (now := jobs_cli.state(holder)):
+            check_holder(step, holder, now)
+            for path in _inputs(step) & made_anew.keys():
+                raise ConfigError(
+                    f"{step.stage}: job {holder.id} ({now}) works with {path}, which stage {made_anew[path]} would "
+                    f"make anew; {_remedy(holder)}"
+                )
+        elif not step.finished:
+            made_anew[Path(step.config.out).resolve()] = step.stage
+
+
+def check_holder(step: Step, holder: Job, now: str) -> None:
+    """Check that a step may leave its work to the job that holds its run folder.
+
+    Raises:
+        ConfigError: the step is no stage of a pipeline, or the job has other values.
+    """
+    if not step.chained:
+        raise ConfigError(
+            f"{step.run} is held by job {holder.id} ({now}), submitted on {holder.host}; see `{PROG} logs "
+            f"{holder.id}`, or end it with `{PROG} cancel {holder.id}`"
+        )
+    if found := list(_differences(step, holder)):
+        more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+        raise ConfigError(
+            f"{step.stage}: job {holder.id} ({now}) has other values: {', '.join(found[:NAMED])}{more}; "
+            f"{_remedy(holder)}"
+        )
+
+
+def _remedy(holder: Job) -> str:
+    return f"wait for its end, or end it with `{PROG} cancel {holder.id}`, and submit again"
+
+
+def _inputs(step: Step) -> set[Path]:
+    """Absolute paths that a step reads."""
+    found = (getattr(step.config, key) for key in STAGES[step.stage].inputs)
+    return {Path(path).resolve() for paths in found for path in (paths if isinstance(paths, list) else [paths]) if path}
+
+
+def _differences(step: Step, holder: Job) -> Iterator[str]:
+    """``key there A, now B`` of each value; nothing of a job that was submitted before values were recorded."""
+    there = holder.assignment()
+    if not there:
+        return
+    if step.nodes != there["nodes"]:
+        yield f"nodes there {there['nodes']}, now {step.nodes}"
+    old, new = flatten(there["values"]), flatten(step.values())
+    for key in [*new, *(old.keys() - new.keys())]:
+        before, after = old.get(key), new.get(key)
+        if before != after and _absolute(before, there["cwd"]) != _absolute(after, str(Path.cwd())):
+            yield f"{key} there {_shown(before)}, now {_shown(after)}"
+
+
+def _absolute(value: Any, folder: str) -> Any:
+    """A path, or the address of a store, from the root on, as two spellings of it are one."""
+    return os.path.normpath(Path(folder, value.removeprefix(SQLITE))) if isinstance(value, str) and value else value
+
+
+def _shown(value: Any) -> str:
+    return "none" if value in (None, "") else str(value)

@@ -1,0 +1,88 @@
+"""Jobs that wait or run: neither a second submission nor a command of this machine changes what they work with."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from launchers import conflicts, jobs, jobs_cli
+from launchers.jobs import Job, new_job
+from launchers.plan import chain
+from launchers.site import load_site
+from launchers.submit import main
+from mvhpc.config import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def separate_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An empty folder is where the user is, and these runs are not in the user's list."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+
+
+CHAIN = ["--stage", "all", "--cluster", "local", "--config", "demo", "root=runs/a"]
+
+
+@pytest.fixture
+def submitted() -> dict[str, Job]:
+    """Stage -> its job, of a chain that was submitted before; the process of all of them is this one."""
+    number, found = str(os.getpid()), {}
+    for step in chain("demo", ["root=runs/a"], 1, 0, False)[1]:
+        found[step.stage] = new_job(step.run, number, "local", step.stage, 1, jobs_cli.local.process_start(number))
+        with jobs.locked(step.run) as lock:
+            lock.set_holder(found[step.stage])
+        found[step.stage].save(step.assignment(load_site("default", {})))
+    return found
+
+
+def test_the_same_submission_again_leaves_the_work_to_the_jobs(submitted: dict[str, Job], tmp_path: Path) -> None:
+    conflicts.check_steps(chain("demo", [f"root={tmp_path}/runs/a"], 1, 0, False)[1])  # with other spellings of paths
+    (step, *_) = chain("demo", ["root=runs/a"], 1, 0, False)[1]
+    conflicts.check_holder(step, submitted["phantom"], "pending")
+
+
+@pytest.mark.parametrize(
+    ("more", "hint"),
+    [
+        (["joint.training.epochs=7"], "training.epochs there 10, now 7"),
+        (["joint={training: {epochs: 7, seed: 3}}"], "training.seed there 0, now 3"),
+    ],
+)
+def test_other_values_than_those_of_a_job_are_refused_before_anything_is_written(
+    more: list[str], hint: str, submitted: dict[str, Job], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = set(tmp_path.rglob("*"))
+    assert main([*CHAIN, *more]) == 2
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("mvhpc submit: ")]
+    number = submitted["joint"].id
+    assert f"joint: job {number} (running) has other values: " in line and hint in line
+    assert f"`mvhpc submit cancel {number}`" in line
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_another_number_of_nodes_is_another_value(
+    submitted: dict[str, Job], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (*_, step) = chain("demo", ["root=runs/a"], 1, 0, False)[1]
+    step.nodes = 2
+    with pytest.raises(ConfigError, match="nodes there 1, now 2"):
+        conflicts.check_steps([step])
+
+
+def test_nothing_is_made_anew_under_a_job_that_reads_it(
+    submitted: dict[str, Job], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The job of the joint model has ended, and those that use the model wait."""
+    with jobs.locked(Path(submitted["joint"].run)) as lock:
+        lock.set_holder(None)
+    assert main([*CHAIN, "joint.training.epochs=7"]) == 2
+    assert "works with " in (shown := capsys.readouterr().err) and "which stage joint would make anew" in shown
+
+
+def test_a_refused_second_submission_of_one_stage_leaves_the_project_as_it_was(
+    submitted: dict[str, Job], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (Path("runs") / "a" / "source").mkdir()
+    assert main(["--stage", "pack", "--root", "runs/a", "--cluster", "local", "--config", "demo", "spacing=3"]) == 2
+    assert "has other values: spacing there 6.0, now 3.0; wait" in capsys.readouterr().err
+    assert not Path("runs/a/project.yaml").exists()
