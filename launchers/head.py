@@ -24,6 +24,7 @@ from launchers.node import POLL_S, Signals
 from launchers.node_group import JobFailed, NodeGroup, RayFailed, Requeue, Terminated
 from launchers.process import ManagedProcess
 from mvhpc.runs.journal import read
+from mvhpc.runs.squeue import TERMINAL_STATES
 from mvhpc.stages import STAGES
 from shards.files import write_once, write_text
 
@@ -254,7 +255,7 @@ class Head:
         """
         with contextlib.suppress(Exception):
             state = slurm.job_state(self.job.id)
-            if state in slurm.TERMINAL_STATES:
+            if state in TERMINAL_STATES:
                 self._finish("cancelled" if state == "CANCELLED" else "failed", state.lower())
         raise SystemExit(128 + signal.SIGTERM)
 

@@ -1,6 +1,7 @@
 """`mvhpc submit status`, `logs` and `cancel`, for SLURM and local jobs alike."""
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from launchers import jobs, local, slurm
 from launchers.jobs import Job
 from mvhpc.config import ConfigError
+from mvhpc.runs import holder
 
 POLL_S = 0.5
 CANCEL_TIMEOUT_S = 120
@@ -20,7 +22,7 @@ def state(job: Job) -> str:
     Raises:
         ConfigError: the state cannot be found out from here.
     """
-    return slurm.state(job.id) if job.cluster == "slurm" else local.state(job)
+    return holder.state(dataclasses.asdict(job))
 
 
 def goes_on(job: Job) -> bool:

@@ -1,9 +1,9 @@
 """This machine as a cluster of one node: a job is a process that submitit starts."""
 
 import contextlib
+import dataclasses
 import os
 import signal
-import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from launchers.allocation import Assignment
 from launchers.driver import run_stage
 from launchers.jobs import Job, new_job, release
 from launchers.process import PYTHON
-from mvhpc.config import ConfigError
+from mvhpc.runs.holder import state
 from mvhpc.runtime.importing import require
 from mvhpc.runtime.watchdog import Interrupted
 
@@ -66,30 +66,9 @@ def run_job(assignment: Assignment) -> None:
         release(folder, number)
 
 
-def process_start(job: str) -> float:
-    """When the process with that number started, in seconds since 1970; 0 where there is none."""
-    try:
-        process = psutil.Process(int(job))
-        return 0.0 if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.Error:
-        return 0.0
-
-
-def state(job: Job) -> str:
-    """``running``, or empty where the job is over.
-
-    Raises:
-        ConfigError: the job was submitted on another machine.
-    """
-    if job.host != socket.gethostname():
-        raise ConfigError(f"job {job.id} is a process on {job.host}; run this command there")
-    started = process_start(job.id)
-    return "running" if started and started == job.process_start else ""
-
-
 def cancel(job: Job) -> None:
     """Interrupt a job's stage, which ends the processes that it started; training writes a checkpoint before."""
-    if state(job):
+    if state(dataclasses.asdict(job)):
         with contextlib.suppress(psutil.Error, OSError):
             submitits = psutil.Process(int(job.id))
             for process in submitits.children() or [submitits]:

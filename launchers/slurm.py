@@ -1,4 +1,4 @@
-"""SLURM: submission, and the state of a job. Only its controller is queried, never its accounting."""
+"""SLURM: submission, and what it does with a job; see :mod:`mvhpc.runs.squeue`."""
 
 import contextlib
 import io
@@ -13,19 +13,18 @@ from typing import TYPE_CHECKING, Any
 from launchers.process import PYTHON
 from launchers.site import Site, minutes
 from mvhpc.config import ConfigError
+from mvhpc.runs.squeue import COMMAND_TIMEOUT_S, query
 from mvhpc.runtime.importing import require
 
 if TYPE_CHECKING:
     import submitit
 
-COMMAND_TIMEOUT_S = 30
 # In the job's script: where the supervisor of the first node (or srun) is killed, the script requeues the job. The
 # number of restarts is limited, should the same kill meet each of them.
 REQUEUE_WHEN_KILLED = (
     'trap \'[ $? -eq 137 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ] && scontrol requeue "$SLURM_JOB_ID"\' EXIT'
 )
 KEPT = {"SLURM_CONF", "SLURM_CLUSTERS"}  # where SLURM is, not what this process may use of it
-TERMINAL_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY", "BOOT_FAIL", "REVOKED"}
 
 
 def available() -> bool:
@@ -124,7 +123,7 @@ def submit(submitter: "submitit.SlurmExecutor", function: Callable[..., None], *
         lines = [line.removeprefix("sbatch:").removeprefix(" error:").strip() for line in str(error).splitlines()]
         known = ""
         if "partition" in str(error).lower():
-            known = f" (partitions here: {', '.join(sorted(set(_run('sinfo', '--noheader', '--format=%R').split())))})"
+            known = f" (partitions here: {', '.join(sorted(set(query('sinfo', '--noheader', '--format=%R').split())))})"
         raise ConfigError(f"sbatch refused the job: {'; '.join(filter(None, lines))}{known}") from error
 
 
@@ -133,38 +132,8 @@ def script(submitter: "submitit.SlurmExecutor") -> str:
     return str(submitter._make_submission_file_text(submitter._submitit_command_str, "dry-run"))
 
 
-def _run(*command: str) -> str:
-    filters = ("SQUEUE_", "SINFO_")  # a user's own view, as SQUEUE_PARTITION, which would hide jobs
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(filters)}
-    try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT_S
-        )
-    except OSError as error:
-        raise ConfigError(f"{command[0]}: {error.strerror}; run this where SLURM's commands are") from error
-    except subprocess.TimeoutExpired as error:
-        raise ConfigError(f"{command[0]}: SLURM did not answer within {COMMAND_TIMEOUT_S} s; try again") from error
-    if done.returncode != 0:
-        if "Invalid job id" in done.stderr:
-            return ""
-        raise ConfigError(f"{command[0]}: {done.stderr.strip() or 'failed'}")
-    return done.stdout.strip()
-
-
-def state(job: str) -> str:
-    """The state of a job in lower case, with the reason where it is pending; empty where it is over or forgotten.
-
-    Raises:
-        ConfigError: SLURM does not answer.
-    """
-    word, _, reason = _run("squeue", "--noheader", "--jobs", job, "--format=%T %r").partition(" ")
-    if word in TERMINAL_STATES:
-        return ""
-    return f"{word.lower()} ({reason})" if word == "PENDING" else word.lower()
-
-
 def _field(job: str, name: str) -> str:
-    shown = _run("scontrol", "--oneliner", "show", "job", job)
+    shown = query("scontrol", "--oneliner", "show", "job", job)
     fields = dict(part.partition("=")[::2] for part in shown.split() if "=" in part)
     return fields.get(name, "")
 
@@ -182,7 +151,7 @@ def restarts(job: str) -> int:
 def seconds_left(job: str) -> float:
     """Seconds until the time limit of a running job; infinite where it is unknown."""
     try:
-        text = _run("squeue", "--noheader", "--jobs", job, "--format=%L")
+        text = query("squeue", "--noheader", "--jobs", job, "--format=%L")
         days, _, clock = text.rpartition("-")
         parts = [int(p) for p in clock.split(":")]
     except ValueError:  # a ConfigError too
@@ -193,9 +162,9 @@ def seconds_left(job: str) -> float:
 
 def cancel(job: str) -> None:
     """Cancel a pending or running job."""
-    _run("scancel", job)
+    query("scancel", job)
 
 
 def requeue(job: str) -> None:
     """Put a running job back into the queue."""
-    _run("scontrol", "requeue", job)
+    query("scontrol", "requeue", job)

@@ -23,6 +23,7 @@ from mvhpc.config import ConfigError, choose, to_yaml
 from mvhpc.pipeline.plan import Pipeline
 from mvhpc.pipeline.project import Request, record_project
 from mvhpc.runs.folder import read_record
+from mvhpc.runs.holder import process_start
 from mvhpc.stages import STAGES
 from shards.__main__ import OneLineParser
 from shards.errors import DataError, explain
@@ -218,7 +219,7 @@ def _to_local(site: Site) -> Callable[[Step, str | None], Job]:
     def start(step: Step, after: str | None) -> Job:
         found = local.submit(step.run / "jobs", step.assignment(site))
         _STARTED.append(found)
-        return jobs.new_job(step.run, found.job_id, "local", step.stage, 1, local.process_start(found.job_id))
+        return jobs.new_job(step.run, found.job_id, "local", step.stage, 1, process_start(found.job_id))
 
     return start
 

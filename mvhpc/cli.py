@@ -69,14 +69,18 @@ def _stage(stage: Stage, options: argparse.Namespace) -> int:
         print(to_yaml(configured.config), end="")
         return 0
     from mvhpc.execute import execute, plan
+    from mvhpc.pipeline.busy import check_stage
     from mvhpc.pipeline.run import do
 
     config = configured.config
+    root = configured.project.root if configured.project else None
     try:
         if options.with_inputs:
             for name, before in configured.before():
+                check_stage(plan(name, before), root)
                 do(plan(name, before), f"{name}: ")
         planned = configured.plan()
+        check_stage(planned, root)
         if configured.project:
             record_project(configured.project.config)
         own = configured.project and config.out == configured.own_place()

@@ -1,16 +1,21 @@
 """Jobs that wait or run: neither a second submission nor a command of this machine changes what they work with."""
 
+import dataclasses
 import os
 from pathlib import Path
 
 import pytest
 
-from launchers import conflicts, jobs, jobs_cli
+from launchers import conflicts, jobs
 from launchers.jobs import Job, new_job
 from launchers.plan import chain
 from launchers.site import load_site
 from launchers.submit import main
+from mvhpc.cli import main as mvhpc
 from mvhpc.config import ConfigError
+from mvhpc.pipeline import busy
+from mvhpc.runs.folder import exclusive
+from mvhpc.runs.holder import process_start, run_folders
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +33,7 @@ def submitted() -> dict[str, Job]:
     """Stage -> its job, of a chain that was submitted before; the process of all of them is this one."""
     number, found = str(os.getpid()), {}
     for step in chain("demo", ["root=runs/a"], 1, 0, False)[1]:
-        found[step.stage] = new_job(step.run, number, "local", step.stage, 1, jobs_cli.local.process_start(number))
+        found[step.stage] = new_job(step.run, number, "local", step.stage, 1, process_start(number))
         with jobs.locked(step.run) as lock:
             lock.set_holder(found[step.stage])
         found[step.stage].save(step.assignment(load_site("default", {})))
@@ -86,3 +91,55 @@ def test_a_refused_second_submission_of_one_stage_leaves_the_project_as_it_was(
     assert main(["--stage", "pack", "--root", "runs/a", "--cluster", "local", "--config", "demo", "spacing=3"]) == 2
     assert "has other values: spacing there 6.0, now 3.0; wait" in capsys.readouterr().err
     assert not Path("runs/a/project.yaml").exists()
+
+
+def test_a_pipeline_does_not_begin_where_jobs_wait_or_run(
+    submitted: dict[str, Job], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = set(tmp_path.rglob("*"))
+    assert mvhpc(["run", "--config", "demo", "root=runs/a"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    number = submitted["phantom"].id
+    assert line.startswith("mvhpc: jobs are at work here, or wait: ") and f"{number} (" in line
+    assert f"`mvhpc submit cancel {number}`" in line
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_pipeline_does_not_begin_beside_a_process_that_is_at_a_late_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    late = tmp_path / "runs" / "a" / "synthetic.run"
+    late.mkdir(parents=True)
+    with exclusive(late):
+        assert mvhpc(["run", "--config", "demo", "root=runs/a"]) == 2
+    assert "synthetic.run: process " in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "a" / "project.yaml").exists()
+
+
+def test_a_job_that_cannot_be_seen_from_here_is_named_with_the_file_that_says_so(
+    submitted: dict[str, Job], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with jobs.locked(Path(submitted["vae"].run)) as lock:
+        lock.set_holder(dataclasses.replace(submitted["vae"], id="7", host="elsewhere"))
+    for stage, job in submitted.items():
+        if stage != "vae":
+            jobs.release(Path(job.run), job.id)
+    assert mvhpc(["run", "--config", "demo", "root=runs/a"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "job 7 is a process on elsewhere" in line and "remove runs/a/vae/jobs/lock" in line
+
+
+def test_a_stage_does_not_make_anew_what_a_waiting_job_reads(
+    submitted: dict[str, Job], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stage in ("phantom", "pack"):
+        jobs.release(Path(submitted[stage].run), submitted[stage].id)
+    (Path("runs") / "a" / "packed").mkdir()
+    assert mvhpc(["train", "scalars", "--config", "demo", "--root", "runs/a"]) == 2  # its own job
+    assert f"{submitted['scalars'].id} (scalars, running)" in capsys.readouterr().err
+    jobs.release(Path(submitted["scalars"].run), submitted["scalars"].id)
+    assert mvhpc(["train", "scalars", "--config", "demo", "--root", "runs/a"]) == 2  # that of the joint model
+    assert f"{submitted['joint'].id} (joint, running)" in capsys.readouterr().err
+    for run in run_folders(Path("runs/a")):
+        jobs.release(run, submitted["joint"].id)
+    busy.check_project(Path("runs/a"), [Path(job.run) for job in submitted.values()])

@@ -19,10 +19,10 @@ from launchers import jobs
 from launchers.allocation import Allocation, Assignment
 from launchers.process import ManagedProcess
 from launchers.site import load_site, minutes
-from launchers.slurm import state
 from mvhpc.config import ConfigError, load_config, to_dict
 from mvhpc.data_stages import PackConfig
 from mvhpc.runs.folder import read_record
+from mvhpc.runs.squeue import state
 from mvhpc.runtime.scratch import LOCK, PREFIX
 from shards.index import Index
 from tests.slurm_cluster import SlurmCluster, wait_for

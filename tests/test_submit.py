@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launchers import jobs, jobs_cli, slurm
+from launchers import jobs, jobs_cli
 from launchers.jobs import Job, new_job
 from launchers.submit import main
+from mvhpc.runs import squeue
+from mvhpc.runs.holder import process_start
 from mvhpc.runs.journal import Journal
 from mvhpc.runs.position import Position, write_position
 from tests.conftest import SMALL_JOINT
@@ -71,7 +73,7 @@ def test_given_and_want_are_options_as_of_the_command(capsys: pytest.CaptureFixt
 def job(tmp_path: Path) -> Job:
     """A job of this process, as far as `status` can tell."""
     run = tmp_path / "joint"
-    made = new_job(run, str(os.getpid()), "local", "joint", 1, jobs_cli.local.process_start(str(os.getpid())))
+    made = new_job(run, str(os.getpid()), "local", "joint", 1, process_start(str(os.getpid())))
     made.save()
     return made
 
@@ -97,7 +99,7 @@ def slurm_job(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
         (programs / "squeue").write_text("#!/bin/sh\nexec /bin/sleep 60\n")
         (programs / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", str(programs))
-    monkeypatch.setattr(slurm, "COMMAND_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(squeue, "COMMAND_TIMEOUT_S", 0.5)
     return made
 
 
@@ -144,7 +146,7 @@ def test_a_process_that_was_gone_when_its_job_was_recorded_is_over(tmp_path: Pat
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
     number = str(process.pid)
-    made = new_job(tmp_path, number, "local", "joint", 1, jobs_cli.local.process_start(number))
+    made = new_job(tmp_path, number, "local", "joint", 1, process_start(number))
     assert jobs_cli.state(made) == ""
 
 

@@ -6,9 +6,11 @@ from typing import Any
 
 from mvhpc.config import ConfigError, to_dict
 from mvhpc.execute import PlannedStage, execute, plan, reconcile, set_aside
+from mvhpc.pipeline.busy import check_project
 from mvhpc.pipeline.plan import RESULTS, Pipeline, PipelineConfig
 from mvhpc.pipeline.project import record_project
 from mvhpc.runs.pipeline_run import PipelineRun
+from mvhpc.stages import STAGES
 
 
 def do(planned: PlannedStage, label: str = "", numbers: bool = True) -> dict[str, Any] | None:
@@ -62,11 +64,13 @@ def run_pipeline(config: PipelineConfig) -> Pipeline:
     """Run every stage that is not complete, and print the table of results and further commands.
 
     Raises:
-        ConfigError: a stage's configuration is invalid; raised before any stage is started.
+        ConfigError: a stage's configuration is invalid, or jobs or processes are at work in the project; raised before
+            any stage is started.
         Exception: as a stage raises.
     """
     pipeline = Pipeline(config)
     steps = list(pipeline.steps())  # checks all configurations
+    check_project(pipeline.root, [STAGES[stage].run_folder(step.out) for stage, step in steps])
     record_project(config)
     start = time.monotonic()
     tracking = steps[0][1].tracking

@@ -157,19 +157,40 @@ def exclusive(folder: Path, patience: float = 120.0) -> Iterator[None]:
     Raises:
         ConfigError: another process is at work there.
     """
-    path, host = folder / ".lock", f"host {socket.gethostname()}"
+    with _lock(folder, patience) as descriptor:
+        with contextlib.suppress(OSError):  # a full disk: the stage itself reports that
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} of {_host()}".encode())
+        yield
+
+
+def check_idle(folder: Path, patience: float = 120.0) -> None:
+    """Check that no process executes a stage in a run folder, as :func:`exclusive` does.
+
+    Raises:
+        ConfigError: one is at work there.
+    """
+    if (folder / ".lock").is_file():
+        with _lock(folder, patience):
+            pass
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, patience: float) -> Iterator[int]:
+    path = folder / ".lock"
     with contextlib.ExitStack() as stack:
-        waits = 0.0 if _holder(path).endswith(host) else patience
+        waits = 0.0 if _holder(path).endswith(_host()) else patience
         try:
             descriptor = stack.enter_context(lock_file(path, waits, required=False))
         except BlockingIOError as error:
             raise ConfigError(
                 f"{folder}: {_holder(path)} is at work there; wait for its end, or stop it and run this again"
             ) from error
-        with contextlib.suppress(OSError):  # a full disk: the stage itself reports that
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} of {host}".encode())
-        yield
+        yield descriptor
+
+
+def _host() -> str:
+    return f"host {socket.gethostname()}"
 
 
 def _holder(lock: Path) -> str:
