@@ -21,7 +21,7 @@ from launchers.allocation import Allocation, Assignment
 from launchers.driver import FAILED, INTERRUPTED, RETRY, SUCCEEDED
 from launchers.jobs import Job, jobs_of, locked, new_job, release
 from launchers.node import POLL_S, Signals
-from launchers.node_group import JobFailed, NodeGroup, RayFailed, Requeue, Terminated
+from launchers.node_group import JobFailed, NodeGroup, RayFailed, Requeue, Terminated, Warned
 from launchers.process import ManagedProcess
 from mvhpc.runs.journal import read
 from mvhpc.runs.squeue import TERMINAL_STATES
@@ -31,6 +31,7 @@ from shards.files import write_once, write_text
 CAUSE_TIMEOUT_S = 3  # after the driver failed, for a message that a node or Ray was the cause
 REQUEUE_MARGIN_S = 15  # of the time after the warning signal, reserved for going back to the queue
 REQUEUE_TIMEOUT_S = 60  # for SLURM to end a job that it requeues
+LONGER = "submit it again with a longer --time"
 
 
 class Head:
@@ -56,7 +57,7 @@ class Head:
         self.token = folder.parent / "token"
         self.stop_file = folder / "stop"
         self.out_of_time = False
-        self.checkpoint_before = ""
+        self.checkpoint_before = self._last_checkpoint()
         self.start, self.begun = time.monotonic(), time.time()
 
     def run(self) -> None:
@@ -77,6 +78,10 @@ class Head:
             event, reason = "failed", str(error)
         except Requeue as error:
             self._requeue(str(error))
+        except Warned:
+            if not self._near_limit():
+                self._requeue(f"preempted before {self.assignment.stage} began")
+            event, reason = "failed", f"the time limit ends before {self.assignment.stage} begins; {LONGER}"
         except Terminated:
             self._terminated()
         except Exception as error:
@@ -160,7 +165,6 @@ class Head:
         environment = {**nodes.node.environment, "MVHPC_STOP_FILE": str(self.stop_file)}
         if nodes.with_ray:
             environment["RAY_ADDRESS"] = nodes.ray_address
-        self.checkpoint_before = self._last_checkpoint()
         command = [sys.executable, "-P", "-u", "-m", "launchers.driver", str(path)]
         driver = ManagedProcess(command, environment, None, nodes.node.scratch)
         deadline = math.inf
@@ -169,6 +173,8 @@ class Head:
                 if self.signals.stop and deadline == math.inf:
                     deadline = time.monotonic() + self._request_stop()
                 if time.monotonic() > deadline:
+                    if self.out_of_time and self._last_checkpoint() == self.checkpoint_before:
+                        raise JobFailed(f"the time limit ends before the first checkpoint; {LONGER}")
                     raise Requeue("no checkpoint was written in time; the last one is resumed from")
                 nodes.poll()
             if status not in (SUCCEEDED, INTERRUPTED):  # a node or Ray may be the cause
@@ -192,22 +198,27 @@ class Head:
             Requeue: the stage writes no checkpoints; it is preempted, or it resumes and has advanced since the start.
             JobFailed: at the time limit of any other stage without checkpoints: every restart would end there again.
         """
-        self.out_of_time = slurm.seconds_left(self.job.id) < 2 * self.assignment.signal_delay + 60
-        self.job.record("stop", reason="time limit" if self.out_of_time else "preemption")
+        near_limit = self._near_limit()
         if self.assignment.trains:
             self.stop_file.touch()
             return max(10, self.assignment.signal_delay - REQUEUE_MARGIN_S)
         advanced = any(e["event"] == "metrics" and e["time"] >= self.begun for e in read(self.run_folder))
-        if self.out_of_time and not (STAGES[self.assignment.stage].resumes and advanced):
-            raise JobFailed("not finished within the time limit; submit it again with a longer --time")
-        raise Requeue("time limit" if self.out_of_time else "preempted")
+        if near_limit and not (STAGES[self.assignment.stage].resumes and advanced):
+            raise JobFailed(f"not finished within the time limit; {LONGER}")
+        raise Requeue("time limit" if near_limit else "preempted")
+
+    def _near_limit(self) -> bool:
+        """Whether the warning signal is that of the time limit; if not, the job is preempted."""
+        self.out_of_time = slurm.seconds_left(self.job.id) < 2 * self.assignment.signal_delay + 60
+        self.job.record("stop", reason="time limit" if self.out_of_time else "preemption")
+        return self.out_of_time
 
     def _interrupted(self) -> tuple[str, str]:
         """What follows where the driver stopped with a checkpoint."""
         if not self.signals.stop:
             return "stopped", "on request, with a checkpoint; submit it again to resume"
         if self.out_of_time and self._last_checkpoint() == self.checkpoint_before:
-            return "failed", "no step was done within the time limit; submit it again with a longer --time"
+            return "failed", f"no step was done within the time limit; {LONGER}"
         raise Requeue("time limit" if self.out_of_time else "preempted")
 
     def _last_checkpoint(self) -> str:

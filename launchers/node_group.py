@@ -27,6 +27,10 @@ class Requeue(Exception):
     """The job goes back to the queue: a node is lost, or the job is to make room."""
 
 
+class Warned(Exception):
+    """The signal before preemption or the time limit came before the stage began."""
+
+
 class Terminated(Exception):
     """SLURM ends the job, or requeues it by itself."""
 
@@ -125,7 +129,7 @@ class NodeGroup:
 
         Raises:
             JobFailed: not within the time limit; ``problem`` puts the missing nodes into a sentence.
-            Requeue: the job is to make room.
+            Warned: the job is to make room, or ends soon.
         """
         end = time.monotonic() + BOOT_TIMEOUT_S
         while missing := sorted(set(range(nodes or self.allocation.nodes)) - done):
@@ -134,7 +138,7 @@ class NodeGroup:
                 names = (f"{self.names.get(k, f'node {k}')} (its log: {job}_{k}_log.out)" for k in missing)
                 raise JobFailed(problem(", ".join(names)))
             if self.signals.stop:
-                raise Requeue("preempted before training began")
+                raise Warned
             self.poll()
 
     def gather(self) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from mvhpc.config import ConfigError, load_config
 
+START_S = 180  # that a job has at least before its warning signal, which SLURM may send a minute early
+
 
 @dataclass
 class Site:
@@ -35,6 +37,20 @@ def load_site(name: str, overrides: dict[str, Any]) -> Site:
     site = load_config(Site, "cluster", name, (), {k: v for k, v in overrides.items() if v is not None})
     minutes(site.time)
     return site
+
+
+def check_time(site: Site) -> None:
+    """Check that the time limit leaves a job some time before its warning signal.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    least = -(-(site.signal_delay + START_S) // 60)
+    if minutes(site.time) < least:
+        raise ConfigError(
+            f"--time {site.time}: a job starts in up to {START_S // 60} minutes and is warned {site.signal_delay} s "
+            f"before its end (signal_delay); give at least --time {least}"
+        )
 
 
 def minutes(time: str) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 from launchers import conflicts, jobs, jobs_cli, local, plan, slurm
 from launchers.jobs import PROG, Job
 from launchers.plan import Step
-from launchers.site import Site, load_site
+from launchers.site import Site, check_time, load_site
 from launchers.supervisor import supervise
 from mvhpc.config import ConfigError, choose, to_yaml
 from mvhpc.pipeline.plan import Pipeline
@@ -116,6 +116,8 @@ def _submit(options: argparse.Namespace) -> int:
             "gpus_per_node": options.gpus_per_node,
         },
     )
+    if on_slurm:
+        check_time(site)
     if options.nodes < 1:
         raise ConfigError(f"--nodes {options.nodes}: give at least 1")
     if options.min_nodes is not None and not 1 <= options.min_nodes <= options.nodes:

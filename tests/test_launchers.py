@@ -1,6 +1,7 @@
 """Laws of submission: a dry run shows the job and starts nothing; a job's result is the result of the command."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from launchers import jobs
+from launchers import head, jobs
 from launchers.allocation import Allocation, Assignment
 from launchers.driver import run_stage
 from launchers.head import Head
@@ -24,9 +25,9 @@ from launchers.node_group import JobFailed, Requeue
 from launchers.plan import Step, chain, single
 from launchers.preflight import examine
 from launchers.rendezvous import RendezvousClient, RendezvousServer
-from launchers.site import load_site
+from launchers.site import check_time, load_site
 from launchers.submit import main
-from mvhpc.config import load_config, to_dict
+from mvhpc.config import ConfigError, load_config, to_dict
 from mvhpc.data_stages import PackConfig
 from mvhpc.pipeline.project import Request
 from mvhpc.runs.folder import read_record
@@ -240,14 +241,51 @@ def test_near_the_time_limit_a_stage_that_resumes_and_advances_is_requeued(
     time.sleep(0.01)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
     assignment = Assignment(stage, str(tmp_path), {}, {}, False, False, 1, "/", "", "", 60)
-    head = Head(assignment, Allocation("7", 0, 0, 1, "n1", 1, 0), tmp_path / "jobs" / "7" / "start-0", Signals())
+    node_0 = Head(assignment, Allocation("7", 0, 0, 1, "n1", 1, 0), tmp_path / "jobs" / "7" / "start-0", Signals())
     for number, handler in handlers.items():
         signal.signal(number, handler)
     time.sleep(0.01)
     if advances:
         journal.write("metrics", step=2, metrics={})
     with pytest.raises(end, match="time limit"):
-        head._request_stop()
+        node_0._request_stop()
+
+
+@pytest.mark.parametrize(
+    ("left", "event", "reason"),
+    [
+        ("0:30", "failed", "the time limit ends before joint begins; submit it again with a longer --time"),
+        ("9:00:00", "requeue", "preempted before joint began"),
+    ],
+)
+def test_a_warning_before_the_stage_begins_says_whether_it_is_the_time_limits(
+    left: str, event: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that its time limit ends before the first step would be requeued for ever."""
+    for name, shown in {"squeue": left, "scontrol": "Restarts=1"}.items():  # SLURM has requeued it already
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {shown}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(head, "REQUEUE_TIMEOUT_S", 0)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    signals = Signals()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    signals.stop = True
+    assignment = Assignment("joint", str(tmp_path), {}, {}, False, True, 1, "/", "", "", 60)
+    folder = tmp_path / "jobs" / "7" / "start-0"
+    folder.mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        Head(assignment, Allocation("7", 0, 0, 1, "n1", 1, 0), folder, signals).run()
+    last = Journal(tmp_path / "jobs" / "7").path.read_text().splitlines()[-1]
+    found = json.loads(last)
+    assert (found["event"], found["reason"]) == (event, reason)
+
+
+def test_a_time_limit_that_leaves_no_time_before_the_warning_is_refused() -> None:
+    check_time(load_site("default", {"time": "5"}))
+    with pytest.raises(ConfigError, match=r"--time 4: .* before its end \(signal_delay\); give at least --time 5"):
+        check_time(load_site("default", {"time": "4"}))
 
 
 # --- the lock of a run ---
@@ -256,7 +294,7 @@ def test_near_the_time_limit_a_stage_that_resumes_and_advances_is_requeued(
 HOLD_ON_AFTER_RELEASE = """
 import sys, time
 from pathlib import Path
-from launchers import jobs
+from launchers import head, jobs
 from launchers.allocation import Allocation
 from launchers.driver import run_stage
 run = Path(sys.argv[1])
@@ -270,7 +308,7 @@ with jobs.locked(run) as lock:
 TAKE = """
 import sys
 from pathlib import Path
-from launchers import jobs
+from launchers import head, jobs
 from launchers.allocation import Allocation
 from launchers.driver import run_stage
 run = Path(sys.argv[1])
