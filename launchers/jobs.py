@@ -19,16 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launchers import slurm
 from launchers.allocation import Assignment
 from mvhpc.config import ConfigError
 from mvhpc.runs.clone import git
 from mvhpc.runs.folder import read_record
+from mvhpc.runs.holder import run_folders
 from mvhpc.runs.journal import Journal, read
 from mvhpc.runs.position import duration, read_position
 from shards.files import lock_file, write_text
 
 PROG = "submit.py" if Path(sys.argv[0]).name == "submit.py" else "mvhpc submit"  # the command, as the user typed it
 NO_RESULT = "ended without reporting a result"
+STAGE_FINISHED = "stage finished"
 PHASES = {"start": "preflight", "preflight": "starting Ray", "boot": "loading the stage"}  # last event -> now at work
 END_EVENTS = {"finished", "failed", "cancelled", "stopped"}  # the last event of a job
 
@@ -108,6 +111,18 @@ def jobs_of(run: Path) -> list[Job]:
     for path in (run / "jobs").glob("*/job.json"):
         content = json.loads(path.read_text())
         found.append(Job(**{name: content[name] for name in names} | {"run": str(run.absolute())}))
+    return sorted(found, key=lambda job: job.submitted)
+
+
+def jobs_below(folder: Path) -> list[Job]:
+    """All jobs of a run folder, or of those below a project's folder, oldest first.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = [job for run in run_folders(folder) for job in jobs_of(run)]
+    if not found:
+        raise ConfigError(f"{folder}: no job was submitted for this folder, or one below it; see `{PROG} status`")
     return sorted(found, key=lambda job: job.submitted)
 
 
@@ -222,17 +237,30 @@ def phase(job: Job) -> str:
     if last["event"] not in PHASES:
         return ""
     begun = any(event["event"] == "start" and event["time"] >= last["time"] for event in read(Path(job.run)))
-    return "" if begun or read_record(Path(job.run)).get("status") == "finished" else PHASES[last["event"]]
+    return "" if begun or _finished_since(Path(job.run), last["time"]) else PHASES[last["event"]]
+
+
+def _finished_since(run: Path, time: float) -> bool:
+    """Whether the stage of a run folder was finished after that time; before, it was by an earlier job."""
+    return read_record(run).get("status") == "finished" and (run / "stage.json").stat().st_mtime >= time
+
+
+def _begun(job: Job) -> float:
+    """When a job started, in seconds since 1970; 0 where it never did."""
+    first = next((event["time"] for event in job.events() if event["event"] == "start"), 0.0)
+    return first or (job.submitted if job.log.is_file() else 0.0)
 
 
 def progress(job: Job) -> str:
-    """The progress of its run, as ``step 20 of 100, about 3.2 h left``; empty where it is unknown."""
-    run = Path(job.run)
-    if read_record(run).get("status") == "finished":
-        return "stage finished"
+    """The progress of its run, as ``step 20 of 100, about 3.2 h left``; empty where it is unknown, or a later job's."""
+    run, begun = Path(job.run), _begun(job)
+    if not begun or any(_begun(other) > begun for other in jobs_of(run)):
+        return ""
+    if _finished_since(run, begun):
+        return STAGE_FINISHED
     total, step = 0, 0
     for event in read(run):
-        if event["event"] in {"start", "metrics"}:
+        if event["event"] in {"start", "metrics"} and event["time"] >= begun:
             step = event.get("step", step)
             total = event.get("total", total)
     position = read_position(run)
@@ -251,6 +279,20 @@ def outcome(job: Job) -> str:
     """How a job that runs no more has ended, from its own last event."""
     events = job.events()
     last = next((e for e in reversed(events) if e["event"] in END_EVENTS), None)
+    if last is None and _cancelled(job):
+        return "cancelled"
     if last is None:
         return f"{NO_RESULT}; see its log" if events or job.log.is_file() else "never started"
     return f"{last['event']}{': ' + last['reason'] if last.get('reason') else ''}"
+
+
+def _cancelled(job: Job) -> bool:
+    """Whether SLURM says that it cancelled a job, or, once it has forgotten the job, the last such line of the log."""
+    if job.cluster != "slurm":
+        return False
+    with contextlib.suppress(ConfigError):
+        if slurm.job_state(job.id) == "CANCELLED":
+            return True
+    lines = job.log.read_text(errors="replace").splitlines() if job.log.is_file() else []
+    last = next((line for line in reversed(lines) if "CANCELLED AT" in line), "")
+    return bool(last) and "DUE TO" not in last  # the time limit, preemption or a lost node

@@ -68,6 +68,8 @@ def describe(job: Job) -> str:
         now = jobs.outcome(job) if jobs.has_ended(job) else f"unknown ({error})"
     now = "; ".join(line.strip() for line in now.splitlines() if line.strip()).replace(":; ", ": ")
     progress = (jobs.phase(job) if now == "running" else "") or jobs.progress(job)
+    if progress == jobs.STAGE_FINISHED and now.startswith(("pending", "failed", "cancelled", "stopped")):
+        return now
     return f"{now}, {progress}" if progress and progress not in now else now
 
 
@@ -97,8 +99,8 @@ def main(arguments: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog=jobs.PROG)
     commands = parser.add_subparsers(dest="command", required=True)
-    status = commands.add_parser("status", help="show the last job of every run, or all jobs of one")
-    status.add_argument("run", nargs="?", help="run folder")
+    status = commands.add_parser("status", help="show the last job of every run, or all jobs of a folder")
+    status.add_argument("run", nargs="?", help="run folder, or that of a project")
     logs = commands.add_parser("logs", help="show a job's output")
     logs.add_argument("job", help="job number or run folder")
     logs.add_argument("--follow", action="store_true", help="go on until the job ends")
@@ -107,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.command == "status":
         found = (
-            jobs.jobs_of(Path(options.run))
+            jobs.jobs_below(Path(options.run))
             if options.run
             else [of_run[-1] for run in jobs.registered_runs() if (of_run := jobs.jobs_of(run))]
         )

@@ -1,5 +1,6 @@
 """Submission: what cannot work is refused in one line before it; status and logs say what a job is at."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -140,6 +141,77 @@ def test_status_says_what_a_job_does_before_its_first_step_and_how_long_it_takes
     time.sleep(0.01)
     job.record("boot", attempt=1)  # Ray was restarted
     assert jobs_cli.describe(job) == "running, loading the stage"
+
+
+def test_the_state_of_a_stage_is_that_of_the_newest_job_that_started(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier jobs, one that waits, and one that fails before the stage begins, have finished nothing."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, shown in {"squeue": "PENDING Dependency", "scontrol": ""}.items():
+        (programs / name).write_text(f"#!/bin/sh\n[ $3 = 9 ] || [ $3 = 8 ] || echo {shown}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs))
+    run = Path(job.run)
+
+    def made(number: str, submitted: float) -> Job:
+        found = dataclasses.replace(new_job(run, number, "slurm", "joint", 1), submitted=submitted)
+        found.save()
+        return found
+
+    never, old = made("8", job.submitted - 2), made("9", job.submitted - 1)
+    old.record("start")
+    old.record("finished")
+    job.record("start")
+    job.record("boot")
+    time.sleep(0.02)
+    (run / "stage.json").write_text('{"status": "finished"}')
+    assert jobs_cli.describe(job) == "running, stage finished"
+    assert jobs_cli.describe(old) == "finished"
+    assert jobs_cli.describe(never) == "never started"
+    assert jobs_cli.describe(made("10", time.time())) == "pending (Dependency)"
+    failed = made("9", time.time())
+    failed.record("start")
+    failed.record("failed", reason="preflight")
+    assert jobs_cli.describe(failed) == "failed: preflight"
+
+
+@pytest.mark.parametrize(
+    ("state", "line", "outcome"),
+    [
+        ("JobState=CANCELLED Reason=None", "", "cancelled"),
+        ("", "slurmstepd: error: *** JOB 9 ON n1 CANCELLED AT 2026-11-30T15:12:42 ***", "cancelled"),
+        ("", "slurmstepd: error: *** JOB 9 ON n1 CANCELLED AT 2026-11-30T15:12:42 DUE TO TIME LIMIT ***", "ended"),
+    ],
+)
+def test_a_job_that_slurm_cancelled_says_so(
+    state: str, line: str, outcome: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, shown in {"squeue": "", "scontrol": state}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {shown}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = new_job(tmp_path / "vae", "9", "slurm", "vae", 1)
+    found.save()
+    found.log.write_text(f"first\n{line}\nlast\n")
+    assert jobs_cli.describe(found).startswith(outcome)
+
+
+def test_status_of_a_project_has_the_jobs_of_all_its_run_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "runs" / "a"
+    for number, place in enumerate(
+        ("vae", "fold-1/predictions/age-given-image.tsv.run", "baselines/vit/age-given-image")
+    ):
+        new_job(root / place, str(number), "local", "vae", 1, 1.0).save()
+    assert main(["status", str(root)]) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == {"0", "1", "2"}
+    for place in ("nowhere", "state"):
+        assert main(["status", place]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{place}: no job was submitted" in line
 
 
 def test_a_process_that_was_gone_when_its_job_was_recorded_is_over(tmp_path: Path) -> None:
