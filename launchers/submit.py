@@ -17,6 +17,7 @@ from typing import Any
 from launchers import conflicts, jobs, jobs_cli, local, plan, slurm
 from launchers.jobs import PROG, Job
 from launchers.plan import Step
+from launchers.queries import check_queries
 from launchers.site import Site, check_time, load_site
 from launchers.supervisor import supervise
 from mvhpc.config import ConfigError, choose, to_yaml
@@ -145,6 +146,7 @@ def _submit(options: argparse.Namespace) -> int:
             _show(step, site, options.min_nodes, on_slurm)
         return 0
     plan.check_first(steps)
+    check_queries(steps)
     conflicts.check_steps(steps)
     if project:
         with _writable():

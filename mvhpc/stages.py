@@ -31,6 +31,7 @@ class Stage:
         uses_nodes: whether it can run on several nodes.
         resumes: whether it continues where it was interrupted, though it trains nothing; its journal has ``metrics``
             where it has advanced.
+        check: ``module:function`` of ``check(schema, config)``, which refuses unknown variables; empty: none.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Stage:
     task: str = ""
     uses_nodes: bool = False
     resumes: bool = False
+    check: str = ""
 
     @property
     def trains(self) -> bool:
@@ -194,6 +196,7 @@ STAGES: dict[str, Stage] = {
                 "mvhpc train baseline data=runs/packed want=age given=[image,sex] out=runs/densenet-age",
             ),
             uses_nodes=True,
+            check="mvhpc.training.baseline:check_query",
         ),
         Stage(
             "predict",
@@ -222,6 +225,7 @@ STAGES: dict[str, Stage] = {
             },
             uses_nodes=True,
             resumes=True,
+            check="mvhpc.inference.predictor:check_config",
         ),
         Stage(
             "evaluate",
@@ -280,6 +284,7 @@ STAGES: dict[str, Stage] = {
                 "given": "fixed variables, as name=value,name=value",
                 "out": "BIDS tree to write",
             },
+            check="mvhpc.inference.generate:check_query",
         ),
         Stage(
             "evaluate-generation",
@@ -325,6 +330,7 @@ STAGES: dict[str, Stage] = {
                 "want": "volume to sample",
                 "out": "BIDS derivative to write",
             },
+            check="mvhpc.inference.translate:check_query",
         ),
         Stage(
             "inpaint",

@@ -57,6 +57,11 @@ class GenerateConfig:
         at_least(1, {"count": self.count, "batch": self.batch})
 
 
+def check_query(schema: Schema, config: GenerateConfig) -> None:
+    """Refuse given values that a model with these variables does not take, as :func:`parse_given`."""
+    parse_given(schema, config.given)
+
+
 def draw_people(
     sampler: Sampler, count: int, given: Mapping[str, float | str], seed: int, batch: int
 ) -> Iterator[Person]:

@@ -72,6 +72,11 @@ def check_query(schema: Schema, given: Sequence[str], want: Sequence[str]) -> No
             )
 
 
+def check_config(schema: Schema, config: PredictConfig) -> None:
+    """:func:`check_query` of a configuration."""
+    check_query(schema, config.given, config.want)
+
+
 class Predictor(GroupedPredictor):
     """Answers one query about any subjects of one data set by a joint model.
 

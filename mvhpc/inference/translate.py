@@ -28,6 +28,7 @@ from mvhpc.runtime.randomness import generator
 from shards.dataset import open_dataset
 from shards.files import atomic_folder, write_text
 from shards.progress import progress
+from shards.schema import Schema
 
 SHOWN = 4  # subjects in the figure
 
@@ -53,6 +54,16 @@ class TranslateConfig:
         at_least(1, {"batch": self.batch})
 
 
+def check_query(schema: Schema, config: TranslateConfig) -> None:
+    """Refuse a query that a model with these variables does not take.
+
+    Raises:
+        ConfigError: as :func:`~mvhpc.records.check_names`; or what is wanted is no volume.
+    """
+    choose(config.want, [v.name for v in schema.volumes], "volume")
+    check_names(schema, config.given, [config.want])
+
+
 def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
     """Stage ``translate``: write ``config.want`` of every subject to ``config.out``, a BIDS derivative.
 
@@ -70,8 +81,7 @@ def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
     """
     sampler = Sampler.of(config)
     dataset, schema = open_dataset(config.data), sampler.model.schema
-    choose(config.want, [v.name for v in schema.volumes], "volume")
-    check_names(schema, config.given, [config.want])
+    check_query(schema, config)
     check_data(sampler.model.grid, schema, dataset, config.given, [config.want])
     training = TrainingPeople.read(sampler.model.meta)
     selection = Selection.of(dataset, config.split, config.split_name, training)
