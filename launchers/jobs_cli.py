@@ -9,8 +9,10 @@ from pathlib import Path
 
 from launchers import jobs, local, slurm
 from launchers.jobs import Job
+from mvhpc.checkpoints.manifest import complete
 from mvhpc.config import ConfigError
 from mvhpc.runs import holder
+from mvhpc.stages import STAGES
 
 POLL_S = 0.5
 CANCEL_TIMEOUT_S = 120
@@ -73,6 +75,26 @@ def describe(job: Job) -> str:
     return f"{now}, {progress}" if progress and progress not in now else now
 
 
+def cancel_chain(job: Job) -> list[Job]:
+    """End a job and those that wait for it, and return the latter.
+
+    SLURM would end them a little later; until then they would hold their runs.
+    """
+    numbers = slurm.dependants(job.id) if job.cluster == "slurm" else []
+    known = {other.id: other for run in jobs.registered_runs() for other in jobs.jobs_of(run)} if numbers else {}
+    behind = [known[number] for number in numbers if number in known]
+    for ended in (job, *behind):
+        cancel(ended)
+    return behind
+
+
+def restart(job: Job) -> str:
+    """What another submission of a job that was ended does."""
+    if STAGES[job.stage].trains and complete(Path(job.run) / "checkpoints"):
+        return "submit it again to resume from its last checkpoint"
+    return f"submitted again, it {'goes on with what is done' if STAGES[job.stage].resumes else 'begins anew'}"
+
+
 def cancel(job: Job) -> None:
     """End a job, wait until it is gone, and free its run.
 
@@ -118,8 +140,9 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     job = jobs.find_job(options.job)
     if options.command == "cancel":
-        cancel(job)
-        print(f"job {job.id} cancelled; submit it again to resume from its last checkpoint", file=sys.stderr)
+        behind = ", ".join(f"{other.id} ({other.stage})" for other in cancel_chain(job))
+        also = f", and with it those that waited for it: {behind}" if behind else ""
+        print(f"job {job.id} cancelled{also}; {restart(job)}", file=sys.stderr)
         return 0
     try:
         for line in log_lines(job, options.follow):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -127,6 +128,19 @@ def submit(submitter: "submitit.SlurmExecutor", function: Callable[..., None], *
         raise ConfigError(f"sbatch refused the job: {'; '.join(filter(None, lines))}{known}") from error
 
 
+def nodes_of(partition: str) -> int:
+    """Number of nodes of a partition, or of the largest of several (``a,b``); 0 where it cannot be found out.
+
+    Args:
+        partition: its name; empty: the site's default.
+    """
+    with contextlib.suppress(ValueError):  # a ConfigError too
+        rows = [line.split() for line in query("sinfo", "--noheader", "--format=%P %D").splitlines()]
+        names = partition.split(",") if partition else [name[:-1] for name, _ in rows if name.endswith("*")]
+        return max(sum(int(count) for name, count in rows if name.rstrip("*") == wanted) for wanted in names)
+    return 0
+
+
 def script(submitter: "submitit.SlurmExecutor") -> str:
     """The script that is handed to sbatch."""
     return str(submitter._make_submission_file_text(submitter._submitit_command_str, "dry-run"))
@@ -158,6 +172,18 @@ def seconds_left(job: str) -> float:
         return float("inf")
     seconds = sum(n * s for n, s in zip(reversed(parts), (1, 60, 3600)))
     return seconds + 86400 * int(days or 0)
+
+
+def dependants(job: str) -> list[str]:
+    """The pending jobs that a job's end in failure takes with it: those that wait for it, and those behind them."""
+    waits = {}
+    for line in query("squeue", "--noheader", "--format=%i %E").splitlines():
+        number, _, condition = line.partition(" ")
+        waits[number] = set(re.findall(r"afterok:(\d+)", condition))
+    found = [job]
+    for number in found:  # which grows
+        found += [other for other, before in waits.items() if number in before and other not in found]
+    return found[1:]
 
 
 def cancel(job: str) -> None:

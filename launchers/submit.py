@@ -141,6 +141,8 @@ def _submit(options: argparse.Namespace) -> int:
     notes = dict.fromkeys(f"{step.stage}: {step.note}" for step in steps if step.note and not step.finished)
     for note in notes:  # of several queries one
         print(note, file=sys.stderr)
+    if on_slurm:
+        _warn_of_nodes(steps, site, options.min_nodes)
     if options.dry_run:
         for step in steps:
             _show(step, site, options.min_nodes, on_slurm)
@@ -171,6 +173,15 @@ def _submit(options: argparse.Namespace) -> int:
     if stage == plan.ALL and project and after:
         print(f"when all jobs are done, `mvhpc run root={project.root}` prints the results", file=sys.stderr)
     return status
+
+
+def _warn_of_nodes(steps: Sequence[Step], site: Site, min_nodes: int | None) -> None:
+    """Say where a job needs more nodes than its partition has, and so waits for ever."""
+    needed = max((min(min_nodes or step.nodes, step.nodes) for step in steps if not step.finished), default=1)
+    there = slurm.nodes_of(site.partition) if needed > 1 else 0
+    if there and there < needed:
+        name = f"partition {site.partition}" if site.partition else "the default partition"
+        print(f"warning: {name} has {there} nodes, so a job on {needed} waits for ever", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -259,7 +270,7 @@ def _watch(job: Job, out: str) -> int:
         first = "; it writes a checkpoint first, and Ctrl-C again ends it at once" if STAGES[job.stage].trains else ""
         print(f"ending job {job.id}{first}", file=sys.stderr, flush=True)
         jobs_cli.cancel(job)
-        print(f"job {job.id} cancelled; submit it again to resume from its last checkpoint", file=sys.stderr)
+        print(f"job {job.id} cancelled; {jobs_cli.restart(job)}", file=sys.stderr)
         return 130
     if not jobs.outcome(job).startswith("finished"):
         tail = deque(job.log.open(errors="replace"), TAIL) if job.log.is_file() else [jobs.outcome(job)]

@@ -143,6 +143,58 @@ def test_status_says_what_a_job_does_before_its_first_step_and_how_long_it_takes
     assert jobs_cli.describe(job) == "running, loading the stage"
 
 
+def test_cancel_names_the_jobs_that_go_with_one_and_says_what_another_submission_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fake SLURM, in which a job is over once it was cancelled."""
+    waiting = "5 (null)\\n6 afterok:5(unfulfilled)\\n7 afterok:6(unfulfilled)\\n8 (null)\\n"
+    scripts = {
+        "scancel": 'echo "$1" >> cancelled',
+        "scontrol": "",
+        "squeue": f"""case "$*" in *%E*) printf "{waiting}";;
+*) grep -qx "$3" cancelled || echo "PENDING Dependency";; esac""",
+    }
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, script in scripts.items():
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    (tmp_path / "cancelled").touch()
+    for number, stage in enumerate(("pack", "vae", "encode", "joint"), 5):
+        made = new_job(tmp_path / stage, str(number), "slurm", stage, 1)
+        made.save()
+        with jobs.locked(Path(made.run)) as lock:
+            lock.set_holder(made)
+    assert main(["cancel", "5"]) == 0
+    assert capsys.readouterr().err == (
+        "job 5 cancelled, and with it those that waited for it: 6 (vae), 7 (encode); submitted again, it goes on with "
+        "what is done\n"
+    )
+    assert (tmp_path / "cancelled").read_text().split() == ["5", "6", "7"]
+    assert jobs.holder_of(tmp_path / "encode") is None and jobs.holder_of(tmp_path / "joint") is not None
+    (tmp_path / "joint" / "checkpoints" / "step-00000010").mkdir(parents=True)
+    (tmp_path / "joint" / "checkpoints" / "step-00000010" / "manifest.json").touch()
+    assert main(["cancel", "8"]) == 0
+    assert capsys.readouterr().err == "job 8 cancelled; submit it again to resume from its last checkpoint\n"
+
+
+@pytest.mark.parametrize(("options", "warned"), [("--nodes 9", True), ("--nodes 9 --min-nodes 4", False), ("", False)])
+def test_more_nodes_than_the_partition_has_cost_a_warning(
+    options: str, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, shown in {"sinfo": "batch* 3\nbatch* 1\nurgent 20", "srun": "", "sbatch": ""}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{shown}'\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "here").mkdir()
+    assert main(["--stage", "pack", "source=here", "out=o", *options.split(), "--dry-run"]) == 0
+    shown = capsys.readouterr().err
+    assert ("warning: the default partition has 4 nodes, so a job on 9 waits for ever" in shown) == warned
+    assert main(["--stage", "pack", "source=here", "out=o", "--partition", "urgent", "--nodes", "9", "--dry-run"]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_the_state_of_a_stage_is_that_of_the_newest_job_that_started(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
