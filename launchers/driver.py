@@ -14,6 +14,7 @@ from mvhpc.execute import execute, plan
 from mvhpc.pipeline.run import do
 from mvhpc.runtime.watchdog import Interrupted
 from mvhpc.stages import STAGES
+from shards.errors import DataError, explain
 
 # Exit statuses, from sysexits.h. Any other one, as 1 after a hang, is treated as RETRY.
 SUCCEEDED, FAILED, RETRY, INTERRUPTED = 0, 65, 70, 75
@@ -42,19 +43,20 @@ def main(path: Path) -> int:
         run_stage(assignment["stage"], assignment["values"], assignment["chained"])
         return SUCCEEDED
     except Exception as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(f"{type(error).__name__}: {explain(error)}", file=sys.stderr, flush=True)
         return exit_status(error)
 
 
 def exit_status(error: Exception) -> int:
-    """The exit status for an exception."""
+    """The exit status for an exception. One that the command line explains in one line has no traceback here either."""
     if isinstance(error, Interrupted):
         return INTERRUPTED
-    if isinstance(error, ConfigError):
+    if isinstance(error, ConfigError | DataError):
         return FAILED
-    traceback.print_exception(error)
-    origin = type(error).__module__.partition(".")[0]
-    return RETRY if origin == "ray" or isinstance(error, ConnectionError) else FAILED
+    retry = type(error).__module__.partition(".")[0] == "ray" or isinstance(error, ConnectionError)
+    if retry or not isinstance(error, OSError):
+        traceback.print_exception(error)
+    return RETRY if retry else FAILED
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def make_step(stage: str, config: Any, nodes: int, gpus: int, chained: bool, wor
             nodes = next((n for n in range(nodes, 1, -1) if _divides(config.training, n * per_node)), 1)
         preset, config.compute.workers = config.compute.workers, nodes * per_node
         if preset != config.compute.workers:
-            layout = f"{nodes} nodes x {per_node}" if slurm else "on this machine"
+            layout = f"{nodes} node{'s' * (nodes > 1)} x {per_node}" if slurm else "on this machine"
             note = f"{WORKERS}={config.compute.workers} ({layout}), in place of the preset's {preset}"
     if STAGES[stage].trains and not _divides(config.training, config.compute.workers):
         raise ConfigError(

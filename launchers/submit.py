@@ -3,13 +3,22 @@
 The same as `python launchers/submit.py`.
 """
 
+import sys
+from importlib.util import find_spec
+
+if __name__ == "__main__" and not (find_spec("launchers") and find_spec("omegaconf")):
+    print(
+        f"submit.py: {sys.executable} lacks mvhpc or a package that it needs; activate the environment that has them, "
+        "as by `source .venv/bin/activate`",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
 import argparse
 import contextlib
 import dataclasses
 import signal
-import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +32,12 @@ from launchers.supervisor import supervise
 from mvhpc.config import ConfigError, choose, to_yaml
 from mvhpc.pipeline.plan import Pipeline
 from mvhpc.pipeline.project import Request, record_project
+from mvhpc.pipeline.run import summary_lines
 from mvhpc.runs.folder import read_record
 from mvhpc.runs.holder import process_start
 from mvhpc.stages import STAGES
 from shards.__main__ import OneLineParser
 from shards.errors import DataError, explain
-
-TAIL = 8  # lines of the log to show after a failure
 
 EXAMPLES = """examples:
   mvhpc submit --stage pack --config demo source=scans out=runs/packed
@@ -273,11 +281,10 @@ def _watch(job: Job, out: str) -> int:
         print(f"job {job.id} cancelled; {jobs_cli.restart(job)}", file=sys.stderr)
         return 130
     if not jobs.outcome(job).startswith("finished"):
-        tail = deque(job.log.open(errors="replace"), TAIL) if job.log.is_file() else [jobs.outcome(job)]
-        print(f"job {job.id} failed; the end of {job.log}:\n" + "".join(tail), file=sys.stderr)
+        print(f"job {job.id} {jobs.outcome(job)}; log in {job.log}", file=sys.stderr)
         return 1
-    for name, value in read_record(Path(job.run)).get("summary", {}).items():
-        print(f"{name:32s} {value:.4g}" if isinstance(value, float) else f"{name:32s} {value}")
+    for line in summary_lines(read_record(Path(job.run)).get("summary", {})):
+        print(line)
     print(f"{'written to':32s} {out}")
     return 0
 

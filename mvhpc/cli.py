@@ -70,7 +70,7 @@ def _stage(stage: Stage, options: argparse.Namespace) -> int:
         return 0
     from mvhpc.execute import execute, plan
     from mvhpc.pipeline.busy import check_stage
-    from mvhpc.pipeline.run import do
+    from mvhpc.pipeline.run import do, summary_lines
 
     config = configured.config
     root = configured.project.root if configured.project else None
@@ -90,8 +90,8 @@ def _stage(stage: Stage, options: argparse.Namespace) -> int:
             summary = execute(planned)
     except KeyboardInterrupt:
         return _interrupted(stage.command, _left(stage, Path(config.out)))
-    for name, value in summary.items():
-        print(f"{name:32s} {value:.4g}" if isinstance(value, float) else f"{name:32s} {value}")
+    for line in summary_lines(summary):
+        print(line)
     out = Path(config.out)
     print(f"{'written to':32s} {out if out.exists() else out.parent}")
     return 0

@@ -18,7 +18,7 @@ import yaml
 
 from launchers import head, jobs
 from launchers.allocation import Allocation, Assignment
-from launchers.driver import run_stage
+from launchers.driver import FAILED, RETRY, exit_status, run_stage
 from launchers.head import Head
 from launchers.node import Signals
 from launchers.node_group import JobFailed, Requeue
@@ -33,6 +33,7 @@ from mvhpc.pipeline.project import Request
 from mvhpc.runs.folder import read_record
 from mvhpc.runs.journal import Journal
 from mvhpc.stages import STAGES
+from shards.errors import TooManyRejects
 from shards.index import Index
 from shards.phantom.make import make_phantoms
 from tests.conftest import SMALL_JOINT
@@ -82,6 +83,30 @@ def test_invalid_arguments_are_refused_by_name(arguments: str, hint: str, capsys
 def test_submit_does_not_wait_for_torch_to_be_imported() -> None:
     code = "import sys, launchers.submit; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_python_without_the_packages_is_named_in_one_line() -> None:
+    command = [sys.executable, "-S", "-E", str(SUBMIT), "status"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "activate the environment" in line and sys.executable in line
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "traces"),
+    [
+        (ConfigError("a"), FAILED, False),
+        (TooManyRejects("a"), FAILED, False),
+        (FileNotFoundError(2, "No such file", "a"), FAILED, False),
+        (ConnectionError("a"), RETRY, True),
+        (KeyError("a"), FAILED, True),
+    ],
+)
+def test_a_job_prints_the_traceback_of_an_unexpected_error_alone(
+    error: Exception, status: int, traces: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_status(error) == status
+    assert bool(capsys.readouterr().err) == traces
 
 
 @pytest.mark.slow
@@ -151,6 +176,7 @@ def test_a_presets_workers_are_replaced_by_one_per_gpu_or_node_and_the_step_says
     step = joint("demo", gpus=2, nodes=2)
     assert step.note == "compute.workers=4 (2 nodes x 2), in place of the preset's 2"
     assert joint(nodes=2).note == ""
+    assert joint(nodes=1).note == "compute.workers=1 (1 node x 1), in place of the preset's 2"
 
 
 @pytest.mark.parametrize("text", ["compute: {workers: 2}\n", "compute:\n  workers: 2\n  threads: 1\n"])

@@ -24,7 +24,7 @@ from mvhpc.data_stages import PackConfig, PhantomConfig
 from mvhpc.execute import execute, plan
 from mvhpc.inference.predictor import PredictConfig
 from mvhpc.pipeline.run import do
-from mvhpc.runs.folder import exclusive, identity, read_record
+from mvhpc.runs.folder import Run, exclusive, identity, read_record
 from mvhpc.stages import STAGES
 from mvhpc.training.vae import VAEConfig
 from shards.errors import TooManyRejects
@@ -327,3 +327,7 @@ def test_scans_that_a_table_names_are_found_as_packing_finds_them(tiny_bids: Pat
     before = identity(table, files_root=str(scans))
     shutil.copy(scans / "sub-01" / "anat" / "sub-01_T1w.nii.gz", scans / "sub-00" / "anat" / "sub-00_T1w.nii.gz")
     assert identity(table, files_root=str(scans)) != before
+
+
+def test_a_run_folder_is_its_owners_alone(tmp_path: Path) -> None:
+    assert Run(tmp_path / "pipeline.run").folder.stat().st_mode & 0o777 == 0o700

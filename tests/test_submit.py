@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launchers import jobs, jobs_cli
+from launchers import jobs, jobs_cli, submit
 from launchers.jobs import Job, new_job
 from launchers.submit import main
+from mvhpc.pipeline.run import summary_lines
 from mvhpc.runs import squeue
 from mvhpc.runs.holder import process_start
 from mvhpc.runs.journal import Journal
@@ -264,6 +265,29 @@ def test_status_of_a_project_has_the_jobs_of_all_its_run_folders(
         assert main(["status", place]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert f"{place}: no job was submitted" in line
+
+
+def test_a_failed_job_that_is_waited_for_shows_its_log_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    over = new_job(tmp_path / "vae", "1", "local", "vae", 1, 1.0)
+    over.record("failed", reason="ConfigError: no")
+    over.log.write_text("first\nConfigError: no\n")
+    assert submit._watch(over, "out") == 1
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    *shown, last = capsys.readouterr().err.splitlines()
+    assert shown == [f"job 1: vae, log in {over.log}", "first", "ConfigError: no"]
+    assert last == f"job 1 failed: ConfigError: no; log in {over.log}"
+
+
+def test_notes_of_a_summary_are_lines() -> None:
+    lines = list(summary_lines({"packed": 3, "loss": 0.25, "notes": ["a b", "c"]}))
+    assert [line.split(maxsplit=1) for line in lines] == [
+        ["packed", "3"],
+        ["loss", "0.25"],
+        ["notes", "a b"],
+        ["notes", "c"],
+    ]
 
 
 def test_a_process_that_was_gone_when_its_job_was_recorded_is_over(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mvhpc.config import ConfigError, to_dict
@@ -58,6 +59,13 @@ def do(planned: PlannedStage, label: str = "", numbers: bool = True) -> dict[str
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
+
+
+def summary_lines(summary: Mapping[str, Any]) -> Iterator[str]:
+    """A stage's summary, one line a value; of several texts, as the notes of a packing, one each."""
+    for name, value in summary.items():
+        for text in value if isinstance(value, list) else [value]:
+            yield f"{name:32s} {text:.4g}" if isinstance(text, float) else f"{name:32s} {text}"
 
 
 def run_pipeline(config: PipelineConfig) -> Pipeline:
