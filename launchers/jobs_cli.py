@@ -72,6 +72,8 @@ def describe(job: Job) -> str:
     progress = (jobs.phase(job) if now == "running" else "") or jobs.progress(job)
     if progress == jobs.STAGE_FINISHED and now.startswith(("pending", "failed", "cancelled", "stopped")):
         return now
+    if now != "running":
+        progress = progress.partition(", about ")[0]  # nothing is left to wait for
     return f"{now}, {progress}" if progress and progress not in now else now
 
 

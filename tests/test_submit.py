@@ -203,7 +203,7 @@ def test_the_state_of_a_stage_is_that_of_the_newest_job_that_started(
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, shown in {"squeue": "PENDING Dependency", "scontrol": ""}.items():
-        (programs / name).write_text(f"#!/bin/sh\n[ $3 = 9 ] || [ $3 = 8 ] || echo {shown}\n")
+        (programs / name).write_text(f"#!/bin/sh\n[ $3 = 8 ] || [ $3 = 9 ] || [ $3 = 11 ] || echo {shown}\n")
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(programs))
     run = Path(job.run)
@@ -224,10 +224,13 @@ def test_the_state_of_a_stage_is_that_of_the_newest_job_that_started(
     assert jobs_cli.describe(old) == "finished"
     assert jobs_cli.describe(never) == "never started"
     assert jobs_cli.describe(made("10", time.time())) == "pending (Dependency)"
-    failed = made("9", time.time())
+    failed = made("11", time.time())
     failed.record("start")
     failed.record("failed", reason="preflight")
     assert jobs_cli.describe(failed) == "failed: preflight"
+    Journal(run).write("start", step=0, total=8)
+    write_position(run, Position(4, 8, 31.0))
+    assert jobs_cli.describe(failed) == "failed: preflight, step 4 of 8"
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ def check_project(root: Path, stages: Iterable[Path]) -> None:
     Raises:
         ConfigError: a process is, or jobs are pending or running.
     """
+    _check_jobs(run_folders(root))
     for folder in stages:
         check_idle(folder)
-    _check_jobs(run_folders(root))
 
 
 def check_stage(planned: PlannedStage, root: Path | None) -> None:
@@ -45,10 +45,8 @@ def check_stage(planned: PlannedStage, root: Path | None) -> None:
 
 def _check_jobs(runs: Iterable[Path]) -> None:
     found: dict[str, str] = {}  # number of a job -> what it does
-    for run in runs:
-        job = holder(run)
-        if not job:
-            continue
+    held = [(job, run) for run in runs if (job := holder(run))]
+    for job, run in sorted(held, key=lambda pair: pair[0]["submitted"]):  # the first of a chain first
         try:
             now = state(job)
         except ConfigError as error:
