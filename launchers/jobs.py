@@ -264,7 +264,7 @@ def progress(job: Job) -> str:
             step = event.get("step", step)
             total = event.get("total", total)
     position = read_position(run)
-    if position is not None:
+    if position is not None and total:
         left = f", about {duration(position.seconds_left)} left" if position.seconds_left else ""
         return f"step {position.step} of {position.total}{left}"
     return f"step {step} of {total}" if total else ""
