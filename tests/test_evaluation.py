@@ -87,6 +87,14 @@ def test_scoreboard_joins_queries_and_folds() -> None:
     assert len({len(line) for line in lines}) == 1 and table.markdown().count("\n") == 3
 
 
+def test_the_count_of_subjects_fits_every_cell_of_its_row() -> None:
+    keys = [f"sub-{i}" for i in range(4)]
+    frame = pd.DataFrame({"key": keys, "subject": keys, "height": 1.5, "height_true": [1.4, 1.5, 1.6, np.nan]})
+    frame = frame.assign(blood="A", blood_true=["A", "B", "A", "A"])
+    table = tables.scoreboard([("scan", frame), ("tall", frame[:3])], SCHEMA, ["height", "blood"])
+    assert [row[-1] for row in table.rows] == ["3 (height), 4 (blood)", "3"]
+
+
 def test_slices_put_front_and_top_up_and_left_to_the_left() -> None:
     volume = np.zeros((8, 12, 10), np.float32)
     volume[0, :, :] += 1  # the person's left

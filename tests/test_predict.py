@@ -27,6 +27,7 @@ from mvhpc.inference.predictor import PredictConfig
 from mvhpc.inference.ray_pool import Pool
 from mvhpc.inference.rows import ROWS
 from mvhpc.inference.scalars_predictor import ScalarsPredictor
+from mvhpc.models.training_people import TrainingPeople
 from mvhpc.runs.folder import Run
 from mvhpc.runtime.ray_cluster import ray_session
 from shards.dataset import open_dataset
@@ -434,11 +435,12 @@ def test_a_model_is_opened_once(tiny_model, tiny_dataset, tmp_path, monkeypatch)
     assert max(opened.count(str(path)) for path in (tiny_model / "model").iterdir()) == 1
 
 
-def test_predicting_the_mean_is_that_of_the_training_part(tiny_dataset) -> None:
+def test_predicting_the_mean_is_that_of_the_people_whom_models_learn_from(tiny_dataset, tiny_scalars) -> None:
+    """The results table, `predict` and `evaluate` have one constant."""
     dataset = open_dataset(tiny_dataset)
     frame = constant_predictions(dataset, dataset.index.schema, ["age", "sex"])
-    ages = [dataset.values(key)["age"] for key in dataset.keys("train")]
+    learnt = TrainingPeople.read(json.loads((tiny_scalars / "model" / "model.json").read_text()))
     assert frame["key"].tolist() == dataset.keys("test")
-    assert set(frame["age"]) == {np.mean([age for age in ages if age is not None])}
+    assert all(set(frame[name]) == {learnt.constant(name)} for name in ("age", "sex"))
     table = scoreboard([("predicting the mean", frame)], dataset.index.schema, ["age", "sex"])
     assert table.header[1:3] == ["age error (years)", "sex accuracy"]

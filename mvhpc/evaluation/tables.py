@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from mvhpc.evaluation.metrics import Estimate, absolute_errors, hits, mean_over_subjects
+from mvhpc.models.training_people import TrainingPeople, scalar_facts
 from mvhpc.records import true_value
 from shards.dataset import Dataset
 from shards.schema import Schema, Variable
@@ -92,7 +93,9 @@ def coverage(frame: pd.DataFrame, name: str, seed: int = 0) -> Estimate | None:
 def constant_predictions(
     dataset: Dataset, schema: Schema, want: Sequence[str], part: str = "test", split: str = "default"
 ) -> pd.DataFrame:
-    """Predictions that ignore the subject: the mean, or the most frequent class, of the training part.
+    """Predictions that ignore the subject: the mean, or the most frequent class, of those whom models learn from.
+
+    These are the training and the validation part, as of :meth:`mvhpc.models.training_people.TrainingPeople.constant`.
 
     Args:
         dataset: packed data.
@@ -105,21 +108,19 @@ def constant_predictions(
         Predictions in the form of ``mvhpc predict``: ``key``, ``subject``, ``NAME`` and ``NAME_true``.
 
     Raises:
-        ValueError: no value of a variable in the training part.
+        ValueError: nobody there has a value of a variable.
     """
     keys = dataset.keys(part, split)
+    learnt = [*dataset.keys("train", split), *dataset.keys("validation", split)]
+    people = [subject_of(key) for key in learnt]
     frame = pd.DataFrame({"key": keys, "subject": [subject_of(key) for key in keys]})
     for name in want:
         variable = schema[name]
-        known = [v for key in dataset.keys("train", split) if (v := true_value(dataset, key, variable)) is not None]
-        if not known:
-            raise ValueError(
-                f"{dataset.folder}: no record in the training part of split {split!r} has a value of {name}"
-            )
-        if variable.kind == "categorical":
-            frame[name] = pd.Series(known).mode()[0]
-        else:
-            frame[name] = float(np.mean(np.array(known, float)))
+        facts = scalar_facts([true_value(dataset, key, variable) for key in learnt], people, variable.kind)
+        constant = TrainingPeople(variables={name: facts}).constant(name)
+        if constant is None:
+            raise ValueError(f"{dataset.folder}: nobody in split {split!r} to learn from has a value of {name}")
+        frame[name] = constant
         frame[f"{name}_true"] = [true_value(dataset, key, variable) for key in keys]
     return frame
 
@@ -185,7 +186,8 @@ def scoreboard(
 
     Returns:
         A table whose columns are the error (in the variable's unit; smaller is better) or the accuracy, and for numbers
-        with predicted intervals the coverage of the 90 % interval.
+        with predicted intervals the coverage of the 90 % interval. ``subjects`` counts those whose value is known,
+        ``21 (age), 22 (sex)`` where this differs between variables.
     """
     merged: dict[str, list[pd.DataFrame]] = {}
     for name, frame in entries:
@@ -203,5 +205,13 @@ def scoreboard(
         scores = [score(frame, variable, seed) for variable in variables]
         inside = [coverage(frame, variable, seed) for variable in covered]
         cells = [s.format(2) if s else "-" for s in [*scores, *inside]]
-        rows.append([name, *cells, str(max((s.n for s in scores if s), default=0))])
+        people = {variable.name: found.n for variable, found in zip(variables, scores) if found}
+        rows.append([name, *cells, _subjects(people)])
     return Table(header, rows)
+
+
+def _subjects(people: Mapping[str, int]) -> str:
+    """``22``, or ``21 (age), 22 (sex)`` where variables are known of different people."""
+    if len(set(people.values())) < 2:
+        return str(next(iter(people.values()), 0))
+    return ", ".join(f"{n} ({name})" for name, n in people.items())

@@ -58,7 +58,7 @@ class TrainingPeople:
         scans = [scan for record in records for scan in scans_of(index, record)]
         content = json.dumps([sorted(set(subjects)), sorted(set(scans))])
         salt = hashlib.sha256(content.encode()).hexdigest()[:32]  # the same for the same people: exports are equal
-        facts = {v.name: _scalar_facts([row.get(v.name) for row in rows], subjects, v.kind) for v in schema.scalars}
+        facts = {v.name: scalar_facts([row.get(v.name) for row in rows], subjects, v.kind) for v in schema.scalars}
         facts |= {v.name: _volume_facts(records, v.name) for v in schema.volumes}
         return cls(_volumes_of(index), salt, _hashes(subjects, salt), _hashes(scans, salt), facts)
 
@@ -163,7 +163,8 @@ def _hashes(texts: Sequence[str], salt: str) -> frozenset[str]:
     return frozenset(hashlib.blake2b(text.encode(), key=key, digest_size=DIGEST).hexdigest() for text in texts)
 
 
-def _scalar_facts(values: Sequence[Value], subjects: Sequence[str], kind: str) -> Facts:
+def scalar_facts(values: Sequence[Value], subjects: Sequence[str], kind: str) -> Facts:
+    """What is known of a scalar of people, see :attr:`TrainingPeople.variables`; None where a value is missing."""
     known = [(value, subject) for value, subject in zip(values, subjects, strict=True) if value is not None]
     facts: Facts = {"people": len({subject for _, subject in known})}
     if kind == "categorical":
