@@ -294,6 +294,7 @@ def _answer(
     config = load_config(PredictConfig, "predict", "default", (), overrides)
     predictor = ScalarsPredictor(config, model)
     selection = Selection.of(predictor.dataset, "all", "default", predictor.training)
+    selection.warnings.extend(predictor.notes)
     selection.warn(", ".join(want))
     keys, rows, pages = selection.keys, {}, {}
     pictures = _Pictures(source, Recipe.from_dict(model.meta["recipe"]) if model.meta["recipe"] else None)
@@ -305,6 +306,7 @@ def _answer(
                 laws = StackPosterior(model.stack, *inputs).laws(want)
             for place, (key, row) in enumerate(zip(part, predictor(part), strict=True)):
                 answers = [_variable_answer(model, row, name, laws[name], place) for name in want]
+                answers = [replace(answer, note=model.stack.no_better(answer.name, given)) for answer in answers]
                 rows[key], pages[key] = row, _page(predictor, row, answers, pictures)
             bar.update(len(part))
     return rows, pages, selection.warnings

@@ -17,10 +17,11 @@ from mvhpc.inference.predictor import PredictConfig
 from mvhpc.inference.scalars_predictor import ScalarsPredictor
 from mvhpc.models.bundle import load
 from mvhpc.models.scalar_bundle import ScalarsModel
+from mvhpc.models.scalar_stack import LITTLE
 from mvhpc.training.engines.base import Engine
 from mvhpc.training.engines.local import LocalEngine
 from mvhpc.training.scalars import ScalarsConfig, ScalarsTask, mirror
-from mvhpc.training.stacking import member_weights
+from mvhpc.training.stacking import _mixing, member_weights
 from tests.conftest import pack_people, write_bids
 
 SMALL: dict[str, Any] = {
@@ -236,6 +237,19 @@ def test_data_that_cannot_be_used_are_refused(packed: Path, tiny_dataset: Path) 
         ScalarsTask.check(dataclasses.replace(config, data=str(tiny_dataset)))
     with pytest.raises(ConfigError, match="variable of the data"):
         ScalarsTask.check(dataclasses.replace(config, schema="rich"))
+
+
+def test_a_model_knows_which_variables_it_predicts_no_better_than_by_the_mean() -> None:
+    g = torch.Generator().manual_seed(0)
+    signal, noise = (torch.randn(100, generator=g).double() for _ in range(2))
+    truth, sd = (signal + noise)[:, None], torch.ones(100).double()
+    marginal, seeing = normal(0 * sd, 2**0.5 * sd), normal(signal, sd)
+    number = _mixing([[marginal, marginal], [seeing, seeing]], truth).saved
+    assert number[0] < LITTLE < 0.2 < number[1]
+    classes, p = (signal > 0).long(), torch.full((100, 2), 0.5).double()
+    seen = torch.nn.functional.one_hot(classes, 2).double() * 0.8 + 0.1
+    category = _mixing([[p, p], [seen, seen]], classes).saved
+    assert category[0] < LITTLE < 0.2 < category[1]
 
 
 def test_encoders_get_weight_only_where_they_help_by_more_than_chance() -> None:

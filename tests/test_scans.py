@@ -53,6 +53,21 @@ def test_every_row_has_its_own_answer_or_reason(tiny_bids: Path, tiny_scalars: P
     assert not any(str(tiny_scalars) in path.read_text() for path in query.out.glob("*.html"))
 
 
+def test_a_variable_that_is_predicted_no_better_than_by_the_mean_is_named(
+    tiny_bids: Path, tiny_scalars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the page, in the table's description and on the terminal; a model that does not know says nothing."""
+    model, note = load(tiny_scalars, kind=ScalarsModel), "this model predicts it no better than the mean of everybody"
+    source = write_csv(tmp_path / "scans.csv", tiny_bids, [("01", 1)])
+    for name, saved in (("unknown", ()), ("useful", (0.5, 0.0)), ("useless", (0.0, 0.5))):
+        how = {context: dataclasses.replace(m, saved=saved) for context, m in model.stack.mixing["age"].items()}
+        stack = dataclasses.replace(model.stack, mixing={**model.stack.mixing, "age": how})
+        out = tmp_path / name
+        predict_scans(request(source, tiny_scalars, out=out), dataclasses.replace(model, stack=stack))
+        places = [(out / file).read_text() for file in ("sub-01.html", "index.html", "predictions.json")]
+        assert [note in text for text in [*places, capsys.readouterr().err]] == [name == "useless"] * 4
+
+
 def test_the_first_scan_is_answered_where_nobody_else_is_there(
     tiny_bids: Path, tiny_scalars: Path, tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ class Answer:
         interval: 5 % and 95 % quantile of a number.
         curve: (x, density of x) of a number, arrays of one length.
         probabilities: class -> probability, of a category.
+        note: what is known of the quality of such answers; empty for nothing.
         given: whether an answer is given; otherwise all of the above is left out.
     """
 
@@ -37,6 +38,7 @@ class Answer:
     interval: tuple[float, float] | None = None
     curve: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
     probabilities: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def given(self) -> bool:
@@ -92,7 +94,7 @@ def write_pages(folder: Path, subjects: Sequence[Subject], about: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for subject in (s for s in subjects if s.page):
         answers = [
-            {"name": a.name, "text": a.text(), "picture": _answer_picture(a) if a.given else ""}
+            {"name": a.name, "text": a.text(), "note": a.note, "picture": _answer_picture(a) if a.given else ""}
             for a in subject.answers
         ]
         brain = "" if subject.volume is None else _brain_picture(subject.volume, subject.mask, subject.template)
@@ -103,8 +105,10 @@ def write_pages(folder: Path, subjects: Sequence[Subject], about: str) -> None:
         for s in subjects
     ]
     names = [a.name for a in subjects[0].answers] if subjects else []
+    notes = list(dict.fromkeys(a.note for s in subjects for a in s.answers if a.note))
     flagged = sum(bool(s.flags) for s in subjects)
-    write_text(folder / "index.html", render("group.html", rows=rows, names=names, flagged=flagged, about=about))
+    page = render("group.html", rows=rows, names=names, flagged=flagged, about=about, notes=notes)
+    write_text(folder / "index.html", page)
 
 
 def _brain_picture(

@@ -56,6 +56,7 @@ class GroupedPredictor(ABC):
         calls: network calls per subject.
         group: subjects of a network call.
         facts: how predictions were made, for the description of their table.
+        notes: what is known of the quality of the answers, for the user.
     """
 
     dataset: Dataset
@@ -66,6 +67,7 @@ class GroupedPredictor(ABC):
     calls: int
     group: int
     facts: Mapping[str, Any]
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def read(self, keys: Sequence[str]) -> Any:

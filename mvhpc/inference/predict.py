@@ -60,6 +60,7 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
     predictor = open_predictor(config)
     dataset, schema = predictor.dataset, predictor.schema
     selection = Selection.of(dataset, config.split, config.split_name, predictor.training)
+    selection.warnings.extend(predictor.notes)
     part, keys = selection.part, selection.keys
     query, calls = f"{', '.join(config.want)} given {label(config.given)}", predictor.calls
     print(f"{query}: by {predictor.method}, {calls} network call{'s' * (calls > 1)} per subject", file=sys.stderr)

@@ -58,6 +58,7 @@ class ScalarsPredictor(GroupedPredictor):
             "calibrated_on": model.meta["extra"]["calibrated on"],
             "site": site and {key: site[key] for key in ("name", "people")},
         }
+        self.notes = [note for name in self.want if (note := model.stack.no_better(name, self.given))]
         self.training = TrainingPeople.read(model.meta)
         self.learnt = self.training.learnt(self.dataset.index)
         self.common_flags = recipe_flag(model.meta["recipe"], self.dataset.index.provenance.get("recipe"))

@@ -139,10 +139,7 @@ def load_scalars(folder: Path, meta: dict[str, Any], device: torch.device | str)
     if "encoders" in meta["networks"]:
         encoders = build_encoders(variables, model)
         load_weights(encoders, folder, meta, "encoders", device)
-    mixing = {
-        name: {context: Mixing(tuple(how["weights"]), how["temperature"]) for context, how in of.items()}
-        for name, of in meta["mixing"].items()
-    }
+    mixing = {name: {context: Mixing.of(how) for context, how in of.items()} for name, of in meta["mixing"].items()}
     site = {
         name: SiteCalibration(tuple(of["shift"]), of["stretch"], of["temperature"])
         for name, of in (meta["site"] or {}).get("scalars", {}).items()

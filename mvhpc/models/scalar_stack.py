@@ -6,6 +6,7 @@ people whom no mixed member was fitted to, once for queries that give a volume a
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from mvhpc.models.site_calibration import SiteCalibration
 from mvhpc.variables import Categorical, Variables
 
 MASKED = 1  # level of an unknown variable, as the encoders take it; a known one has level 0
+LITTLE = 0.01  # share of the loss of predicting the mean
 CONTEXTS = ("volumes", "scalars")  # whether a query gives a volume, or scalars alone
 
 
@@ -36,10 +38,18 @@ class Mixing:
     Attributes:
         weights: of the members, which sum to 1; the linear ones in order, then the encoders.
         temperature: of the mixture, by held-out people.
+        saved: share of the loss of predicting the mean that the mixture saves for held-out people, of queries that give
+            no scalar and of those that give all others; empty where it is not known.
     """
 
     weights: tuple[float, ...]
     temperature: float
+    saved: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, how: Mapping[str, Any]) -> "Mixing":
+        """From ``model.json``; of a model of an earlier version it is not known what it saves."""
+        return cls(tuple(how["weights"]), how["temperature"], tuple(how.get("saved", ())))
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,19 @@ class ScalarStack:
     encoders: ScalarPredictor | None
     mixing: Mapping[str, Mapping[str, Mixing]]
     site: Mapping[str, SiteCalibration]
+
+    def no_better(self, want: str, given: Collection[str]) -> str:
+        """That a scalar is predicted no better than by the mean, in words; empty where it is, or where not known."""
+        volume = any(v.name in given for v in self.variables.volumes)
+        scalar = any(v.name in given for v in self.variables.scalars)
+        saved = self.mixing[want][CONTEXTS[0 if volume else 1]].saved
+        if not given or not saved or saved[scalar] > LITTLE:
+            return ""
+        category = isinstance(self.variables[want], Categorical)
+        return (
+            f"{want}: on held-out people of the training, this model predicts it no better than "
+            f"{'the frequencies of its classes' if category else 'the mean of everybody'}"
+        )
 
 
 class StackPosterior:

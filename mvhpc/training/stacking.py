@@ -153,7 +153,8 @@ def member_weights(scores: Tensor) -> list[float]:
 
 
 def _mixing(laws: Sequence[Sequence[Law]], truth: Tensor) -> Mixing:
-    """The mixing by several queries about the same people: members' weights, then the temperature of the mixture."""
+    """The mixing by several queries about the same people: members' weights, the temperature of the mixture, and what
+    it saves."""
     members = len(laws[0])
     if not len(truth):
         return Mixing((1 / members,) * members, 1.0)
@@ -161,7 +162,23 @@ def _mixing(laws: Sequence[Sequence[Law]], truth: Tensor) -> Mixing:
         torch.stack([torch.stack([log_score(law, truth) for law in of_query], 1) for of_query in laws])
     )
     columns = torch.tensor([weights], dtype=torch.float64).expand(len(truth), -1)
-    return Mixing(tuple(weights), _temperature([mix(of_query, columns) for of_query in laws], truth))
+    mixed = [mix(of_query, columns) for of_query in laws]
+    temperature = _temperature(mixed, truth)
+    return Mixing(tuple(weights), temperature, tuple(_saved(temper(law, temperature), truth) for law in mixed))
+
+
+def _saved(law: Law, truth: Tensor) -> float:
+    """Share of the loss of a constant prediction, the mean or the frequencies of all, that a law saves; at least -1.
+
+    The loss of a number is its absolute error, that of a category the negative logarithm of its probability.
+    """
+    if isinstance(law, Tensor):
+        frequencies = truth.bincount(minlength=law.shape[1]) / len(truth)
+        own, constant = -log_score(law, truth), -frequencies[truth].log()
+    else:
+        values = truth[:, 0].double()
+        own, constant = (values - law.mean).abs(), (values - values.mean()).abs()
+    return max(float(1 - own.sum() / constant.sum()), -1.0) if constant.sum() else 0.0
 
 
 def _temperature(laws: Sequence[Law], truth: Tensor) -> float:
