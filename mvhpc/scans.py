@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mvhpc.config import ConfigError, load_config
 from mvhpc.diffusion.laws import Law, take
-from mvhpc.evaluation.report import Answer, Subject, write_pages
+from mvhpc.evaluation.report import TYPICALITY, Answer, Subject, write_pages
 from mvhpc.evaluation.tables import MISSING, read_predictions, sidecar, subject_of
 from mvhpc.inference.prediction_tables import Row, without_answer, write_predictions
 from mvhpc.inference.predictor import PredictConfig, check_query
@@ -318,9 +318,10 @@ def _page(predictor: ScalarsPredictor, row: Row, answers: Sequence[Answer], pict
     record = predictor.dataset.record(row["key"])
     figures = {name.partition(".")[2]: value for name, value in record.figures.items()}
     if row["typicality"] is not None:
-        figures = {"typicality": row["typicality"], **figures}
+        figures = {TYPICALITY: row["typicality"], **figures}
     volume, mask = pictures.read(predictor, row["key"])
-    return Subject(row["key"], answers, flags, volume, mask, pictures.template, figures)
+    contrast = predictor.schema.volumes[0].suffix
+    return Subject(row["key"], answers, flags, volume, mask, pictures.template, figures, contrast)
 
 
 class _Pictures:

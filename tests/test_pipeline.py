@@ -74,6 +74,7 @@ def check_report(root: Path, out: Path) -> None:
         assert text in page
     index = Index.load(root / "packed")
     assert all(file["sha256"] in page for file in index.files.values())
+    assert "<code>mvhpc calibrate</code>" in page and "`" not in page
     assert "<script" not in page and str(root.parent) not in page
     assert not re.findall(r"(?:src|href)=.(?!data:|#)", page)
     (root / "joint" / "stage.json").rename(root / "stage.json")

@@ -24,6 +24,7 @@ from shards.phantom.make import T1W, T2W, draw_subject, render_image
 from shards.qc.figures import measure
 from shards.qc.limits import LIMITS, explain, verdict, violated
 from shards.qc.registered import compare
+from shards.qc.wording import FIGURES, flag_words
 from shards.volumes import canonical
 
 SHAPE, MM = (40, 48, 40), 4.0
@@ -486,3 +487,14 @@ def test_odd_files_are_refused_for_the_right_reason(name: str, words: str) -> No
 def test_a_flag_is_explained_by_the_limit_that_it_violates() -> None:
     assert explain("image.volume_ml", {"image.volume_ml": 250.0}).startswith("image: 250 ml are too few")
     assert "too many for a brain" in explain("image.volume_ml", {"image.volume_ml": 4000.0})
+
+
+def test_every_figure_with_a_limit_has_words_and_flags_of_several_scans_one_line() -> None:
+    assert {limit.figure for limit in LIMITS} == FIGURES.keys()
+    assert flag_words("image.box", [1.0, 3.0]).startswith(
+        "image: reaches 1 to 3 of the six sides of the packed box: what lies"
+    )
+    assert flag_words("image.preprocess.blur_inside", [5.5]) == explain(
+        "image.x.blur_inside", {"image.x.blur_inside": 5.5}
+    )
+    assert flag_words("image.outliers", [0.0012, 0.0188]).startswith("image: 0.1 to 1.9% of the voxels")

@@ -34,6 +34,17 @@ def test_the_same_answers_give_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "sub-01.html").read_bytes() == (tmp_path / "b" / "sub-01.html").read_bytes()
 
 
+def test_figures_of_quality_stand_in_words_with_unit_and_limit_and_others_are_folded(tmp_path: Path) -> None:
+    figures = {"typicality": 0.5, "volume_ml": 2082.0, "preprocess.volume_ml": 3251.0, "preprocess.brain.gap": 0.123}
+    figures |= {"preprocess.volume_ratio": 1.452, "box": 1.0}
+    write_pages(tmp_path, [Subject("sub-01", [AGE], figures=figures)], "model M")
+    shown, _, folded = (tmp_path / "sub-01.html").read_text().partition("<details>")
+    for cell in ("500 to 2400 ml", "2082 ml", "at most 25 %", "12.3 %", "at most 0"):
+        assert f">{cell}<" in shown
+    assert "p = 0.500; below 0.005" in shown and "3251" not in shown and "preprocess." not in shown
+    assert "3251" in folded and "<code>preprocess.volume_ratio</code>" in folded and "open" not in folded
+
+
 @pytest.mark.parametrize("answer", [Answer("age"), Answer("sex")])
 def test_an_answer_that_is_not_given_says_so(answer: Answer) -> None:
     assert not answer.given and answer.text() == "not answered"

@@ -37,7 +37,9 @@ class Result:
 
 
 def digits_of(variable: Variable) -> int:
-    """Decimal places of errors of a number: 2 for a range of ages, more for a narrow range."""
+    """Decimal places of accuracies, or of errors of a number: 2 for a range of ages, more for a narrow range."""
+    if variable.kind == "categorical":
+        return 3
     span = variable.range[1] - variable.range[0]
     return int(np.clip(4 - np.floor(np.log10(span)), 0, 6)) if np.isfinite(span) else 2
 
@@ -58,9 +60,9 @@ def score_text(answers: Answers) -> str:
     found = score_of(answers)
     if not found.n:
         return NONE
-    if answers.category:
-        return found.format(3)
     digits = digits_of(answers.variable)
+    if answers.category:
+        return found.format(digits)
     interval = found.format(digits).partition(" ")[2]
     return f"{found.value:.{digits}f} ± {_sd(answers.scores):.{digits}f} {interval}".rstrip()
 
@@ -190,7 +192,7 @@ def comparisons(variable: Variable, givens: Sequence[tuple[str, ...]], answers: 
         people = subjects[~subjects.index.duplicated()].reindex(scores.index).astype(str).tolist()
         for d in compare_all(scores.to_numpy(float), people):
             first, second = own[d.first].method, own[d.second].method
-            digits = 3 if variable.kind == "categorical" else digits_of(variable)
+            digits = digits_of(variable)
             p = f"{d.p:.4f}" if d.p >= 0.0001 else "<0.0001"
             better = _better(d.gap, first, second, variable.kind == "categorical")
             rows.append([label(given), first, second, d.gap.format(digits), p, better, str(d.gap.n)])
@@ -215,7 +217,7 @@ def calibration(answers: Sequence[Answers]) -> Result | None:
     for a, row in zip(kept, numbers):
         cells = [a.method, a.variable.name, label(a.given)]
         cells += [f"{100 * v:.0f} %" if isinstance(v := row.get(f"coverage_{s}"), float) else NONE for s in SHARES]
-        digits = 3 if a.category else digits_of(a.variable)
+        digits = digits_of(a.variable)
         for name, places in (("crps", digits), ("calibration_error", 3), ("calibration_error_if_calibrated", 3)):
             value = row.get(name)
             cells.append(f"{value:.{places}f}" if isinstance(value, float) else NONE)
@@ -251,7 +253,7 @@ def by_group(
                 found = mean_over_subjects(answers.scores[chosen], people)
                 if not found.n:
                     continue
-                digits = 3 if answers.category else digits_of(answers.variable)
+                digits = digits_of(answers.variable)
                 bias = None if answers.category else mean_over_subjects(answers.errors[chosen], people)
                 cells = [answers.method, measure(answers.variable), v.name, group, found.format(digits)]
                 rows.append([*cells, bias.format(digits) if bias else NONE, str(found.n)])
@@ -319,7 +321,7 @@ def retest(answers: Sequence[Answers]) -> Result | None:
         apart, within = between_visits(a.frame["key"].tolist(), a.subjects, values, a.category)
         if not apart.n:
             continue
-        digits = 3 if a.category else digits_of(a.variable)
+        digits = digits_of(a.variable)
         cells = [a.method, a.variable.name, label(a.given), apart.format(digits)]
         rows.append([*cells, NONE if a.category else f"{within:.{digits}f}", str(apart.n)])
         row = {"method": a.method, "variable": a.variable.name, "given": label(a.given), "difference": apart.value}

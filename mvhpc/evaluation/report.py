@@ -11,9 +11,13 @@ from numpy.typing import NDArray
 
 from mvhpc.evaluation.figures import views
 from mvhpc.evaluation.page import render
+from mvhpc.models.typicality import UNUSUAL
 from shards.files import write_text
+from shards.qc.limits import T1W
+from shards.qc.wording import figure_rows
 from shards.web_page import inline
 
+TYPICALITY = "typicality"
 MASK, TEMPLATE, LINE, FILL = "#ff5a4f", "#5aa2ff", "#1f5fa8", "#cfe0f3"
 
 
@@ -69,7 +73,8 @@ class Subject:
         volume: (H, W, D) in [0, 1], RAS; None for a scan that could not be preprocessed.
         mask: brain mask of the scan on the same grid, or None.
         template: brain mask of the template on the same grid, or None.
-        figures: of quality, by name.
+        figures: of quality, by name: ``typicality``, and those of :mod:`shards.qc`.
+        contrast: BIDS suffix of the scan.
         page: whether there is one; a row without a scan stands in the group's table alone.
     """
 
@@ -80,6 +85,7 @@ class Subject:
     mask: NDArray[np.floating] | None = None
     template: NDArray[np.floating] | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
+    contrast: str = T1W
     page: bool = True
 
 
@@ -98,7 +104,10 @@ def write_pages(folder: Path, subjects: Sequence[Subject], about: str) -> None:
             for a in subject.answers
         ]
         brain = "" if subject.volume is None else _brain_picture(subject.volume, subject.mask, subject.template)
-        page = render("subject.html", subject=subject, answers=answers, brain=brain, about=about)
+        header, figures, others = figure_rows(subject.figures, subject.contrast)
+        quality = {"header": header, "figures": figures, "others": others, "typicality": others.pop(TYPICALITY, None)}
+        quality |= {"unusual": UNUSUAL}
+        page = render("subject.html", subject=subject, answers=answers, brain=brain, about=about, **quality)
         write_text(folder / f"{subject.key}.html", page)
     rows = [
         {"key": s.key, "texts": [a.text() for a in s.answers], "flags": "; ".join(s.flags) or "ok", "page": s.page}

@@ -18,7 +18,7 @@ from mvhpc.evaluation import comparison_figures
 from mvhpc.evaluation.answers import Answers, read_answers
 from mvhpc.evaluation.calibration import SHARES
 from mvhpc.evaluation.page import render
-from mvhpc.evaluation.paper_tables import by_group, calibration_of_number, measure, score_of
+from mvhpc.evaluation.paper_tables import by_group, calibration_of_number, digits_of, measure, score_of
 from mvhpc.evaluation.tables import Table, label, read_predictions, subject_of
 from mvhpc.models.model_card import INTENDED_USE, LIMITS
 from mvhpc.pipeline.plan import FINAL, Pipeline, Query
@@ -32,7 +32,8 @@ from shards.dataset import Dataset, open_dataset
 from shards.files import write_text
 from shards.index import PARTS
 from shards.packing.rejected import REJECTED
-from shards.schema import Variable
+from shards.qc.wording import flag_words
+from shards.schema import Schema, Variable
 from shards.sheets import read_sheet
 from shards.web_page import inline, inline_file
 
@@ -51,13 +52,14 @@ PICTURES = {  # below the pipeline's figures: title and what is seen
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with a text, a picture and a table; each may be empty."""
+    """A heading with a text, a picture and a table, ``plain`` where it has words; each may be empty."""
 
     title: str
     text: str = ""
     picture: str = ""
     table: Table | None = None
     alt: str = field(default="")
+    plain: bool = False
 
 
 def write_report(root: Path, out: Path) -> None:
@@ -137,7 +139,7 @@ def _predicted(query: Query, frame: pd.DataFrame, dataset: Dataset) -> list[Sect
         total = score_of(answers)
         if not total.n:
             continue
-        rows = [["all", str(total.n), total.format(2)]]
+        rows = [["all", str(total.n), total.format(digits_of(variable))]]
         groups = by_group([[answers]], schema.scalars, lambda key, name: values[key].get(name))
         for _, _, by, group, score, _, people in groups.text.rows if groups else ():
             rows.append([f"{by} {group}", people, score])
@@ -201,8 +203,10 @@ def _data_sheet(dataset: Dataset, pipeline: Pipeline) -> list[Section]:
     ]
     flags = Counter(flag for record in index.records for flag in record.flags)
     if flags:
-        table = Table(["limit of quality control", "scans"], [[name, str(n)] for name, n in flags.most_common()])
-        found.append(Section("Flagged, and kept", "", table=table))
+        values = {flag: [r.figures[flag] for r in index.records if flag in r.flags] for flag in flags}
+        rows = [[name, str(n), flag_words(name, values[name])] for name, n in flags.most_common()]
+        table = Table(["limit of quality control", "scans", "what it means"], rows)
+        found.append(Section("Flagged, and kept", "", table=table, plain=True))
     sheet = read_sheet(dataset.folder / REJECTED)
     reasons = Counter(_anonymous(cells["reason"], cells["key"]) for _, cells in sheet.rows)
     table = Table(["reason", "rows"], [[reason, str(n)] for reason, n in reasons.most_common()])
@@ -226,8 +230,20 @@ def _scalar_rows(variable: Variable, parts: Sequence[Sequence[Any]]) -> list[lis
     if variable.kind == "categorical":
         return [*([f"{variable.name} {c}", *(str(k.count(c)) for k in known)] for c in variable.classes), missing]
     unit = f" ({variable.unit})" if variable.unit else ""
-    cells = [f"{np.mean(k):.1f}, {min(k):g} to {max(k):g}" if k else "-" for k in known]
+    digits = _digits(variable)
+    cells = [f"{np.mean(k):.{digits}f}, {_ends([min(k), max(k)], digits)}" if k else "-" for k in known]
     return [[f"{variable.name}{unit}: mean, range", *cells], missing]
+
+
+def _digits(variable: Variable) -> int:
+    """Decimal places of values of a number."""
+    return max(1, digits_of(variable) - 1)
+
+
+def _ends(ends: Sequence[float], digits: int) -> str:
+    """``22.9 to 77.9``, or ``22 to 77`` of whole numbers."""
+    places = 0 if all(end == int(end) for end in ends) else digits
+    return " to ".join(f"{end:.{places}f}" for end in ends)
 
 
 def _histogram(variable: Variable, dataset: Dataset, parts: Mapping[str, str]) -> str:
@@ -251,11 +267,11 @@ def _histogram(variable: Variable, dataset: Dataset, parts: Mapping[str, str]) -
 def _model_card(pipeline: Pipeline, dataset: Dataset) -> list[tuple[str, str]]:
     """What the model is for, what it knows and does not know: (heading, text)."""
     meta = json.loads((pipeline.place("joint", FINAL) / "model" / "model.json").read_text())
-    schema, training, grid = meta["schema"], meta.get("training") or {}, meta["grid"]
-    names = [f"{name} ({spec['kind']})" for name, spec in schema.items()]
+    schema, training, grid = Schema.from_dict(meta["schema"]), meta.get("training") or {}, meta["grid"]
+    names = [f"{v.name} ({v.kind})" for v in schema]
     known = training.get("variables", {})
     ranges = [
-        f"{name} {facts['range'][0]:g} to {facts['range'][1]:g} {schema[name].get('unit', '')}".rstrip()
+        f"{name} {_ends(facts['range'], _digits(schema[name]))} {schema[name].unit or ''}".rstrip()
         for name, facts in known.items()
         if "range" in facts
     ]
