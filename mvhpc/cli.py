@@ -14,6 +14,7 @@ from mvhpc.parsers import (
     commands_elsewhere,
     completion,
     group_help,
+    help_elsewhere,
     in_words,
     parser_of,
     required_keys,
@@ -45,8 +46,9 @@ KEPT = "complete stages are kept, and the same command continues"
 def _usage() -> str:
     """Help of the command: one line for each command."""
     lines = {name: command.help for name, command in COMMANDS.items()}
-    lines |= {name: f"see mvhpc {name} --help" for name in commands_elsewhere()}
-    return USAGE.format(commands="\n".join(f"  {name:15s} {text}" for name, text in lines.items()))
+    lines |= {name: help_elsewhere(name) for name in commands_elsewhere()}
+    width = max(map(len, lines))
+    return USAGE.format(commands="\n".join(f"  {name:{width}s}  {text}" for name, text in lines.items()))
 
 
 def _loading() -> None:

@@ -1,6 +1,7 @@
 """The options of every `mvhpc` command, for its help, for reading it and for completion in shells."""
 
 import argparse
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -11,6 +12,8 @@ from shards.__main__ import OneLineParser, make_parser
 
 GROUP = "train"  # commands of two words
 ELSEWHERE = "mvhpc.commands"  # entry points of commands that are no part of this package
+HELP_ELSEWHERE = {"submit": "run stages as jobs, on SLURM or on this machine"}
+WIDTH = 100  # columns of what help says in sentences
 
 
 class Parser(OneLineParser):
@@ -40,7 +43,7 @@ class Command:
 
     def complete(self, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         """``parser`` with the description, the examples and the options of this command."""
-        parser.description, parser.epilog = self.about, "\n  ".join(["examples:", *self.examples])
+        parser.description, parser.epilog = textwrap.fill(self.about, WIDTH), "\n  ".join(["examples:", *self.examples])
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
         self.fill(parser)
         return parser
@@ -176,6 +179,11 @@ def commands_elsewhere() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=ELSEWHERE)}
 
 
+def help_elsewhere(name: str) -> str:
+    """One line about a command of another package."""
+    return HELP_ELSEWHERE.get(name, f"see mvhpc {name} --help")
+
+
 def group_help() -> str:
     """What `mvhpc train` shows."""
     of_group = ((name, command) for name, command in COMMANDS.items() if name.startswith(f"{GROUP} "))
@@ -200,7 +208,7 @@ def completion(shell: str) -> str:
         for action in parser._actions:
             _complete(action, shtab.FILE)
     for name in commands_elsewhere():
-        commands.add_parser(name, help="see its --help")
+        commands.add_parser(name, help=help_elsewhere(name))
     of_shards = make_parser()
     for parser in (of_shards, *subparsers(of_shards)):
         for action in parser._actions:

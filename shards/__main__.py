@@ -4,6 +4,7 @@ import argparse
 import difflib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from shards.errors import DataError, IntegrityError, TooManyRejects, explain
 from shards.help_texts import AUDIT, ENTITIES, EXAMPLES, FILES_ROOT, MERGE, PACK, PREPROCESS, RENAME, SPLIT, VERIFY
 from shards.numbers import parse_number
 
+DEMO = (32, 32, 32)  # voxels of the preset demo
 os.environ["MPLBACKEND"] = "Agg"  # a notebook names a backend to its commands that only its own Python has
 
 
@@ -187,14 +189,19 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _phantom(args: argparse.Namespace) -> None:
+    from shards.phantom.brain import spacing
     from shards.phantom.make import make_phantoms
 
     options = _options(args)
+    shape = tuple(options["shape"])
     try:
-        make_phantoms(args.out, workers=args.workers, **{**options, "shape": tuple(options["shape"])})
+        make_phantoms(args.out, workers=args.workers, **{**options, "shape": shape})
     except ValueError as error:
         raise DataError(str(error)) from error
-    print(f"{options['subjects']} phantoms in {args.out}; pack them with: shards pack {args.out} OUT --config demo")
+    grid = "--config demo" if shape == DEMO else f"--spacing {spacing(shape):g} --shape {' '.join(map(str, shape))}"
+    schema = " --schema rich" if options["rich"] else ""
+    path = shlex.quote(str(args.out))
+    print(f"{options['subjects']} phantoms in {args.out}; pack them with: shards pack {path} OUT {grid}{schema}")
 
 
 def _preprocess(args: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ def named(keys: Sequence[str], most: int = 10) -> str:
 def nearest(word: str, known: Iterable[str], what: str) -> str:
     """An error message for an unknown ``word``: the nearest known word, and all known words."""
     names = list(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.65)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"unknown {what} {word!r}.{hint} Known: {', '.join(names) or 'none'}."
 

@@ -11,6 +11,12 @@ from tqdm import tqdm
 T = TypeVar("T")
 LINE_EVERY_S = 15.0
 BAR, LEAST_BAR = 30, 8  # columns of the bar itself
+IRREGULAR = {"person": "people", "batch": "batches"}
+
+
+def plural(unit: str) -> str:
+    """``scans`` of ``scan``, ``people`` of ``person``."""
+    return IRREGULAR.get(unit, f"{unit}s")
 
 
 def compose(state: dict[str, Any], notes: Sequence[str], width: int | None) -> str:
@@ -28,14 +34,15 @@ def compose(state: dict[str, Any], notes: Sequence[str], width: int | None) -> s
     if width is not None and len(label) + len(count) > width:
         label = ""
     text = f"{label}{count}"[:width]
-    parts = [f" {state['unit']}"]
+    unit, units = state["unit"], plural(state["unit"])
+    parts = [f" {unit if (total or n) == 1 else units}"]
     if rate and total:
         parts.append(f", {tqdm.format_interval((total - n) / rate)} left")
     if total:
         parts.append(f", {100 * n // total} %")
     if rate:
         slow = rate < 1
-        parts.append(f", {1 / rate if slow else rate:.3g} {'s/' + state['unit'] if slow else state['unit'] + '/s'}")
+        parts.append(f", {1 / rate if slow else rate:.3g} {'s/' + unit if slow else units + '/s'}")
     parts.append(f", {tqdm.format_interval(elapsed)} so far")
     for part in [*parts, *(f", {note}" for note in notes)]:
         if width is None or len(text) + len(part) <= width:
@@ -74,7 +81,7 @@ class Progress:
     """
 
     def __init__(
-        self, label: str, total: int | None, unit: str = "it", initial: int = 0, at_once: bool = False
+        self, label: str, total: int | None, unit: str = "item", initial: int = 0, at_once: bool = False
     ) -> None:
         self.label, self.total, self.unit, self.initial = label, total, unit, initial
         self.done = initial
@@ -143,7 +150,7 @@ class Progress:
         self.close()
 
 
-def progress(items: Iterable[T], label: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
+def progress(items: Iterable[T], label: str, total: int | None = None, unit: str = "item") -> Iterator[T]:
     """Yield ``items``, counting them with a :class:`Progress`."""
     if total is None and isinstance(items, Sized):
         total = len(items)

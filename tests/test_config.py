@@ -1,6 +1,7 @@
 """Every preset resolves; what is misspelt is refused with the nearest right name."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from mvhpc.cli import main
 from mvhpc.config import CONFIGS, ConfigError, fingerprint, load_config, to_yaml
 from mvhpc.inference.generate import GenerateConfig
 from mvhpc.inference.predictor import PredictConfig
+from mvhpc.parsers import COMMANDS, parser_of
 from mvhpc.pipeline.plan import PipelineConfig
 from mvhpc.stages import STAGES
 from mvhpc.training.joint import JointConfig
@@ -166,12 +168,32 @@ def test_a_password_in_a_tracking_uri_is_refused_and_not_repeated(capsys: pytest
         (["train", "jiont"], "'train joint'"),
         (["run", "--config", "dmeo"], "'demo'"),
         (["run", "vae.training.epohcs=3"], "training.epochs"),
+        (["run", "training.epochs=3"], "STAGE.key=value"),
         (["train", "joint", *JOINT, "emma=3"], "'ema'"),
     ],
 )
 def test_command_line_names_the_nearest(arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert hint in capsys.readouterr().err
+
+
+def test_nothing_is_suggested_where_nothing_is_close(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "epochs=3"]) == 2
+    message = capsys.readouterr().err
+    assert "Did you mean" not in message and "Known: preset" in message
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_sentences_of_help_are_wrapped(command: str) -> None:
+    about = parser_of(command).description or ""
+    assert about.split() == COMMANDS[command].about.split() and max(map(len, about.splitlines())) <= 100
+
+
+def test_help_has_two_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    table = capsys.readouterr().out.partition("commands:\n")[2].partition("\n\n")[0].splitlines()
+    starts = {re.match(r"  (\w[\w-]*( \w[\w-]*)?) {2,}", line).end() for line in table}  # type: ignore[union-attr]
+    assert len(starts) == 1 and "see mvhpc" not in "".join(table)
 
 
 def test_help_covers_every_stage(capsys: pytest.CaptureFixture[str]) -> None:

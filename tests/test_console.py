@@ -67,7 +67,7 @@ def test_the_console_shows_what_others_write(tmp_path: Path, capsys: pytest.Capt
     time.sleep(0.5)
     console.close()
     shown = capsys.readouterr().err
-    assert shown.splitlines() == ["vae: people 3", "vae: 4/10 step, 40 %, 00:00 so far", "step 6: the disk is full"]
+    assert shown.splitlines() == ["vae: people 3", "vae: 4/10 steps, 40 %, 00:00 so far", "step 6: the disk is full"]
     bar = console._bar
     assert bar is not None and bar.done == 6 and bar.rate == 0.5
 

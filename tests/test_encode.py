@@ -142,7 +142,9 @@ def test_an_autoencoder_of_another_grid_is_refused(source: Path, tmp_path: Path)
                 run(config, Run(tmp_path / "run"))
             assert not Path(config.out).exists()
         else:
-            assert run(config, Run(tmp_path / "run"))["volumes"] > 0
+            summary, index = run(config, Run(tmp_path / "run")), open_dataset(source / "data").index
+            assert summary["volumes"] == sum(len(record.checksums) for record in index.records)
+            assert 0 < summary["mirrored_volumes"] < summary["volumes"]
 
 
 @pytest.mark.slow

@@ -101,7 +101,9 @@ def test_every_model_answers_what_it_can_and_every_file_is_there(compared: Path)
     assert sorted(path.stem for path in (compared / "figures").iterdir()) == sorted(FIGURES)
     assert all((compared / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in FIGURES)
     page = (compared / "results.md").read_text()
-    assert page.count("\n## ") == len(TABLES) + 1 and "people with 6 visits, the test part of the split default" in page
+    assert (
+        page.count("\n## ") == len(TABLES) + 1 and "people, 6 visits in all, the test part of the split default" in page
+    )
     assert page.count("warning") == 1 and "6 people; bootstrap intervals of fewer than 20" in page
 
 
@@ -281,6 +283,6 @@ def test_folds_are_one_row_each_with_its_own_test_part(tiny_dataset: Path, tiny_
         own = answers[(answers["method"] == method) & (answers["variable"] == "age") & (answers["given"] == "image")]
         assert sorted(own["key"]) == everybody
     page = (tmp_path / "folds" / "results.md").read_text()
-    assert "12 people with 12 visits, the test part of the splits fold-1-of-2, fold-2-of-2" in page
+    assert "12 people, 12 visits in all, the test part of the splits fold-1-of-2, fold-2-of-2" in page
     evaluate(data, tmp_path / "first", runs[:1], split_name=names[1])
     assert "the test part of the split fold-2-of-2" in (tmp_path / "first" / "results.md").read_text()

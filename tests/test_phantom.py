@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from scipy.stats import kstest
 
 from shards.__main__ import main
 from shards.files import is_complete
+from shards.index import Index
 from shards.phantom import make as phantom
 from shards.phantom.anatomy import AGES, LAW, best_possible, draw_anatomy, draw_person, posterior, read_tables
 from shards.phantom.brain import render_tissues, spacing
@@ -269,6 +271,20 @@ def test_a_killed_worker_is_an_error_of_one_line(tmp_path: Path, capsys: pytest.
     assert main(["phantom", str(tmp_path / "out"), "--subjects", "500", "--workers", "2"]) == 2
     killer.join()
     assert "phantom: a worker process was killed" in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [["--rich"], ["--shape", "16", "20", "18"], []])
+def test_the_command_that_is_named_for_packing_packs(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["phantom", str(tmp_path / "a b"), "--subjects", "3", "--workers", "1", *options]) == 0
+    _, _, command = capsys.readouterr().out.strip().partition("pack them with: shards ")
+    words = [str(tmp_path / "out") if word == "OUT" else word for word in shlex.split(command)]
+    more = ["--split", "1", "0", "0", "--workers", "1", "--keep-suspect"]
+    assert main([*words, *more]) == 0
+    index = Index.load(tmp_path / "out")
+    assert index.grid["shape"] == ([16, 20, 18] if "--shape" in options else [32, 32, 32])
+    assert ("memory" in [v.name for v in index.schema]) == ("--rich" in options)
 
 
 def test_options_come_from_a_preset(tmp_path: Path) -> None:

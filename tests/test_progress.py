@@ -29,6 +29,15 @@ def test_a_line_is_never_wider_than_the_terminal_and_says_the_most_important_fir
             assert text in line, line
 
 
+def test_counts_have_plural_units() -> None:
+    def line(total: int | None, unit: str, rate: float) -> str:
+        return compose({**STATE, "n": 1, "total": total, "unit": unit, "rate": rate}, [], None)
+
+    assert ": 1/24 scans, " in line(24, "scan", 2.0) and "2 scans/s" in line(24, "scan", 2.0)
+    assert ": 1/1 scan, " in line(1, "scan", 0.5) and "2 s/scan" in line(1, "scan", 0.5)
+    assert ": 1 visit, " in line(None, "visit", 2.0) and ": 1/9 people, " in line(9, "person", 2.0)
+
+
 def test_the_bar_is_as_full_as_the_work_is_done() -> None:
     for n in (0, 150, 300, 600):
         bar = compose({**STATE, "n": n, "rate": None}, [], 120).rpartition("[")[2]
@@ -77,5 +86,5 @@ def test_a_log_gets_lines_with_the_count_and_no_control_characters(capsys: pytes
     with Progress("vae", 600, "step", initial=3, at_once=True) as bar:
         bar.update(2)
     text = capsys.readouterr().err
-    assert text.startswith("vae: 3/600 step") and text.count("\n") == 1
+    assert text.startswith("vae: 3/600 steps") and text.count("\n") == 1
     assert "\r" not in text and "\x1b" not in text

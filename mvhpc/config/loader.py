@@ -192,20 +192,20 @@ def _merge(kind: type, node: Any, source: str, layer: Any) -> Any:
         return node
     except ConfigKeyError as error:
         key = str(getattr(error, "full_key", None) or getattr(error, "key", ""))
-        raise ConfigError(f"{source}: {_unknown(key, list(_keys(kind)), source)}") from error
+        raise ConfigError(f"{source}: {_unknown(kind, key, source)}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
 
 
-def _unknown(key: str, known: Sequence[str], source: str) -> str:
-    """The message for an unknown key: what became of it, or the nearest key."""
-    last = key.rpartition(".")[2]
+def _unknown(kind: type, key: str, source: str) -> str:
+    """The message for an unknown key: what became of it, or the nearest key, and what ``kind.HINT`` adds."""
+    known, last = list(_keys(kind)), key.rpartition(".")[2]
     if last in REMOVED:
         remedy = f"delete its line from {source}" if Path(source).suffix in {".yaml", ".yml"} else "leave it out"
         return f"`{key}` is no key any more: {REMOVED[last]}; {remedy}"
     names = RENAMED.get(last, ())
     renamed = next((k for k in known if k.rpartition(".")[2] in names), None)
-    return f"`{key}` is called {renamed} now" if renamed else nearest(key, known, "key")
+    return f"`{key}` is called {renamed} now" if renamed else nearest(key, known, "key") + getattr(kind, "HINT", "")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def run(config: EncodeConfig, run: "Run") -> dict[str, float]:
     part's keys) and ``vae`` (the weights' SHA-256).
 
     Returns:
-        the number of volumes, the elements of one latent, and the scale of each variable.
+        the number of volumes and of mirrored ones, the elements of one latent, and the scale of each variable.
 
     Raises:
         ConfigError: data that are no volumes or on another grid than the autoencoder was trained on, or a volume
@@ -212,5 +212,6 @@ def run(config: EncodeConfig, run: "Run") -> dict[str, float]:
         {"scale": scale, "vae": meta["sha256"], "training": fingerprint(sorted(training))},
     )
     elements = float(np.prod(latent_shape))
-    volumes = float(sum(map(len, plan.values())))
-    return {"volumes": volumes, "elements": elements} | {f"scale_{name}": value for name, value in scale.items()}
+    flipped = float(sum(item.mirror for items in plan.values() for item in items))
+    counts = {"volumes": float(sum(map(len, plan.values()))) - flipped, "mirrored_volumes": flipped}
+    return counts | {"elements": elements} | {f"scale_{name}": value for name, value in scale.items()}

@@ -169,7 +169,7 @@ def _people(comparison: Comparison, dataset: Dataset, part: str, splits: Sequenc
     keys = {key for frame in frames for key in frame["key"]}
     people = {subject for frame in frames for subject in frame["subject"]}
     of = f"{'split' if len(splits) == 1 else 'splits'} {', '.join(splits)}"
-    return f"{len(people)} people with {len(keys)} visits, the {part} part of the {of} of {dataset.folder.name}"
+    return f"{len(people)} people, {len(keys)} visits in all, the {part} part of the {of} of {dataset.folder.name}"
 
 
 def _learnt(method: Method, dataset: Dataset, keys: Sequence[str]) -> list[str]:

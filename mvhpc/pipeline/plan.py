@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mvhpc.config import CONFIGS, ConfigError, load_config
 from mvhpc.stages import STAGES, query_name
@@ -31,6 +31,8 @@ class Query:
 @dataclass
 class PipelineConfig:
     """`mvhpc run`: presets, paths and queries, and a mapping of overrides per stage."""
+
+    HINT: ClassVar[str] = " A key of one stage begins with its name: STAGE.key=value, as joint.training.epochs=20."
 
     preset: str
     root: str
