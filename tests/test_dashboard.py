@@ -15,7 +15,7 @@ import mlflow
 import pytest
 
 from mvhpc.config import ConfigError
-from mvhpc.runs.dashboard import HOST, dashboard, wait_for_server
+from mvhpc.runs.dashboard import HOST, _free, dashboard, serve, wait_for_server
 from mvhpc.runs.journal import Journal
 from mvhpc.runs.mlflow_app import FIRST_VISIT
 from mvhpc.runs.mlflow_store import store_client
@@ -73,9 +73,9 @@ def test_dashboard_needs_its_password_and_takes_what_was_kept_for_it(
     (store / ".dashboard" / "password").touch()  # a process was killed before it wrote the password
     runs.mkdir()
     store_client(f"sqlite:///{store / 'mlflow.db'}")
-    taken = socket.create_server(("127.0.0.1", 0))
-    port = taken.getsockname()[1]
-    address = f"http://127.0.0.1:{port + 1}"  # the next free port, where nothing listens yet
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"  # where nothing listens yet
     with track(runs, uri=address):
         losses(runs, range(3))
         (runs / "packed.run" / "x.png").write_bytes(PNG)
@@ -98,7 +98,9 @@ def test_dashboard_needs_its_password_and_takes_what_was_kept_for_it(
         secret = store / ".dashboard" / "password"
         assert (secret.read_text(), secret.stat().st_mode & 0o777) == (password, 0o600)
         with pytest.raises(OSError):  # bound to that one address, not to all of the machine's
-            socket.create_connection(("127.0.0.2", port + 1), timeout=2)
+            socket.create_connection(("127.0.0.2", port), timeout=2)
+        again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert again.returncode == 2 and again.stderr.splitlines()[-1].startswith(f"mvhpc: port {port} is taken")
 
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
@@ -111,8 +113,7 @@ def test_dashboard_needs_its_password_and_takes_what_was_kept_for_it(
         server.send_signal(signal.SIGINT)
     assert server.wait(30) == 0
     with pytest.raises(OSError):
-        socket.create_connection(("127.0.0.1", port + 1), timeout=2)
-    taken.close()
+        socket.create_connection(("127.0.0.1", port), timeout=2)
 
 
 def test_the_choices_of_the_first_visit_are_those_that_mlflow_reads() -> None:
@@ -122,6 +123,19 @@ def test_the_choices_of_the_first_visit_are_those_that_mlflow_reads() -> None:
     for key in re.findall(r'"(mlflow\.[\w.]+)_v1"', FIRST_VISIT):
         assert re.search(rf'key:\s*"{re.escape(key)}",\s*version:\s*1\b', code), key
     assert '"machine_learning"' in code
+
+
+def test_a_port_that_is_named_is_taken_or_refused_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server((HOST, 0)) as first:
+        port = first.getsockname()[1]
+        refused = pytest.raises(ConfigError, match=f"port {port} is taken or not allowed; choose another")
+        with refused, serve(tmp_path / "mlflow.db", port):
+            pass
+        assert not any(tmp_path.iterdir())
+        monkeypatch.setattr("mvhpc.runs.dashboard.FIRST", port)
+        assert port < _free(None) < port + 100  # without a name the next free one
 
 
 def test_dashboard_of_no_store_is_refused(tmp_path: Path) -> None:

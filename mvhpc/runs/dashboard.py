@@ -22,19 +22,19 @@ from shards.files import write_once, write_text
 HOST = "127.0.0.1"
 PROBE_HOST = "127.0.0.2"  # where probes come from; see `answers`
 USER = "admin"
-PORTS = 100  # that are tried, from the given one on
+FIRST, PORTS = 5000, 100  # ports that are tried where none is named
 START_S = 120.0
 
 
-def dashboard(store: str, port: int = 5000) -> None:
+def dashboard(store: str, port: int | None = None) -> None:
     """Serve a store until interrupted; the password is made at the first start and printed then.
 
     Args:
         store: a folder with ``mlflow.db``, an sqlite URI, or the address of a server, which is only printed.
-        port: where it listens; where that is taken, the next free one.
+        port: where it listens; None: the first free one.
 
     Raises:
-        ConfigError: there is no store, or no free port.
+        ConfigError: there is no store, or the port is not free.
         RuntimeError: MLflow does not start; with the end of its log.
     """
     if store.startswith(("http://", "https://")):
@@ -58,27 +58,30 @@ def dashboard(store: str, port: int = 5000) -> None:
 
 
 @contextlib.contextmanager
-def serve(database: Path, port: int) -> Iterator[tuple[str, str]]:
+def serve(database: Path, port: int | None) -> Iterator[tuple[str, str]]:
     """Serve an sqlite store on loopback while the block lasts; yield address and password.
 
+    Several servers of a store share its password and users.
+
     Raises:
-        ConfigError: no port from ``port`` on is free.
+        ConfigError: the port is not free, or where none is named, no port.
         RuntimeError: MLflow does not start.
     """
+    port = _free(port)
     private = _private(database)
     private.mkdir(mode=0o700, exist_ok=True)
     if not _read(private / "password"):
         (private / "users.db").unlink(missing_ok=True)  # holds the password that was lost
     password, key = _secret(private / "password"), _secret(private / "session-key")
-    write_text(
-        private / "auth.ini",
+    settings = (
         "[mlflow]\n"
         "default_permission = NO_PERMISSIONS\n"
         f"database_uri = {SQLITE}{(private / 'users.db').resolve()}\n"
         f"admin_username = {USER}\n"
-        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n",
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
     )
-    port = _free(port)
+    if _read(private / "auth.ini") != settings:
+        write_text(private / "auth.ini", settings)
     address = f"http://{HOST}:{port}"
     command = [sys.executable, "-W", "ignore", "-m", "mlflow", "server", "--app-name", "mvhpc"]
     command += ["--backend-store-uri", f"{SQLITE}{database.resolve()}", "--host", HOST, "--port", str(port)]
@@ -91,7 +94,7 @@ def serve(database: Path, port: int) -> Iterator[tuple[str, str]]:
         "MLFLOW_FLASK_SERVER_SECRET_KEY": key,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # background jobs, which are not needed here
     }
-    log = private / "log.txt"
+    log = private / f"log-{port}.txt"
     with log.open("w") as output:
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
         # Uvicorn imports from the folder that it runs in, where the user may have a logging.py.
@@ -123,17 +126,20 @@ def _secret(path: Path) -> str:
 
 
 def _read(path: Path) -> str:
-    """The password in a file; empty where none was made."""
+    """The text of a file; empty where there is none."""
     return path.read_text() if path.is_file() else ""
 
 
-def _free(port: int) -> int:
-    for candidate in range(port, port + PORTS):
+def _free(port: int | None) -> int:
+    """``port``, or the first free one where it is None."""
+    for candidate in range(FIRST, FIRST + PORTS) if port is None else [port]:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((HOST, candidate))
             return candidate
-    raise ConfigError(f"no free port from {port} to {port + PORTS - 1}; name another with --port")
+    if port is not None:
+        raise ConfigError(f"port {port} is taken or not allowed; choose another, or leave --port out")
+    raise ConfigError(f"no free port from {FIRST} to {FIRST + PORTS - 1}; name another with --port")
 
 
 def wait_for_server(url: str, alive: Callable[[], bool], patience: float = START_S) -> bool:
