@@ -254,7 +254,7 @@ def _begun(job: Job) -> float:
 def progress(job: Job) -> str:
     """The progress of its run, as ``step 20 of 100, about 3.2 h left``; empty where it is unknown, or a later job's."""
     run, begun = Path(job.run), _begun(job)
-    if not begun or any(_begun(other) > begun for other in jobs_of(run)):
+    if not begun or any((_begun(other), other.submitted) > (begun, job.submitted) for other in jobs_of(run)):
         return ""
     if _finished_since(run, begun):
         return STAGE_FINISHED

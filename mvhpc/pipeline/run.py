@@ -62,10 +62,10 @@ def _number(value: float) -> str:
 
 
 def summary_lines(summary: Mapping[str, Any]) -> Iterator[str]:
-    """A stage's summary, one line a value; of several texts, as the notes of a packing, one each."""
+    """A stage's summary, one line a value, without the notes, which :func:`do` prints."""
     for name, value in summary.items():
-        for text in value if isinstance(value, list) else [value]:
-            yield f"{name:32s} {text:.4g}" if isinstance(text, float) else f"{name:32s} {text}"
+        if not isinstance(value, list):
+            yield f"{name:32s} {value:.4g}" if isinstance(value, float) else f"{name:32s} {value}"
 
 
 def run_pipeline(config: PipelineConfig) -> Pipeline:
