@@ -32,7 +32,8 @@ def named(keys: Sequence[str], most: int = 10) -> str:
 def nearest(word: str, known: Iterable[str], what: str) -> str:
     """An error message for an unknown ``word``: the nearest known word, and all known words."""
     names = list(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.65)
+    longer = [name for name in names if word.startswith(name)]  # as `eps` of `epsilon`
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.65) or longer
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"unknown {what} {word!r}.{hint} Known: {', '.join(names) or 'none'}."
 

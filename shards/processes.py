@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from shards.environment import environment_variable
@@ -20,7 +21,8 @@ def process_pool(
 ) -> Iterator[ProcessPoolExecutor]:
     """A pool of new processes, which leave Ctrl-C to this one. In the end, work that has not begun is dropped.
 
-    After Ctrl-C, or where nobody takes the results, the processes are ended at once: what they write must be atomic.
+    After Ctrl-C, where one of them was killed, or where nobody takes the results, the processes are ended at once: what
+    they write must be atomic.
 
     Args:
         workers: number of processes.
@@ -31,8 +33,8 @@ def process_pool(
         pool = _Pool(workers, context, initializer=_start, initargs=(start, arguments))
         try:
             yield pool
-        except (KeyboardInterrupt, GeneratorExit):
-            pool.end()
+        except (KeyboardInterrupt, GeneratorExit, BrokenProcessPool):
+            pool.end()  # where a process was killed, also one that was started while the pool ended the others
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
