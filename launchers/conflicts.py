@@ -9,6 +9,7 @@ from launchers import jobs, jobs_cli
 from launchers.jobs import PROG, Job
 from launchers.plan import Step
 from mvhpc.config import ConfigError, flatten
+from mvhpc.runs.holder import assignment
 from mvhpc.runs.mlflow_store import SQLITE
 from mvhpc.stages import STAGES
 
@@ -67,7 +68,7 @@ def _inputs(step: Step) -> set[Path]:
 
 def _differences(step: Step, holder: Job) -> Iterator[str]:
     """``key there A, now B`` of each value; nothing of a job that was submitted before values were recorded."""
-    there = holder.assignment()
+    there = assignment(Path(holder.run), holder.id)
     if not there:
         return
     if step.nodes != there["nodes"]:

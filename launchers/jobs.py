@@ -24,7 +24,7 @@ from launchers.allocation import Assignment
 from mvhpc.config import ConfigError
 from mvhpc.runs.clone import git
 from mvhpc.runs.folder import read_record
-from mvhpc.runs.holder import run_folders
+from mvhpc.runs.holder import holder, recorded, run_folders
 from mvhpc.runs.journal import Journal, read
 from mvhpc.runs.position import duration, read_position
 from shards.files import lock_file, write_text
@@ -82,12 +82,6 @@ class Job:
         write_text(self.folder / "job.json", json.dumps(content, indent=1))
         register_run(Path(self.run))
 
-    def assignment(self) -> dict[str, Any]:
-        """What it is to do, as recorded at submission; empty where nothing is recorded."""
-        path = self.folder / "job.json"
-        found: dict[str, Any] = json.loads(path.read_text()).get("assignment", {}) if path.is_file() else {}
-        return found
-
     def record(self, event: str, **fields: Any) -> None:
         """Append an event to its journal."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -143,8 +137,8 @@ class Lock:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        text = os.pread(descriptor, 2**16, 0).decode()
-        self.holder = Job(**json.loads(text)) if text else None
+        found = recorded(descriptor)
+        self.holder = Job(**found) if found else None
 
     def set_holder(self, job: Job | None) -> None:
         """Make ``job`` the holder; None: the run is free."""
@@ -170,10 +164,8 @@ def locked(run: Path) -> Iterator[Lock]:
 
 def holder_of(run: Path) -> Job | None:
     """The job that holds a run folder; None: none. Nothing is written there."""
-    if not (run / "jobs" / "lock").is_file():
-        return None
-    with locked(run) as lock:
-        return lock.holder
+    found = holder(run)
+    return Job(**found) if found else None
 
 
 def release(run: Path, job: str) -> None:

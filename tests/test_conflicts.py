@@ -41,9 +41,12 @@ def submitted() -> dict[str, Job]:
 
 
 def test_the_same_submission_again_leaves_the_work_to_the_jobs(submitted: dict[str, Job], tmp_path: Path) -> None:
+    before = {stage: jobs.holder_of(Path(job.run)) for stage, job in submitted.items()}
+    assert before == submitted
     conflicts.check_steps(chain("demo", [f"root={tmp_path}/runs/a"], 1, 0, False)[1])  # with other spellings of paths
     (step, *_) = chain("demo", ["root=runs/a"], 1, 0, False)[1]
     conflicts.check_holder(step, submitted["phantom"], "pending")
+    assert {stage: jobs.holder_of(Path(job.run)) for stage, job in submitted.items()} == before
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,9 @@ def check_stage(planned: PlannedStage, root: Path | None) -> None:
         return
     out = planned.out.resolve()
     others = run_folders(root) if root else ()
-    _check_jobs([planned.folder, *(run for run in others if (job := holder(run)) and out in read_paths(run, job))])
+    _check_jobs(
+        [planned.folder, *(run for run in others if (job := holder(run)) and out in read_paths(run, job["id"]))]
+    )
 
 
 def _check_jobs(runs: Iterable[Path]) -> None:

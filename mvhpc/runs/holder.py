@@ -4,6 +4,7 @@ What else a job leaves there: :mod:`launchers.jobs`.
 """
 
 import json
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import psutil
 
 from mvhpc.config import ConfigError
 from mvhpc.runs import squeue
+from shards.files import lock_file
 
 DEPTH = 4  # of the deepest run folder below a project's: FOLD/baselines/NAME/QUERY
 NO_RUNS = ("sub-", ".")  # beginnings of names of folders without run folders
@@ -29,9 +31,17 @@ def run_folders(root: Path, depth: int = DEPTH) -> Iterator[Path]:
 
 
 def holder(run: Path) -> dict[str, Any]:
-    """The job that holds a run folder; empty: none."""
+    """The job that holds a run folder; empty: none. Nothing is written there."""
     path = run / "jobs" / "lock"
-    text = path.read_text() if path.is_file() else ""
+    if not path.is_file():
+        return {}
+    with lock_file(path) as descriptor:
+        return recorded(descriptor)
+
+
+def recorded(descriptor: int) -> dict[str, Any]:
+    """The job in an open ``RUN/jobs/lock``, which has to be locked: its content is replaced in two steps."""
+    text = os.pread(descriptor, 2**16, 0).decode()
     found: dict[str, Any] = json.loads(text) if text else {}
     return found
 
@@ -59,8 +69,14 @@ def process_start(job: str) -> float:
         return 0.0
 
 
-def read_paths(run: Path, job: dict[str, Any]) -> set[Path]:
+def assignment(run: Path, job: str) -> dict[str, Any]:
+    """What a job is to do, as recorded at its submission; empty where nothing is recorded."""
+    path = run / "jobs" / job / "job.json"
+    found: dict[str, Any] = json.loads(path.read_text()).get("assignment", {}) if path.is_file() else {}
+    return found
+
+
+def read_paths(run: Path, job: str) -> set[Path]:
     """The paths that a job reads, as recorded at its submission."""
-    path = run / "jobs" / job["id"] / "job.json"
-    assignment = json.loads(path.read_text()).get("assignment", {}) if path.is_file() else {}
-    return {Path(assignment["cwd"], p).resolve() for paths in assignment.get("inputs", {}).values() for p in paths}
+    found = assignment(run, job)
+    return {Path(found["cwd"], p).resolve() for paths in found.get("inputs", {}).values() for p in paths}
