@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from shards.errors import IntegrityError
+from shards.errors import RESTORE, IntegrityError
 
 SUFFIX = ".arrow"
 
@@ -90,7 +90,7 @@ class ArrowFile:
     def _check(self, piece: int) -> None:
         if not self._checked[piece]:
             if google_crc32c.value(self._raw[self._starts[piece] : self._ends[piece]]) != self._crcs[piece]:
-                raise IntegrityError(f"{self.name}: damaged (checksum of piece {piece}); restore it or pack again")
+                raise IntegrityError(f"{self.name}: damaged (checksum of piece {piece}); {RESTORE}")
             self._checked[piece] = 1
 
     def __len__(self) -> int:

@@ -5,6 +5,7 @@ import errno
 from collections.abc import Iterable, Sequence
 
 FULL = {errno.ENOSPC, errno.EDQUOT}  # of a disk, or of somebody's share of it
+RESTORE = "restore it (shards verify --repair) or pack again"  # a damaged file of an index, of which there is a copy
 
 
 class DataError(ValueError):

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shards.errors import DataError, IntegrityError
+from shards.errors import RESTORE, DataError, IntegrityError
 from shards.files import write_bytes
 
 NAME = "index.json"
@@ -43,7 +43,7 @@ def read_header(folder: Path) -> dict[str, Any]:
         )
     for entry in content.get("tables", {}).values():
         if Path(entry["file"]).name != entry["file"]:
-            raise IntegrityError(f"{path}: file {entry['file']!r} leads out of {folder}; restore it or pack again")
+            raise IntegrityError(f"{path}: file {entry['file']!r} leads out of {folder}; {RESTORE}")
     return content
 
 
@@ -58,5 +58,5 @@ def _version_1(path: Path, raw: bytes) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
-        raise IntegrityError(f"{path}: damaged (its own checksum does not match); restore it or pack again")
+        raise IntegrityError(f"{path}: damaged (its own checksum does not match); {RESTORE}")
     return content

@@ -75,8 +75,8 @@ examples:
 """
 VERIFY = """Every byte is read once, on all cores. A line for each damage names the file, the record with its variable,
 and the byte where it begins. With --repair the damaged volumes are converted from SOURCE again, as they were when OUT
-was packed; a file is replaced where all of it has its recorded SHA-256. Files that do not belong to OUT are noted, and
-stay.
+was packed; a file is replaced where all of it has its recorded SHA-256. A damaged index is restored from its copy.
+Files that do not belong to OUT are noted, and stay.
 
 examples:
   shards verify packed

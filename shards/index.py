@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.errors import DataError, IntegrityError, nearest
+from shards.errors import RESTORE, DataError, IntegrityError, nearest
 from shards.header import NAME as NAME
 from shards.header import read_header, write_header
+from shards.index_copy import write_copy
 from shards.record_table import PARTS as PARTS
 from shards.record_table import Assignment, Records
 from shards.records import Record as Record
@@ -140,6 +141,7 @@ class Index:
         header = {name: getattr(self, name) for name in plain} | {"schema": self.schema.to_dict(), "splits": splits}
         write_header(folder, header | {"tables": tables})
         remove_others(folder, tables.values())
+        write_copy(folder, own_files(self, tables))
 
     @classmethod
     def load(cls, folder: str | Path) -> "Index":
@@ -157,7 +159,7 @@ class Index:
             except FileNotFoundError as error:
                 before, header = header, read_header(folder)
                 if header == before:
-                    raise IntegrityError(f"{error.filename or error}: missing; restore it or pack again") from error
+                    raise IntegrityError(f"{error.filename or error}: missing; {RESTORE}") from error
                 # another process has replaced the index meanwhile
 
     @classmethod
@@ -194,6 +196,13 @@ class Index:
         index = cls(**plain | {"schema": schema, "records": found, "splits": splits})
         object.__setattr__(index, "_digest", digest)
         return index
+
+
+def own_files(index: Index, tables: Mapping[str, Mapping[str, Any]] | None = None) -> list[str]:
+    """The files of an index: ``index.json``, its tables, and the table of what became of each row of a packing."""
+    places = index.provenance.get("packing", {}).get("places")
+    names = [entry["file"] for entry in (index.tables if tables is None else tables).values()]
+    return [NAME, *names, *([places] if places else [])]
 
 
 def array_checksum(array: NDArray[Any]) -> str:

@@ -10,7 +10,8 @@ from typing import Any, TypedDict
 
 from shards.errors import FULL, DataError, TooManyRejects, counted
 from shards.files import locked_folder, write_bytes
-from shards.index import Split
+from shards.index import Split, own_files
+from shards.index_copy import copy_is_current, write_copy
 from shards.packing.make import Job, Shard, close_old, make_shard
 from shards.packing.merge import clean, collect, draw_again, put, write_dataset
 from shards.packing.options import Options, check_options
@@ -110,6 +111,8 @@ def pack(
         packing = prepare(found, out, checked)
         clean(out, packing.old, [name for shard in packing.journal.shards.values() for name in shard.files])
         if packing.old is not None and packing.done:
+            if not copy_is_current(out, own := own_files(packing.old)):  # killed, or packed by an earlier version
+                write_copy(out, own)
             summary = summarize(packing.old, found.table, packing.plan.kept, 0)
         else:
             made = _make(packing, packing.plan.tasks, checked, map_shards, on_rows)

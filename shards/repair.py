@@ -17,7 +17,8 @@ from shards.cpus import worker_count
 from shards.dataset import Dataset, open_dataset
 from shards.errors import DataError, IntegrityError
 from shards.files import locked_folder, sync, write_bytes
-from shards.index import Index, array_checksum
+from shards.index import Index, array_checksum, own_files
+from shards.index_copy import COPY, write_copy
 from shards.inside import inside
 from shards.packing.merge import old_places
 from shards.packing.pool import map_tasks
@@ -28,6 +29,7 @@ from shards.preprocess.recipe import read_derivative
 from shards.pseudonyms import fingerprint, pseudonymised, read_key
 from shards.record_table import Records
 from shards.records import Record
+from shards.repair_index import restore_index
 from shards.shard_writer import ShardWriter
 from shards.verify import Damage, verify
 from shards.volumes import Space
@@ -48,8 +50,8 @@ def repair(
 
     A damaged shard is written anew: its intact volumes as they are, the others converted from the source with the
     arguments that the index records, and compared with their checksums. It replaces the damaged file when it has its
-    recorded SHA-256; otherwise that stays as it is. What killed processes left is removed; other files that do not
-    belong to the data set are not touched.
+    recorded SHA-256; otherwise that stays as it is. A damaged index is restored from its copy. What killed processes
+    left is removed; other files that do not belong to the data set are not touched.
 
     Args:
         folder: of the data set.
@@ -64,10 +66,11 @@ def repair(
     Raises:
         DataError: no packed data set, one that another process writes, arguments that cannot be used, or a worker
             process that was killed.
-        IntegrityError: the index itself is damaged.
+        IntegrityError: the index is damaged, and so is its copy.
     """
     folder, workers = Path(folder), worker_count(workers)
     with locked_folder(folder):
+        yield from ((Damage(name, "damaged or missing"), "") for name in restore_index(folder, PLACE))
         damaged: dict[str, list[Damage]] = {}
         for damage in verify(folder, workers):
             damaged.setdefault(damage.file, []).append(damage)
@@ -75,6 +78,9 @@ def repair(
             part.unlink()
         for place in folder.glob(f"{PLACE}*"):
             shutil.rmtree(place)
+        if copy := damaged.pop(COPY, None):
+            write_copy(folder, own_files(Index.load(folder)))
+            yield from ((damage, "") for damage in copy)
         if not damaged:
             return
         index = _load(folder, damaged)
@@ -92,7 +98,7 @@ def _load(folder: Path, damaged: Iterable[str]) -> Index:
         if own := set(damaged) - set(index.files):
             raise IntegrityError(f"{folder}: {min(own)}: damaged; restore it or pack again")
     except IntegrityError as error:
-        raise IntegrityError(f"{error}; a repair needs the index") from error
+        raise IntegrityError(f"{error}; its copy cannot replace it") from error
     if index.kind != "volumes":
         raise DataError(f"{folder} holds {index.kind}: make them again from their volumes")
     if not index.per_shard:

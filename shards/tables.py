@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from shards.arrow_files import ArrowFile, checksums, mapped, numbers_of, write_arrow
-from shards.errors import DataError, IntegrityError
+from shards.errors import RESTORE, DataError, IntegrityError
 from shards.files import atomic_file, sha256, write_bytes
 from shards.record_table import PARTS, Assignment, Keys, Records, key_hash
 from shards.records import BATCH_ROWS, Record, record_schema, to_columns
@@ -182,7 +182,7 @@ class Files(Mapping[str, dict[str, Any]]):
             except OSError as error:
                 raise IntegrityError(f"{self._path.name}: {error.strerror}; restore it") from error
             if hashlib.sha256(raw).hexdigest() != self._entry["sha256"]:
-                raise IntegrityError(f"{self._path.name}: damaged (checksum); restore it or pack again")
+                raise IntegrityError(f"{self._path.name}: damaged (checksum); {RESTORE}")
             self._content = json.loads(raw)
         return self._content
 

@@ -17,7 +17,8 @@ from shards.cpus import worker_count
 from shards.errors import DataError, IntegrityError
 from shards.files import sha256
 from shards.header import NAME, read_header
-from shards.index import Index, array_checksum
+from shards.index import Index, array_checksum, own_files
+from shards.index_copy import COPY, copy_is_current
 from shards.inside import inside
 from shards.pieces import read_pieces
 from shards.progress import progress
@@ -69,6 +70,9 @@ def verify(folder: str | Path, workers: int = 0) -> Iterator[Damage]:
         DataError: no packed data set in the folder, or an index that names files elsewhere.
     """
     folder = Path(folder)
+    if (folder / COPY).is_file() and not (folder / NAME).is_file():
+        yield Damage(NAME, "missing")
+        return
     try:
         header = read_header(folder)
     except IntegrityError:
@@ -82,12 +86,16 @@ def verify(folder: str | Path, workers: int = 0) -> Iterator[Damage]:
     for file in sorted(contents.files.keys() - index.files.keys()):
         yield Damage(file, "holds volumes and is not in the list of files")
     check = partial(_check, folder, index, contents)
+    own, intact = own_files(index), True
     pool = ThreadPoolExecutor(worker_count(workers), thread_name_prefix="verify")
     try:
         for found in progress(pool.map(check, index.files), "verifying", len(index.files), "file"):
+            intact = intact and not any(damage.file in own for damage in found)
             yield from found
     finally:
         pool.shutdown(cancel_futures=True)
+    if intact and (folder / COPY).is_file() and not copy_is_current(folder, own):
+        yield Damage(COPY, "damaged, or the copy of an earlier index")
 
 
 def foreign_files(folder: str | Path) -> list[str]:
@@ -98,7 +106,7 @@ def foreign_files(folder: str | Path) -> list[str]:
     """
     folder = Path(folder)
     index = Index.load(folder)
-    own = {NAME, *index.files, *(entry["file"] for entry in index.tables.values())}
+    own = {COPY, *own_files(index), *index.files}
     paths = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
     return sorted({path.relative_to(folder).as_posix() for path in paths} - own)
 

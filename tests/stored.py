@@ -13,6 +13,7 @@ from zarr.codecs import ZstdCodec
 from shards.dataset import open_dataset
 from shards.files import sha256
 from shards.index import Index, Split
+from shards.index_copy import COPY
 from shards.schema import Schema
 from shards.writer import DatasetWriter
 
@@ -73,7 +74,7 @@ def as_version_1(folder: Path) -> Path:
                 compressors=ZstdCodec(level=3, checksum=True),
                 fill_value=0,
             )[:] = array
-    for path in [*folder.glob("*.arrow"), *folder.glob("files-*.json"), folder / "index.json"]:
+    for path in [*folder.glob("*.arrow"), *folder.glob("files-*.json"), folder / "index.json", folder / COPY]:
         path.unlink()
     found = [p for p in sorted(folder.rglob("*")) if p.is_file()]
     content = {

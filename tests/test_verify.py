@@ -243,13 +243,73 @@ def test_a_data_set_with_pseudonyms_needs_its_key(out: Path, source: Path, tmp_p
     assert content(hidden) == before
 
 
-def test_a_damaged_index_is_not_repaired(out: Path, source: Path) -> None:
-    for path in sorted(p for p in out.iterdir() if p.name.startswith(("index", "records", "keys", "files"))):
-        raw = path.read_bytes()
-        flip(path, len(raw) // 2)
-        with pytest.raises(IntegrityError, match="a repair needs the index"):
-            list(repair(out, source))
-        path.write_bytes(raw)
+def files_of_the_index(out: Path) -> list[Path]:
+    names = ("index.json", "records", "keys", "files", "packing")
+    found = sorted(path for path in out.iterdir() if path.name.startswith(names))
+    assert len(found) == len(names)
+    return found
+
+
+def test_a_damaged_index_is_restored_from_its_copy(out: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("a volume is converted")
+
+    monkeypatch.setattr("shards.repair.convert", fail)
+    before = content(out)
+    for path in files_of_the_index(out):
+        for damage in (lambda path: flip(path, path.stat().st_size // 2), Path.unlink):
+            damage(path)
+            assert [found.file for found in verify(out)] == [path.name]
+            assert [(found.file, reason) for found, reason in repair(out, source, workers=1)] == [(path.name, "")]
+            assert content(out) == before and list(verify(out)) == []
+    for path in files_of_the_index(out):
+        path.unlink()
+    assert [reason for _, reason in repair(out, source, workers=1)] == [""] * 5
+    assert content(out) == before
+
+
+def test_index_and_volumes_are_repaired_together(out: Path, source: Path) -> None:
+    before = content(out)
+    flip(out / "index.json", 900)
+    flip(shards(out)[1], 900)
+    assert [reason for _, reason in repair(out, source, workers=1)] == ["", ""]
+    assert content(out) == before
+
+
+def test_any_bit_of_the_copy_is_found_and_the_copy_is_written_again(out: Path, source: Path) -> None:
+    before, copy = content(out), out / "index.copy"
+    draw = random.Random(0)
+    for _ in range(20):
+        flip(copy, draw.randrange(copy.stat().st_size), draw.randrange(8))
+        assert [found.file for found in verify(out)] == [copy.name]
+        assert [reason for _, reason in repair(out, source, workers=1)] == [""]
+        assert content(out) == before
+
+
+def test_the_copy_of_another_index_restores_nothing(out: Path, source: Path, tmp_path: Path) -> None:
+    old = (out / "index.copy").read_bytes()
+    assert main(["split", str(out), "--folds", "3"]) == 0
+    (out / "index.copy").write_bytes(old)  # as where the process was killed before it wrote the copy
+    flip(files_of_the_index(out)[2], 100)
+    with pytest.raises(IntegrityError, match="its copy cannot replace it"):
+        list(repair(out, source))
+
+
+def test_without_its_copy_a_damaged_index_is_not_repaired(out: Path, source: Path) -> None:
+    flip(out / "index.copy", 600)
+    flip(out / "index.json", 900)
+    with pytest.raises(IntegrityError, match="its copy cannot replace it"):
+        list(repair(out, source))
+    assert [found.file for found in verify(out)] == ["index.json"]
+
+
+def test_a_copy_that_is_missing_is_written_by_the_same_packing(out: Path, source: Path) -> None:
+    """Of a packing that was killed at its end, and of data sets of earlier versions."""
+    before = content(out)
+    (out / "index.copy").unlink()
+    assert list(verify(out)) == []
+    packed(source, out, storage=Index.load(out).storage)
+    assert content(out) == before
 
 
 def test_the_table_of_rejected_rows_is_repaired_from_the_source(out: Path, source: Path, tmp_path: Path) -> None:
