@@ -3,11 +3,11 @@ al. 2017), ``mvhpc-app``."""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mvhpc.config import ConfigError
-from mvhpc.inference.prediction_tables import Row, without_answer
 from shards.__main__ import OneLineParser, pairs
 from shards.errors import DataError, explain
 from shards.help_texts import ENTITIES, FILES_ROOT, RENAME
@@ -15,8 +15,9 @@ from shards.help_texts import ENTITIES, FILES_ROOT, RENAME
 ABOUT = "From raw scans to predictions: the preprocessing that the model's data had, quality control, answers, pages."
 
 
-def summary(rows: Sequence[Row], want: Sequence[str]) -> str:
+def summary(rows: Sequence[Mapping[str, Any]], want: Sequence[str]) -> str:
     """How many scans were answered and how many are flagged; and which were not answered, with the reasons."""
+    from mvhpc.inference.prediction_tables import without_answer
     from mvhpc.scans import OK
 
     unanswered = without_answer(rows, want)
@@ -65,6 +66,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace, bids: Path, out: Path) -> int:
+    from mvhpc.inference.prediction_tables import without_answer  # torch: not for --help
     from mvhpc.scans import TABLE, Request, predict_scans  # imports matplotlib, after its backend is chosen
 
     request = Request(

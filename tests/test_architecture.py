@@ -1,6 +1,8 @@
 """The layers: imports point down, between the packages and inside of each; no two files import each other."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -108,11 +110,16 @@ def test_the_data_plane_is_without_torch_but_for_its_torch_interface_and_brain_e
     assert {name for name in found if name.startswith("shards.")} == known
 
 
+@pytest.mark.parametrize("command", ["mvhpc.cli", "mvhpc.bids_app", "shards.__main__"])
+def test_a_command_says_what_it_does_before_torch_is_imported(command: str) -> None:
+    code = f"import sys\ntry:\n    import {command}\n    {command}.main(['--help'])\nexcept SystemExit:\n    pass\n"
+    code += "assert 'torch' not in sys.modules, 'torch is imported'"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+
+
 def test_every_module_can_be_imported_by_a_stranger_that_has_only_torch_and_monai() -> None:
     """Networks, samplers and single-process prediction need neither Ray nor DeepSpeed nor MLflow to be imported."""
-    import subprocess
-    import sys
-
     script = (
         "import sys\n"
         "for name in ('ray', 'deepspeed', 'mlflow', 'submitit'): sys.modules[name] = None\n"

@@ -99,7 +99,7 @@ def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
             stream.write("\t".join(_cell(value) for value in row) + "\n")
 
 
-def without_answer(rows: Iterable[Row], want: Sequence[str]) -> list[tuple[str, str]]:
+def without_answer(rows: Iterable[Mapping[str, Any]], want: Sequence[str]) -> list[tuple[str, str]]:
     """(key, reason) of the rows without any answer."""
     return [(row["key"], row["flag"]) for row in rows if all(row[name] is None for name in want)]
 
