@@ -79,9 +79,12 @@ class Head:
         except Requeue as error:
             self._requeue(str(error))
         except Warned:
-            if not self._near_limit():
-                self._requeue(f"preempted before {self.assignment.stage} began")
-            event, reason = "failed", f"the time limit ends before {self.assignment.stage} begins; {LONGER}"
+            near_limit, stage = self._near_limit(), self.assignment.stage
+            if self._advanced():  # the stage was at work before Ray was started again
+                self._requeue("time limit" if near_limit else "preempted")
+            if not near_limit:
+                self._requeue(f"preempted before {stage} began")
+            event, reason = "failed", f"the time limit ends before {stage} begins; {LONGER}"
         except Terminated:
             self._terminated()
         except Exception as error:
@@ -173,7 +176,7 @@ class Head:
                 if self.signals.stop and deadline == math.inf:
                     deadline = time.monotonic() + self._request_stop()
                 if time.monotonic() > deadline:
-                    if self.out_of_time and self._last_checkpoint() == self.checkpoint_before:
+                    if self.out_of_time and not self._advanced():
                         raise JobFailed(f"the time limit ends before the first checkpoint; {LONGER}")
                     raise Requeue("no checkpoint was written in time; the last one is resumed from")
                 nodes.poll()
@@ -202,8 +205,7 @@ class Head:
         if self.assignment.trains:
             self.stop_file.touch()
             return max(10, self.assignment.signal_delay - REQUEUE_MARGIN_S)
-        advanced = any(e["event"] == "metrics" and e["time"] >= self.begun for e in read(self.run_folder))
-        if near_limit and not (STAGES[self.assignment.stage].resumes and advanced):
+        if near_limit and not self._advanced():
             raise JobFailed(f"not finished within the time limit; {LONGER}")
         raise Requeue("time limit" if near_limit else "preempted")
 
@@ -217,9 +219,16 @@ class Head:
         """What follows where the driver stopped with a checkpoint."""
         if not self.signals.stop:
             return "stopped", "on request, with a checkpoint; submit it again to resume"
-        if self.out_of_time and self._last_checkpoint() == self.checkpoint_before:
+        if self.out_of_time and not self._advanced():
             return "failed", f"no step was done within the time limit; {LONGER}"
         raise Requeue("time limit" if self.out_of_time else "preempted")
+
+    def _advanced(self) -> bool:
+        """Whether the stage has done something since the start of the job that the next start goes on with."""
+        if self.assignment.trains:
+            return self._last_checkpoint() != self.checkpoint_before
+        done = any(e["event"] == "metrics" and e["time"] >= self.begun for e in read(self.run_folder))
+        return done and STAGES[self.assignment.stage].resumes
 
     def _last_checkpoint(self) -> str:
         return max((p.name for p in (self.run_folder / "checkpoints").glob("step-*")), default="")

@@ -308,6 +308,33 @@ def test_a_warning_before_the_stage_begins_says_whether_it_is_the_time_limits(
     assert (found["event"], found["reason"]) == (event, reason)
 
 
+@pytest.mark.parametrize("stage", ["joint", "predict"])
+def test_a_warning_while_ray_starts_again_requeues_a_stage_that_has_advanced(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, shown in {"squeue": "0:30", "scontrol": "Restarts=1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {shown}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(head, "REQUEUE_TIMEOUT_S", 0)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    signals = Signals()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    signals.stop = True
+    assignment = Assignment(stage, str(tmp_path), {}, {}, False, STAGES[stage].trains, 1, "/", "", "", 60)
+    folder = tmp_path / "jobs" / "7" / "start-0"
+    folder.mkdir(parents=True)
+    node_0 = Head(assignment, Allocation("7", 0, 0, 1, "n1", 1, 0), folder, signals)
+    (tmp_path / "checkpoints" / "step-00000010").mkdir(parents=True)
+    time.sleep(0.01)
+    Journal(tmp_path).write("metrics", step=2, metrics={})
+    with pytest.raises(SystemExit):
+        node_0.run()
+    found = json.loads(Journal(tmp_path / "jobs" / "7").path.read_text().splitlines()[-1])
+    assert (found["event"], found["reason"]) == ("requeue", "time limit")
+
+
 def test_a_time_limit_that_leaves_no_time_before_the_warning_is_refused() -> None:
     check_time(load_site("default", {"time": "5"}))
     with pytest.raises(ConfigError, match=r"--time 4: .* before its end \(signal_delay\); give at least --time 5"):
