@@ -226,7 +226,7 @@ class Head:
     def _advanced(self) -> bool:
         """Whether the stage has done something since the start of the job that the next start goes on with."""
         if self.assignment.trains:
-            return self._last_checkpoint() != self.checkpoint_before
+            return self._last_checkpoint() not in {"", self.checkpoint_before}  # none: the earlier result was set aside
         done = any(e["event"] == "metrics" and e["time"] >= self.begun for e in read(self.run_folder))
         return done and STAGES[self.assignment.stage].resumes
 

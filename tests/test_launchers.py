@@ -335,6 +335,23 @@ def test_a_warning_while_ray_starts_again_requeues_a_stage_that_has_advanced(
     assert (found["event"], found["reason"]) == ("requeue", "time limit")
 
 
+def test_a_result_that_was_set_aside_is_no_advance_of_a_job(tmp_path: Path) -> None:
+    """At the time limit, a training without a checkpoint of its own would be requeued to resume from none."""
+    checkpoint = tmp_path / "checkpoints" / "step-00000500"
+    checkpoint.mkdir(parents=True)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    assignment = Assignment("joint", str(tmp_path), {}, {}, True, True, 1, "/", "", "", 60)
+    node_0 = Head(assignment, Allocation("7", 0, 0, 1, "n1", 1, 0), tmp_path / "jobs" / "7" / "start-0", Signals())
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    node_0.signals.stop = node_0.out_of_time = True
+    checkpoint.rename(tmp_path / "old")
+    assert node_0._interrupted()[0] == "failed"
+    (tmp_path / "checkpoints" / "step-00000010").mkdir()
+    with pytest.raises(Requeue, match="time limit"):
+        node_0._interrupted()
+
+
 def test_a_time_limit_that_leaves_no_time_before_the_warning_is_refused() -> None:
     check_time(load_site("default", {"time": "5"}))
     with pytest.raises(ConfigError, match=r"--time 4: .* before its end \(signal_delay\); give at least --time 5"):
