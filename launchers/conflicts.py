@@ -9,32 +9,37 @@ from launchers import jobs, jobs_cli
 from launchers.jobs import PROG, Job
 from launchers.plan import Step
 from mvhpc.config import ConfigError, flatten
-from mvhpc.runs.holder import assignment
+from mvhpc.runs.holder import assignment, read_paths, run_folders
 from mvhpc.runs.mlflow_store import SQLITE
-from mvhpc.stages import STAGES
 
 NAMED = 4  # differences in one message
 
 
-def check_steps(steps: Sequence[Step]) -> None:
+def check_steps(steps: Sequence[Step], root: Path | None) -> None:
     """Check all steps of a submission before the first of them is submitted.
+
+    Args:
+        steps: of the submission.
+        root: of their project; None: they have none.
 
     Raises:
         ConfigError: a job that is pending or running holds the run folder of a step and has other values, or reads a
             result that would be made anew; or the step is no stage of a pipeline, which is submitted once.
     """
-    made_anew: dict[Path, str] = {}  # path of a result -> stage
+    held = [job for run in (run_folders(root) if root else ()) if (job := jobs.holder_of(run))]
+    at_work = [(job, read_paths(Path(job.run), job.id)) for job in held]
     for step in steps:
         holder = jobs.holder_of(step.run)
         if holder is not None and (now := jobs_cli.state(holder)):
             check_holder(step, holder, now)
-            for path in _inputs(step) & made_anew.keys():
-                raise ConfigError(
-                    f"{step.stage}: job {holder.id} ({now}) works with {path}, which stage {made_anew[path]} would "
-                    f"make anew; {_remedy(holder)}"
-                )
         elif not step.finished:
-            made_anew[Path(step.config.out).resolve()] = step.stage
+            path = Path(step.config.out).resolve()
+            for job in (job for job, paths in at_work if path in paths):
+                if now := jobs_cli.state(job):
+                    raise ConfigError(
+                        f"{job.stage}: job {job.id} ({now}) works with {path}, which stage {step.stage} would make "
+                        f"anew; {_remedy(job)}"
+                    )
 
 
 def check_holder(step: Step, holder: Job, now: str) -> None:
@@ -58,12 +63,6 @@ def check_holder(step: Step, holder: Job, now: str) -> None:
 
 def _remedy(holder: Job) -> str:
     return f"wait for its end, or end it with `{PROG} cancel {holder.id}`, and submit again"
-
-
-def _inputs(step: Step) -> set[Path]:
-    """Absolute paths that a step reads."""
-    found = (getattr(step.config, key) for key in STAGES[step.stage].inputs)
-    return {Path(path).resolve() for paths in found for path in (paths if isinstance(paths, list) else [paths]) if path}
 
 
 def _differences(step: Step, holder: Job) -> Iterator[str]:

@@ -8,14 +8,16 @@ import pytest
 
 from launchers import conflicts, jobs
 from launchers.jobs import Job, new_job
-from launchers.plan import chain
+from launchers.plan import chain, single
 from launchers.site import load_site
 from launchers.submit import main
 from mvhpc.cli import main as mvhpc
 from mvhpc.config import ConfigError
 from mvhpc.pipeline import busy
+from mvhpc.pipeline.project import Request
 from mvhpc.runs.folder import exclusive
 from mvhpc.runs.holder import process_start, run_folders
+from mvhpc.stages import STAGES
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +45,8 @@ def submitted() -> dict[str, Job]:
 def test_the_same_submission_again_leaves_the_work_to_the_jobs(submitted: dict[str, Job], tmp_path: Path) -> None:
     before = {stage: jobs.holder_of(Path(job.run)) for stage, job in submitted.items()}
     assert before == submitted
-    conflicts.check_steps(chain("demo", [f"root={tmp_path}/runs/a"], 1, 0, False)[1])  # with other spellings of paths
+    respelt = chain("demo", [f"root={tmp_path}/runs/a"], 1, 0, False)[1]  # with other spellings of paths
+    conflicts.check_steps(respelt, Path("runs/a"))
     (step, *_) = chain("demo", ["root=runs/a"], 1, 0, False)[1]
     conflicts.check_holder(step, submitted["phantom"], "pending")
     assert {stage: jobs.holder_of(Path(job.run)) for stage, job in submitted.items()} == before
@@ -74,7 +77,7 @@ def test_another_number_of_nodes_is_another_value(
     (*_, step) = chain("demo", ["root=runs/a"], 1, 0, False)[1]
     step.nodes = 2
     with pytest.raises(ConfigError, match="nodes there 1, now 2"):
-        conflicts.check_steps([step])
+        conflicts.check_steps([step], None)
 
 
 def test_nothing_is_made_anew_under_a_job_that_reads_it(
@@ -85,6 +88,21 @@ def test_nothing_is_made_anew_under_a_job_that_reads_it(
         lock.set_holder(None)
     assert main([*CHAIN, "joint.training.epochs=7"]) == 2
     assert "works with " in (shown := capsys.readouterr().err) and "which stage joint would make anew" in shown
+
+
+def test_one_stage_is_not_made_anew_under_a_job_that_reads_it(submitted: dict[str, Job]) -> None:
+    """The jobs that read it are none of the submission's own steps."""
+    for stage in ("phantom", "pack"):
+        jobs.release(Path(submitted[stage].run), submitted[stage].id)
+    (Path("runs") / "a" / "source").mkdir()
+    configured = Request(STAGES["pack"], "demo", ["spacing=3"], {}, "runs/a").configure()
+    assert configured.project
+    steps = single(configured, False, 1, 0, False)
+    with pytest.raises(ConfigError, match=r"\(running\) works with .*/packed, which stage pack would make anew"):
+        conflicts.check_steps(steps, configured.project.root)
+    for run in run_folders(Path("runs/a")):
+        jobs.release(run, str(os.getpid()))
+    conflicts.check_steps(steps, configured.project.root)
 
 
 def test_a_refused_second_submission_of_one_stage_leaves_the_project_as_it_was(
