@@ -80,8 +80,8 @@ def _differences(step: Step, holder: Job) -> Iterator[str]:
 
 
 def _absolute(value: Any, folder: str) -> Any:
-    """A path, or the address of a store, from the root on, as two spellings of it are one."""
-    return os.path.normpath(Path(folder, value.removeprefix(SQLITE))) if isinstance(value, str) and value else value
+    """A path, or the address of a store, without links, as two spellings of it are one."""
+    return os.path.realpath(Path(folder, value.removeprefix(SQLITE))) if isinstance(value, str) and value else value
 
 
 def _shown(value: Any) -> str:

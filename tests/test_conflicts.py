@@ -47,6 +47,8 @@ def test_the_same_submission_again_leaves_the_work_to_the_jobs(submitted: dict[s
     assert before == submitted
     respelt = chain("demo", [f"root={tmp_path}/runs/a"], 1, 0, False)[1]  # with other spellings of paths
     conflicts.check_steps(respelt, Path("runs/a"))
+    (tmp_path / "scratch").symlink_to(tmp_path / "runs")
+    conflicts.check_steps(chain("demo", [f"root={tmp_path}/scratch/a"], 1, 0, False)[1], Path("runs/a"))
     (step, *_) = chain("demo", ["root=runs/a"], 1, 0, False)[1]
     conflicts.check_holder(step, submitted["phantom"], "pending")
     assert {stage: jobs.holder_of(Path(job.run)) for stage, job in submitted.items()} == before
