@@ -78,16 +78,17 @@ def describe(job: Job) -> str:
 
 
 def cancel_chain(job: Job) -> list[Job]:
-    """End a job and those that wait for it, and return the latter.
+    """End a job and those that wait for it, and return those that were not over yet.
 
-    SLURM would end them a little later; until then they would hold their runs.
+    SLURM would end the latter a little later; until then they would hold their runs.
     """
     numbers = slurm.dependants(job.id) if job.cluster == "slurm" else []
     known = {other.id: other for run in jobs.registered_runs() for other in jobs.jobs_of(run)} if numbers else {}
-    behind = [known[number] for number in numbers if number in known]
-    for ended in (job, *behind):
+    going = [other for other in (job, *(known[number] for number in numbers if number in known)) if state(other)]
+    for ended in going:
         cancel(ended)
-    return behind
+    _free(job)
+    return going
 
 
 def restart(job: Job) -> str:
@@ -111,6 +112,11 @@ def cancel(job: Job) -> None:
         time.sleep(POLL_S)
     if not jobs.has_ended(job):
         job.record("cancelled")
+    _free(job)
+
+
+def _free(job: Job) -> None:
+    """Free the run of a job that is over; one that was killed still holds it."""
     (job.folder / "token").unlink(missing_ok=True)
     jobs.release(Path(job.run), job.id)
 
@@ -142,9 +148,11 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     job = jobs.find_job(options.job)
     if options.command == "cancel":
-        behind = ", ".join(f"{other.id} ({other.stage})" for other in cancel_chain(job))
+        ended = cancel_chain(job)
+        behind = ", ".join(f"{other.id} ({other.stage})" for other in ended if other != job)
         also = f", and with it those that waited for it: {behind}" if behind else ""
-        print(f"job {job.id} cancelled{also}; {restart(job)}", file=sys.stderr)
+        what, then = ("cancelled", restart(job)) if job in ended else ("was over", describe(job))
+        print(f"job {job.id} {what}{also}; {then}", file=sys.stderr)
         return 0
     try:
         for line in log_lines(job, options.follow):

@@ -180,6 +180,22 @@ def test_cancel_names_the_jobs_that_go_with_one_and_says_what_another_submission
     assert capsys.readouterr().err == "job 8 cancelled; submit it again to resume from its last checkpoint\n"
 
 
+@pytest.mark.parametrize(("event", "outcome"), [("finished", "finished"), ("", "ended without reporting a result")])
+def test_a_job_that_is_over_is_not_called_cancelled(
+    event: str, outcome: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    over = new_job(tmp_path / "vae", "1", "local", "vae", 1, 1.0)
+    over.save()
+    over.log.write_text("Killed\n")
+    if event:
+        over.record(event)
+    with jobs.locked(Path(over.run)) as lock:
+        lock.set_holder(over)
+    assert main(["cancel", "1"]) == 0
+    assert capsys.readouterr().err.startswith(f"job 1 was over; {outcome}")
+    assert jobs_cli.describe(over).startswith(outcome) and jobs.holder_of(Path(over.run)) is None
+
+
 @pytest.mark.parametrize(("options", "warned"), [("--nodes 9", True), ("--nodes 9 --min-nodes 4", False), ("", False)])
 def test_more_nodes_than_the_partition_has_cost_a_warning(
     options: str, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
