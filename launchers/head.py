@@ -152,16 +152,16 @@ class Head:
             if nodes.with_ray:
                 self._say(f"Ray is ready after {seconds:.0f} s")
             self._say(f"starting {self.assignment.stage}: loading PyTorch and MONAI")
-            return self._run_driver(nodes, attempt)
+            return self._run_driver(nodes)
         finally:
             nodes.stop_ray()
 
-    def _run_driver(self, nodes: NodeGroup, attempt: int) -> int:
+    def _run_driver(self, nodes: NodeGroup) -> int:
         values = self.assignment.values
         if "workers" in values.get("compute", {}):
             values = {**values, "compute": {**values["compute"], "workers": self.workers}}
-        # Only the first attempt looks for an earlier result: what the later ones find is this job's own.
-        first = attempt == 0 and self.allocation.restart == 0
+        # Only the first driver looks for an earlier result: what the later ones find is this job's own.
+        first = sum(event["event"] == "boot" for event in self.job.events()) <= 1
         assignment = {"stage": self.assignment.stage, "values": values, "chained": self.assignment.chained and first}
         path = self.folder / "assignment.json"
         write_text(path, json.dumps(assignment, indent=1))

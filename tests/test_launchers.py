@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -333,6 +335,27 @@ def test_a_warning_while_ray_starts_again_requeues_a_stage_that_has_advanced(
         node_0.run()
     found = json.loads(Journal(tmp_path / "jobs" / "7").path.read_text().splitlines()[-1])
     assert (found["event"], found["reason"]) == ("requeue", "time limit")
+
+
+@pytest.mark.parametrize(("before", "looks"), [(["start", "preflight", "requeue"], True), (["start", "boot"], False)])
+def test_the_first_driver_of_a_job_looks_for_an_earlier_result(
+    before: list[str], looks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a requeue before the stage began: a training of other settings is still to be set aside."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    assignment = Assignment("vae", str(tmp_path), {}, {}, True, True, 1, "/", "", "", 60)
+    folder = tmp_path / "jobs" / "7" / "start-1"
+    folder.mkdir(parents=True)
+    node_0 = Head(assignment, Allocation("7", 1, 0, 1, "n1", 1, 0), folder, Signals())
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for event in before:
+        node_0.job.record(event)
+    monkeypatch.setattr(head, "ManagedProcess", lambda *_: SimpleNamespace(poll=lambda: 0, stop=lambda: 0))
+    node = SimpleNamespace(environment={}, scratch=tmp_path)
+    nodes: Any = SimpleNamespace(with_ray=False, node=node, start_ray=lambda _: None, stop_ray=lambda: None)
+    assert node_0._attempt(nodes, 0) == 0
+    assert json.loads((folder / "assignment.json").read_text())["chained"] == looks
 
 
 def test_a_result_that_was_set_aside_is_no_advance_of_a_job(tmp_path: Path) -> None:
