@@ -9,6 +9,7 @@ from launchers import jobs, jobs_cli
 from launchers.jobs import PROG, Job
 from launchers.plan import Step
 from mvhpc.config import ConfigError, flatten
+from mvhpc.runs.folder import check_idle
 from mvhpc.runs.holder import assignment, read_paths, run_folders
 from mvhpc.runs.mlflow_store import SQLITE
 
@@ -24,7 +25,8 @@ def check_steps(steps: Sequence[Step], root: Path | None) -> None:
 
     Raises:
         ConfigError: a job that is pending or running holds the run folder of a step and has other values, or reads a
-            result that would be made anew; or the step is no stage of a pipeline, which is submitted once.
+            result that would be made anew; a process is at a step; or the step is no stage of a pipeline, which is
+            submitted once.
     """
     held = [job for run in (run_folders(root) if root else ()) if (job := jobs.holder_of(run))]
     at_work = [(job, read_paths(Path(job.run), job.id)) for job in held]
@@ -33,6 +35,7 @@ def check_steps(steps: Sequence[Step], root: Path | None) -> None:
         if holder is not None and (now := jobs_cli.state(holder)):
             check_holder(step, holder, now)
         elif not step.finished:
+            check_idle(step.run)
             path = Path(step.config.out).resolve()
             for job in (job for job, paths in at_work if path in paths):
                 if now := jobs_cli.state(job):

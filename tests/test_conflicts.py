@@ -139,6 +139,16 @@ def test_a_pipeline_does_not_begin_beside_a_process_that_is_at_a_late_stage(
     assert not (tmp_path / "runs" / "a" / "project.yaml").exists()
 
 
+def test_no_job_is_submitted_for_a_stage_that_a_process_is_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would wait in the queue, and then be refused."""
+    late = tmp_path / "runs" / "a" / "synthetic.run"
+    late.mkdir(parents=True)
+    with exclusive(late), pytest.raises(ConfigError, match=r"synthetic\.run: process \d+ of host .* is at work there"):
+        conflicts.check_steps(chain("demo", ["root=runs/a"], 1, 0, False)[1], Path("runs/a"))
+
+
 def test_a_job_that_cannot_be_seen_from_here_is_named_with_the_file_that_says_so(
     submitted: dict[str, Job], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
