@@ -176,3 +176,20 @@ def test_a_stage_does_not_make_anew_what_a_waiting_job_reads(
     for run in run_folders(Path("runs/a")):
         jobs.release(run, submitted["joint"].id)
     busy.check_project(Path("runs/a"), [Path(job.run) for job in submitted.values()])
+
+
+def test_a_folder_that_may_not_be_entered_holds_no_jobs(
+    submitted: dict[str, Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``lost+found``, where the project is the root of a disk."""
+    before = list(run_folders(Path("runs/a")))
+    (Path("runs") / "a" / "lost+found").mkdir()
+    is_dir = Path.is_dir
+
+    def denied(path: Path, **options: bool) -> bool:
+        if path.parent.name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_dir(path, **options)
+
+    monkeypatch.setattr(Path, "is_dir", denied)
+    assert list(run_folders(Path("runs/a"))) == before

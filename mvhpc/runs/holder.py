@@ -3,6 +3,7 @@
 What else a job leaves there: :mod:`launchers.jobs`.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -22,12 +23,13 @@ NO_RUNS = ("sub-", ".")  # beginnings of names of folders without run folders
 
 def run_folders(root: Path, depth: int = DEPTH) -> Iterator[Path]:
     """A folder, and those below it, that jobs were submitted for."""
-    if (root / "jobs").is_dir():
-        yield root
-    if depth and root.is_dir():
-        for child in sorted(root.iterdir()):
-            if child.is_dir() and not child.name.startswith(NO_RUNS):
-                yield from run_folders(child, depth - 1)
+    with contextlib.suppress(PermissionError):  # a folder that is not the user's, as lost+found of a disk
+        if (root / "jobs").is_dir():
+            yield root
+        if depth and root.is_dir():
+            for child in sorted(root.iterdir()):
+                if child.is_dir() and not child.name.startswith(NO_RUNS):
+                    yield from run_folders(child, depth - 1)
 
 
 def holder(run: Path) -> dict[str, Any]:
