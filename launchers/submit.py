@@ -37,7 +37,7 @@ from mvhpc.runs.folder import read_record
 from mvhpc.runs.holder import process_start
 from mvhpc.stages import STAGES
 from shards.__main__ import OneLineParser
-from shards.errors import DataError, explain
+from shards.errors import DataError, counted, explain
 
 EXAMPLES = """examples:
   mvhpc submit --stage pack --config demo source=scans out=runs/packed
@@ -189,7 +189,7 @@ def _warn_of_nodes(steps: Sequence[Step], site: Site, min_nodes: int | None) -> 
     there = slurm.nodes_of(site.partition) if needed > 1 else 0
     if there and there < needed:
         name = f"partition {site.partition}" if site.partition else "the default partition"
-        print(f"warning: {name} has {there} nodes, so a job on {needed} waits for ever", file=sys.stderr)
+        print(f"warning: {name} has {counted(there, 'node')}, so a job on {needed} waits for ever", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -200,7 +200,7 @@ def test_a_job_that_is_over_is_not_called_cancelled(
 def test_more_nodes_than_the_partition_has_cost_a_warning(
     options: str, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, shown in {"sinfo": "batch* 3\nbatch* 1\nurgent 20", "srun": "", "sbatch": ""}.items():
+    for name, shown in {"sinfo": "batch* 3\nbatch* 1\nurgent 20\none 1", "srun": "", "sbatch": ""}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\necho '{shown}'\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -208,6 +208,8 @@ def test_more_nodes_than_the_partition_has_cost_a_warning(
     assert main(["--stage", "pack", "source=here", "out=o", *options.split(), "--dry-run"]) == 0
     shown = capsys.readouterr().err
     assert ("warning: the default partition has 4 nodes, so a job on 9 waits for ever" in shown) == warned
+    assert main(["--stage", "pack", "source=here", "out=o", "--partition", "one", "--nodes", "2", "--dry-run"]) == 0
+    assert "warning: partition one has 1 node, so a job on 2 waits for ever" in capsys.readouterr().err
     assert main(["--stage", "pack", "source=here", "out=o", "--partition", "urgent", "--nodes", "9", "--dry-run"]) == 0
     assert "warning" not in capsys.readouterr().err
 
