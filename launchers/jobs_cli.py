@@ -83,7 +83,8 @@ def cancel_chain(job: Job) -> list[Job]:
     SLURM would end the latter a little later; until then they would hold their runs.
     """
     numbers = slurm.dependants(job.id) if job.cluster == "slurm" else []
-    known = {other.id: other for run in jobs.registered_runs() for other in jobs.jobs_of(run)} if numbers else {}
+    mine = [other for run in jobs.registered_runs() for other in jobs.jobs_of(run)] if numbers else []
+    known = {other.id: other for other in mine if other.cluster == "slurm"}  # local ones are processes
     going = [other for other in (job, *(known[number] for number in numbers if number in known)) if state(other)]
     for ended in going:
         cancel(ended)

@@ -167,6 +167,7 @@ def test_cancel_names_the_jobs_that_go_with_one_and_says_what_another_submission
         made.save()
         with jobs.locked(Path(made.run)) as lock:
             lock.set_holder(made)
+    new_job(tmp_path / "other", "6", "local", "vae", 1, 1.0).save()  # a process of that number
     assert main(["cancel", "5"]) == 0
     assert capsys.readouterr().err == (
         "job 5 cancelled, and with it those that waited for it: 6 (vae), 7 (encode); submitted again, it goes on with "
