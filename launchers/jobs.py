@@ -33,6 +33,7 @@ PROG = "submit.py" if Path(sys.argv[0]).name == "submit.py" else "mvhpc submit" 
 NO_RESULT = "ended without reporting a result"
 STAGE_FINISHED = "stage finished"
 PHASES = {"start": "preflight", "preflight": "starting Ray", "boot": "loading the stage"}  # last event -> now at work
+CLOCK_S = 1.0  # by which the start of a process may be wrong
 END_EVENTS = {"finished", "failed", "cancelled", "stopped"}  # the last event of a job
 
 
@@ -88,8 +89,9 @@ class Job:
         Journal(self.folder).write(event, **fields)
 
     def events(self) -> list[dict[str, Any]]:
-        """The events in its journal."""
-        return read(self.folder)
+        """The events in its journal; of a local job, without those of an earlier process of its number."""
+        first = self.process_start - CLOCK_S
+        return [event for event in read(self.folder) if event["time"] >= first]
 
 
 def new_job(run: Path, job: str, cluster: str, stage: str, nodes: int, process_start: float = 0.0) -> Job:

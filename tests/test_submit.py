@@ -302,6 +302,17 @@ def test_a_failed_job_that_is_waited_for_shows_its_log_once(tmp_path: Path, caps
     assert last == f"job 1 failed: ConfigError: no; log in {over.log}"
 
 
+def test_a_process_that_has_the_number_of_an_earlier_one_does_not_end_as_that_did(tmp_path: Path) -> None:
+    """As in containers, where numbers begin anew each time."""
+    before = new_job(tmp_path / "vae", "23", "local", "vae", 1, 1.0)
+    before.save()
+    before.record("finished")
+    assert jobs.outcome(before) == "finished"
+    now = dataclasses.replace(before, process_start=before.submitted + 60)
+    now.save()
+    assert jobs.outcome(now) == "never started"
+
+
 def test_a_summary_is_a_line_for_each_value_without_the_notes() -> None:
     lines = list(summary_lines({"packed": 3, "loss": 0.25, "notes": ["printed before"]}))
     assert [line.split() for line in lines] == [["packed", "3"], ["loss", "0.25"]]
