@@ -70,7 +70,7 @@ class PlannedStage:
             return "changed"
         if not self.files[0].exists():
             return "new"
-        described = description(self.out)
+        described = self._description()
         if record.get("description", described) != described:
             return "changed"
         if record["status"] == "running" and self.has_result():
@@ -101,8 +101,12 @@ class PlannedStage:
     def mark_finished(self, summary: Mapping[str, Any] = MappingProxyType({}), seconds: float = 0.0) -> None:
         """Record that the stage is finished."""
         finished = {"status": "finished", "summary": dict(summary), "seconds": round(seconds, 1)}
-        finished["description"] = description(self.out)
+        finished["description"] = self._description()
         write_text(self.folder / "stage.json", json.dumps({**self.record(), **finished}, indent=1))
+
+    def _description(self) -> str:
+        """What the result says of itself; nothing of a training, whose folder also holds predictions of its model."""
+        return "" if self.stage.trains else description(self.out)
 
     def record(self) -> dict[str, Any]:
         """The identity of the stage, as recorded in ``stage.json``."""

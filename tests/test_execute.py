@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,12 @@ import pytest
 from mvhpc.config import ConfigError, load_config
 from mvhpc.data_stages import PhantomConfig
 from mvhpc.execute import PlannedStage, execute, plan, set_aside
+from mvhpc.inference.prediction_tables import write_predictions
 from mvhpc.pipeline.run import do
 from mvhpc.runs.folder import read_record
+from mvhpc.stages import STAGES
 from mvhpc.training.vae import VAEConfig
+from shards.schema import Schema
 
 HOLD = """
 import sys
@@ -63,6 +67,26 @@ def test_a_result_that_another_command_made_anew_is_set_aside(tmp_path: Path) ->
     record.write_text(json.dumps({k: v for k, v in read_record(record.parent).items() if k != "description"}))
     described.write_text("{")
     assert phantom(out).state() == "finished"  # recorded by an earlier version
+
+
+@pytest.mark.parametrize("stage", ["vae", "pack"])
+def test_predictions_that_are_written_to_the_folder_of_a_result_leave_it_finished(
+    stage: str, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    """They make the folder a BIDS derivative; the model would be trained again."""
+    out, source = tmp_path / "out", tmp_path / "source"
+    for folder in (out, source, tmp_path / "out.run"):
+        folder.mkdir()
+    if stage == "pack":
+        shutil.copytree(tiny_dataset, out, dirs_exist_ok=True)
+    paths = {"out": str(out), {"vae": "data", "pack": "source"}[stage]: str(source)}
+    made = plan(stage, load_config(STAGES[stage].config_class(), stage, "demo", (), paths))
+    made.mark_finished()
+    assert made.state() == "finished"
+    facts = {"given": ["image"], "want": ["age"]}
+    write_predictions(out / "age.tsv", [{"key": "sub-01", "subject": "sub-01", "age": 50.0}], Schema.load(), facts)
+    assert (out / "dataset_description.json").exists()
+    assert made.state() == "finished"
 
 
 def test_a_strangers_folder_is_never_taken_for_a_result(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from mvhpc.config import ConfigError, fingerprint
 from mvhpc.runs.journal import Journal
 from shards.errors import DataError
-from shards.files import is_complete, lock_file
+from shards.files import lock_file
 from shards.index import Index
 from shards.sheets import read_sheet
 
@@ -98,15 +98,18 @@ def identity(path: str | Path, split: str = "default", files_root: str = "") -> 
 def description(folder: Path) -> str:
     """A digest of what a folder of results says of its content and of how it was made; empty for anything else.
 
-    Versions do not count: a command that finds all complete writes its own.
+    Versions do not count: a command that finds all complete writes its own. In packed data and in a model's folder a
+    ``dataset_description.json`` is of predictions that were written there.
     """
     path = folder / "dataset_description.json"
-    if path.is_file():
-        text = path.read_text()
-        with contextlib.suppress(ValueError):  # no JSON: it counts as it is
-            return fingerprint(json.loads(text, object_hook=lambda d: {k: v for k, v in d.items() if k != "Version"}))
-        return fingerprint(text)
-    return identity(folder) if folder.is_dir() and is_complete(folder) else ""
+    if any((folder / name).is_file() for name in ("index.json", "model.json")):
+        return identity(folder)
+    if not path.is_file():
+        return ""
+    text = path.read_text()
+    with contextlib.suppress(ValueError):  # no JSON: it counts as it is
+        return fingerprint(json.loads(text, object_hook=lambda d: {k: v for k, v in d.items() if k != "Version"}))
+    return fingerprint(text)
 
 
 def _state(path: Path) -> str:
