@@ -127,6 +127,8 @@ class Head:
             if status == INTERRUPTED:
                 return self._interrupted()
             if self.signals.stop:
+                if (self.out_of_time or self._near_limit()) and not self._advanced():
+                    return "failed", f"{reason} at the time limit, with nothing new to go on from; {LONGER}"
                 raise Requeue(reason)
             if status == FAILED:
                 return "failed", self._last_log_line()

@@ -375,6 +375,32 @@ def test_a_result_that_was_set_aside_is_no_advance_of_a_job(tmp_path: Path) -> N
         node_0._interrupted()
 
 
+@pytest.mark.parametrize("advances", [True, False])
+def test_a_driver_that_fails_at_the_time_limit_is_started_again_where_it_has_advanced(
+    advances: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that the request for a checkpoint kills, as for lack of memory, would be requeued for ever."""
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho 0:30\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    assignment = Assignment("joint", str(tmp_path), {}, {}, True, True, 1, "/", "", "", 60)
+    node_0 = Head(assignment, Allocation("7", 0, 0, 1, "n1", 1, 0), tmp_path / "jobs" / "7" / "start-0", Signals())
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    node_0.signals.stop = True
+    if advances:
+        (tmp_path / "checkpoints" / "step-00000010").mkdir(parents=True)
+    monkeypatch.setattr(node_0, "_attempt", lambda *_: 137)
+    nodes: Any = SimpleNamespace(gather=lambda: None, preflight=lambda: {"seconds": 1.0})
+    if advances:
+        with pytest.raises(Requeue, match="status 137"):
+            node_0._run_attempts(nodes)
+    else:
+        event, reason = node_0._run_attempts(nodes)
+        assert event == "failed" and reason.startswith("the driver exited with status 137 at the time limit, ")
+
+
 def test_a_time_limit_that_leaves_no_time_before_the_warning_is_refused() -> None:
     check_time(load_site("default", {"time": "5"}))
     with pytest.raises(ConfigError, match=r"--time 4: .* before its end \(signal_delay\); give at least --time 5"):
