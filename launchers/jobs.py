@@ -288,5 +288,6 @@ def _cancelled(job: Job) -> bool:
         if slurm.job_state(job.id) == "CANCELLED":
             return True
     lines = job.log.read_text(errors="replace").splitlines() if job.log.is_file() else []
-    last = next((line for line in reversed(lines) if "CANCELLED AT" in line), "")
+    # A line with STEP in place of JOB is of a step that srun ended, as after a task that was killed.
+    last = next((line for line in reversed(lines) if f"JOB {job.id} ON" in line and "CANCELLED AT" in line), "")
     return bool(last) and "DUE TO" not in last  # the time limit, preemption or a lost node

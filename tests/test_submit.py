@@ -258,6 +258,7 @@ def test_the_state_of_a_stage_is_that_of_the_newest_job_that_started(
         ("JobState=CANCELLED Reason=None", "", "cancelled"),
         ("", "slurmstepd: error: *** JOB 9 ON n1 CANCELLED AT 2026-11-30T15:12:42 ***", "cancelled"),
         ("", "slurmstepd: error: *** JOB 9 ON n1 CANCELLED AT 2026-11-30T15:12:42 DUE TO TIME LIMIT ***", "ended"),
+        ("", "slurmstepd: error: *** STEP 9.0 ON n1 CANCELLED AT 2026-11-30T15:12:42 ***", "ended"),
     ],
 )
 def test_a_job_that_slurm_cancelled_says_so(
