@@ -116,6 +116,13 @@ def test_dashboard_needs_its_password_and_takes_what_was_kept_for_it(
         socket.create_connection(("127.0.0.1", port), timeout=2)
 
 
+def test_a_number_that_is_no_port_is_refused_and_0_is_any_free_one() -> None:
+    for port in (-1, 70000):
+        with pytest.raises(ConfigError, match=f"port {port} is taken or not allowed"):
+            _free(port)
+    assert _free(0) > 0
+
+
 def test_the_choices_of_the_first_visit_are_those_that_mlflow_reads() -> None:
     """The page keeps them under the names and the version that MLflow's own code has."""
     scripts = Path(mlflow.__path__[0], "server", "js", "build", "static", "js").glob("main*.js")

@@ -133,10 +133,11 @@ def _read(path: Path) -> str:
 def _free(port: int | None) -> int:
     """``port``, or the first free one where it is None."""
     for candidate in range(FIRST, FIRST + PORTS) if port is None else [port]:
-        with socket.socket() as probe, contextlib.suppress(OSError):
+        with socket.socket() as probe, contextlib.suppress(OSError, OverflowError):  # the latter: no port at all
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((HOST, candidate))
-            return candidate
+            found: int = probe.getsockname()[1]  # of 0, any free one
+            return found
     if port is not None:
         raise ConfigError(f"port {port} is taken or not allowed; choose another, or leave --port out")
     raise ConfigError(f"no free port from {FIRST} to {FIRST + PORTS - 1}; name another with --port")
