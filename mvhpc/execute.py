@@ -138,7 +138,8 @@ def plan(name: str, config: Any) -> PlannedStage:
     """
     stage = STAGES[name]
     recorded = read_record(stage.run_folder(config.out)).get("inputs", {})
-    split = getattr(config, "split_name", getattr(config, "split", "default"))
+    named = getattr(config, "split_name", getattr(config, "split", "default"))
+    split = named if isinstance(named, str) else "default"  # of a packing it is the shares of the parts
     files_root = getattr(config, "files_root", "")
     inputs, missing = {}, {}
     for key in stage.inputs:

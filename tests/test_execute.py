@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from mvhpc.config import ConfigError, load_config
-from mvhpc.data_stages import PhantomConfig
+from mvhpc.data_stages import PackConfig, PhantomConfig
 from mvhpc.execute import PlannedStage, execute, plan, set_aside
 from mvhpc.inference.prediction_tables import write_predictions
 from mvhpc.pipeline.run import do
 from mvhpc.runs.folder import read_record
 from mvhpc.stages import STAGES
 from mvhpc.training.vae import VAEConfig
+from shards.errors import DataError
 from shards.schema import Schema
 
 HOLD = """
@@ -87,6 +88,13 @@ def test_predictions_that_are_written_to_the_folder_of_a_result_leave_it_finishe
     write_predictions(out / "age.tsv", [{"key": "sub-01", "subject": "sub-01", "age": 50.0}], Schema.load(), facts)
     assert (out / "dataset_description.json").exists()
     assert made.state() == "finished"
+
+
+def test_packed_data_as_the_source_of_a_packing_are_refused_in_words(tiny_dataset: Path, tmp_path: Path) -> None:
+    """The key ``split`` of a packing has numbers, and is no name of a recorded split."""
+    paths = {"out": str(tmp_path / "out"), "source": str(tiny_dataset)}
+    with pytest.raises(DataError, match=r"participants\.tsv"):
+        do(plan("pack", load_config(PackConfig, "pack", "demo", (), paths)))
 
 
 def test_a_strangers_folder_is_never_taken_for_a_result(tmp_path: Path) -> None:
