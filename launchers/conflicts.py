@@ -16,17 +16,18 @@ from mvhpc.runs.mlflow_store import SQLITE
 NAMED = 4  # differences in one message
 
 
-def check_steps(steps: Sequence[Step], root: Path | None) -> None:
+def check_steps(steps: Sequence[Step], root: Path | None, on_slurm: bool) -> None:
     """Check all steps of a submission before the first of them is submitted.
 
     Args:
         steps: of the submission.
         root: of their project; None: they have none.
+        on_slurm: whether it is for SLURM; else for this machine.
 
     Raises:
-        ConfigError: a job that is pending or running holds the run folder of a step and has other values, or reads a
-            result that would be made anew; a process is at a step; or the step is no stage of a pipeline, which is
-            submitted once.
+        ConfigError: a job that is pending or running holds the run folder of a step and has other values, or is one
+            that SLURM cannot wait for, or reads a result that would be made anew; a process is at a step; or the step
+            is no stage of a pipeline, which is submitted once.
     """
     held = [job for run in (run_folders(root) if root else ()) if (job := jobs.holder_of(run))]
     at_work = [(job, read_paths(Path(job.run), job.id)) for job in held]
@@ -34,6 +35,11 @@ def check_steps(steps: Sequence[Step], root: Path | None) -> None:
         holder = jobs.holder_of(step.run)
         if holder is not None and (now := jobs_cli.state(holder)):
             check_holder(step, holder, now)
+            if on_slurm and holder.cluster == "local":
+                raise ConfigError(
+                    f"{step.stage}: job {holder.id} ({now}) is a process, which no job of SLURM can wait for; "
+                    f"{_remedy(holder)}"
+                )
         elif not step.finished:
             check_idle(step.run)
             path = Path(step.config.out).resolve()

@@ -157,7 +157,7 @@ def _submit(options: argparse.Namespace) -> int:
         return 0
     plan.check_first(steps)
     check_queries(steps)
-    conflicts.check_steps(steps, project.root if project else None)
+    conflicts.check_steps(steps, project.root if project else None, on_slurm)
     if project:
         with _writable():
             record_project(project.config)

@@ -46,9 +46,9 @@ def test_the_same_submission_again_leaves_the_work_to_the_jobs(submitted: dict[s
     before = {stage: jobs.holder_of(Path(job.run)) for stage, job in submitted.items()}
     assert before == submitted
     respelt = chain("demo", [f"root={tmp_path}/runs/a"], 1, 0, False)[1]  # with other spellings of paths
-    conflicts.check_steps(respelt, Path("runs/a"))
+    conflicts.check_steps(respelt, Path("runs/a"), False)
     (tmp_path / "scratch").symlink_to(tmp_path / "runs")
-    conflicts.check_steps(chain("demo", [f"root={tmp_path}/scratch/a"], 1, 0, False)[1], Path("runs/a"))
+    conflicts.check_steps(chain("demo", [f"root={tmp_path}/scratch/a"], 1, 0, False)[1], Path("runs/a"), False)
     (step, *_) = chain("demo", ["root=runs/a"], 1, 0, False)[1]
     conflicts.check_holder(step, submitted["phantom"], "pending")
     assert {stage: jobs.holder_of(Path(job.run)) for stage, job in submitted.items()} == before
@@ -79,7 +79,7 @@ def test_another_number_of_nodes_is_another_value(
     (*_, step) = chain("demo", ["root=runs/a"], 1, 0, False)[1]
     step.nodes = 2
     with pytest.raises(ConfigError, match="nodes there 1, now 2"):
-        conflicts.check_steps([step], None)
+        conflicts.check_steps([step], None, False)
 
 
 def test_nothing_is_made_anew_under_a_job_that_reads_it(
@@ -101,10 +101,29 @@ def test_one_stage_is_not_made_anew_under_a_job_that_reads_it(submitted: dict[st
     assert configured.project
     steps = single(configured, False, 1, 0, False)
     with pytest.raises(ConfigError, match=r"\(running\) works with .*/packed, which stage pack would make anew"):
-        conflicts.check_steps(steps, configured.project.root)
+        conflicts.check_steps(steps, configured.project.root, False)
     for run in run_folders(Path("runs/a")):
         jobs.release(run, str(os.getpid()))
-    conflicts.check_steps(steps, configured.project.root)
+    conflicts.check_steps(steps, configured.project.root, False)
+
+
+def test_jobs_of_slurm_are_not_submitted_behind_a_local_one(
+    submitted: dict[str, Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They would wait for the job of SLURM that has the number of its process."""
+    first = submitted["phantom"]
+    for run in run_folders(Path("runs/a")):
+        if run.absolute() != Path(first.run):
+            jobs.release(run, first.id)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, script in {"sinfo": "", "srun": "", "sbatch": 'cat "$1" >> script; echo Submitted batch job 7'}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    assert main(["--stage", "all", "--cluster", "slurm", "--config", "demo", "root=runs/a"]) == 2
+    assert f"phantom: job {os.getpid()} (running) is a process" in capsys.readouterr().err
+    assert not (tmp_path / "script").exists()
 
 
 def test_a_refused_second_submission_of_one_stage_leaves_the_project_as_it_was(
@@ -146,7 +165,7 @@ def test_no_job_is_submitted_for_a_stage_that_a_process_is_at(
     late = tmp_path / "runs" / "a" / "synthetic.run"
     late.mkdir(parents=True)
     with exclusive(late), pytest.raises(ConfigError, match=r"synthetic\.run: process \d+ of host .* is at work there"):
-        conflicts.check_steps(chain("demo", ["root=runs/a"], 1, 0, False)[1], Path("runs/a"))
+        conflicts.check_steps(chain("demo", ["root=runs/a"], 1, 0, False)[1], Path("runs/a"), False)
 
 
 def test_a_job_that_cannot_be_seen_from_here_is_named_with_the_file_that_says_so(
