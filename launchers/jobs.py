@@ -27,6 +27,7 @@ from mvhpc.runs.folder import read_record
 from mvhpc.runs.holder import holder, recorded, run_folders
 from mvhpc.runs.journal import Journal, read
 from mvhpc.runs.position import duration, read_position
+from mvhpc.stages import STAGES
 from shards.files import lock_file, write_text
 
 PROG = "submit.py" if Path(sys.argv[0]).name == "submit.py" else "mvhpc submit"  # the command, as the user typed it
@@ -231,12 +232,15 @@ def phase(job: Job) -> str:
     if last["event"] not in PHASES:
         return ""
     begun = any(event["event"] == "start" and event["time"] >= last["time"] for event in read(Path(job.run)))
-    return "" if begun or _finished_since(Path(job.run), last["time"]) else PHASES[last["event"]]
+    status = _status_since(Path(job.run), last["time"])
+    begun = begun or status == "finished" or (status == "running" and not STAGES[job.stage].trains)
+    return "" if begun else PHASES[last["event"]]
 
 
-def _finished_since(run: Path, time: float) -> bool:
-    """Whether the stage of a run folder was finished after that time; before, it was by an earlier job."""
-    return read_record(run).get("status") == "finished" and (run / "stage.json").stat().st_mtime >= time
+def _status_since(run: Path, time: float) -> str:
+    """The status that the stage of a run folder has recorded since that time; empty where it was by an earlier job."""
+    status: str = read_record(run).get("status", "")
+    return status if status and (run / "stage.json").stat().st_mtime >= time else ""
 
 
 def _begun(job: Job) -> float:
@@ -250,7 +254,7 @@ def progress(job: Job) -> str:
     run, begun = Path(job.run), _begun(job)
     if not begun or any((_begun(other), other.submitted) > (begun, job.submitted) for other in jobs_of(run)):
         return ""
-    if _finished_since(run, begun):
+    if _status_since(run, begun) == "finished":
         return STAGE_FINISHED
     total, step = 0, 0
     for event in read(run):

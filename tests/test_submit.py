@@ -144,6 +144,19 @@ def test_status_says_what_a_job_does_before_its_first_step_and_how_long_it_takes
     assert jobs_cli.describe(job) == "running, loading the stage"
 
 
+def test_a_stage_without_training_is_not_called_loading_once_it_is_at_work(job: Job) -> None:
+    """Its journal has no start; its record says that it runs."""
+    job = dataclasses.replace(job, stage="pack")
+    record = Path(job.run) / "stage.json"
+    record.write_text('{"status": "running"}')  # of an earlier job
+    time.sleep(0.02)
+    job.record("boot")
+    assert jobs_cli.describe(job) == "running, loading the stage"
+    time.sleep(0.02)
+    record.write_text('{"status": "running"}')
+    assert jobs_cli.describe(job) == "running"
+
+
 def test_cancel_names_the_jobs_that_go_with_one_and_says_what_another_submission_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
