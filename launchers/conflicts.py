@@ -29,7 +29,8 @@ def check_steps(steps: Sequence[Step], root: Path | None, on_slurm: bool) -> Non
             that SLURM cannot wait for, or reads a result that would be made anew; a process is at a step; or the step
             is no stage of a pipeline, which is submitted once.
     """
-    held = [job for run in (run_folders(root) if root else ()) if (job := jobs.holder_of(run))]
+    runs = [*jobs.registered_runs(), *(run_folders(root) if root else ())]
+    held = [job for run in runs if (job := jobs.holder_of(run))]
     at_work = [(job, read_paths(Path(job.run), job.id)) for job in held]
     for step in steps:
         holder = jobs.holder_of(step.run)

@@ -102,6 +102,9 @@ def test_one_stage_is_not_made_anew_under_a_job_that_reads_it(submitted: dict[st
     steps = single(configured, False, 1, 0, False)
     with pytest.raises(ConfigError, match=r"\(running\) works with .*/packed, which stage pack would make anew"):
         conflicts.check_steps(steps, configured.project.root, False)
+    steps = single(dataclasses.replace(configured, project=None), False, 1, 0, False)  # all paths were given
+    with pytest.raises(ConfigError, match="works with"):
+        conflicts.check_steps(steps, None, False)
     for run in run_folders(Path("runs/a")):
         jobs.release(run, str(os.getpid()))
     conflicts.check_steps(steps, configured.project.root, False)
