@@ -70,9 +70,10 @@ class PlannedStage:
             return "changed"
         if not self.files[0].exists():
             return "new"
-        described = self._description()
-        if record.get("description", described) != described:
-            return "changed"
+        if not self.stage.trains:  # a model's folder also holds predictions, which have descriptions of their own
+            described = description(self.out)
+            if record.get("description", described) != described:
+                return "changed"
         if record["status"] == "running" and self.has_result():
             return "finished"
         status: str = record["status"]
@@ -101,12 +102,8 @@ class PlannedStage:
     def mark_finished(self, summary: Mapping[str, Any] = MappingProxyType({}), seconds: float = 0.0) -> None:
         """Record that the stage is finished."""
         finished = {"status": "finished", "summary": dict(summary), "seconds": round(seconds, 1)}
-        finished["description"] = self._description()
+        finished["description"] = description(self.out)
         write_text(self.folder / "stage.json", json.dumps({**self.record(), **finished}, indent=1))
-
-    def _description(self) -> str:
-        """What the result says of itself; nothing of a training, whose folder also holds predictions of its model."""
-        return "" if self.stage.trains else description(self.out)
 
     def record(self) -> dict[str, Any]:
         """The identity of the stage, as recorded in ``stage.json``."""
