@@ -84,13 +84,16 @@ def test_the_model_of_scalars_has_to_fit(tiny_inputs: dict[str, str], tmp_path: 
         task(tiny_inputs, scalars="", **{"model.scalars": "late"})
     with pytest.raises(ConfigError, match="leave it empty"):
         task(tiny_inputs, **{**EARLY, "scalars": tiny_inputs["scalars"]})
+    alone = {**tiny_inputs, "out": "unused", **SMALL_JOINT, "schema": "image-only"}
+    with pytest.raises(ConfigError, match=r"leave it empty \(`scalars=`\) where .*, or the schema has no scalars"):
+        JointTask.check(load_config(JointConfig, "joint", "default", (), alone))
     with pytest.raises(ConfigError, match="kind autoencoder; one of the kind scalars"):
         task(tiny_inputs, scalars=tiny_inputs["vae"])
     with pytest.raises(ConfigError, match="time=shared: independent"):
         task(tiny_inputs, **{"diffusion.time": "shared"})
     file = tmp_path / "schema.yaml"
     file.write_text("image: {kind: volume, suffix: T1w}\nage: {kind: continuous, range: [0, 120], unit: years}\n")
-    with pytest.raises(ConfigError, match="has age, sex, this model age"):
+    with pytest.raises(ConfigError, match=r"has age, sex, this model age; .* \(sex differs\)"):
         task(tiny_inputs, schema=str(file))
     shutil.copytree(tiny_inputs["scalars"], tmp_path / "scalars")
     manifest = tmp_path / "scalars" / "model" / "model.json"

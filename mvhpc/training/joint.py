@@ -109,7 +109,8 @@ def design_of(config: JointConfig, schema: Schema) -> DenoiserConfig:
     late = model.scalars == "late"
     if bool(config.scalars) != (late and bool(schema.scalars)):
         raise ConfigError(
-            f"scalars={config.scalars}: leave it empty where model.scalars=early or the schema has no scalars"
+            f"scalars={config.scalars}: leave it empty (`scalars=`) where model.scalars=early, or the schema has no "
+            "scalars"
             if config.scalars
             else "scalars is empty: give the run folder of the model of scalars (mvhpc train scalars), which draws "
             "scalars with model.scalars=late"
@@ -137,11 +138,12 @@ def check_scalars(config: JointConfig, schema: Schema, dataset: Dataset) -> None
     if not config.scalars:
         return
     meta = read_manifest(model_folder(config.scalars), "scalars")
-    theirs = Schema.from_dict(meta["schema"])
-    if {v.name: v for v in theirs.scalars} != {v.name: v for v in schema.scalars}:
+    theirs, ours = ({v.name: v for v in s.scalars} for s in (Schema.from_dict(meta["schema"]), schema))
+    if theirs != ours:
+        differ = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
         raise ConfigError(
-            f"scalars={config.scalars} has {', '.join(v.name for v in theirs.scalars)}, this model "
-            f"{', '.join(v.name for v in schema.scalars)}; train both with one schema"
+            f"scalars={config.scalars} has {', '.join(theirs)}, this model {', '.join(ours)}; train both with one "
+            f"schema ({', '.join(differ)} differ{'s' * (len(differ) == 1)})"
         )
     if meta["grid"] != dataset.index.grid:
         raise ConfigError(f"scalars={config.scalars} was trained on volumes of another grid; train it on the same data")
@@ -196,8 +198,9 @@ class JointTask(Task):
         """Raises ConfigError and ModelError as the class."""
         dataset = open_latents(config)
         schema = _schema(config, dataset.index)
+        model = design_of(config, schema)
         check_scalars(config, schema, dataset)
-        if design_of(config, schema).scalars == "early" and config.model.scalars == "auto":
+        if model.scalars == "early" and config.model.scalars == "auto":
             print(
                 "joint: without a model of scalars (scalars=RUN) the U-Net predicts scalars too, by chains, as in the "
                 "paper; such predictions are slower and worse",
