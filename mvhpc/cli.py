@@ -161,10 +161,11 @@ def _mlflow_sync(options: argparse.Namespace) -> int:
 
 
 def _dashboard(options: argparse.Namespace) -> int:
+    from mvhpc.pipeline.project import find_root
     from mvhpc.runs.dashboard import dashboard
 
     require("train", "mvhpc dashboard", "mlflow")
-    dashboard(options.store, port=options.port)
+    dashboard(options.store or str(find_root()), port=options.port)
     return 0
 
 

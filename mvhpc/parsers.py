@@ -112,7 +112,11 @@ def _mlflow_sync(parser: argparse.ArgumentParser) -> None:
 
 
 def _dashboard(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", nargs="?", default="runs/demo", help="folder with mlflow.db, or a tracking URI")
+    parser.add_argument(
+        "store",
+        nargs="?",
+        help="folder with mlflow.db, or a tracking URI (default: the project below runs/ that was used last)",
+    )
     parser.add_argument("--port", type=int, help="of this machine (default: the first free one from 5000 on)")
 
 

@@ -93,6 +93,16 @@ def test_the_resolved_configuration_is_shown_as_a_file_that_can_be_read_again(
     assert loaded == load_config(PipelineConfig, "pipeline", "demo", ["root=r"])
 
 
+def test_the_dashboard_is_that_of_the_project_used_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "study").mkdir(parents=True)
+    (tmp_path / "runs" / "study" / "project.yaml").touch()
+    assert main(["dashboard"]) == 2  # nothing was run there
+    assert "no MLflow store runs/study/mlflow.db" in capsys.readouterr().err
+
+
 def test_submit_is_a_command_of_another_package(capsys: pytest.CaptureFixture[str]) -> None:
     """Needs the entry points of this version: install it again after they change."""
     assert commands_elsewhere()["submit"].value == "launchers.submit:main"
