@@ -89,12 +89,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--min-nodes", type=int, metavar="M", help="number of nodes to start with at least (default: N)"
     )
-    parser.add_argument("--gpus-per-node", type=int, metavar="G")
-    parser.add_argument("--time", metavar="LIMIT", help="minutes, hours:minutes:seconds or days-hours")
-    parser.add_argument("--partition")
-    parser.add_argument("--account")
+    parser.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs of each node (default: the site's)")
     parser.add_argument(
-        "--config", metavar="NAME_OR_FILE", help="preset of the stage, or a YAML file (default: the project's)"
+        "--time", metavar="LIMIT", help="minutes, hours:minutes:seconds or days-hours (default: the site's)"
+    )
+    parser.add_argument("--partition", help="of SLURM (default: the site's)")
+    parser.add_argument("--account", help="of SLURM (default: the site's)")
+    parser.add_argument(
+        "--config",
+        metavar="NAME_OR_FILE",
+        help="preset or YAML file of the stage, or with --stage all of the pipeline (default: the project's)",
     )
     parser.add_argument("--root", metavar="FOLDER", help="project (default: the one below runs/ that was used last)")
     parser.add_argument("--given", metavar="A,B", help="known variables, of a stage that has them, as predict")

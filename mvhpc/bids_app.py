@@ -29,9 +29,9 @@ def summary(rows: Sequence[Mapping[str, Any]], want: Sequence[str]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``mvhpc-app``, with the command line of BIDS Apps; returns the exit status."""
     parser = OneLineParser("mvhpc-app", description=ABOUT)
-    parser.add_argument("bids_dir", type=Path)
-    parser.add_argument("output_dir", type=Path)
-    parser.add_argument("analysis_level", choices=["participant"])
+    parser.add_argument("bids_dir", type=Path, help="BIDS folder or CSV of raw scans")
+    parser.add_argument("output_dir", type=Path, help="folder of the results")
+    parser.add_argument("analysis_level", choices=["participant"], help="of BIDS Apps; there is no other")
     _add_options(parser)
     options = parser.parse_args(arguments)
     return _run(options, options.bids_dir, options.output_dir)
@@ -54,7 +54,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="FOLDER", help="run folder of stage scalars or joint")
     parser.add_argument("--given", default="", metavar="A,B", help="known variables (default: the scan)")
     parser.add_argument("--want", default="", metavar="A,B", help="variables to predict (default: all others)")
-    parser.add_argument("--participant-label", "--participant_label", nargs="+", default=[], metavar="LABEL")
+    parser.add_argument(
+        "--participant-label",
+        "--participant_label",
+        nargs="+",
+        default=[],
+        metavar="LABEL",
+        help="participants to answer, with or without sub- (default: all)",
+    )
     parser.add_argument("--entities", type=pairs, default={}, metavar="KEY=VALUE,...", help=ENTITIES)
     parser.add_argument("--rename", type=pairs, default={}, metavar="COLUMN=NAME,...", help=RENAME)
     parser.add_argument("--files-root", type=Path, metavar="FOLDER", help=FILES_ROOT)
@@ -62,7 +69,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", type=Path, metavar="FILE", help="that of the model's preprocessing, if a file")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="of HD-BET, if the model's preprocessing used it")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0 for one per core")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument(
+        "--device", default="auto", choices=["auto", "cpu", "cuda"], help="for brain extraction and model"
+    )
 
 
 def _run(options: argparse.Namespace, bids: Path, out: Path) -> int:
