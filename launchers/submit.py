@@ -17,6 +17,7 @@ if __name__ == "__main__" and not (find_spec("launchers") and find_spec("omegaco
 import argparse
 import contextlib
 import dataclasses
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -100,7 +101,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME_OR_FILE",
         help="preset or YAML file of the stage, or with --stage all of the pipeline (default: the project's)",
     )
-    parser.add_argument("--root", metavar="FOLDER", help="project (default: the one below runs/ that was used last)")
+    parser.add_argument(
+        "--root",
+        metavar="FOLDER",
+        help="project (default: the one below runs/ that was used last; with --stage all that of the configuration)",
+    )
     parser.add_argument("--given", metavar="A,B", help="known variables, of a stage that has them, as predict")
     parser.add_argument("--want", metavar="A,B", help="variables to predict or to sample")
     parser.add_argument("--with-inputs", action="store_true", help="first do the stages that make missing inputs")
@@ -141,7 +146,8 @@ def _submit(options: argparse.Namespace) -> int:
     if stage == plan.ALL:
         if query:
             raise ConfigError(f"--{next(iter(query))} is of a single stage; a pipeline has `queries` in its YAML")
-        project, steps = plan.chain(options.config, options.overrides, *layout)
+        root = [] if options.root is None else [f"root={json.dumps(options.root)}"]
+        project, steps = plan.chain(options.config, [*options.overrides, *root], *layout)
     else:
         for key in query.keys() - {field.name for field in dataclasses.fields(STAGES[stage].config_class())}:
             raise ConfigError(f"--{key}: stage {stage} has no key {key}")

@@ -71,6 +71,12 @@ def test_given_and_want_are_options_as_of_the_command(capsys: pytest.CaptureFixt
     assert shown["given"] == ["image", "sex"] and shown["want"] == ["age"]
 
 
+def test_a_project_is_named_alike_for_one_stage_and_for_all(capsys: pytest.CaptureFixture[str]) -> None:
+    for stage in ("phantom", "all"):
+        assert main(["--stage", stage, "--config", "demo", "--root", "runs/my_own", *LOCAL, "--dry-run"]) == 0
+        assert "out: runs/my_own/source\n" in capsys.readouterr().out
+
+
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
     """A job of this process, as far as `status` can tell."""
