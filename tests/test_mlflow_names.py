@@ -18,6 +18,7 @@ from mvhpc.stages import STAGES
         ("train/kl", "loss/kl"),
         ("train/lr_discriminator", "optimizer/lr_discriminator"),
         ("train/grad_norm", "optimizer/grad_norm"),
+        ("train/damaged_samples", "optimizer/damaged_samples"),
         ("validation/loss", "validation/loss"),
         ("system/memory_gib", "system/memory_gib"),
     ],

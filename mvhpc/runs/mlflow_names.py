@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 TRAIN = "train/"
-OPTIMIZER = ("grad_norm", "lr", "skipped_steps")
+OPTIMIZER = ("grad_norm", "lr", "skipped_steps", "damaged_samples")  # of the training loop; the others are losses
 ENDS = ("_low", "_high")  # of an interval
 
 
