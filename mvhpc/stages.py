@@ -192,8 +192,8 @@ STAGES: dict[str, Stage] = {
             help="train a network for a single query, for comparison: DenseNet121, ViT or BRAID",
             command="train baseline",
             examples=(
-                "mvhpc train baseline name=vit want=age given=[image,sex]",
-                "mvhpc train baseline data=runs/packed want=age given=[image,sex] out=runs/densenet-age",
+                "mvhpc train baseline name=vit want=age given=image,sex",
+                "mvhpc train baseline data=runs/packed want=age given=image,sex out=runs/densenet-age",
             ),
             uses_nodes=True,
             check="mvhpc.training.baseline:check_query",

@@ -25,7 +25,7 @@ from mvhpc.variables import Continuous
 PLANES = ("axial", "coronal", "sagittal")  # slices across axis 2, 1 and 0 of a volume (H, W, D)
 BATCH = 32  # slices at a time
 REMEDY = """\
---features takes the run folder of `mvhpc train baseline want=age given=[image]`, which needs no download, or a file:
+--features takes the run folder of `mvhpc train baseline want=age given=image`, which needs no download, or a file:
   squeezenet1_1-b8a52dc0.pth      https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth
   RadImageNet-ResNet50_notop.pth  https://github.com/Warvito/radimagenet-models, with its hash as features_sha256=HASH,
                                   as whoever you have the file from states it"""
