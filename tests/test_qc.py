@@ -494,6 +494,7 @@ def test_every_figure_with_a_limit_has_words_and_flags_of_several_scans_one_line
     assert flag_words("image.box", [1.0, 3.0]).startswith(
         "image: reaches 1 to 3 of the six sides of the packed box: what lies"
     )
+    assert "for predictions the box is the model's" in explain("image.box", {"image.box": 1.0})
     assert flag_words("image.preprocess.blur_inside", [5.5]) == explain(
         "image.x.blur_inside", {"image.x.blur_inside": 5.5}
     )
