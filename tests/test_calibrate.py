@@ -1,5 +1,8 @@
 """Calibration at a new site: what it recovers, and that its intervals hold."""
 
+import random
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 from mvhpc.config import ConfigError, load_config
 from mvhpc.diffusion.density import quantile
 from mvhpc.diffusion.laws import normal
+from mvhpc.evaluation.against_mean import AgainstMean
 from mvhpc.evaluation.tables import subject_of
 from mvhpc.execute import execute, plan
 from mvhpc.inference.calibrate import CalibrateConfig
@@ -18,6 +22,7 @@ from mvhpc.models.scalar_bundle import ScalarsModel
 from mvhpc.models.site_calibration import calibrate_site
 from mvhpc.models.training_people import TrainingPeople
 from shards.dataset import open_dataset
+from shards.sheets import read_sheet
 from tests.conftest import SCHEMA, pack_people, write_bids
 from tests.test_scalars import packed, predictor, trained
 
@@ -76,13 +81,23 @@ def test_nine_people_are_too_few() -> None:
         calibrate_site(normal(mean, torch.ones_like(mean)), truth[:, None])
 
 
-def test_the_stage_writes_a_model_that_names_its_site(trained: Path, packed: Path, tmp_path: Path) -> None:
-    values = {"model": str(trained), "data": str(packed), "out": str(tmp_path / "new"), "site": "clinic"}
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 people from whom the model did not learn."""
+    return pack_people(write_bids(tmp_path_factory.mktemp("others") / "bids", 40, seed=7), (0, 0, 1))
+
+
+def test_the_stage_writes_a_model_that_names_its_site(trained: Path, others: Path, tmp_path: Path) -> None:
+    values = {"model": str(trained), "data": str(others), "out": str(tmp_path / "new"), "site": "clinic"}
     config = load_config(CalibrateConfig, "calibrate", "default", (), values)
     summary = execute(plan("calibrate", config))
     assert summary["age_people"] == 39
-    answers = [predictor(m, packed, want=["age"], given=["image"]) for m in (trained, tmp_path / "new")]
-    assert answers[0].facts["site"] is None and answers[1].facts["site"] == {"name": "clinic", "people": 40}
+    answers = [predictor(m, others, want=["age"], given=["image"]) for m in (trained, tmp_path / "new")]
+    assert answers[0].facts["site"] is None and answers[1].facts["site"] == {
+        "name": "clinic",
+        "people": 40,
+        "scalars": ["age", "sex"],
+    }
     keys = answers[0].dataset.keys("test")
     assert not set(keys) & answers[0].learnt.keys() and set(keys) <= answers[1].learnt.keys()
     before, after = ([row["age"] for row in answer(keys)] for answer in answers)
@@ -94,6 +109,83 @@ def test_the_stage_writes_a_model_that_names_its_site(trained: Path, packed: Pat
     with pytest.raises(ConfigError, match="calibrated for clinic already"):
         again = {**values, "model": str(tmp_path / "new"), "out": str(tmp_path / "twice")}
         execute(plan("calibrate", load_config(CalibrateConfig, "calibrate", "default", (), again)))
+
+
+def relabelled(people: Path, out: Path, ages: Sequence[float], sexes: str = "FM") -> Path:
+    """The people of :func:`write_bids` packed with other ages, as often repeated as is needed, and sexes."""
+    lines = ["participant_id\tage\tsex"]
+    scans = sorted((people.parent / "bids").glob("sub-*"))
+    for i, folder in enumerate(scans):
+        lines.append(f"{folder.name}\t{ages[i % len(ages)]}\t{sexes[i % len(sexes)]}")
+    shutil.copytree(people.parent / "bids", out / "bids")
+    (out / "bids" / "participants.tsv").write_text("\n".join(lines) + "\n")
+    return pack_people(out / "bids", (0, 0, 1))
+
+
+def test_people_of_the_training_are_left_out(
+    trained: Path, packed: Path, others: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The errors about them are smaller than those about new people, and the intervals would be too narrow."""
+    both = tmp_path / "both.csv"
+    lines = ["participant_id,path,age,sex"]
+    for name, folder in (("old", packed.parent), ("new", others.parent)):
+        for row in read_sheet(folder / "bids" / "participants.tsv").rows:
+            scan = folder / "bids" / row[1]["participant_id"] / "anat" / f"{row[1]['participant_id']}_T1w.nii.gz"
+            lines.append(f"{name}{row[1]['participant_id'][4:]},{scan},{row[1]['age']},{row[1]['sex']}")
+    both.write_text("\n".join(lines) + "\n")
+    _, model = calibrated(trained, pack_people(both, (0, 0, 1)), tmp_path / "new")
+    assert model.meta["site"]["people"] == 40 + 10  # the others and the test part
+    assert "30 of 80 are left out, as the model learnt from them (sub-old" in capsys.readouterr().err
+    dataset = open_dataset(packed)
+    values = {"model": str(trained), "data": str(dataset.folder), "out": str(tmp_path / "none"), "split": "train"}
+    with pytest.raises(ConfigError, match="the model learnt from all of these people"):
+        execute(plan("calibrate", load_config(CalibrateConfig, "calibrate", "default", (), values)))
+
+
+def test_people_of_one_value_calibrate_nothing(
+    trained: Path, others: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Everybody would get that value, with a narrow interval."""
+    data = relabelled(others, tmp_path, [40])
+    _, model = calibrated(trained, data, tmp_path / "new")
+    assert set(model.meta["site"]["scalars"]) == {"sex"}
+    assert "warning: not calibrated: age: all people have one value" in capsys.readouterr().err
+    facts = predictor(tmp_path / "new", data, want=["age"], given=["image"]).facts
+    assert facts["site"]["scalars"] == ["sex"]
+    shutil.rmtree(tmp_path / "bids")
+    shutil.rmtree(tmp_path / "packed")
+    with pytest.raises(
+        ConfigError, match=r"nothing can be calibrated\. age: all people have one value.*; sex: all people"
+    ):
+        calibrated(trained, relabelled(others, tmp_path, [40], "F"), tmp_path / "none")
+
+
+def test_ages_that_do_not_go_with_the_scans_calibrate_nothing(
+    trained: Path, others: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ages of other people, or of people of nearly the same age: the answers would be their mean."""
+    ages = [20 + 1.5 * i for i in range(40)]
+    random.Random(0).shuffle(ages)
+    _, model = calibrated(trained, relabelled(others, tmp_path / "shuffled", ages), tmp_path / "new")
+    assert set(model.meta["site"]["scalars"]) == {"sex"}
+    err = capsys.readouterr().err
+    assert "warning: not calibrated: age: " in err and "NOT better than predicting the mean" in err
+
+
+def test_a_calibration_that_may_be_chance_is_named_with_every_answer(
+    trained: Path, others: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So is one by scans of another preprocessing."""
+    monkeypatch.setattr(AgainstMean, "better", False)
+    calibrated(trained, others, tmp_path / "new")
+    notes = predictor(tmp_path / "new", others, want=["age", "sex"], given=["image"]).notes
+    assert len(notes) == 1 and notes[0].startswith("age: calibrated by others of the 39 people, age error ")
+    notes = predictor(tmp_path / "new", others, want=["age"], given=["sex"]).notes
+    assert not any("calibrated" in note for note in notes)  # only answers about scans are
+    monkeypatch.setattr("mvhpc.inference.calibrate.recipe_flag", lambda *_: ["the scans were not preprocessed"])
+    calibrated(trained, others, tmp_path / "raw")
+    notes = predictor(tmp_path / "raw", others, want=["age", "sex"], given=["image"]).notes
+    assert [note.split(";")[0] for note in notes] == [f"{v}: the scans were not preprocessed" for v in ("age", "sex")]
 
 
 def calibrated(model: Path, data: Path, out: Path) -> tuple[dict[str, Any], ScalarsModel]:
@@ -108,7 +200,7 @@ def test_people_are_counted_once_and_only_where_they_are_learnt_from(trained: Pa
     bids = write_bids(tmp_path / "bids", 12, seed=1)
     lines = ["participant_id,session_id,path,age,sex"]
     for i in range(12):
-        labels = "n/a,n/a" if i == 11 else f"{30 + i},F"
+        labels = "n/a,n/a" if i == 11 else f"{30 + 5 * i},{'FM'[i % 2]}"
         scan = bids / f"sub-{i:02d}" / "anat" / f"sub-{i:02d}_T1w.nii.gz"
         lines += [f"new{i},{visit},{scan},{labels}" for visit in (1, 2)]
     (tmp_path / "visits.csv").write_text("\n".join(lines) + "\n")
@@ -127,11 +219,11 @@ def test_data_without_the_volume_are_refused(trained: Path, packed: Path, tmp_pa
 
 
 def test_the_model_of_scalars_of_a_joint_model_is_calibrated_as_by_itself(
-    tiny_model: Path, tiny_scalars: Path, tiny_dataset: Path, tmp_path: Path
+    tiny_model: Path, tiny_scalars: Path, tmp_path: Path
 ) -> None:
-    written = []
+    written, data = [], pack_people(write_bids(tmp_path / "bids", 14, seed=7), (0, 0, 1))
     for number, model in enumerate((tiny_model, tiny_scalars)):
-        values = {"model": str(model), "data": str(tiny_dataset), "out": str(tmp_path / f"{number}"), "split": "all"}
+        values = {"model": str(model), "data": str(data), "out": str(tmp_path / f"{number}"), "split": "all"}
         execute(plan("calibrate", load_config(CalibrateConfig, "calibrate", "default", (), values)))
         written.append({file.name: file.read_bytes() for file in (tmp_path / f"{number}").iterdir()})
     assert written[0] == written[1] and len(written[0]) > 2

@@ -56,7 +56,7 @@ class ScalarsPredictor(GroupedPredictor):
             "samples": None,
             "sampling": None,
             "calibrated_on": model.meta["extra"]["calibrated on"],
-            "site": site and {key: site[key] for key in ("name", "people")},
+            "site": site and {"name": site["name"], "people": site["people"], "scalars": list(site["scalars"])},
         }
         self.notes = [note for name in self.want if (note := model.stack.no_better(name, self.given))]
         self.training = TrainingPeople.read(model.meta)

@@ -90,7 +90,7 @@ def _data(meta: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> Iterator
     else:
         yield "Scans were packed as they were; no recipe of a preprocessing is recorded."
     if site := (meta.get("site") or (meta.get("scalars") or {}).get("site")):
-        yield f"Calibrated for the site {site['name']} by {site['people']} people."
+        yield f"Calibrated for the site {site['name']} by {site['people']} people: {', '.join(site['scalars'])}."
     yield "Names of people are not in these files; keyed hashes tell whether a scan was among the training's."
     yield ""
 

@@ -141,7 +141,7 @@ def load_scalars(folder: Path, meta: dict[str, Any], device: torch.device | str)
         load_weights(encoders, folder, meta, "encoders", device)
     mixing = {name: {context: Mixing.of(how) for context, how in of.items()} for name, of in meta["mixing"].items()}
     site = {
-        name: SiteCalibration(tuple(of["shift"]), of["stretch"], of["temperature"])
+        name: SiteCalibration(tuple(of["shift"]), of["stretch"], of["temperature"], of.get("note", ""))
         for name, of in (meta["site"] or {}).get("scalars", {}).items()
     }
     stack = ScalarStack(variables, meta["smoothing"], linear, encoders, mixing, site)

@@ -73,8 +73,13 @@ class ScalarStack:
     site: Mapping[str, SiteCalibration]
 
     def no_better(self, want: str, given: Collection[str]) -> str:
-        """That a scalar is predicted no better than by the mean, in words; empty where it is, or where not known."""
+        """That a scalar is predicted no better than by the mean, in words; empty where it is, or where not known.
+
+        Of a scalar whose calibration for a site is doubtful, what is doubtful about it.
+        """
         volume = any(v.name in given for v in self.variables.volumes)
+        if volume and want in self.site and self.site[want].note:
+            return self.site[want].note
         scalar = any(v.name in given for v in self.variables.scalars)
         saved = self.mixing[want][CONTEXTS[0 if volume else 1]].saved
         if not given or not saved or saved[scalar] > LITTLE:

@@ -31,11 +31,13 @@ class SiteCalibration:
         shift: added to the mean of a number (one, in the scale of z_0), or to the logits of the classes (K).
         stretch: multiplies the mean of a number before; 1 for a category.
         temperature: widens the law.
+        note: what is doubtful about it, for the reader of an answer; empty for nothing.
     """
 
     shift: tuple[float, ...]
     stretch: float
     temperature: float
+    note: str = ""
 
     def apply(self, law: Law, rows: Tensor) -> Law:
         """The law of B people, calibrated in ``rows`` (B,) bool and as it is in the others."""
@@ -66,13 +68,23 @@ def calibrate_site(law: Law, truth: Tensor) -> SiteCalibration:
         return _of_classes(law, truth)
     mean, y = law.mean.numpy(), truth[:, 0].double().numpy()
     shift, stretch = _regression(mean, y)
-    errors = []
-    for i in range(len(y)):
-        left = np.arange(len(y)) != i
-        a, b = _regression(mean[left], y[left])
-        errors.append(y[i] - a - b * mean[i])
-    temperature = conformal_temperature(needed_stretch(law, torch.tensor(errors)))
+    temperature = conformal_temperature(needed_stretch(law, torch.from_numpy(left_out_errors(mean, y))))
     return SiteCalibration((shift,), stretch, temperature)
+
+
+def left_out_errors(mean: NDArray[np.float64], truth: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The error about each of N people of a calibration by the others, (N,).
+
+    Args:
+        mean: of the predicted laws, (N,).
+        truth: (N,).
+    """
+    errors = np.empty(len(truth))
+    for i in range(len(truth)):
+        left = np.arange(len(truth)) != i
+        a, b = _regression(mean[left], truth[left])
+        errors[i] = truth[i] - a - b * mean[i]
+    return errors
 
 
 def _regression(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]:
