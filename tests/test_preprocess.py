@@ -147,6 +147,17 @@ def test_an_extracted_brain_is_recognised_and_a_head_is_not(brain: tuple[Volume,
     assert extracted_mask(volume.like(neck)) is None
 
 
+def test_what_is_no_brain_after_extraction_is_not_sent_back_to_it(
+    brain: tuple[Volume, Tissues], tmp_path: Path
+) -> None:
+    """A wrong voxel size: the network finds a brain of 3,000 ml."""
+    large = Volume(brain[0].voxels, np.diag([1.3, 1.3, 1.3, 1.0]) @ brain[0].affine)
+    path = save(tmp_path / "scan.nii.gz", large)
+    with pytest.raises(ValueError, match=r"are too many for a brain.*so it is after brain extraction") as error:
+        preprocess_scan(path, QUICK, None, lambda scan: scan.like(scan.voxels > 0))
+    assert "shards preprocess" not in str(error.value)
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 

@@ -128,7 +128,7 @@ class _Quality:
             ValueError: they are outside of their limits, and suspect scans are not kept.
         """
         self.figures |= {prefix + name: value for name, value in figures.items()}
-        reasons = verdict(figures, self.suffix, head)
+        reasons = verdict(figures, self.suffix, head, extracted=not head)
         if reasons and not self.keep_suspect:
             raise ValueError("; ".join(reasons))
         self.suspect |= bool(reasons)

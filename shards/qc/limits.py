@@ -11,6 +11,7 @@ from dataclasses import dataclass
 T1W = "T1w"
 NAMED = 2  # reasons of one verdict; more say the same
 REMEDY = "run `shards preprocess`, which extracts brains, first"
+FAILED = "so it is after brain extraction: look at the scan, whether it is one whole head or brain, upright"
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,9 @@ LIMITS = (
 )  # fmt: skip
 
 
-def verdict(figures: Mapping[str, float], contrast: str = T1W, head: bool = False) -> list[str]:
+def verdict(
+    figures: Mapping[str, float], contrast: str = T1W, head: bool = False, extracted: bool = False
+) -> list[str]:
     """The reasons for which a scan should be rejected; empty for one that is fit to use.
 
     Args:
@@ -140,10 +143,11 @@ def verdict(figures: Mapping[str, float], contrast: str = T1W, head: bool = Fals
             lacks are not applied.
         contrast: BIDS suffix of the scan; limits of T1-weighted intensities apply to ``T1w`` alone.
         head: the scan may be a head before brain extraction.
+        extracted: it comes from brain extraction, so that this is no remedy.
     """
     failed = violated(figures, contrast, head)
     reasons = [limit.reason.format(figures[limit.figure]) for limit in failed[:NAMED]]
-    return [*reasons, REMEDY] if failed and failed[0].step == "head" else reasons
+    return [*reasons, FAILED if extracted else REMEDY] if failed and failed[0].step == "head" else reasons
 
 
 def violated(
