@@ -114,8 +114,7 @@ LIMITS = (
           "T1: grey is 0.6 to 0.9 of white; 0.59 to 0.86 measured, a constant object 1.0", t1w=True),
     Limit("blur_inside", 0, 5.0, "brain", "no cortex to be seen: edges inside of the brain are {:.1f} voxels wide",
           "2.1 to 4.2 measured, an extracted PET template 6.0", rejects=False),
-    Limit("box", 0, 0.5, "brain", "reaches {:.0f} of the six sides of the packed box: what lies beyond is lost (when "
-          "packing for training, take --shape auto; for predictions the box is the model's)",
+    Limit("box", 0, 0.5, "brain", "reaches {:.0f} of the six sides of the packed box: what lies beyond is lost",
           "a brain with all layers inside the box is whole", rejects=False),
     Limit("affine_covered", 0.85, 1, "registered", "{:.0%} of the template's brain is covered: a part of a brain, or "
           "a failed registration", "0.97 to 1.00 measured with MNI152"),
