@@ -12,6 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from mvhpc.config import load_config
@@ -145,6 +146,19 @@ def test_an_extracted_brain_is_recognised_and_a_head_is_not(brain: tuple[Volume,
     neck[18:30, 16:28, :16] = 500  # reaches the lower face
     neck[4:44, 2:46, 6:40] += 300
     assert extracted_mask(volume.like(neck)) is None
+
+
+def test_two_brains_in_one_file_are_refused(brain: tuple[Volume, Tissues]) -> None:
+    """Above or beside each other; a scalp around a brain, and a small island, are one scan."""
+    volume, _ = brain
+    for axis in range(3):
+        with pytest.raises(ValueError, match="two objects side by side, one 100% as large as the other"):
+            extracted_mask(volume.like(np.concatenate([volume.voxels, volume.voxels], axis)))
+    inside = np.pad(volume.voxels, 8)
+    near, far = (ndimage.binary_dilation(inside > 0, iterations=n) for n in (2, 5))
+    assert extracted_mask(volume.like(np.where(far & ~near, 500, inside))) is None
+    inside[1:5, 1:30, 1:30] = 500
+    assert extracted_mask(volume.like(inside)) is None
 
 
 def test_what_is_no_brain_after_extraction_is_not_sent_back_to_it(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import ndimage
 
 from shards.errors import DataError
@@ -16,26 +17,43 @@ from shards.preprocess.images import Volume
 CLEAR_FACES = 0.95  # share of the voxels on a volume's faces that are background where the brain is extracted
 LARGEST_BRAIN_ML = 2400.0  # with all fluid inside the skull; heads without a neck are larger
 WHOLE = 0.95  # share of the foreground in its largest connected part
+ALIKE = 0.3  # size of a second part, relative to the largest; parts of one brain that lie apart are smaller
 
 
 def extracted_mask(scan: Volume) -> Volume | None:
     """The mask of a scan that is brain-extracted already; None where it is not.
 
     Such a scan has one background value on its faces, and a foreground in one piece that is no larger than a brain.
+
+    Raises:
+        ValueError: two objects of similar size lie side by side on such a background; a network would find one of them.
     """
     empty = background(scan.voxels)
     if (faces(scan.voxels) == empty).mean() < CLEAR_FACES:
         return None
     foreground = scan.voxels != empty
-    if foreground.sum() * scan.voxel_ml > LARGEST_BRAIN_ML:
-        return None
     parts, count = ndimage.label(foreground)
     if count == 0:
         return None
     sizes = np.bincount(parts.ravel())[1:]
     if sizes.max() < WHOLE * sizes.sum():
+        _check_alone(parts, sizes)
+        return None
+    if foreground.sum() * scan.voxel_ml > LARGEST_BRAIN_ML:
         return None
     return scan.like(ndimage.binary_fill_holes(parts == 1 + sizes.argmax()))
+
+
+def _check_alone(parts: NDArray[np.int32], sizes: NDArray[np.int64]) -> None:
+    """Refuse two parts of similar size that a plane along the grid can separate: a scalp around its brain is none."""
+    second, first = np.argsort(sizes)[-2:]
+    boxes = ndimage.find_objects(parts)
+    apart = any(a.stop <= b.start or b.stop <= a.start for a, b in zip(boxes[first], boxes[second]))
+    if apart and sizes[second] > ALIKE * sizes[first]:
+        raise ValueError(
+            f"two objects side by side, one {sizes[second] / sizes[first]:.0%} as large as the other: several brains, "
+            "or a brain in parts; give each person's whole brain or head a file"
+        )
 
 
 def deepbet(device: str) -> Callable[[Volume], Volume]:
