@@ -195,6 +195,8 @@ def _known_part(schema: Schema, request: Request, given: Sequence[str]) -> Schem
     wanted = {v.column: v.synonyms for v in schema.scalars}
     named = {*columns, *column_names(columns, wanted, request.rename, table).values()}
     for v in schema.scalars:
+        if v.name in given and not table.is_file():
+            raise ConfigError(f"{v.name} is given, and there is no {table}: write one, with a column {v.column!r}")
         if v.name in given and v.column not in named:
             raise ConfigError(
                 f"{v.name} is given, and {table} has no column {v.column!r}; name the table's by --rename "
@@ -263,6 +265,8 @@ def _forgive(table: Table, needed: Table, schema: Schema) -> Table:
         if isinstance(row, Reject) and isinstance(other, Visit):
             reasons.append(f"{row.key}: {row.reason}")
             row = replace(other, values={**dict.fromkeys(v.name for v in schema.scalars), **other.values})
+        elif isinstance(other, Reject):
+            row = other  # for a reason that counts
         rows.append(row)
     notes = [f"the true values of {len(reasons)} rows cannot be read, the first of {reasons[0]}"] if reasons else []
     return replace(table, rows=rows, notes=[*table.notes, *notes])

@@ -171,6 +171,11 @@ def test_values_that_are_not_given_reject_nobody(
     found, expected = (table(path / "predictions.tsv").loc["sub-0001"] for path in (tmp_path / "out", results))
     assert found["age"] == expected["age"] and np.isnan(found["age_true"]) and np.isnan(found["sex_true"])
     assert mvhpc_main([*command, "--given", "image,age", "--want", "sex"]) == 1
+    assert mvhpc_main([*command, "--given", "image,sex", "--want", "age"]) == 1
+    assert "not answered: sub-0001: sex: unknown category 'X'" in capsys.readouterr().out  # the age is not given
+    (raw / "participants.tsv").unlink()
+    assert mvhpc_main([*command, "--given", "image,sex", "--want", "age"]) == 2
+    assert "sex is given, and there is no" in capsys.readouterr().err
 
 
 def test_an_unknown_participant_is_refused(home: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
