@@ -10,6 +10,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.spatialimages import SpatialImage
 from numpy.typing import ArrayLike
 
 from mvhpc.config import choose, load_config
@@ -47,7 +48,7 @@ class Model:
 
     def predict(
         self,
-        scan: str | Path | ArrayLike,
+        scan: str | Path | SpatialImage | ArrayLike,
         given: Mapping[str, Value] | None = None,
         want: Sequence[str] = (),
         affine: ArrayLike | None = None,
@@ -55,7 +56,7 @@ class Model:
         """Predict scalars of one person from a raw scan, preprocessed as the scans that the model was trained on.
 
         Args:
-            scan: a file, or voxels (X, Y, Z) with ``affine``.
+            scan: a file, an image of nibabel, or voxels (X, Y, Z) with ``affine``.
             given: known scalars by name, as ``{"sex": "F"}``.
             want: variables to predict; all other scalars where empty.
             affine: (4, 4), voxel to mm in RAS; of an array alone.
@@ -69,7 +70,7 @@ class Model:
             ConfigError: an unknown variable, or a given one that is no scalar.
             ModelError: a model without a model of scalars.
             DataError: a missing package of the preprocessing.
-            ValueError: an array without affine.
+            ValueError: an array without affine or of complex numbers, or a file or image with one.
         """
         given = dict(given or {})
         scalars = self._scalars
@@ -77,12 +78,18 @@ class Model:
             choose(name, [v.name for v in scalars.schema.scalars], "scalar")
         volume = scalars.variables.volumes[0].name
         with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "scan.nii.gz"
+            if isinstance(scan, str | Path | SpatialImage) and affine is not None:
+                raise ValueError("affine is of voxels alone; a file or an image has its own: correct that one")
             if isinstance(scan, str | Path):
                 path = Path(scan).absolute()
+            elif isinstance(scan, SpatialImage):
+                nib.save(scan, path)
             else:
-                path = Path(folder) / "scan.nii.gz"
                 if affine is None:
                     raise ValueError("voxels need their affine, (4, 4), voxel to mm in RAS")
+                if np.iscomplexobj(scan):
+                    raise ValueError("complex voxels, expected real ones: give their magnitude")
                 nib.save(nib.Nifti1Image(np.asarray(scan, np.float32), np.asarray(affine, float)), path)
             columns = {scalars.schema[name].column: value for name, value in given.items()}
             with (Path(folder) / "scans.csv").open("w", newline="") as stream:

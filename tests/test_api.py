@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -52,6 +53,21 @@ def test_a_model_of_another_kind_is_refused(tiny_vae: Path, tiny_scalars: Path, 
         mvhpc.load(tiny_scalars).generate()
     with pytest.raises(ModelError, match="no model of scalars"):
         mvhpc.load(tiny_early).predict(np.zeros((8, 8, 8)), affine=np.eye(4))
+
+
+def test_an_image_of_nibabel_is_read_as_its_file(tiny_bids: Path, tiny_scalars: Path) -> None:
+    """With its header; voxels whose phase would be dropped, and an affine that would not be used, are refused."""
+    model, path = mvhpc.load(tiny_scalars), tiny_bids / "sub-01" / "anat" / "sub-01_T1w.nii.gz"
+    image = nib.load(path)
+    assert isinstance(image, nib.Nifti1Image)
+    assert model.predict(image) == model.predict(path)
+    image.header.set_xyzt_units("micron")
+    assert "wrong units or affine" in model.predict(image)["flag"]
+    for scan in (image, path):
+        with pytest.raises(ValueError, match="has its own"):
+            model.predict(scan, affine=np.eye(4))
+    with pytest.raises(ValueError, match="complex voxels"):
+        model.predict(image.get_fdata() * 1j, affine=image.affine)
 
 
 def test_an_unknown_known_variable_is_refused(tiny_scalars: Path) -> None:
