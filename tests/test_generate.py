@@ -259,7 +259,7 @@ def test_several_completions_end_as_a_finished_stage(tiny_model, tiny_bids, tmp_
     ]
 
 
-def test_inpainting_writes_volumes_that_lie_on_the_image(tiny_model, tiny_bids, tmp_path) -> None:
+def test_inpainting_writes_volumes_that_lie_on_the_image(tiny_model, tiny_bids, tmp_path, capsys) -> None:
     image, half = reoriented(tmp_path, tiny_bids)
     values = {
         "model": str(tiny_model),
@@ -279,6 +279,8 @@ def test_inpainting_writes_volumes_that_lie_on_the_image(tiny_model, tiny_bids, 
         assert (filled.affine == source.affine).all() and filled.get_data_dtype() == source.get_data_dtype()
         assert (np.asarray(filled.dataobj)[known] == np.asarray(source.dataobj)[known]).all()
     assert np.abs(first.get_fdata() - second.get_fdata()).max() > 1e-3
+    (warning,) = json.loads((tmp_path / "filled_1.json").read_text())["Warnings"]
+    assert "stored upside down" in warning and warning in capsys.readouterr().err  # ellipsoids are no brains
     for key, text, words in [
         ("mask", str(tmp_path / "none.nii"), "mask="),
         ("image", str(tiny_bids / "participants.tsv"), "not a NIfTI file"),

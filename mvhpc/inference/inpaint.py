@@ -37,6 +37,7 @@ from shards.dataset import Dataset
 from shards.files import atomic_file, write_text
 from shards.index import array_checksum
 from shards.progress import progress
+from shards.qc.limits import verdict
 
 PASSES = 2  # per completion; a third changes little
 
@@ -232,6 +233,8 @@ def run(config: InpaintConfig, run: Run) -> dict[str, Any]:
     training = TrainingPeople.read(sampler.model.meta)
     warnings = [text for n, value in given.items() if (text := training.beyond(n, value, schema[n].unit or ""))]
     warnings += [SCAN] if training.knows_scan(array_checksum(voxels.astype("<f2"))) else []
+    if reasons := verdict(own.scan.figures(), schema[name].suffix):
+        warnings.append(f"the scan is unlike those that are packed: {'; '.join(reasons)}")
     for warning in warnings:
         print(f"{name}: warning: {warning}", file=sys.stderr)
     people = complete(sampler, name, voxels, known, given, config.samples, config.seed)
