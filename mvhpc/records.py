@@ -192,10 +192,11 @@ def check_grid(grid: Mapping[str, Any], dataset: Dataset) -> None:
     for fact in ("spacing", "shape", "affine"):
         ours, theirs = grid[fact], dataset.index.grid[fact]
         if np.shape(ours) != np.shape(theirs) or not np.allclose(ours, theirs, atol=1e-4):
-            raise ConfigError(
-                f"{dataset.folder} has {fact} {theirs}, the model was trained on {ours}; "
-                f"pack again with spacing {grid['spacing']} and shape {grid['shape']}"
-            )
+            remedy = f"pack again with spacing {grid['spacing']} and shape {grid['shape']}"
+            space = grid.get("space")
+            if space != dataset.index.grid.get("space"):
+                remedy += f" what `shards preprocess` registers to {space}" if space else " scans as they come"
+            raise ConfigError(f"{dataset.folder} has {fact} {theirs}, the model was trained on {ours}; {remedy}")
 
 
 def _difference(ours: Variable, theirs: Variable) -> str:

@@ -28,10 +28,12 @@ from mvhpc.inference.ray_pool import Pool
 from mvhpc.inference.rows import ROWS
 from mvhpc.inference.scalars_predictor import ScalarsPredictor
 from mvhpc.models.training_people import TrainingPeople
+from mvhpc.records import check_grid
 from mvhpc.runs.folder import Run
 from mvhpc.runtime.ray_cluster import ray_session
 from shards.dataset import open_dataset
 from shards.schema import Schema
+from shards.volumes import Space, grid
 
 
 def configuration(model: Path, data: Path, out: Path, **values: Any) -> PredictConfig:
@@ -356,6 +358,10 @@ def test_data_on_another_grid_are_refused(tiny_early, tiny_bids, tmp_path) -> No
     config = configuration(tiny_early, tmp_path / "coarse", tmp_path / "a.tsv", given=["image"], want=["age"])
     with pytest.raises(ConfigError, match=r"spacing.*pack again with spacing 8"):
         open_predictor(config)
+    dataset = open_dataset(tmp_path / "coarse")
+    registered = grid(10.0, (16, 16, 16), Space("MNI", (0.0, -18.0, 4.0)))
+    with pytest.raises(ConfigError, match=r"affine.*pack again .* what `shards preprocess` registers to MNI$"):
+        check_grid(registered, dataset)
 
 
 def test_a_category_that_the_model_does_not_know_affects_no_other_query(tiny_early, tiny_bids, tmp_path) -> None:
