@@ -160,16 +160,17 @@ def test_people_of_one_value_calibrate_nothing(
         calibrated(trained, relabelled(others, tmp_path, [40], "F"), tmp_path / "none")
 
 
-def test_ages_that_do_not_go_with_the_scans_calibrate_nothing(
+def test_ages_that_do_not_go_with_the_scans_shift_alone(
     trained: Path, others: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ages of other people, or of people of nearly the same age: the answers would be their mean."""
+    """Ages of other people, or of people of nearly the same age: stretched, the answers would be their mean."""
     ages = [20 + 1.5 * i for i in range(40)]
     random.Random(0).shuffle(ages)
     _, model = calibrated(trained, relabelled(others, tmp_path / "shuffled", ages), tmp_path / "new")
-    assert set(model.meta["site"]["scalars"]) == {"sex"}
-    err = capsys.readouterr().err
-    assert "warning: not calibrated: age: " in err and "NOT better than predicting the mean" in err
+    assert model.stack.site["age"].stretch == 1 and model.stack.site["age"].temperature > 1.5
+    (note,) = predictor(tmp_path / "new", others, want=["age"], given=["image"]).notes
+    assert "NOT better than predicting the mean" in note and "so that answers are shifted alone" in note
+    assert note in capsys.readouterr().err
 
 
 def test_a_calibration_that_may_be_chance_is_named_with_every_answer(

@@ -2,8 +2,9 @@
 
 The people's scalars are predicted from their volumes. The calibration of each scalar is applied wherever a volume is
 given; see :mod:`mvhpc.models.site_calibration`. Nothing is trained. People from whom the model learnt are left out: its
-errors about them are smaller than about new people. A scalar of which all people have one value is not calibrated, nor
-a number that is predicted no better for people who are left out than by the mean of the others.
+errors about them are smaller than about new people. A scalar of which all people have one value is not calibrated. A
+number that is predicted no better for people who are left out than by the mean of the others is shifted alone: its
+stretch would make all answers alike.
 """
 
 import dataclasses
@@ -173,18 +174,19 @@ def _calibrate(
     """
     if (truth == truth[0]).all():
         return f"{name}: all people have one value, from which nothing is learnt about others"
-    variable, doubts = model.variables[name], list(doubts)
+    variable, doubts, stretched = model.variables[name], list(doubts), True
     if isinstance(variable, Continuous):
         beside = _beside_mean(variable, model.schema[name], law, truth, keys)
         text = f"calibrated by others of the {beside.own.n} people, {beside.text()}"
-        if beside.gain.value <= 0:
-            return f"{name}: {text}. Are the values right, and do the people differ enough?"
+        stretched = beside.gain.value > 0
+        if not stretched:
+            text += ", so that answers are shifted alone. Are the labels right, and do the people differ enough?"
         if beside.better:
             print(text, file=sys.stderr)
         else:
             doubts.append(text)
     note = f"{name}: {'; '.join(doubts)}" if doubts else ""
-    return dataclasses.replace(calibrate_site(law, truth), note=note)
+    return dataclasses.replace(calibrate_site(law, truth, stretched), note=note)
 
 
 def _beside_mean(variable: Continuous, recorded: Variable, law: Law, truth: Tensor, keys: Sequence[str]) -> AgainstMean:

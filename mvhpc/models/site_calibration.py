@@ -52,12 +52,13 @@ class SiteCalibration:
         )
 
 
-def calibrate_site(law: Law, truth: Tensor) -> SiteCalibration:
+def calibrate_site(law: Law, truth: Tensor, stretched: bool = True) -> SiteCalibration:
     """The calibration by N people of a site.
 
     Args:
         law: predicted for them.
         truth: z_0 (N, 1), or classes (N,).
+        stretched: whether the mean of a number is stretched too; otherwise it is shifted alone.
 
     Raises:
         ValueError: fewer than ten people.
@@ -67,28 +68,34 @@ def calibrate_site(law: Law, truth: Tensor) -> SiteCalibration:
     if isinstance(law, Tensor):
         return _of_classes(law, truth)
     mean, y = law.mean.numpy(), truth[:, 0].double().numpy()
-    shift, stretch = _regression(mean, y)
-    temperature = conformal_temperature(needed_stretch(law, torch.from_numpy(left_out_errors(mean, y))))
+    shift, stretch = _regression(mean, y, stretched)
+    errors = left_out_errors(mean, y, stretched)
+    temperature = conformal_temperature(needed_stretch(law, torch.from_numpy(errors)))
     return SiteCalibration((shift,), stretch, temperature)
 
 
-def left_out_errors(mean: NDArray[np.float64], truth: NDArray[np.float64]) -> NDArray[np.float64]:
+def left_out_errors(
+    mean: NDArray[np.float64], truth: NDArray[np.float64], stretched: bool = True
+) -> NDArray[np.float64]:
     """The error about each of N people of a calibration by the others, (N,).
 
     Args:
         mean: of the predicted laws, (N,).
         truth: (N,).
+        stretched: as :func:`calibrate_site` takes it.
     """
     errors = np.empty(len(truth))
     for i in range(len(truth)):
         left = np.arange(len(truth)) != i
-        a, b = _regression(mean[left], truth[left])
+        a, b = _regression(mean[left], truth[left], stretched)
         errors[i] = truth[i] - a - b * mean[i]
     return errors
 
 
-def _regression(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]:
-    """Intercept and slope of y on x, with a normal prior of the slope about 1."""
+def _regression(x: NDArray[np.float64], y: NDArray[np.float64], stretched: bool) -> tuple[float, float]:
+    """Intercept and slope of y on x, with a normal prior of the slope about 1; where not stretched, it is 1."""
+    if not stretched:
+        return float((y - x).mean()), 1.0
     dx, dy = x - x.mean(), y - y.mean()
     noise = max(float(np.mean((dy - dx) ** 2)), 1e-12)
     precision = noise / STRETCH_SD**2
