@@ -1,11 +1,6 @@
 """Stages of benchmarks: those that are complete are reused, chains of them run side by side."""
 
-import ctypes
-import os
-import signal
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +8,7 @@ from mvhpc.config import load_config
 from mvhpc.execute import plan
 from mvhpc.pipeline.run import do
 from mvhpc.stages import STAGES
+from shards.processes import process_pool
 
 Stage = tuple[str, str, dict[str, Any]]  # name, preset, values
 
@@ -33,14 +29,6 @@ def complete_chain(root: Path, stages: Sequence[Stage]) -> None:
 
 def complete_chains(root: Path, chains: Sequence[Sequence[Stage]]) -> None:
     """Run chains of stages, two at a time: one core each is faster than both for one after the other."""
-    with ProcessPoolExecutor(2, get_context("spawn"), end_with_parent, (os.getpid(),)) as two:
+    with process_pool(2) as two:
         for future in [two.submit(complete_chain, root, chain) for chain in chains]:
             future.result()
-
-
-def end_with_parent(parent: int) -> None:
-    """Kill a process of the pool when the script dies: it would write into the folders of the next run."""
-    pr_set_pdeathsig = 1  # of prctl(2)
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before
-        os.kill(os.getpid(), signal.SIGKILL)

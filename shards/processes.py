@@ -1,7 +1,8 @@
-"""A pool of processes that Ctrl-C ends at any moment."""
+"""A pool of processes that Ctrl-C ends at any moment, and that end with the process that started them."""
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -21,8 +22,8 @@ def process_pool(
 ) -> Iterator[ProcessPoolExecutor]:
     """A pool of new processes, which leave Ctrl-C to this one. In the end, work that has not begun is dropped.
 
-    After Ctrl-C, where one of them was killed, or where nobody takes the results, the processes are ended at once: what
-    they write must be atomic.
+    After Ctrl-C, where one of them or this process was killed, or where nobody takes the results, the processes are
+    ended at once: what they write must be atomic.
 
     Args:
         workers: number of processes.
@@ -59,8 +60,17 @@ class _Pool(ProcessPoolExecutor):
 
 def _start(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if start is not None:
         start(*arguments)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is killed; Python's pool would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A pool of processes ends at Ctrl-C, whenever it comes."""
+"""A pool of processes ends at Ctrl-C, whenever it comes, and with the process that started it."""
 
 import gc
 import multiprocessing.context
@@ -96,3 +96,22 @@ def test_ctrl_c_ends_work_that_has_begun() -> None:
         raise KeyboardInterrupt
     assert time.monotonic() - started < 60 and not any(map(psutil.pid_exists, pids))
     assert all(isinstance(future.exception(), BrokenProcessPool) for future in work)
+
+
+def test_processes_end_with_the_one_that_started_them() -> None:
+    """At work and waiting for work; Python's pool leaves them for ever."""
+    program = (
+        "import time\n"
+        "from shards.processes import process_pool\n"
+        "with process_pool(2) as pool:\n"
+        "    work = [pool.submit(time.sleep, seconds) for seconds in (600, 1)]\n"
+        "    work[1].result()\n"
+        "    print(*pool._processes, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    root = str(Path(__file__).resolve().parent.parent)
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=root, text=True) as started:
+        assert started.stdout is not None
+        processes = [psutil.Process(int(pid)) for pid in started.stdout.readline().split()]
+        started.kill()
+    assert len(processes) == 2 and psutil.wait_procs(processes, timeout=60)[1] == []

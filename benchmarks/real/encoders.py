@@ -9,10 +9,7 @@ ROOT; trainings that are complete are reused.
 """
 
 import argparse
-import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.real.answers import interval, persons
 from benchmarks.real.sites import SHAPE, SPACING
-from benchmarks.stages import complete, end_with_parent
+from benchmarks.stages import complete
 from mvhpc.config import load_config
 from mvhpc.diffusion.laws import Law, join, log_score, take
 from mvhpc.models.loading import prepare
@@ -36,6 +33,7 @@ from mvhpc.training.loop import train
 from mvhpc.training.scalars import STANDARDIZED, ScalarsConfig, ScalarsTask
 from mvhpc.training.stacking import member_weights
 from mvhpc.variables import Categorical, Continuous
+from shards.processes import process_pool
 
 WANT, VOLUME = ("age", "sex"), "image"
 LABEL_SD = 3.0  # years, of the ages that stand for one age
@@ -230,7 +228,7 @@ def main() -> None:
     root.mkdir(parents=True, exist_ok=True)
     weights = learn_phantoms(root, options.phantoms) if "pretrained on phantoms" in options.rows else None
     folders = {name: root / name.replace(" ", "-") for name in options.rows}
-    with ProcessPoolExecutor(2, get_context("spawn"), end_with_parent, (os.getpid(),)) as two:
+    with process_pool(2) as two:
         jobs = [
             two.submit(train_variant, VARIANTS[name], data, out, {"compute.threads": 1}, weights)
             for name, out in folders.items()
