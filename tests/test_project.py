@@ -237,3 +237,10 @@ def test_a_refused_value_of_a_stage_is_named_and_not_kept(home: Path) -> None:
         with pytest.raises(ConfigError, match=r"stage vae: .*unknown key 'training.epoch'. Did you mean"):
             run_pipeline(configure_pipeline("demo", ["root=runs/new", *values], "demo"))
     assert not Path("runs").exists()
+
+
+def test_a_project_without_its_source_is_none(home: Path) -> None:
+    """Commands would take it for the one that was used last."""
+    with pytest.raises(ConfigError, match=r"source=people: no such file or folder"):
+        run_pipeline(configure_pipeline("small", ["root=runs/new", "source=people"], "demo"))
+    assert not Path("runs").exists()

@@ -72,13 +72,15 @@ def run_pipeline(config: PipelineConfig) -> Pipeline:
     """Run every stage that is not complete, and print the table of results and further commands.
 
     Raises:
-        ConfigError: a stage's configuration is invalid, or jobs or processes are at work in the project; raised before
-            any stage is started.
+        ConfigError: a stage's configuration is invalid, the source is missing, or jobs or processes are at work in the
+            project; raised before any stage is started.
         Exception: as a stage raises.
     """
     pipeline = Pipeline(config)
     steps = list(pipeline.steps())  # checks all configurations
     check_project(pipeline.root, [STAGES[stage].run_folder(step.out) for stage, step in steps])
+    if (first := plan(*steps[0])).state() != "finished":
+        first.check_inputs()  # a project without its source is none
     record_project(config)
     start = time.monotonic()
     tracking = steps[0][1].tracking
