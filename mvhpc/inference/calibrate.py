@@ -177,10 +177,10 @@ def _calibrate(
     variable, doubts, stretched = model.variables[name], list(doubts), True
     if isinstance(variable, Continuous):
         beside = _beside_mean(variable, model.schema[name], law, truth, keys)
-        text = f"calibrated by others of the {beside.own.n} people, {beside.text()}"
+        text = f"calibrated by {beside.own.n} people, each left out in turn: {beside.text()}"
         stretched = beside.gain.value > 0
         if not stretched:
-            text += ", so that answers are shifted alone. Are the labels right, and do the people differ enough?"
+            text += "; so answers are shifted alone: check the labels, and whether the people differ enough"
         if beside.better:
             print(text, file=sys.stderr)
         else:
