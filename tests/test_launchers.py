@@ -253,6 +253,23 @@ def test_without_slurm_nodes_are_workers_on_this_machine(capsys: pytest.CaptureF
 # --- the time limit ---
 
 
+def quiet_signals() -> Signals:
+    """The signals of a job, without their handlers in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    signals = Signals()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return signals
+
+
+def answer(folder: Path, monkeypatch: pytest.MonkeyPatch, **lines: str) -> None:
+    """Let commands of SLURM print a line each."""
+    for name, line in lines.items():
+        (folder / name).write_text(f"#!/bin/sh\necho {line}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
 @pytest.mark.parametrize(
     ("stage", "advances", "end"),
     [("predict", True, Requeue), ("pack", True, Requeue), ("pack", False, JobFailed), ("encode", True, JobFailed)],
@@ -267,11 +284,10 @@ def test_near_the_time_limit_a_stage_that_resumes_and_advances_is_requeued(
     journal = Journal(tmp_path)
     journal.write("metrics", step=1, metrics={})  # of an earlier start
     time.sleep(0.01)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
     assignment = Assignment(stage, str(tmp_path), {}, {}, False, False, 1, "/", "", "", 60)
-    node_0 = Head(assignment, Allocation("7", 0, 0, 1, "n1", 1, 0), tmp_path / "jobs" / "7" / "start-0", Signals())
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    node_0 = Head(
+        assignment, Allocation("7", 0, 0, 1, "n1", 1, 0), tmp_path / "jobs" / "7" / "start-0", quiet_signals()
+    )
     time.sleep(0.01)
     if advances:
         journal.write("metrics", step=2, metrics={})
@@ -290,15 +306,9 @@ def test_a_warning_before_the_stage_begins_says_whether_it_is_the_time_limits(
     left: str, event: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job that its time limit ends before the first step would be requeued for ever."""
-    for name, shown in {"squeue": left, "scontrol": "Restarts=1"}.items():  # SLURM has requeued it already
-        (tmp_path / name).write_text(f"#!/bin/sh\necho {shown}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    answer(tmp_path, monkeypatch, squeue=left, scontrol="Restarts=1")  # SLURM has requeued it already
     monkeypatch.setattr(head, "REQUEUE_TIMEOUT_S", 0)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
-    signals = Signals()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    signals = quiet_signals()
     signals.stop = True
     assignment = Assignment("joint", str(tmp_path), {}, {}, False, True, 1, "/", "", "", 60)
     folder = tmp_path / "jobs" / "7" / "start-0"
@@ -314,15 +324,9 @@ def test_a_warning_before_the_stage_begins_says_whether_it_is_the_time_limits(
 def test_a_warning_while_ray_starts_again_requeues_a_stage_that_has_advanced(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, shown in {"squeue": "0:30", "scontrol": "Restarts=1"}.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\necho {shown}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    answer(tmp_path, monkeypatch, squeue="0:30", scontrol="Restarts=1")
     monkeypatch.setattr(head, "REQUEUE_TIMEOUT_S", 0)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
-    signals = Signals()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    signals = quiet_signals()
     signals.stop = True
     assignment = Assignment(stage, str(tmp_path), {}, {}, False, STAGES[stage].trains, 1, "/", "", "", 60)
     folder = tmp_path / "jobs" / "7" / "start-0"
@@ -342,13 +346,10 @@ def test_the_first_driver_of_a_job_looks_for_an_earlier_result(
     before: list[str], looks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also after a requeue before the stage began: a training of other settings is still to be set aside."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
     assignment = Assignment("vae", str(tmp_path), {}, {}, True, True, 1, "/", "", "", 60)
     folder = tmp_path / "jobs" / "7" / "start-1"
     folder.mkdir(parents=True)
-    node_0 = Head(assignment, Allocation("7", 1, 0, 1, "n1", 1, 0), folder, Signals())
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    node_0 = Head(assignment, Allocation("7", 1, 0, 1, "n1", 1, 0), folder, quiet_signals())
     for event in before:
         node_0.job.record(event)
     monkeypatch.setattr(head, "ManagedProcess", lambda *_: SimpleNamespace(poll=lambda: 0, stop=lambda: 0))
@@ -362,11 +363,10 @@ def test_a_result_that_was_set_aside_is_no_advance_of_a_job(tmp_path: Path) -> N
     """At the time limit, a training without a checkpoint of its own would be requeued to resume from none."""
     checkpoint = tmp_path / "checkpoints" / "step-00000500"
     checkpoint.mkdir(parents=True)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
     assignment = Assignment("joint", str(tmp_path), {}, {}, True, True, 1, "/", "", "", 60)
-    node_0 = Head(assignment, Allocation("7", 0, 0, 1, "n1", 1, 0), tmp_path / "jobs" / "7" / "start-0", Signals())
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    node_0 = Head(
+        assignment, Allocation("7", 0, 0, 1, "n1", 1, 0), tmp_path / "jobs" / "7" / "start-0", quiet_signals()
+    )
     node_0.signals.stop = node_0.out_of_time = True
     checkpoint.rename(tmp_path / "old")
     assert node_0._interrupted()[0] == "failed"
@@ -383,11 +383,10 @@ def test_a_driver_that_fails_at_the_time_limit_is_started_again_where_it_has_adv
     (tmp_path / "squeue").write_text("#!/bin/sh\necho 0:30\n")
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
     assignment = Assignment("joint", str(tmp_path), {}, {}, True, True, 1, "/", "", "", 60)
-    node_0 = Head(assignment, Allocation("7", 0, 0, 1, "n1", 1, 0), tmp_path / "jobs" / "7" / "start-0", Signals())
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    node_0 = Head(
+        assignment, Allocation("7", 0, 0, 1, "n1", 1, 0), tmp_path / "jobs" / "7" / "start-0", quiet_signals()
+    )
     node_0.signals.stop = True
     if advances:
         (tmp_path / "checkpoints" / "step-00000010").mkdir(parents=True)
