@@ -1,6 +1,7 @@
 """A copy of the files of an index in one file beside them, from which they are restored where they are damaged."""
 
 import hashlib
+import shutil
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,9 +34,11 @@ def unpack_copy(folder: Path, place: Path) -> list[str]:
     try:
         with tarfile.open(folder / COPY, "r:") as tar:
             for member in tar:
-                if Path(member.name).name != member.name or not member.isfile():
+                source = tar.extractfile(member) if Path(member.name).name == member.name else None
+                if source is None:  # no plain file, or one of another folder
                     return []
-                tar.extract(member, place, filter="data")
+                with (place / member.name).open("wb") as target:
+                    shutil.copyfileobj(source, target)
                 names.append(member.name)
     except (FileNotFoundError, tarfile.TarError):
         return []
