@@ -9,9 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from mvhpc.config import ConfigError, load_config
 from mvhpc.diffusion.laws import Law, take
@@ -22,6 +20,7 @@ from mvhpc.inference.predictor import PredictConfig, check_query
 from mvhpc.inference.sampler import versions
 from mvhpc.inference.scalar_inputs import read_inputs
 from mvhpc.inference.scalars_predictor import ScalarsPredictor
+from mvhpc.inference.scan_pictures import ScanPictures
 from mvhpc.inference.selection import Selection
 from mvhpc.models.bundle import load_model_of_scalars
 from mvhpc.models.known_answer import check_known_answer
@@ -34,24 +33,19 @@ from mvhpc.variables import Categorical, Continuous
 from shards.bids_source import MASK
 from shards.errors import DataError, TooManyRejects
 from shards.files import atomic_file, rename_aside
-from shards.nifti import read
 from shards.pack import pack
 from shards.packing.rejected import read_rejected
 from shards.participant_rows import ID, PATH, SESSION, Reject, Table
 from shards.participant_rows import Row as Visit
 from shards.participants import read_table
-from shards.preprocess.derivative import result_files
-from shards.preprocess.recipe import MNI, Recipe
-from shards.preprocess.registration import load_template
+from shards.preprocess.recipe import Recipe
 from shards.preprocess.run import other_recipe, preprocess, with_template
 from shards.progress import Progress
 from shards.schema import Schema
 from shards.sheets import column_names, read_sheet
 
 POINTS, REACH = 240, 4.0  # of a density's curve; SDs on either side of the mean
-EDGE = 0.1  # of a packed volume; below lies what resampling leaves around the brain
 OK = "ok"
-Array = NDArray[np.float32]
 SCANS, DERIVATIVE, PACKED, TABLE = "scans.csv", "preprocessed", "packed", "predictions.tsv"
 
 
@@ -301,7 +295,7 @@ def _answer(
     selection.warnings.extend(predictor.notes)
     selection.warn(", ".join(want))
     keys, rows, pages = selection.keys, {}, {}
-    pictures = _Pictures(source, Recipe.from_dict(model.meta["recipe"]) if model.meta["recipe"] else None)
+    pictures = ScanPictures(source, Recipe.from_dict(model.meta["recipe"]) if model.meta["recipe"] else None)
     with Progress(", ".join(want), len(keys), "scan") as bar:
         for first in range(0, len(keys), config.batch):
             part = keys[first : first + config.batch]
@@ -316,7 +310,7 @@ def _answer(
     return rows, pages, selection.warnings
 
 
-def _page(predictor: ScalarsPredictor, row: Row, answers: Sequence[Answer], pictures: "_Pictures") -> Subject:
+def _page(predictor: ScalarsPredictor, row: Row, answers: Sequence[Answer], pictures: ScanPictures) -> Subject:
     """What the page of one scan shows."""
     flags = [flag for flag in str(row["flag"]).split("; ") if flag != OK]
     record = predictor.dataset.record(row["key"])
@@ -326,30 +320,6 @@ def _page(predictor: ScalarsPredictor, row: Row, answers: Sequence[Answer], pict
     volume, mask = pictures.read(predictor, row["key"])
     contrast = predictor.schema.volumes[0].suffix
     return Subject(row["key"], answers, flags, volume, mask, pictures.template, figures, contrast)
-
-
-class _Pictures:
-    """The scans of the pages: of the derivative, otherwise of the packed data.
-
-    Attributes:
-        template: the template's brain on the grid of the derivative; None without registration to the built-in one.
-    """
-
-    def __init__(self, source: Path, recipe: Recipe | None) -> None:
-        self.source, self.recipe = source, recipe
-        registered = recipe is not None and "registration" in recipe.steps and recipe.template == MNI
-        self.template = load_template(None, recipe).mask.voxels if registered and recipe else None
-
-    def read(self, predictor: ScalarsPredictor, key: str) -> tuple[Array, Array]:
-        """A scan in [0, 1], and its brain mask; (X, Y, Z), RAS."""
-        if self.recipe is None:
-            packed = predictor.dataset.read(key, predictor.model.variables.volumes[0].name).astype(np.float32)
-            return packed, (packed > EDGE).astype(np.float32)
-        suffix = predictor.schema.volumes[0].suffix
-        visit = Visit(0, key, subject_of(key), "", "", {}, {})
-        files = result_files(self.source, visit, suffix, self.recipe)
-        voxels, mask = (read(files[name]).voxels for name in ("image", "mask"))
-        return np.clip(voxels / np.percentile(voxels[mask > 0], 99.5), 0, 1), mask
 
 
 def _variable_answer(model: ScalarsModel, row: Row, name: str, law: Law, place: int) -> Answer:
