@@ -1,15 +1,15 @@
 """Reading tables of participants: a BIDS folder, or a CSV with a column of paths -> rows ready to pack."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from shards.bids_files import check_entities
 from shards.bids_source import read_bids
 from shards.csv_source import read_csv
-from shards.errors import DataError
-from shards.participant_rows import Columns, Table
-from shards.schema import Schema
+from shards.errors import DataError, named
+from shards.participant_rows import Columns, Reject, Row, Table
+from shards.schema import Schema, Value
 
 
 def read_table(
@@ -55,4 +55,18 @@ def read_table(
     else:
         raise DataError(f"{source}: no such folder or file; give a BIDS folder or a CSV")
     columns.check_used(source)
-    return replace(table, notes=[*columns.notes, *table.notes])
+    return replace(table, notes=[*columns.notes, *table.notes, *_contradictions(table.rows, schema)])
+
+
+def _contradictions(rows: Sequence[Row | Reject], schema: Schema) -> Iterator[str]:
+    """A note for each category that changes between the visits of a subject."""
+    for variable in (v for v in schema.scalars if v.kind == "categorical"):
+        found: dict[str, set[Value]] = {}
+        for row in rows:
+            if isinstance(row, Row) and row.values[variable.name] is not None:
+                found.setdefault(row.subject, set()).add(row.values[variable.name])
+        changed = [subject for subject, values in found.items() if len(values) > 1]
+        if changed:
+            whose = "1 subject" if len(changed) == 1 else f"{len(changed)} subjects"
+            text = f"{variable.name} differs between the visits of {whose}: {named(changed)}"
+            yield f"{text}; correct the table unless it did change"
