@@ -115,7 +115,7 @@ def _dashboard(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "store",
         nargs="?",
-        help="folder with mlflow.db, or a tracking URI (default: the project below runs/ that was used last)",
+        help="folder of runs, or a tracking URI (default: the project below runs/ that was used last)",
     )
     parser.add_argument("--port", type=int, help="of this machine (default: the first free one from 5000 on)")
 

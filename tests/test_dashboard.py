@@ -19,7 +19,7 @@ from mvhpc.runs.dashboard import HOST, _free, dashboard, serve, wait_for_server
 from mvhpc.runs.journal import Journal
 from mvhpc.runs.mlflow_app import FIRST_VISIT
 from mvhpc.runs.mlflow_store import store_client
-from mvhpc.runs.mlflow_sync import sync, synced
+from mvhpc.runs.mlflow_sync import sync, synced, write_state
 from tests.test_mlflow import PNG, losses, track
 
 
@@ -148,3 +148,19 @@ def test_a_port_that_is_named_is_taken_or_refused_and_nothing_is_written(
 def test_dashboard_of_no_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no MLflow store .*mlflow\.db"):
         dashboard(str(tmp_path))
+
+
+def test_dashboard_of_predictions_is_that_of_their_store(tmp_path: Path) -> None:
+    """Predictions of a model are in the model's store."""
+    for name in ("a", "b.run"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        write_state(tmp_path / "out" / name, {"store": "sqlite:///../../models/mlflow.db"})
+    with pytest.raises(ConfigError, match=rf"no MLflow store {tmp_path}/models/mlflow\.db"):
+        dashboard(str(tmp_path / "out"))
+    write_state(tmp_path / "out" / "a", {"store": "http://there"})
+    with pytest.raises(
+        ConfigError, match=r"in several stores; name one of http://there, sqlite:///.*/models/mlflow\.db"
+    ):
+        dashboard(str(tmp_path / "out"))
+    write_state(tmp_path / "out" / "b.run", {"store": "http://there"})
+    dashboard(str(tmp_path / "out"))  # a server of its own is only printed

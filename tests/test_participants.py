@@ -309,7 +309,7 @@ def test_every_session_has_its_own_row_in_a_table_of_sessions(tmp_path: Path) ->
     assert values(read_table(source, SCHEMA)) == [(31, "F")]  # its own row is in participants.tsv
 
 
-def test_a_category_that_changes_between_visits_is_told(tmp_path: Path) -> None:
+def test_a_category_that_changes_between_visits_is_noted(tmp_path: Path) -> None:
     source = visits(tmp_path, "ses-1", "ses-2", "ses-3")
     sessions = source / "sub-01" / "sub-01_sessions.tsv"
     sessions.write_text("session_id\tsex\nses-1\tF\nses-2\tfemale\nses-3\tn/a\n")

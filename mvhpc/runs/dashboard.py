@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from mvhpc.config import ConfigError
 from mvhpc.runs.mlflow_store import ENVIRONMENT, SQLITE, save_view, store_client
-from mvhpc.runs.mlflow_sync import catch_up
+from mvhpc.runs.mlflow_sync import catch_up, stores_below
 from shards.files import write_once, write_text
 
 HOST = "127.0.0.1"
@@ -30,17 +30,19 @@ def dashboard(store: str, port: int | None = None) -> None:
     """Serve a store until interrupted; the password is made at the first start and printed then.
 
     Args:
-        store: a folder with ``mlflow.db``, an sqlite URI, or the address of a server, which is only printed.
+        store: a folder with ``mlflow.db`` or with runs whose store is elsewhere, an sqlite URI, or the address of a
+            server, which is only printed.
         port: where it listens; None: the first free one.
 
     Raises:
-        ConfigError: there is no store, or the port is not free.
+        ConfigError: there is no store, or the runs are in several, or the port is not free.
         RuntimeError: MLflow does not start; with the end of its log.
     """
+    store = _store_of(store)
     if store.startswith(("http://", "https://")):
         print(f"The runs are on a server of their own: open {store}")
         return
-    database = Path(store.removeprefix(SQLITE)) if store.startswith(SQLITE) else Path(store) / "mlflow.db"
+    database = Path(store.removeprefix(SQLITE))
     if not database.is_file():
         raise ConfigError(f"no MLflow store {database}; name the folder of your runs, or run a stage first")
     for folder, reason in catch_up(database.parent).items():
@@ -55,6 +57,17 @@ def dashboard(store: str, port: int | None = None) -> None:
         print(f"{page}   user: {USER}   password: {shown}\nCtrl-C ends it.", flush=True)
         while True:
             time.sleep(3600)
+
+
+def _store_of(store: str) -> str:
+    """The tracking URI of a folder: of ``mlflow.db`` there, otherwise of the store of its runs, as of predictions."""
+    if "://" in store:
+        return store
+    database = Path(store) / "mlflow.db"
+    found = [] if database.is_file() else stores_below(Path(store))
+    if len(found) > 1:
+        raise ConfigError(f"{store}: its runs are in several stores; name one of {', '.join(found)}")
+    return found[0] if found else f"{SQLITE}{database}"
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from creating it at the same time. A metric carries the journal's time, and MLfl
 resumed run repeats steps, the first pass counts.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -109,10 +110,9 @@ def catch_up(root: Path, over: Callable[[], bool] = lambda: False) -> dict[Path,
     """
     reasons: dict[Path, str] = {}
     silent: dict[str, str] = {}  # tracking URI of a store that could not be reached -> reason
-    for path in sorted([*root.glob(f"*/{STATE}"), *root.glob(f"*/*/{STATE}")]):
+    for folder in _run_folders(root):
         if over():
             break
-        folder = path.parent
         try:
             state = read_state(folder)
             if state["status"] == "RUNNING" or _knows_status(synced(folder), state):
@@ -134,6 +134,20 @@ def catch_up(root: Path, over: Callable[[], bool] = lambda: False) -> dict[Path,
         if uri in silent:
             reasons[folder] = silent[uri]
     return reasons
+
+
+def stores_below(root: Path) -> list[str]:
+    """Tracking URIs of the stores that the runs up to two levels below a folder are in."""
+    found = set()
+    for folder in _run_folders(root):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # damaged
+            found.add(absolute_store(read_state(folder)["store"], folder))
+    return sorted(found)
+
+
+def _run_folders(root: Path) -> list[Path]:
+    """Those up to two levels below a folder."""
+    return [path.parent for path in sorted([*root.glob(f"*/{STATE}"), *root.glob(f"*/*/{STATE}")])]
 
 
 def record_end(folder: Path, attempt: str, ending: dict[str, Any]) -> None:
