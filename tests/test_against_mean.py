@@ -40,6 +40,14 @@ def test_a_gain_that_may_be_chance_is_not_called_better_nor_none() -> None:
     assert "not shown to be better than predicting the mean (gain 11.00 [" in found.text()
 
 
+@pytest.mark.parametrize(("n", "better"), [(5, False), (6, True)])
+def test_a_gain_of_everybody_may_be_chance_where_people_are_few(n: int, better: bool) -> None:
+    true = [20.0 + i for i in range(n)]
+    found = compare(table(true, true), [50.0] * n, SCHEMA["age"])
+    assert found is not None and found.better == better
+    assert found.verdict().startswith("better") == better and ("too few people" in found.verdict()) != better
+
+
 def test_rounding_is_no_gain() -> None:
     true = list(np.linspace(20, 80, 50))
     found = compare(table([50.0 + 1e-5 * np.sign(x - 50) for x in true], true), [50.0] * 50, SCHEMA["age"])

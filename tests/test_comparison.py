@@ -1,5 +1,8 @@
 """Comparisons of methods against closed forms: paired intervals, calibration, slopes, groups, visits."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,9 +12,19 @@ from mvhpc.diffusion.laws import normal
 from mvhpc.evaluation import ensembles
 from mvhpc.evaluation.answers import Answers, read_answers
 from mvhpc.evaluation.calibration import SHARES, calibrated_error, inside, reliability
-from mvhpc.evaluation.comparison import Comparison
+from mvhpc.evaluation.comparison import Comparison, draw_figures, make_tables
+from mvhpc.evaluation.comparison_figures import colours
 from mvhpc.evaluation.comparisons import compare_all
-from mvhpc.evaluation.paper_tables import digits_of, retest, score_text, table_1
+from mvhpc.evaluation.paper_tables import (
+    by_group,
+    calibration,
+    comparisons,
+    digits_of,
+    retest,
+    score_of,
+    score_text,
+    table_1,
+)
 from mvhpc.evaluation.systematic import between_visits, corrected, error_line, group_order, groups_of, slope
 from mvhpc.evaluation.tables import Table
 from mvhpc.inference.law_cells import law_cells
@@ -64,10 +77,27 @@ def test_pairs_are_over_shared_people_and_equal_methods_do_not_differ() -> None:
     scores[5:, 3] = np.nan
     scores[:5, 0] = np.nan  # nobody is shared with the last
     found = {(d.first, d.second): d for d in compare_all(scores, people(30), resamples=500)}
-    assert (0, 3) not in found and found[1, 3].gap.n == 5
+    assert (0, 3) not in found and list(found) == sorted(found)
     assert found[0, 1].gap.interval == (0, 0, 0) and found[0, 1].p == 1
-    assert found[0, 2].gap.interval == pytest.approx((-1, -1, -1)) and found[0, 2].p == 0
+    assert found[0, 2].gap.interval == pytest.approx((-1, -1, -1)) and found[0, 2].p == 0.5**24
     assert found[0, 2].gap.n == 25
+    gap = scores[:5, 1] - scores[:5, 3]
+    assert found[1, 3].gap.value == pytest.approx(gap.mean()) and found[1, 3].gap.n == 5
+    assert np.isnan([found[1, 3].gap.low, found[1, 3].gap.high, found[1, 3].p]).all()
+
+
+@pytest.mark.parametrize(("n", "shown"), [(2, False), (5, False), (6, True), (40, True)])
+def test_one_better_for_everybody_is_so_by_chance_where_people_are_few(n: int, shown: bool) -> None:
+    """Of five people all differences have one sign by chance with a probability of 6 %."""
+    frames = [pd.DataFrame({"key": people(n), "subject": people(n), "value": v, "true": 1.0}) for v in (1.0, 2.0)]
+    both = [Answers(name, SCHEMA["height"], (), frame) for name, frame in zip(("first", "second"), frames)]
+    result = comparisons(SCHEMA["height"], [()], both)
+    assert result is not None
+    row = dict(zip(result.text.header, result.text.rows[0]))
+    assert row["better"] == ("first" if shown else "–") and row["people"] == str(n)
+    assert (row["p"] == "–") == (not shown)
+    if shown:
+        assert result.numbers["p_adjusted"][0] >= 0.5 ** (n - 1)
 
 
 def test_rows_of_one_person_are_one_subject_of_a_comparison() -> None:
@@ -209,6 +239,75 @@ def test_table_1_has_a_row_for_everybody_and_joins_what_was_generated() -> None:
     assert ours[:2] == ["ours", "–"] and ours[2].startswith("0.7500 ± 0.2500 [0.5")
     assert ldm == ["LDM", "10.94 [10.10, 11.60]", "–"]
     assert result.numbers["height_error"].tolist()[0] == 0.75 and result.numbers["FID"].tolist()[1] == 10.94
+
+
+def test_the_sd_of_one_person_is_not_zero_and_nobody_has_no_score() -> None:
+    frame = pd.DataFrame({"key": ["sub-a"], "subject": ["sub-a"], "value": [1.0], "true": [1.5]})
+    assert score_text(Answers("ours", SCHEMA["height"], (), frame)) == "0.5000"
+    assert score_text(Answers("ours", SCHEMA["height"], (), frame[:0])) == "–"
+
+
+def test_a_share_of_all_or_none_is_not_certain() -> None:
+    """The interval is that of the binomial law: 12 of 12 can well be 80 %."""
+    frame = pd.DataFrame({"key": people(12), "subject": people(12), "value": "A", "true": "A", "pit": 0.5})
+    answers = Answers("ours", SCHEMA["blood"], (), frame)
+    low = stats.binomtest(12, 12).proportion_ci(0.95, "exact").low
+    assert score_of(answers).interval == pytest.approx((1, low, 1))
+    wrong = Answers("ours", SCHEMA["blood"], (), frame.assign(true="B"))
+    assert score_of(wrong).interval == pytest.approx((0, 0, 1 - low))
+    number = Answers("ours", SCHEMA["height"], (), frame.assign(value=1.0, true=1.0, crps=0.1))
+    table = calibration([number])
+    assert table is not None and table.numbers["coverage_90_low"][0] == pytest.approx(low)
+    assert score_of(number).interval == (0, 0, 0)  # an error has no binomial law
+
+
+def test_groups_are_those_of_everybody_whom_some_method_answers() -> None:
+    """Otherwise two methods would have other decades."""
+    height = {name: 1.2 + 0.02 * i for i, name in enumerate(people(30))}
+
+    def answers(method: str, names: list[str]) -> Answers:
+        frame = pd.DataFrame({"key": names, "subject": names, "true": [height[name] for name in names]})
+        return Answers(method, SCHEMA["height"], (), frame.assign(value=1.5))
+
+    few = answers("few", people(30)[10:13])
+    result = by_group([[answers("many", people(30)), few]], [SCHEMA["height"]], lambda key, name: height[key])
+    assert result is not None
+    groups = result.numbers.groupby("method")["group"].apply(set)
+    assert groups["few"] < groups["many"]
+    assert "fewer than 20 people are too narrow" in result.note
+
+
+def test_nobody_with_a_known_value_leaves_dashes_and_no_figure(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"key": [], "subject": [], "value": [], "true": []})
+    comparison = Comparison(SCHEMA, ["ours", "other"], [("height", ("scan",)), ("height", ())])
+    for method in comparison.methods:
+        for _, given in comparison.queries:
+            comparison.add(comparison.found, Answers(method, SCHEMA["height"], given, frame))
+    results = list(make_tables(comparison, {}, lambda key, name: None))
+    assert results[0].text.rows == [["ours", "–"], ["other", "–"]]
+    assert draw_figures(comparison, results, tmp_path / "figures") == ["scores-height"]
+
+
+@pytest.mark.parametrize("n", [10, 11, 20])
+def test_every_method_has_its_own_colour(n: int) -> None:
+    assert len(set(colours(people(n)).values())) == n
+
+
+def test_names_end_no_cell_and_are_no_markup(tmp_path: Path) -> None:
+    names = ["a|b", "<script>x</script>", "[best]", "*", "two\nlines", "$5 and $%", "50 % & x_y^2~\\"]
+    table = Table(["", "n"], [[name, "1 < 2"] for name in names])
+    lines = table.markdown().splitlines()
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 3 for line in lines) and len(lines) == 2 + len(names)
+    assert not re.search(r"(?<!\\)<\w", table.markdown()) and lines[2] == r"| a\|b | 1 < 2 |"
+    rows = table.latex().splitlines()[4:-2]
+    assert len(rows) == len(names) and all(row.endswith(r" & 1 $<$ 2 \\") for row in rows)
+    assert rows[2].startswith("{}[best]") and rows[3].startswith("{}*")  # no arguments of the row before
+    assert rows[6].startswith(r"50 \% \& x\_y\textasciicircum{}2\textasciitilde{}\textbackslash{}")
+    frame = pd.DataFrame({"key": people(9), "subject": people(9), "value": 1.0, "true": 1.5, "pit": 0.2, "crps": 0.1})
+    comparison = Comparison(SCHEMA, names, [("height", ())])
+    for method in names:
+        comparison.add(comparison.found, Answers(method, SCHEMA["height"], (), frame))
+    draw_figures(comparison, [], tmp_path / "figures")
 
 
 def test_latex_is_escaped_and_has_a_column_for_each() -> None:

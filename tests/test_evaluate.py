@@ -104,7 +104,8 @@ def test_every_model_answers_what_it_can_and_every_file_is_there(compared: Path)
     assert (
         page.count("\n## ") == len(TABLES) + 1 and "people, 6 visits in all, the test part of the split default" in page
     )
-    assert page.count("warning") == 1 and "6 people; bootstrap intervals of fewer than 20" in page
+    assert page.count("warning") == 2 and "age is known of 6 people; bootstrap intervals of fewer than 20" in page
+    assert "sex is known of 5 people" in page
 
 
 def test_scores_are_those_of_predict_and_the_mean_is_that_of_the_training(
@@ -282,6 +283,10 @@ def test_folds_are_one_row_each_with_its_own_test_part(tiny_dataset: Path, tiny_
     for method in (OURS, LINEAR, MEAN):
         own = answers[(answers["method"] == method) & (answers["variable"] == "age") & (answers["given"] == "image")]
         assert sorted(own["key"]) == everybody
+    with pytest.raises(ConfigError, match=r"folds of the row 'model of scalars', but both .* --names"):
+        evaluate(data, tmp_path / "x", runs, split_name=names[0])
+    with pytest.raises(ConfigError, match=r"splits fold-1-of-2 and fold-2-of-2, and \d+ visits .* split_name=fold-1"):
+        evaluate(data, tmp_path / "x", runs, split="all", names=["one", "other"])
     page = (tmp_path / "folds" / "results.md").read_text()
     assert "12 people, 12 visits in all, the test part of the splits fold-1-of-2, fold-2-of-2" in page
     evaluate(data, tmp_path / "first", runs[:1], split_name=names[1])

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from mvhpc.evaluation.metrics import Estimate, absolute_errors, hits, mean_over_subjects
+from mvhpc.evaluation.metrics import FEWEST, Estimate, absolute_errors, hits, mean_over_subjects, share_of_subjects
 from shards.schema import Variable
 
 ROUNDING = 1e-3  # of the constant prediction's score
@@ -33,7 +33,7 @@ class AgainstMean:
     @property
     def better(self) -> bool:
         """Whether the interval of the gain lies above zero, by more than rounding."""
-        return self.gain.low > ROUNDING * abs(self.constant.value)
+        return self.gain.n >= FEWEST and self.gain.low > ROUNDING * abs(self.constant.value)
 
     @property
     def yardstick(self) -> str:
@@ -44,7 +44,7 @@ class AgainstMean:
         """``better than predicting the mean``, not shown to be (a gain that may be chance), or not, with the gain."""
         unit = f" {self.variable.unit}" if self.variable.unit and self.variable.kind != "categorical" else ""
         gain = f"gain {self.gain.format(2)}{unit}"
-        if self.gain.n < 2:
+        if self.gain.n < FEWEST:
             return f"too few people with a known {self.variable.name} to compare with predicting {self.yardstick}"
         chance = self.gain.value > ROUNDING * abs(self.constant.value)
         words = "better" if self.better else "not shown to be better" if chance else "NOT better"
@@ -72,12 +72,13 @@ def compare(
     if name not in frame or f"{name}_true" not in frame:
         return None
     category = variable.kind == "categorical"
+    mean = share_of_subjects if category else mean_over_subjects
     score: Callable[[Any, Any], NDArray[np.float64]] = hits if category else absolute_errors
     truth = frame[f"{name}_true"].tolist()
     own, other = (score(values, truth) for values in (frame[name].tolist(), list(constant)))
     both = own + other  # NaN where either is missing: the same people on both sides
     gain = own - other if category else other - own
     people = frame["subject"].astype(str).tolist()
-    found = [mean_over_subjects(x + 0 * both, people, seed=seed) for x in (own, other, gain)]
-    comparison = AgainstMean(variable, *found)
+    of_own, of_other = (mean(x + 0 * both, people, seed=seed) for x in (own, other))
+    comparison = AgainstMean(variable, of_own, of_other, mean_over_subjects(gain, people, seed=seed))
     return comparison if comparison.own.n else None

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import matplotlib
+import numpy as np
 import pandas as pd
 
 from mvhpc.evaluation import comparison_figures as figures
@@ -12,6 +14,7 @@ from mvhpc.evaluation import paper_tables
 from mvhpc.evaluation.answers import Answers
 from mvhpc.evaluation.paper_tables import Result
 from mvhpc.evaluation.systematic import group_order
+from mvhpc.evaluation.tables import escape_markdown
 from shards.files import write_text
 from shards.schema import Schema, Value, Variable
 
@@ -120,7 +123,7 @@ def draw_figures(comparison: Comparison, results: Sequence[Result], folder: Path
             wanted[f"reliability-{name}"] = partial(figures.reliability_of_category, v, laws)
         elif laws:
             wanted[f"calibration-{name}"] = partial(figures.calibration_of_number, v, laws, colour)
-        if first and v.kind != "categorical":
+        if v.kind != "categorical" and any(np.isfinite(a.scores).any() for a in first):
             wanted[f"predicted-{name}"] = partial(figures.against_truth, v, first)
         if groups is not None and (groups["variable"] == name).any():
             own = groups[groups["variable"] == name]
@@ -129,8 +132,9 @@ def draw_figures(comparison: Comparison, results: Sequence[Result], folder: Path
                 for by in dict.fromkeys(own["by"])
             }
             wanted[f"groups-{name}"] = partial(figures.groups, own, v, orders, colour)
-    for name, figure in wanted.items():
-        figure(folder / f"{name}.png")
+    with matplotlib.rc_context({"text.parse_math": False}):  # names may have dollar signs
+        for name, figure in wanted.items():
+            figure(folder / f"{name}.png")
     return list(wanted)
 
 
@@ -144,7 +148,7 @@ def write_result(folder: Path, result: Result) -> None:
 
 def page(results: Sequence[Result], drawn: Sequence[str], notes: Sequence[str]) -> str:
     """``results.md``: all tables and figures."""
-    lines = ["# Comparison of models", "", *(f"- {note}" for note in notes), ""]
+    lines = ["# Comparison of models", "", *(f"- {escape_markdown(note)}" for note in notes), ""]
     for result in results:
         lines += [f"## {result.title}", "", result.text.markdown(), "", result.note, ""]
     return "\n".join([*lines, "## Figures", "", *(f"![{name}](figures/{name}.png)\n" for name in drawn)])

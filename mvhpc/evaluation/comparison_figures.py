@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from mvhpc.evaluation.answers import Answers
 from mvhpc.evaluation.calibration import BINS, SHARES, inside, reliability
 from mvhpc.evaluation.figures import FAINT, save
-from mvhpc.evaluation.metrics import mean_over_subjects
+from mvhpc.evaluation.metrics import share_of_subjects
 from mvhpc.evaluation.paper_tables import measure, score_of
 from mvhpc.evaluation.tables import label
 from shards.schema import Variable
@@ -25,8 +25,8 @@ Colours = Mapping[str, str]  # method -> colour
 
 
 def colours(methods: Sequence[str]) -> Colours:
-    """A colour for each method, the same in all figures."""
-    palette = colormaps["tab10"].colors  # type: ignore[attr-defined]
+    """A colour for each method, the same in all figures; of more than 20 methods some share one."""
+    palette = colormaps["tab10" if len(methods) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
     return {name: palette[i % len(palette)] for i, name in enumerate(methods)}
 
 
@@ -96,7 +96,7 @@ def calibration_of_number(variable: Variable, answers: Sequence[Answers], colour
     for place, share in enumerate(SHARES):
         ax.plot([place - 0.45, place + 0.45], [share, share], color=FAINT, lw=1)
     for k, a in enumerate(answers):
-        found = [mean_over_subjects(inside(a.column("pit"), share), a.subjects) for share in SHARES]
+        found = [share_of_subjects(inside(a.column("pit"), share), a.subjects) for share in SHARES]
         y = 100 * np.array([f.value for f in found])
         ends = 100 * np.array([[f.value - f.low, f.high - f.value] for f in found]).T
         x = np.arange(len(SHARES)) + 0.7 * ((k + 0.5) / len(answers) - 0.5)
@@ -187,7 +187,7 @@ def against_truth(variable: Variable, answers: Sequence[Answers], path: Path) ->
 
     Args:
         variable: a number.
-        answers: to one query, at least one.
+        answers: to one query, at least one; somebody is answered.
         path: PNG file.
     """
     figure, axes = _panels(len(answers), equal=True)

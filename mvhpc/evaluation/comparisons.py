@@ -6,7 +6,7 @@ from itertools import combinations
 
 import numpy as np
 
-from mvhpc.evaluation.metrics import Estimate, Floats, per_subject
+from mvhpc.evaluation.metrics import FEWEST, Estimate, Floats, per_subject
 
 CHUNK = 1000  # bootstrap samples at a time
 
@@ -17,8 +17,9 @@ class Difference:
 
     Attributes:
         first, second: places of the methods.
-        gap: mean score of the first less that of the second, with its simultaneous interval.
-        p: of no difference, adjusted for the number of comparisons.
+        gap: mean score of the first less that of the second, with its simultaneous interval; NaN where they share
+            fewer than :data:`.metrics.FEWEST` subjects.
+        p: of no difference, adjusted for the number of comparisons; NaN where there is no interval.
     """
 
     first: int
@@ -48,9 +49,10 @@ def compare_all(
         seed: of the bootstrap.
 
     Returns:
-        One entry for each pair that shares at least two subjects.
+        One entry for each pair that shares subjects.
     """
     names = np.asarray(subjects)
+    result: list[Difference] = []
     found: list[tuple[int, int, Floats]] = []  # pair, and its totals and counts (S, 2) by subject
     people: list[int] = []
     for i, j in combinations(range(scores.shape[1]), 2):
@@ -58,11 +60,14 @@ def compare_all(
         known = np.isfinite(apart)
         sums = per_subject(np.stack([np.where(known, apart, 0.0), known.astype(float)], 1), names)
         shared = int((sums[:, 1] > 0).sum())
-        if shared > 1:
+        if shared >= FEWEST:
             found.append((i, j, sums))
             people.append(shared)
+        elif shared:
+            mean = float(apart[known].mean())
+            result.append(Difference(i, j, Estimate(mean, np.nan, np.nan, shared), np.nan))
     if not found:
-        return []
+        return result
     total, count = (np.stack([sums[:, k] for *_, sums in found], 1) for k in (0, 1))  # (S, P)
     mean = total.sum(0) / count.sum(0)  # (P,)
     drawn = _bootstrap(total, count, mean, resamples, seed)  # (B, P)
@@ -71,14 +76,14 @@ def compare_all(
     scale = np.where(certain, 1.0, error)
     largest = np.where(certain, 0.0, np.abs(drawn - mean) / scale).max(1)  # (B,)
     reach = np.quantile(largest, confidence)
-    result = []
     for k, (i, j, _) in enumerate(found):
         half = 0.0 if certain[k] else float(reach * error[k])
         exceeding = int((largest >= np.abs(mean[k]) / scale[k]).sum())
         p = float(mean[k] == 0) if certain[k] else (1 + exceeding) / (1 + resamples)
+        p = max(p, 0.5 ** (people[k] - 1))  # a sign test says no more
         gap = Estimate(float(mean[k]), float(mean[k]) - half, float(mean[k]) + half, people[k])
         result.append(Difference(i, j, gap, p))
-    return result
+    return sorted(result, key=lambda d: (d.first, d.second))
 
 
 def _bootstrap(total: Floats, count: Floats, mean: Floats, resamples: int, seed: int) -> Floats:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvhpc.evaluation.frechet import Extrapolation, Sets, at_half, extrapolate, intervals
-from mvhpc.evaluation.metrics import Estimate, absolute_errors, hits, mean_over_subjects
+from mvhpc.evaluation.metrics import Estimate, absolute_errors, hits, mean_over_subjects, share_of_subjects
 from mvhpc.evaluation.neighbours import Copies, precision_recall
 from mvhpc.evaluation.ridge import read_classes, read_numbers
 from mvhpc.evaluation.sharpness import PLANES as AXES
@@ -129,7 +129,7 @@ def overlap_rows(drawn: NDArray, real: NDArray, seed: int) -> list[Row]:
         seed: of the halves.
     """
     names, rng, half = ("precision", "recall"), np.random.default_rng(seed), len(real) // 2
-    found = [mean_over_subjects(inside, seed=seed) for inside in precision_recall(drawn, real)]
+    found = [share_of_subjects(inside, seed=seed) for inside in precision_recall(drawn, real)]
     halves = []
     for _ in range(HALVES):
         order = rng.permutation(len(real))
@@ -171,7 +171,8 @@ def copy_rows(copies: Copies, floor: Copies | None, seed: int) -> list[Row]:
     """
 
     def estimate(found: Copies | None, key: str) -> Estimate | None:
-        return mean_over_subjects(getattr(found, key).astype(float), seed=seed) if found else None
+        mean = share_of_subjects if key in ("nearer", "copied") else mean_over_subjects
+        return mean(getattr(found, key).astype(float), seed=seed) if found else None
 
     rows = []
     for measure, label, key, beside, digits in (
@@ -209,7 +210,7 @@ class Reading:
         name, by = self.variable.name, self.reader.split()[0].lower()
         pairs = ((self.drawn, self.wanted), (self.real, self.true))
         if self.variable.kind == "categorical":
-            right = [mean_over_subjects(hits(read, wanted), seed=seed) for read, wanted in pairs]
+            right = [share_of_subjects(hits(read, wanted), seed=seed) for read, wanted in pairs]
             label = f"{name} read is that asked for, by {self.reader}"
             return [Row(f"{name}_accuracy_{by}", label, "", right[0], right[1])]
         unit = f" ({self.variable.unit})" if self.variable.unit else ""

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import bootstrap
+from scipy.stats import binomtest, bootstrap
 
 Floats = NDArray[np.float64]
+RELIABLE = 20  # people, the fewest for a bootstrap
+FEWEST = 6  # people; of fewer, no paired difference can be shown at 5 % (sign test: 2 * 0.5 ** 5 is 6 %)
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,24 @@ def mean_over_subjects(
     return over_subjects(
         np.concatenate([rows, np.ones_like(rows)], 1), _ratio, subjects, confidence, resamples=resamples, seed=seed
     )
+
+
+def share_of_subjects(values: ArrayLike, subjects: Sequence[str] | None = None, seed: int = 0) -> Estimate:
+    """How often something is so, and its 95 % interval: as :func:`mean_over_subjects`, of values within [0, 1].
+
+    Where it is always so, or never, every bootstrap sample says the same; there the interval is the exact one of the
+    binomial law (Clopper and Pearson 1934), of as many trials as there are subjects.
+
+    Args:
+        values: (N,) 1.0 or 0.0; NaN rows are left out.
+        subjects: (N,) the subject of each row. None: a subject per row.
+        seed: of the bootstrap.
+    """
+    found = mean_over_subjects(values, subjects, seed=seed)
+    if found.n < 2 or found.value not in (0.0, 1.0):
+        return found
+    exact = binomtest(round(found.n * found.value), found.n).proportion_ci(0.95, "exact")
+    return Estimate(found.value, float(exact.low), float(exact.high), found.n)
 
 
 def _ratio(sums: Floats) -> Floats:

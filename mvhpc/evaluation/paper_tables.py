@@ -1,7 +1,7 @@
 """The tables of a comparison: those of the paper, and what stands behind them. Each has numbers and text."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -9,7 +9,7 @@ import pandas as pd
 from mvhpc.evaluation.answers import Answers
 from mvhpc.evaluation.calibration import BINS, SHARES, calibrated_error, inside, reliability
 from mvhpc.evaluation.comparisons import compare_all
-from mvhpc.evaluation.metrics import Estimate, Floats, mean_over_subjects
+from mvhpc.evaluation.metrics import FEWEST, RELIABLE, Estimate, Floats, mean_over_subjects, share_of_subjects
 from mvhpc.evaluation.systematic import between_visits, corrected, error_line, group_order, groups_of, slope
 from mvhpc.evaluation.tables import Table, label
 from shards.schema import Value, Variable
@@ -44,6 +44,11 @@ def digits_of(variable: Variable) -> int:
     return int(np.clip(4 - np.floor(np.log10(span)), 0, 6)) if np.isfinite(span) else 2
 
 
+def digits_of_values(variable: Variable) -> int:
+    """Decimal places of values of a number: 1 for a range of ages."""
+    return max(1, digits_of(variable) - 1)
+
+
 def measure(variable: Variable) -> str:
     """``age error (years)`` or ``sex accuracy``."""
     unit = f" ({variable.unit})" if variable.unit else ""
@@ -52,7 +57,8 @@ def measure(variable: Variable) -> str:
 
 def score_of(answers: Answers) -> Estimate:
     """Mean absolute error or accuracy."""
-    return mean_over_subjects(answers.scores, answers.subjects)
+    mean = share_of_subjects if answers.category else mean_over_subjects
+    return mean(answers.scores, answers.subjects)
 
 
 def score_text(answers: Answers) -> str:
@@ -64,7 +70,8 @@ def score_text(answers: Answers) -> str:
     if answers.category:
         return found.format(digits)
     interval = found.format(digits).partition(" ")[2]
-    return f"{found.value:.{digits}f} ± {_sd(answers.scores):.{digits}f} {interval}".rstrip()
+    sd = f" ± {_sd(answers.scores):.{digits}f}" if np.isfinite(answers.scores).sum() > 1 else ""
+    return f"{found.value:.{digits}f}{sd} {interval}".rstrip()
 
 
 def numbers_of(answers: Answers) -> dict[str, float | str | int | None]:
@@ -85,7 +92,7 @@ def numbers_of(answers: Answers) -> dict[str, float | str | int | None]:
         if answers.has("confidence"):
             row |= calibration_of_category(answers)
         return row
-    row |= {"error_sd": _sd(answers.scores), "rmse": float(np.sqrt(np.nanmean(answers.errors**2)))}
+    row |= {"error_sd": _sd(answers.scores), "rmse": _rmse(answers.errors)}
     if answers.has("sd"):
         row["sample_variance"] = float(np.nanmean(answers.column("sd") ** 2))
     return row | (calibration_of_number(answers) if answers.has("pit") else {})
@@ -94,10 +101,10 @@ def numbers_of(answers: Answers) -> dict[str, float | str | int | None]:
 def calibration_of_number(answers: Answers) -> dict[str, float | str | int | None]:
     """Coverage of central intervals, and the CRPS, with intervals over subjects."""
     pit = answers.column("pit")
-    columns = {f"coverage_{share}": inside(pit, share) for share in SHARES} | {"crps": answers.column("crps")}
+    found_of = {f"coverage_{share}": share_of_subjects(inside(pit, share), answers.subjects) for share in SHARES}
+    found_of["crps"] = mean_over_subjects(answers.column("crps"), answers.subjects)
     row: dict[str, float | str | int | None] = {}
-    for name, values in columns.items():
-        found = mean_over_subjects(values, answers.subjects)
+    for name, found in found_of.items():
         row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
     return row
 
@@ -193,7 +200,7 @@ def comparisons(variable: Variable, givens: Sequence[tuple[str, ...]], answers: 
         for d in compare_all(scores.to_numpy(float), people):
             first, second = own[d.first].method, own[d.second].method
             digits = digits_of(variable)
-            p = f"{d.p:.4f}" if d.p >= 0.0001 else "<0.0001"
+            p = NONE if np.isnan(d.p) else f"{d.p:.4f}" if d.p >= 0.0001 else "<0.0001"
             better = _better(d.gap, first, second, variable.kind == "categorical")
             rows.append([label(given), first, second, d.gap.format(digits), p, better, str(d.gap.n)])
             low, high = d.gap.low, d.gap.high
@@ -204,7 +211,8 @@ def comparisons(variable: Variable, givens: Sequence[tuple[str, ...]], answers: 
     header = ["given", "first", "second", f"first less second, {measure(variable)}", "p", "better", "people"]
     note = (
         "Paired over the people whom both answered. All intervals of one choice of given variables hold together with "
-        "95 %; p is adjusted for their number (max-t bootstrap over people)."
+        "95 %; p is adjusted for their number (max-t bootstrap over people). Of fewer than "
+        f"{FEWEST} people there is neither: no difference could be shown."
     )
     name = variable.name
     return Result(f"comparisons-{name}", f"Every two methods: {name}", Table(header, rows, 3), _frame(numbers), note)
@@ -244,13 +252,16 @@ def by_group(
         values: (key, name of a scalar) -> recorded value.
     """
     rows, numbers = [], []
-    for answers in (a for of_variable in headline for a in of_variable):
+    everything = [a for of_variable in headline for a in of_variable]
+    keys = sorted({key for a in everything for key in a.frame["key"]})
+    group_of = {v.name: dict(zip(keys, groups_of([values(key, v.name) for key in keys], v))) for v in schema}
+    for answers in everything:
         for v in schema:
-            labels = groups_of([values(key, v.name) for key in answers.frame["key"]], v)
+            labels = [group_of[v.name][key] for key in answers.frame["key"]]
             for group in group_order(labels, v):
                 chosen = np.array([name == group for name in labels])
                 people = [s for s, there in zip(answers.subjects, chosen) if there]
-                found = mean_over_subjects(answers.scores[chosen], people)
+                found = score_of(replace(answers, frame=answers.frame[chosen]))
                 if not found.n:
                     continue
                 digits = digits_of(answers.variable)
@@ -264,7 +275,10 @@ def by_group(
     if not rows:
         return None
     header = ["method", "measure", "by", "group", "score", "mean signed error", "people"]
-    note = "Given everything else. Mean signed error: predicted less true."
+    note = (
+        "Given everything else. Mean signed error: predicted less true. Intervals of fewer than "
+        f"{RELIABLE} people are too narrow."
+    )
     return Result("groups", "Error by group", Table(header, rows, 4), _frame(numbers), note)
 
 
@@ -345,13 +359,19 @@ def _codes(answers: Answers) -> Floats:
 
 def _better(gap: Estimate, first: str, second: str, larger: bool) -> str:
     """The better of two methods, where the interval of their difference leaves out 0."""
-    if gap.low <= 0 <= gap.high:
+    if not (gap.low > 0 or gap.high < 0):
         return NONE
     return first if (gap.value > 0) == larger else second
 
 
 def _sd(scores: Floats) -> float:
-    return float(np.nanstd(scores)) if np.isfinite(scores).any() else float("nan")
+    """SD of the scores, NaN of fewer than two."""
+    return float(np.nanstd(scores)) if np.isfinite(scores).sum() > 1 else float("nan")
+
+
+def _rmse(errors: Floats) -> float:
+    known = errors[np.isfinite(errors)]
+    return float(np.sqrt(np.mean(known**2))) if len(known) else float("nan")
 
 
 def _variance(answers: Answers) -> str:

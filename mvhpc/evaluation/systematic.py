@@ -62,13 +62,16 @@ def groups_of(values: Sequence[float | str | None], variable: Variable) -> list[
         variable: of these values.
 
     Returns:
-        Labels, ``20 to 30`` for 20 <= value < 30, None where the value is missing.
+        Labels, ``20 to 30`` for 20 <= value < 30, None where the value is missing. A number that everybody has is its
+        own label.
     """
     if variable.kind == "categorical":
         return [None if v is None else str(v) for v in values]
     numbers = np.array([np.nan if v is None else float(v) for v in values])
     if not np.isfinite(numbers).any():
         return [None] * len(numbers)
+    if np.nanmin(numbers) == np.nanmax(numbers):
+        return [f"{x:g}" if np.isfinite(x) else None for x in numbers]
     edges = MaxNLocator(GROUPS, steps=[1, 2, 5, 10]).tick_values(np.nanmin(numbers), np.nanmax(numbers))
     places = np.clip(np.digitize(numbers, edges), 1, len(edges) - 1)
     return [f"{edges[k - 1]:g} to {edges[k]:g}" if np.isfinite(x) else None for k, x in zip(places, numbers)]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mvhpc.evaluation.metrics import Estimate, absolute_errors, hits, mean_over_subjects
+from mvhpc.evaluation.metrics import Estimate, absolute_errors, hits, mean_over_subjects, share_of_subjects
 from mvhpc.models.training_people import TrainingPeople, scalar_facts
 from mvhpc.records import true_value
 from shards.dataset import Dataset
@@ -70,9 +70,11 @@ def score(frame: pd.DataFrame, variable: Variable, seed: int = 0) -> Estimate | 
     """
     if variable.name not in frame or f"{variable.name}_true" not in frame:
         return None
-    compare = hits if variable.kind == "categorical" else absolute_errors
-    values = compare(frame[variable.name].tolist(), frame[f"{variable.name}_true"].tolist())
-    return mean_over_subjects(values, frame["subject"].astype(str).tolist(), seed=seed)
+    people = frame["subject"].astype(str).tolist()
+    both = frame[variable.name].tolist(), frame[f"{variable.name}_true"].tolist()
+    if variable.kind == "categorical":
+        return share_of_subjects(hits(*both), people, seed)
+    return mean_over_subjects(absolute_errors(*both), people, seed=seed)
 
 
 def coverage(frame: pd.DataFrame, name: str, seed: int = 0) -> Estimate | None:
@@ -87,7 +89,7 @@ def coverage(frame: pd.DataFrame, name: str, seed: int = 0) -> Estimate | None:
         return None
     low, high, true = (frame[f"{name}_{c}"].to_numpy(float) for c in ("q05", "q95", "true"))
     inside = np.where(np.isfinite(true), (low <= true) & (true <= high), np.nan)
-    return mean_over_subjects(inside, frame["subject"].astype(str).tolist(), seed=seed)
+    return share_of_subjects(inside, frame["subject"].astype(str).tolist(), seed)
 
 
 def constant_predictions(
@@ -160,16 +162,25 @@ class Table:
     def markdown(self) -> str:
         """A table for a Markdown page."""
         rule = ["---"] * self.left + ["---:"] * (len(self.header) - self.left)
-        return "\n".join("| " + " | ".join(cells) + " |" for cells in [self.header, rule, *self.rows])
+        header, *rows = ([escape_markdown(cell) for cell in cells] for cells in [self.header, *self.rows])
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
 
 
-LATEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "–": "--", "<": "$<$", ">": "$>$", "~": r"\textasciitilde{}"}
+LATEX = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
+LATEX |= {"±": r"$\pm$", "–": "--", "<": "$<$", ">": "$>$", "|": "$|$"}
 
 
 def _latex(cell: str) -> str:
     """A cell's text with LaTeX's special characters escaped; a hyphen before a digit becomes a minus sign."""
-    text = "".join(LATEX.get(c, "\\" + c if c in "&%$#_{}" else c) for c in cell)
-    return re.sub(r"(?<![\w])-(?=\d)", "$-$", text)
+    text = "".join(LATEX.get(c, "\\" + c if c in "&%$#_{}" else c) for c in " ".join(cell.split()))
+    text = re.sub(r"(?<![\w])-(?=\d)", "$-$", text)
+    return f"{{}}{text}" if text[:1] in ("[", "*") else text  # otherwise arguments of the line break before
+
+
+def escape_markdown(text: str) -> str:
+    """A text in one line, without what ends a cell or begins HTML, code or emphasis."""
+    special = r"[\\`|*]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|(?<!\w)_|_(?!\w)"
+    return re.sub(special, r"\\\g<0>", " ".join(text.split()))
 
 
 def scoreboard(

@@ -8,15 +8,17 @@ test part of its own split.
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from mvhpc.config import ConfigError, Device, Sampling, Tracking, at_least, flatten, load_config, to_dict
-from mvhpc.evaluation.comparison import Comparison, draw_figures, make_tables, page, write_result
+from mvhpc.evaluation.comparison import Comparison, Query, draw_figures, make_tables, page, write_result
+from mvhpc.evaluation.metrics import RELIABLE
 from mvhpc.inference.linear_floor import LinearFloor
 from mvhpc.inference.methods import (
     LINEAR,
@@ -37,7 +39,6 @@ from mvhpc.runs.folder import ANY_SPLIT, Run, identity
 from shards.dataset import Dataset, open_dataset
 from shards.files import atomic_folder, write_text
 
-RELIABLE = 20  # people, the fewest for a bootstrap
 GENERATION = "generation.json"  # in a result of `mvhpc evaluate-generation`
 MEAN_OF_PLANES = "mean"
 
@@ -82,8 +83,8 @@ def run(config: EvaluateConfig, run: Run) -> dict[str, Any]:
         How many people, methods and queries there are.
 
     Raises:
-        ConfigError: no runs, a run that predicts nothing, an unknown part or split, an empty part, or data that do not
-            fit a model.
+        ConfigError: no runs, a run that predicts nothing, an unknown part or split, an empty part, a row that would
+            answer twice about a visit, or data that do not fit a model.
         IntegrityError: somebody has no answer, as of a damaged volume; with the record.
     """
     set_threads(config.predictions().compute)
@@ -128,10 +129,12 @@ def compare(config: EvaluateConfig, dataset: Dataset, methods: Sequence[Method],
     for method in methods:
         known = method.split if method.split in dataset.index.splits else "default"
         by_split.setdefault(known if config.split_name == ANY_SPLIT else config.split_name, []).append(method)
+    keys_of = {split: subjects(dataset, part, split) for split in by_split}
+    _check_once(by_split, keys_of, queries)
     held_out = own and part == "test"
     sloped = [q for q in queries if q[1] and dataset.index.schema[q[0]].kind != "categorical"]
     for split, members in by_split.items():
-        keys = subjects(dataset, part, split)
+        keys = keys_of[split]
         others = dataset.keys("validation", split) if held_out else []
         for method in members:
             comparison.notes += _learnt(method, dataset, keys)
@@ -152,16 +155,52 @@ def compare(config: EvaluateConfig, dataset: Dataset, methods: Sequence[Method],
     comparison.methods = [name for name in comparison.methods if name in answering]
     splits = [name for name in dataset.index.splits if name in by_split]
     comparison.notes.insert(0, _people(comparison, dataset, part, splits))
-    if (people := len({s for a in comparison.found.values() for s in a.subjects})) < RELIABLE:
-        comparison.notes.append(
-            f"warning: {people} people; bootstrap intervals of fewer than {RELIABLE} are too narrow"
-        )
+    comparison.notes += _few_people(comparison)
     if not held_out:
         comparison.notes.append(
             f"no {LINEAR}, and no correction of slopes: these are fitted to the training and validation part of the "
             "data that the models were trained on, and other people are evaluated here"
         )
     return comparison
+
+
+def _check_once(
+    by_split: Mapping[str, Sequence[Method]], keys_of: Mapping[str, Sequence[str]], queries: Sequence[Query]
+) -> None:
+    """Refuse a comparison in which one row would answer twice about a visit.
+
+    Raises:
+        ConfigError: two models of one row and one split, or two splits whose parts share people.
+    """
+    for members in by_split.values():
+        for first, second in combinations(members, 2):
+            if first.name == second.name and any(first.answers(q) and second.answers(q) for q in queries):
+                raise ConfigError(
+                    f"runs: {first.path} and {second.path} would be folds of the row {first.name!r}, but both are "
+                    "asked about the same people; give each a row of its own with --names"
+                )
+    for one, other in combinations(keys_of, 2):
+        if shared := sorted({*keys_of[one]} & {*keys_of[other]}):
+            raise ConfigError(
+                f"runs: they were trained with the splits {one} and {other}, and {len(shared)} visits "
+                f"({few(shared)}) are asked about in both; compare runs of one split, or name one: split_name={one}"
+            )
+
+
+def _few_people(comparison: Comparison) -> list[str]:
+    """A warning for each number of people that is too small, with the variables that so many have."""
+    found: dict[int, list[str]] = {}
+    for want in dict.fromkeys(want for want, _ in comparison.queries):
+        people = {s for a in comparison.of(want) for s in a.subjects}
+        found.setdefault(len(people), []).append(want)
+    return [
+        f"warning: {' and '.join(names)} {'is' if len(names) == 1 else 'are'} known of {n} people; bootstrap intervals "
+        f"of fewer than {RELIABLE} are too narrow"
+        if n
+        else f"warning: nobody has a known {' or '.join(names)}: the answers have no score"
+        for n, names in found.items()
+        if n < RELIABLE
+    ]
 
 
 def _people(comparison: Comparison, dataset: Dataset, part: str, splits: Sequence[str]) -> str:
