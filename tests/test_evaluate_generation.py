@@ -15,7 +15,7 @@ import torch
 from mvhpc.config import ConfigError, load_config
 from mvhpc.execute import execute, plan
 from mvhpc.inference import evaluate_generation
-from mvhpc.inference.generation_comparison import EvaluateGenerationConfig
+from mvhpc.inference.generation_comparison import Cohorts, EvaluateGenerationConfig
 from mvhpc.models.baseline import Baseline, scalars_of
 from mvhpc.models.bundle import BaselineModel, load, save_baseline
 from mvhpc.models.feature_networks import SliceFeatures, VolumeFeatures
@@ -136,6 +136,34 @@ def test_copies_of_the_training_are_found(data: Path, weights, tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_everybody_counts_once_whatever_their_visits(weights, tmp_path: Path) -> None:
+    """Two visits of one person are alike: as two people they would make sets look less varied than they are."""
+    bids = write_bids(tmp_path / "bids", 24)
+    for image in sorted(bids.glob("sub-*/anat/*.nii.gz")):
+        name = image.parts[-3]
+        for session in ("ses-1", "ses-2"):
+            (bids / name / session / "anat").mkdir(parents=True)
+            shutil.copy(image, bids / name / session / "anat" / f"{name}_{session}_T1w.nii.gz")
+        shutil.rmtree(image.parent)
+    data = pack_people(bids, (0.0, 0.0, 1.0))
+    test = open_dataset(data).keys("test")
+    assert len(test) == 48
+    drawn = tree(tmp_path / "drawn", data, test)
+    who = Cohorts.of(configuration(data, weights, tmp_path / "out", drawn=str(drawn)))
+    assert sorted(key.split("_")[0] for key in who.keys) == sorted({key.split("_")[0] for key in test})
+
+
+def test_drawn_people_are_taken_by_chance_from_a_larger_tree(data: Path, weights, tmp_path: Path) -> None:
+    """A tree may be sorted by age; its first people, or neighbours, would be alike."""
+    dataset = open_dataset(data)
+    ages = {key: age for key in dataset.keys("all") if (age := dataset.values(key)["age"]) is not None}
+    drawn = tree(tmp_path / "sorted", data, sorted(ages, key=lambda key: ages[key]))
+    who = Cohorts.of(configuration(data, weights, tmp_path / "out", drawn=str(drawn)))
+    found = [values["age"] for values in who.values]
+    assert len(found) == len(who.keys) < len(ages)
+    assert max(found) > np.quantile(list(ages.values()), 0.8) and found != sorted(found)
+
+
 def test_a_model_draws_for_the_scalars_of_each_person(data: Path, weights, tiny_vae: Path, tmp_path: Path) -> None:
     folder = tmp_path / "beside"
     folder.mkdir()

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import RidgeCV
 
 from mvhpc.evaluation.frechet import Sets, at_half, extrapolate, fid, frechet_distance, intervals
+from mvhpc.evaluation.generation import copy_rows
 from mvhpc.evaluation.neighbours import find_copies, precision_recall
 from mvhpc.evaluation.ridge import STRENGTHS, Ridge, read_classes
 from mvhpc.evaluation.sharpness import sharpness
@@ -159,6 +160,13 @@ def test_copies_are_found_and_new_people_are_not() -> None:
     assert not fresh.copied.any() and 0.35 < fresh.nearer.mean() < 0.65
 
 
+def test_no_copy_among_few_people_is_not_none_among_many() -> None:
+    rng = np.random.default_rng(0)
+    found = find_copies(rng.normal(size=(20, 50)), rng.normal(size=(40, 50)), rng.normal(size=(20, 50)))
+    copies = next(row for row in copy_rows(found, None, 0) if row.measure == "copies")
+    assert copies.drawn.value == copies.drawn.low == 0 and copies.drawn.high == pytest.approx(1 - 0.025 ** (1 / 20))
+
+
 def test_as_many_of_the_training_are_compared_as_there_are_held_out_people() -> None:
     """The closed form is the mean over all choices of so many people of the training."""
     from itertools import combinations
@@ -194,6 +202,10 @@ def test_ridge_regression_is_that_of_scikit_learn() -> None:
     assert ours.predict(new)[:, 0] == pytest.approx(theirs.predict(new), rel=1e-6)
     names = ["high" if value > 0 else "low" for value in y]
     assert np.mean([a == b for a, b in zip(read_classes(x, names, x), names)]) > 0.9
+
+
+def test_a_volume_without_a_brain_has_no_detail() -> None:
+    assert sharpness(np.zeros((16, 16, 16), np.float32)).tolist() == [0, 0, 0]
 
 
 def test_sharpness_falls_with_smoothing_and_similarity_with_difference() -> None:

@@ -13,9 +13,11 @@ def sharpness(volume: NDArray[np.floating]) -> NDArray[np.float64]:
     one voxel removes.
 
     Args:
-        volume: (H, W, D) in [0, 1].
+        volume: (H, W, D) in [0, 1]; without any brain its energy is 0.
     """
     inside = gaussian_filter(volume, 2) > BRAIN
+    if not inside.any():
+        return np.zeros(3)
     energies = []
     for axis in range(3):
         sigma = [0.0 if a == axis else 1.0 for a in range(3)]

@@ -101,6 +101,13 @@ class DrawnTree:
             files.append(found[0])
         return cls(names, values, files, shape)
 
+    def take(self, places: Sequence[int]) -> "DrawnTree":
+        """Some of the people, in the order of ``places``."""
+        names, values, files = self.names, self.values, self.files
+        return DrawnTree(
+            [names[i] for i in places], [values[i] for i in places], [files[i] for i in places], self.shape
+        )
+
     def __iter__(self) -> Iterator[Floats]:
         """Yields (H, W, D) float32 in [0, 1].
 

@@ -58,7 +58,7 @@ class Cohorts:
     Attributes:
         dataset: packed.
         volume: that is compared.
-        keys: of the real people, in an order of chance.
+        keys: of the real people, a visit of each, in an order of chance.
         training: of the people from whom the model learnt.
         others: of all people outside of the part, for regressions on their voxels.
         values: scalars of the drawn people, in their order.
@@ -97,14 +97,15 @@ class Cohorts:
         everybody = [key for key in dataset.keys("all") if dataset.has(key, volume.name)]
         having, inside = set(everybody), set(part)
         keys = [key for key in part if key in having]
-        order = np.random.default_rng(config.seed).permutation(len(keys))
-        keys = [keys[i] for i in order][: config.count or None]
+        rng = np.random.default_rng(config.seed)
+        visits = {dataset.record(keys[i]).subject: keys[i] for i in rng.permutation(len(keys))}
+        keys = list(visits.values())[: config.count or None]
         rest = [key for key in everybody if key not in inside]
         if config.drawn:
             tree = DrawnTree.open(Path(config.drawn), schema, volume, shape)
             n = min(len(keys), len(tree.names))
             _enough(n, config)
-            few = DrawnTree(tree.names[:n], tree.values[:n], tree.files[:n], shape)
+            few = tree.take(rng.permutation(len(tree.names))[:n].tolist())
             seen = set(dataset.keys("train", config.split_name))
             training = [key for key in rest if key in seen]
             return cls(dataset, volume, keys[:n], training, rest, few.values, few, False, None, [])
