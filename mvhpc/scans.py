@@ -13,6 +13,7 @@ import torch
 
 from mvhpc.config import ConfigError, load_config
 from mvhpc.diffusion.laws import Law, take
+from mvhpc.evaluation.paper_tables import digits_of_values
 from mvhpc.evaluation.report import TYPICALITY, Answer, Subject, write_pages
 from mvhpc.evaluation.tables import MISSING, read_predictions, sidecar, subject_of
 from mvhpc.inference.prediction_tables import Row, without_answer, write_predictions
@@ -339,7 +340,8 @@ def _variable_answer(model: ScalarsModel, row: Row, name: str, law: Law, place: 
     assert not isinstance(own, torch.Tensor)
     density = own.log_prob(z).exp() * 2 / (variable.high - variable.low)
     interval = (row[f"{name}_q05"], row[f"{name}_q95"])
-    return Answer(name, unit, mean, interval, (x.numpy(), density.numpy()))
+    digits = digits_of_values(model.schema[name])
+    return Answer(name, unit, mean, interval, (x.numpy(), density.numpy()), digits=digits)
 
 
 def _complete(

@@ -10,12 +10,15 @@ import pytest
 from mvhpc.cli import main
 from mvhpc.config import ConfigError, load_config
 from mvhpc.execute import plan
-from mvhpc.pipeline.plan import Pipeline, PipelineConfig
+from mvhpc.inference.prediction_tables import write_predictions
+from mvhpc.pipeline.plan import FINAL, Pipeline, PipelineConfig
 from mvhpc.pipeline.report import write_report
 from mvhpc.pipeline.run import run_pipeline
+from mvhpc.pipeline.summary import table_of_results
 from mvhpc.runs.journal import read
 from mvhpc.runs.mlflow_store import store_client
 from mvhpc.runs.tracker import PIPELINE
+from shards.dataset import open_dataset
 from shards.index import Index
 
 SMALL = {
@@ -43,6 +46,34 @@ SMALL = {
 
 def configuration(root: Path, **changes: dict) -> PipelineConfig:
     return load_config(PipelineConfig, "pipeline", "demo", (), {"root": str(root), **SMALL, **changes})
+
+
+@pytest.mark.parametrize(
+    ("recorded", "flags", "reason"),
+    [
+        (["F", "M"], ["ok; sex is not predicted: all have F", "sex is not predicted: all have F; far"], "sex is not"),
+        (["F", None], ["nothing that is given is known", "ok"], "nothing that is given is known"),
+        (["F", "M"], ["failed: one", "failed: other"], "nobody is answered; the column flag of the table"),
+        ([None, None], ["ok", "ok"], "nobody of the test part has a recorded sex"),
+    ],
+)
+def test_a_query_without_a_score_says_why(
+    tiny_dataset: Path, tmp_path: Path, recorded: list, flags: list[str], reason: str
+) -> None:
+    pipeline = Pipeline(configuration(tmp_path, queries=[{"want": ["sex"], "given": ["image"]}], source="none"))
+    shutil.copytree(tiny_dataset, pipeline.place("pack", FINAL))
+    keys = open_dataset(tiny_dataset).keys("test")[:2]
+    columns = {"sex": None, "sex_p_F": None, "sex_p_M": None}
+    rows = [
+        {"key": key, "subject": key, **columns, "sex_true": true, "flag": flag}
+        for key, true, flag in zip(keys, recorded, flags)
+    ]
+    (query,) = pipeline.config.queries
+    path = pipeline.predictions(FINAL, query)
+    path.parent.mkdir(parents=True)
+    write_predictions(path, rows, open_dataset(tiny_dataset).index.schema, {"given": ["image"], "want": ["sex"]})
+    _, (verdict,) = table_of_results(pipeline)
+    assert verdict.startswith("sex given image: no score, as ") and reason in verdict and " far" not in verdict
 
 
 def check_store(root: Path) -> None:

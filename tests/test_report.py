@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mvhpc.evaluation.paper_tables import digits_of_values
 from mvhpc.evaluation.report import Answer, Subject, write_pages
+from shards.schema import Schema
 from tests.ellipsoids import ellipsoid
 
 VOLUME = ellipsoid(np.random.default_rng(0), (24, 28, 24))[0]
@@ -28,6 +30,13 @@ def test_pages_say_the_answers_and_the_flags(tmp_path: Path) -> None:
     assert not any("http" in page for page in (first, second, group)), "a page loads something"
 
 
+def test_classes_are_no_markup_and_no_mathematics(tmp_path: Path) -> None:
+    site = Answer("site", probabilities={"<b>&": 0.2, "$ and $%$": 0.8})
+    write_pages(tmp_path, [Subject("sub-01", [site])], "model <i>")
+    page = (tmp_path / "sub-01.html").read_text()
+    assert "<i>" not in page and "$ and $%$ (probability 0.80)" in page and page.count("<img") == 1
+
+
 def test_the_same_answers_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_pages(tmp_path / name, [Subject("sub-01", [AGE, SEX], volume=VOLUME)], "model M")
@@ -43,6 +52,14 @@ def test_figures_of_quality_stand_in_words_with_unit_and_limit_and_others_are_fo
         assert f">{cell}<" in shown
     assert "p = 0.500; below 0.005" in shown and "3251" not in shown and "preprocess." not in shown
     assert "3251" in folded and "<code>preprocess.volume_ratio</code>" in folded and "open" not in folded
+
+
+def test_a_number_of_a_narrow_range_has_the_places_that_tell_people_apart() -> None:
+    answer = Answer("share", "", 0.0312, (0.021, 0.0448), digits=3)
+    assert answer.text() == "0.031 (90 % interval 0.021 to 0.045)"
+    names = {"age": [0, 120], "share": [0, 1], "size": [0, 5000]}
+    schema = Schema.from_dict({name: {"kind": "continuous", "range": ends} for name, ends in names.items()})
+    assert [digits_of_values(v) for v in schema] == [1, 3, 1]
 
 
 @pytest.mark.parametrize("answer", [Answer("age"), Answer("sex")])

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -33,6 +34,7 @@ class Answer:
         curve: (x, density of x) of a number, arrays of one length.
         probabilities: class -> probability, of a category.
         note: what is known of the quality of such answers; empty for nothing.
+        digits: decimal places of a number.
         given: whether an answer is given; otherwise all of the above is left out.
     """
 
@@ -43,6 +45,7 @@ class Answer:
     curve: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
     probabilities: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
+    digits: int = 1
 
     @property
     def given(self) -> bool:
@@ -56,9 +59,10 @@ class Answer:
             return f"{best} (probability {self.probabilities[best]:.2f})"
         if self.mean is None:
             return "not answered"
-        line = f"{self.mean:.1f} {self.unit}".strip()
+        line = f"{self.mean:.{self.digits}f} {self.unit}".strip()
         if self.interval:
-            line += f" (90 % interval {self.interval[0]:.1f} to {self.interval[1]:.1f})"
+            low, high = (f"{end:.{self.digits}f}" for end in self.interval)
+            line += f" (90 % interval {low} to {high})"
         return line
 
 
@@ -146,11 +150,12 @@ def _answer_picture(answer: Answer) -> str:
     figure = Figure(figsize=(7.5, height), layout="constrained")
     ax = figure.subplots()
     ax.spines[["top", "right", "left"]].set_visible(False)
-    if answer.probabilities:
-        _draw_probabilities(ax, answer.probabilities)
-    else:
-        _draw_density(ax, answer)
-    return inline(figure, "svg")
+    with matplotlib.rc_context({"text.parse_math": False}):  # classes may have dollar signs
+        if answer.probabilities:
+            _draw_probabilities(ax, answer.probabilities)
+        else:
+            _draw_density(ax, answer)
+        return inline(figure, "svg")
 
 
 def _draw_probabilities(ax: Axes, probabilities: Mapping[str, float]) -> None:

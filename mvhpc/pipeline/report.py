@@ -17,8 +17,16 @@ from mvhpc.config import ConfigError, to_dict
 from mvhpc.evaluation import comparison_figures
 from mvhpc.evaluation.answers import Answers, read_answers
 from mvhpc.evaluation.calibration import SHARES
+from mvhpc.evaluation.metrics import RELIABLE
 from mvhpc.evaluation.page import render
-from mvhpc.evaluation.paper_tables import by_group, calibration_of_number, digits_of, measure, score_of
+from mvhpc.evaluation.paper_tables import (
+    by_group,
+    calibration_of_number,
+    digits_of,
+    digits_of_values,
+    measure,
+    score_of,
+)
 from mvhpc.evaluation.tables import Table, label, read_predictions, subject_of
 from mvhpc.models.model_card import INTENDED_USE, LIMITS
 from mvhpc.pipeline.plan import FINAL, Pipeline, Query
@@ -87,6 +95,7 @@ def write_report(root: Path, out: Path) -> None:
         title=root.resolve().name,
         about=about,
         results=results,
+        reliable=RELIABLE,
         verdicts=verdicts,
         pictures=_pictures(pipeline),
         predictions=[s for query, frame in predictions for s in _predicted(query, frame, dataset)],
@@ -230,14 +239,9 @@ def _scalar_rows(variable: Variable, parts: Sequence[Sequence[Any]]) -> list[lis
     if variable.kind == "categorical":
         return [*([f"{variable.name} {c}", *(str(k.count(c)) for k in known)] for c in variable.classes), missing]
     unit = f" ({variable.unit})" if variable.unit else ""
-    digits = _digits(variable)
+    digits = digits_of_values(variable)
     cells = [f"{np.mean(k):.{digits}f}, {_ends([min(k), max(k)], digits)}" if k else "-" for k in known]
     return [[f"{variable.name}{unit}: mean, range", *cells], missing]
-
-
-def _digits(variable: Variable) -> int:
-    """Decimal places of values of a number."""
-    return max(1, digits_of(variable) - 1)
 
 
 def _ends(ends: Sequence[float], digits: int) -> str:
@@ -271,7 +275,7 @@ def _model_card(pipeline: Pipeline, dataset: Dataset) -> list[tuple[str, str]]:
     names = [f"{v.name} ({v.kind})" for v in schema]
     known = training.get("variables", {})
     ranges = [
-        f"{name} {_ends(facts['range'], _digits(schema[name]))} {schema[name].unit or ''}".rstrip()
+        f"{name} {_ends(facts['range'], digits_of_values(schema[name]))} {schema[name].unit or ''}".rstrip()
         for name, facts in known.items()
         if "range" in facts
     ]

@@ -8,8 +8,16 @@ from pathlib import Path
 import pandas as pd
 
 from mvhpc.config import load_config
-from mvhpc.evaluation.against_mean import AgainstMean, compare
-from mvhpc.evaluation.tables import Table, constant_predictions, label, read_predictions, scoreboard
+from mvhpc.evaluation.against_mean import compare
+from mvhpc.evaluation.tables import (
+    NOTHING,
+    Table,
+    constant_predictions,
+    escape_markdown,
+    label,
+    read_predictions,
+    scoreboard,
+)
 from mvhpc.inference.inpaint import InpaintConfig, inpaint_half
 from mvhpc.inference.pictures import draw_over_number, fluid_of_dataset, fluid_of_tree, fluid_over_number
 from mvhpc.inference.sampler import Sampler
@@ -18,7 +26,7 @@ from mvhpc.stages import STAGES
 from shards.dataset import open_dataset
 from shards.files import write_text
 from shards.phantom.anatomy import best_possible
-from shards.schema import Schema, Variable
+from shards.schema import Schema
 
 
 def ideal_predictions(frame: pd.DataFrame, source: Path, given: Sequence[str], schema: Schema) -> pd.DataFrame:
@@ -48,7 +56,8 @@ def table_of_results(pipeline: Pipeline) -> tuple[Table, list[str]]:
     """Errors and accuracies of every query over all splits, of the mean and, for phantoms, the best possible ones.
 
     Returns:
-        The table; and of each query that gives something, whether it is better than predicting the mean.
+        The table; of each query that gives something, whether it is better than predicting the mean; and why a query
+        has no score.
     """
     dataset = open_dataset(pipeline.place("pack", FINAL))
     schema = dataset.index.schema
@@ -64,28 +73,39 @@ def table_of_results(pipeline: Pipeline) -> tuple[Table, list[str]]:
         for query in pipeline.config.queries:
             frame, _ = read_predictions(pipeline.predictions(split, query))
             ours.append((label(query.given), frame))
-            if query.given:
-                names = {name: f"{name}_mean" for name in query.want}
-                both = frame.merge(mean[["key", *names]].rename(columns=names), on="key", how="left")
-                beside.setdefault(label(query.given), []).append(both)
+            names = {name: f"{name}_mean" for name in query.want}
+            both = frame.merge(mean[["key", *names]].rename(columns=names), on="key", how="left")
+            beside.setdefault(label(query.given), []).append(both)
             if phantom and {*query.want, *query.given} <= {"image", "age", "sex"}:  # the law of these is known
                 ideal = ideal_predictions(frame, pipeline.source, query.given, schema)
                 best.append((f"best possible, given {label(query.given)}", ideal))
-    verdicts = [
-        f"{schema[name].name} given {given}: {found.verdict()}"
-        for given, frames in beside.items()
-        for name in wanted
-        if (found := _compare([f for f in frames if name in f], schema[name]))
-    ]
+    verdicts = []
+    for given, frames in beside.items():
+        for name in wanted:
+            if own := [frame for frame in frames if name in frame]:
+                frame = pd.concat(own, ignore_index=True)
+                found = compare(frame, frame[f"{name}_mean"].tolist(), schema[name])
+                if found is None:
+                    verdicts.append(f"{name} given {given}: no score, as {_why_no_score(frame, name)}")
+                elif given != NOTHING:
+                    verdicts.append(f"{name} given {given}: {found.verdict()}")
     return scoreboard([*ours, *means, *best], schema, wanted), verdicts
 
 
-def _compare(frames: Sequence[pd.DataFrame], variable: Variable) -> AgainstMean | None:
-    """Predictions of a variable, over all splits, beside those of the mean."""
-    if not frames:
-        return None
-    frame = pd.concat(frames, ignore_index=True)
-    return compare(frame, frame[f"{variable.name}_mean"].tolist(), variable)
+def _why_no_score(frame: pd.DataFrame, name: str) -> str:
+    """Why nobody has both an answer and a recorded value: what the flags of all who were not answered have in common.
+
+    Args:
+        frame: predictions over all splits.
+        name: of the wanted variable.
+    """
+    known = frame[frame[f"{name}_true"].notna()]
+    if known.empty:
+        return f"nobody of the test part has a recorded {name}"
+    flags = [str(flag).split("; ") for flag in known["flag"]]
+    common = [flag for flag in flags[0] if all(flag in other for other in flags)]
+    own = [flag for flag in common if flag.startswith(f"{name} ")] or common
+    return "; ".join(own) or "nobody is answered; the column flag of the table of predictions says why"
 
 
 def collect_figures(pipeline: Pipeline) -> Path:
@@ -148,7 +168,7 @@ def summarize(pipeline: Pipeline) -> str:
         Text to print: the table, the folder of figures and two further commands.
     """
     (table, verdicts), folder = table_of_results(pipeline), collect_figures(pipeline)
-    lines = "".join(f"- {verdict}\n" for verdict in verdicts)
+    lines = "".join(f"- {escape_markdown(verdict)}\n" for verdict in verdicts)
     write_text(pipeline.root / RESULTS, f"{table.markdown()}\n\n{lines}")
     return "\n".join(
         [
