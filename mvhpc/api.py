@@ -1,6 +1,7 @@
 """Models and packed data from Python: ``mvhpc.load(MODEL).predict(scan)``, ``.generate()``, ``mvhpc.open_dataset``."""
 
 import csv
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -109,6 +110,8 @@ class Model:
     ) -> list[dict[str, Any]]:
         """Predict scalars of people of a packed data set, as ``mvhpc predict`` does with its defaults.
 
+        What is known of the quality of the answers is printed on stderr.
+
         Args:
             data: the data set, or its folder.
             given: names of the known variables.
@@ -129,6 +132,8 @@ class Model:
         values |= {"want": list(want), "compute.device": self.device}
         config = load_config(PredictConfig, "predict", values=values)
         predict = open_predictor(config)
+        for note in predict.notes:
+            print(f"{', '.join(want)}: warning: {note}", file=sys.stderr)
         return [row for i in range(0, len(wanted), config.batch) for row in predict(wanted[i : i + config.batch])]
 
     def generate(self, count: int = 1, given: Mapping[str, Value] | None = None, seed: int = 0) -> list[dict[str, Any]]:

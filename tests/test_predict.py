@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+import mvhpc
 from mvhpc.config import ConfigError, load_config
 from mvhpc.evaluation.tables import constant_predictions, read_predictions, scoreboard
 from mvhpc.inference import predict
@@ -34,6 +35,7 @@ from mvhpc.runtime.ray_cluster import ray_session
 from shards.dataset import open_dataset
 from shards.schema import Schema
 from shards.volumes import Space, grid
+from tests.conftest import pack_people
 
 
 def configuration(model: Path, data: Path, out: Path, **values: Any) -> PredictConfig:
@@ -160,18 +162,65 @@ def test_a_model_of_scalars_answers_with_whole_laws_in_one_call(tiny_model, tiny
 
 
 def test_a_model_calibrated_on_few_says_so(tiny_model, tiny_dataset, tmp_path, capsys) -> None:
+    """On the terminal and in the description, also where many were learnt from and few of them have the number."""
     shutil.copytree(tiny_model, tmp_path / "joint")
     manifest = tmp_path / "joint" / "model" / "model.json"
     meta = json.loads(manifest.read_text())
-    for people in (19, 20):
+    for people, with_age in ((19, 19), (20, 20), (100, 19)):
         meta["scalars"]["extra"]["calibrated on"] = people
+        meta["scalars"]["training"]["variables"]["age"]["people"] = with_age
         manifest.write_text(json.dumps(meta))
         config = configuration(
             tmp_path / "joint", tiny_dataset, tmp_path / "a.tsv", given=["image"], want=["age"], **EXACT
         )
         answer(config, tmp_path / f"run-{people}")
-        assert read_predictions(config.out)[1]["calibrated_on"] == people
-        assert ("do not rely on its intervals" in capsys.readouterr().err) == (people < 20)
+        description = read_predictions(config.out)[1]
+        assert description["calibrated_on"] == people
+        texts = [capsys.readouterr().err, " ".join(description["warnings"])]
+        assert ["age: calibrated on 19 held-out people" in text for text in texts] == [with_age < 20] * 2
+    assert mvhpc.load(tmp_path / "joint").predict_people(tiny_dataset, ["image"], ["age"], ["sub-01"])
+    assert "age: calibrated on 19 held-out people" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_early"])
+def test_who_lacks_all_that_is_given_has_no_answer(request, model, tiny_dataset, tmp_path) -> None:
+    """It would be one about nobody in particular."""
+    how = EXACT if model == "tiny_model" else {"samples": 2}
+    values = {"given": ["age"], "want": ["sex"], **how}
+    predictor = open_predictor(
+        configuration(request.getfixturevalue(model), tiny_dataset, tmp_path / "a.tsv", **values)
+    )
+    row, other = predictor(["sub-03", "sub-01"])
+    assert (row["sex"], row["flag"]) == (None, "nothing that is given is known") and other["sex"] is not None
+
+
+def packed_again(tiny_bids: Path, folder: Path, change: Callable[[Path], object]) -> Path:
+    """The twelve people packed after a change of their folder."""
+    shutil.copytree(tiny_bids, folder / "bids")
+    change(folder / "bids")
+    return pack_people(folder / "bids", (0, 0, 1))
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_early"])
+def test_doubts_about_a_scan_stand_with_the_answers_that_read_it(
+    request, model, tiny_bids, tmp_path, monkeypatch
+) -> None:
+    """Of quality control; that the scan is another person's too; and that it was preprocessed otherwise."""
+
+    def copy(bids: Path) -> None:
+        shutil.copy(bids / "sub-06" / "anat" / "sub-06_T1w.nii.gz", bids / "sub-07" / "anat" / "sub-07_T1w.nii.gz")
+
+    monkeypatch.setattr("mvhpc.inference.scalars_predictor.recipe_flag", lambda *_: ["of another preprocessing"])
+    data, how = packed_again(tiny_bids, tmp_path, copy), EXACT if model == "tiny_model" else {"samples": 2}
+    flags = {}
+    for given in ("image", "sex"):
+        values = {"given": [given], "want": ["age"], **how}
+        predictor = open_predictor(configuration(request.getfixturevalue(model), data, tmp_path / "a.tsv", **values))
+        flags[given] = [row["flag"] for row in predictor(["sub-06", "sub-07", "sub-08"])]
+    for flag, other in zip(flags["image"], ("sub-07", "sub-06", "")):
+        assert "image: " in flag and (f"image is the same scan as that of {other}" in flag) == bool(other)
+        assert ("of another preprocessing" in flag) == (model == "tiny_model")
+    assert not any(word in flag for flag in flags["sex"] for word in ("image", "preprocessing"))
 
 
 def copy_of(data: Path, folder: Path) -> Path:

@@ -116,7 +116,8 @@ class BaselinePredictor(GroupedPredictor):
         lacking = [n for n in self.given if not self.dataset.has(key, n) and true.get(n) is None]
         row = {"key": key, "subject": subject_of(key)} | cells | {f"{name}_true": true[name]}
         values, learnt = {n: true[n] for n in self.given if n in true}, self.learnt.get(key, "")
-        flags = row_flag(self.schema, self.training, {}, values, row, [name], learnt)
+        flags = self.scan_flags(key)
+        flags += row_flag(self.schema, self.training, {}, values, row, [name], learnt)
         if predicted is None:
             flags = [f"no {' and no '.join(n for n in lacking if n in self.volumes)}"]
         return row | {"not_given": ",".join(lacking) or None, "flag": "; ".join(flags) or "ok"}

@@ -9,7 +9,21 @@ from mvhpc.inference.prediction_tables import Row
 from mvhpc.models.training_people import TrainingPeople
 from mvhpc.models.typicality import UNUSUAL
 from mvhpc.variables import Value
+from shards.copies import copies
+from shards.index import Index
 from shards.schema import Schema
+
+UNKNOWN = "nothing that is given is known"
+
+
+def copy_flags(index: Index, volumes: Sequence[str]) -> dict[str, str]:
+    """Key -> that its volume is another record's too, bit for bit, in words; of the records where it is."""
+    words = "{} is the same scan as that of {}: one of the two may be another person's"
+    found: dict[str, str] = {}
+    for key, (name, other) in copies(index.records, volumes).items():
+        found[key] = words.format(name, other.key)
+        found.setdefault(other.key, words.format(name, key))
+    return found
 
 
 def recipe_flag(ours: Any, theirs: Any) -> list[str]:

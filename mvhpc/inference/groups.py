@@ -7,16 +7,19 @@ their network with groups of one size, which the device and the model determine.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from mvhpc.inference.flags import copy_flags
 from mvhpc.inference.prediction_tables import Row
 from mvhpc.models.training_people import TrainingPeople
 from mvhpc.runtime.devices import one_thread
 from shards.dataset import Dataset
+from shards.qc.limits import explain
 from shards.schema import Schema
 
 ON_CPU = 4  # volumes of a call; larger calls gain nothing on a core
@@ -50,6 +53,7 @@ class GroupedPredictor(ABC):
 
     Attributes:
         dataset, schema: of the data; of the model.
+        given: the known variables.
         want: the predicted variables.
         training: from whom the model learnt.
         method: how predictions are made.
@@ -61,6 +65,7 @@ class GroupedPredictor(ABC):
 
     dataset: Dataset
     schema: Schema
+    given: Sequence[str]
     want: Sequence[str]
     training: TrainingPeople
     method: str
@@ -81,6 +86,18 @@ class GroupedPredictor(ABC):
     @abstractmethod
     def answer(self, keys: Sequence[str], inputs: Any) -> list[Row]:
         """Predictions, one row per subject, in order; ``inputs`` as :meth:`read` returns them."""
+
+    @cached_property
+    def copied(self) -> Mapping[str, str]:
+        """Key -> that its given volume is another record's too, in words."""
+        volumes = [name for name in self.given if self.schema[name].kind == "volume"]
+        return copy_flags(self.dataset.index, volumes)
+
+    def scan_flags(self, key: str) -> list[str]:
+        """What is doubtful about the given volumes of a record, in words."""
+        record = self.dataset.record(key)
+        found = [explain(flag, record.figures) for flag in record.flags if flag.partition(".")[0] in self.given]
+        return [*found, *([self.copied[key]] if key in self.copied else [])]
 
     def groups(self, keys: Sequence[str]) -> list[Sequence[str]]:
         """``keys`` in groups; the last one may be smaller."""

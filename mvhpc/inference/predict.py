@@ -33,8 +33,6 @@ from mvhpc.models.training_people import TrainingPeople
 from mvhpc.runs.folder import Run, identity
 from shards.schema import Variable
 
-RELIABLE = 20  # held-out people, the fewest for calibration
-
 
 def run(config: PredictConfig, run: Run) -> dict[str, Any]:
     """Stage ``predict``: write ``config.out`` (TSV), its description (JSON) and its rows in full precision (Parquet).
@@ -64,13 +62,6 @@ def run(config: PredictConfig, run: Run) -> dict[str, Any]:
     part, keys = selection.part, selection.keys
     query, calls = f"{', '.join(config.want)} given {label(config.given)}", predictor.calls
     print(f"{query}: by {predictor.method}, {calls} network call{'s' * (calls > 1)} per subject", file=sys.stderr)
-    calibrated = predictor.facts.get("calibrated_on")
-    if isinstance(calibrated, int) and calibrated < RELIABLE:
-        print(
-            f"{query}: calibrated on {calibrated} held-out people; with fewer than {RELIABLE} do not rely on its "
-            "intervals and probabilities",
-            file=sys.stderr,
-        )
     selection.warn(query)
     description = {
         "given": config.given,

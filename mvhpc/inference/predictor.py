@@ -12,7 +12,7 @@ from mvhpc.config import ConfigError, Sampling, Tracking, Workers, at_least, to_
 from mvhpc.diffusion.joint import Batch
 from mvhpc.evaluation import ensembles
 from mvhpc.evaluation.tables import subject_of
-from mvhpc.inference.flags import row_flag
+from mvhpc.inference.flags import UNKNOWN, row_flag
 from mvhpc.inference.groups import GroupedPredictor, group_size, take_rows
 from mvhpc.inference.law_cells import decode_draws
 from mvhpc.inference.prediction_columns import QUANTILES
@@ -80,7 +80,8 @@ def check_config(schema: Schema, config: PredictConfig) -> None:
 class Predictor(GroupedPredictor):
     """Answers one query about any subjects of one data set by a joint model.
 
-    A given variable that a subject lacks is unknown for this subject.
+    A given variable that a subject lacks is unknown for this subject. A subject that lacks everything given has no
+    answer, where something is given.
 
     Args:
         config: data, query and sampling.
@@ -126,13 +127,16 @@ class Predictor(GroupedPredictor):
         rows: list[Row] = []
         for i, key in enumerate(keys):
             lacking = [name for name in self.given if not present[name][i]]
+            answered = not self.given or len(lacking) < len(self.given)
             row: Row = {"key": key, "subject": subject_of(key)}
             for name in self.want:
-                true = true_value(self.dataset, key, self.schema[name])
-                row |= dict.fromkeys(cells[name][i]) if self.training.uniform(name) else cells[name][i]
-                row[f"{name}_true"] = true
+                own = cells[name][i]
+                row |= own if answered and not self.training.uniform(name) else dict.fromkeys(own)
+                row[f"{name}_true"] = true_value(self.dataset, key, self.schema[name])
             values = scalar_values(self.dataset, key, self.schema, self.given)
-            flags = row_flag(self.schema, self.training, {}, values, row, self.want, self.learnt.get(key, ""))
+            flags = self.scan_flags(key)
+            flags += row_flag(self.schema, self.training, {}, values, row, self.want, self.learnt.get(key, ""))
+            flags = flags if answered else [UNKNOWN]
             rows.append(row | {"not_given": ",".join(lacking) or None, "flag": "; ".join(flags) or "ok"})
         return rows
 

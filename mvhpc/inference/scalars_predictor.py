@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mvhpc.config import ConfigError
 from mvhpc.evaluation.tables import subject_of
-from mvhpc.inference.flags import recipe_flag, row_flag
+from mvhpc.inference.flags import UNKNOWN, recipe_flag, row_flag
 from mvhpc.inference.groups import GroupedPredictor
 from mvhpc.inference.law_cells import decode_draws, law_cells
 from mvhpc.inference.prediction_tables import Row
@@ -22,7 +22,8 @@ from mvhpc.runtime.devices import one_thread
 from mvhpc.runtime.randomness import generator, rand
 from mvhpc.variables import Volume
 from shards.dataset import open_dataset
-from shards.qc.limits import explain
+
+RELIABLE = 20  # held-out people, the fewest for calibration
 
 
 class ScalarsPredictor(GroupedPredictor):
@@ -58,8 +59,9 @@ class ScalarsPredictor(GroupedPredictor):
             "calibrated_on": model.meta["extra"]["calibrated on"],
             "site": site and {"name": site["name"], "people": site["people"], "scalars": list(site["scalars"])},
         }
-        self.notes = [note for name in self.want if (note := model.stack.no_better(name, self.given))]
         self.training = TrainingPeople.read(model.meta)
+        self.notes = self._few_people()
+        self.notes += [note for name in self.want if (note := model.stack.no_better(name, self.given))]
         self.learnt = self.training.learnt(self.dataset.index)
         self.common_flags = recipe_flag(model.meta["recipe"], self.dataset.index.provenance.get("recipe"))
 
@@ -105,16 +107,29 @@ class ScalarsPredictor(GroupedPredictor):
                 row["draws"] = {name: x[i] if answered else () for name, x in drawn.items()}
             p = {name: x[i] for name, x in unusual.items() if known[name][i]}
             row["typicality"] = min((float(x.min()) for x in p.values()), default=None)
-            record = self.dataset.record(key)
-            suspect = [explain(flag, record.figures) for flag in record.flags]
             flags = [
-                *suspect,
-                *self.common_flags,
+                *self.scan_flags(key),
+                *(self.common_flags if any(known[name][i] for name in self.volumes) else ()),
                 *row_flag(self.schema, self.training, p, rows[i], row, self.want, self.learnt.get(key, "")),
             ]
             row["not_given"] = ",".join(lacking) or None
-            row["flag"] = "; ".join(flags if answered else ["nothing that is given is known"]) or "ok"
+            row["flag"] = "; ".join(flags if answered else [UNKNOWN]) or "ok"
             found.append(row)
+        return found
+
+    def _few_people(self) -> list[str]:
+        """Of which wanted scalars the intervals and probabilities rest on few people, in words."""
+        site, found = self.model.meta["site"] if self.volumes else None, []
+        for name in self.want:
+            people = self.model.meta["extra"]["calibrated on"]
+            people = min(people, self.training.variables.get(name, {}).get("people", people))
+            if site and name in site["scalars"]:
+                people = site["people"]
+            if people < RELIABLE:
+                found.append(
+                    f"{name}: calibrated on {people} held-out people; with fewer than {RELIABLE} do not rely on its "
+                    "intervals and probabilities"
+                )
         return found
 
     def _p_values(self, posterior: StackPosterior, known: dict[str, Tensor]) -> dict[str, Tensor]:

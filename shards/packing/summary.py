@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TypedDict
 
+from shards.copies import copies
 from shards.errors import named
 from shards.index import PARTS, Index, Record
 from shards.packing.places import Place
@@ -64,8 +65,11 @@ def summarize(index: Index, table: Table, places: Sequence[Place], converted: in
             subjects[assignment[record.key]].add(record.subject)
     parts = {part: len(members) for part, members in subjects.items()}
     flagged = [r for r in records if r.flags]
-    copies = _copy_notes(records, [v.name for v in schema.volumes])
-    notes = [*table.notes, *_box_notes(packed, cropped, touching), *copies]
+    notes = [
+        *table.notes,
+        *_box_notes(packed, cropped, touching),
+        *_copy_notes(records, [v.name for v in schema.volumes]),
+    ]
     if flagged:
         notes.append(
             f"quality control flags {len(flagged)} of the packed rows (first {flagged[0].key}: "
@@ -103,16 +107,13 @@ def summarize(index: Index, table: Table, places: Sequence[Place], converted: in
 
 def _copy_notes(records: Sequence[Record], volumes: Sequence[str]) -> list[str]:
     """Different subjects with equal volumes, bit for bit."""
-    first: dict[tuple[str, str], Record] = {}
-    copies: list[str] = []
-    for record in records:
-        same = [first.setdefault((v, record.checksums[v]), record) for v in volumes if v in record.checksums]
-        others = [f"{record.key} is {other.key}" for other in same if other.subject != record.subject]
-        copies += others[:1]
-    if not copies:
+    subjects = {record.key: record.subject for record in records}
+    found = copies(records, volumes)
+    others = [f"{key} is {other.key}" for key, (_, other) in found.items() if other.subject != subjects[key]]
+    if not others:
         return []
     return [
-        f"{len(copies)} rows have the same volume as another subject ({named(copies)}), which may be in another part "
+        f"{len(others)} rows have the same volume as another subject ({named(others)}), which may be in another part "
         "of the split: remove the wrong rows from the source, or give one person's rows one id"
     ]
 
