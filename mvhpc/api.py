@@ -11,6 +11,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.analyze import AnalyzeImage
 from nibabel.spatialimages import SpatialImage
 from numpy.typing import ArrayLike
 
@@ -23,6 +24,7 @@ from mvhpc.models.bundle import BaselineModel, JointModel, load_model_of_scalars
 from mvhpc.models.bundle import load as load_model
 from mvhpc.models.model_folder import ModelError
 from mvhpc.models.scalar_bundle import ScalarsModel
+from mvhpc.models.training_people import TrainingPeople
 from mvhpc.runtime.devices import resolve_device
 from mvhpc.scans import Request, predict_scans
 from shards.dataset import Dataset, open_dataset
@@ -71,9 +73,10 @@ class Model:
             ConfigError: an unknown variable, or a given one that is no scalar.
             ModelError: a model without a model of scalars.
             DataError: a missing package of the preprocessing.
-            ValueError: an array without affine or of complex numbers, or a file or image with one.
+            ValueError: an array without a usable affine or of complex numbers, a file or image with
+                one, or an image in the Analyze format.
         """
-        given = dict(given or {})
+        given, want = dict(given or {}), _names(want)
         scalars = self._scalars
         for name in given:
             choose(name, [v.name for v in scalars.schema.scalars], "scalar")
@@ -85,13 +88,18 @@ class Model:
             if isinstance(scan, str | Path):
                 path = Path(scan).absolute()
             elif isinstance(scan, SpatialImage):
-                nib.save(scan, path)
+                if isinstance(scan, AnalyzeImage) and not isinstance(scan, nib.Nifti1Pair):
+                    raise ValueError("in the Analyze format, which does not tell left from right: convert it to NIfTI")
+                nib.save(_unscaled(scan), path)
             else:
                 if affine is None:
                     raise ValueError("voxels need their affine, (4, 4), voxel to mm in RAS")
                 if np.iscomplexobj(scan):
                     raise ValueError("complex voxels, expected real ones: give their magnitude")
-                nib.save(nib.Nifti1Image(np.asarray(scan, np.float32), np.asarray(affine, float)), path)
+                place = np.asarray(affine, float)
+                if place.shape != (4, 4) or not np.isfinite(place).all():
+                    raise ValueError(f"an affine of shape {place.shape}, expected (4, 4), of finite numbers")
+                nib.save(nib.Nifti1Image(np.asarray(scan, np.float32), place), path)
             columns = {scalars.schema[name].column: value for name, value in given.items()}
             with (Path(folder) / "scans.csv").open("w", newline="") as stream:
                 writer = csv.writer(stream)
@@ -125,11 +133,12 @@ class Model:
             ConfigError: a query that the model does not take, data on another grid, or an unknown key.
         """
         dataset = data if isinstance(data, Dataset) else open_dataset(data)
-        wanted = list(dataset.keys() if keys is None else keys)
+        given, want = _names(given), _names(want)
+        wanted = dataset.keys() if keys is None else _names(keys)
         for key in wanted:
             choose(key, dataset.keys(), "key")
-        values = {"model": self.path, "data": str(dataset.folder), "out": "", "split": "all", "given": list(given)}
-        values |= {"want": list(want), "compute.device": self.device}
+        values = {"model": self.path, "data": str(dataset.folder), "out": "", "split": "all", "given": given}
+        values |= {"want": want, "compute.device": self.device}
         config = load_config(PredictConfig, "predict", values=values)
         predict = open_predictor(config)
         for note in predict.notes:
@@ -138,6 +147,8 @@ class Model:
 
     def generate(self, count: int = 1, given: Mapping[str, Value] | None = None, seed: int = 0) -> list[dict[str, Any]]:
         """Draw synthetic people, as ``mvhpc generate`` does with its defaults.
+
+        A given value beyond those of the training's people is named on stderr.
 
         Args:
             count: how many.
@@ -155,6 +166,8 @@ class Model:
         config = load_config(GenerateConfig, "generate", values=values)
         fixed = parse_given(self.schema, {name: str(value) for name, value in (given or {}).items()})
         sampler = Sampler.of(config)
+        for warning in TrainingPeople.read(sampler.model.meta).beyond(fixed, self.schema):
+            print(f"people: warning: {warning}", file=sys.stderr)
         return list(draw_people(sampler, config.count, fixed, config.seed, config.batch))
 
 
@@ -172,3 +185,17 @@ def load(path: str | Path, device: str = "auto") -> Model:
     if not isinstance(model, ScalarsModel | JointModel | BaselineModel):
         raise ModelError(f"{path}: give the run folder of stage scalars or joint, or of a baseline")
     return Model(str(path), device, model.schema)
+
+
+def _unscaled(image: SpatialImage) -> SpatialImage:
+    """An image whose file holds the voxels as they are: nibabel saves integers with a scale on another one, rounded."""
+    voxels = np.asanyarray(image.dataobj)
+    if voxels.dtype.kind not in "iuf":
+        return image  # its file is refused
+    header = image.header if isinstance(image, nib.Nifti1Pair) else None
+    return nib.Nifti1Image(voxels.astype(np.float32), image.affine, header, dtype=np.float32)
+
+
+def _names(names: str | Sequence[str]) -> list[str]:
+    """Names as a list; one name may be given as it is."""
+    return [names] if isinstance(names, str) else list(names)

@@ -6,7 +6,8 @@ from typing import Any
 import pandas as pd
 
 from mvhpc.api import Model, load
-from mvhpc.inference.model_signature import SCAN, answers
+from mvhpc.config import ConfigError, choose
+from mvhpc.inference.model_signature import FLAG, SCAN, answers
 
 
 class PyfuncModel:
@@ -28,17 +29,31 @@ class PyfuncModel:
             params: none are taken.
 
         Returns:
-            N rows with the columns of :func:`mvhpc.inference.model_signature.answers`; what is given has no answers.
+            N rows with the columns of :func:`mvhpc.inference.model_signature.answers`; what is given has no answers. A
+            row without a scan, or with everything given, has none at all, and ``flag`` says why.
 
         Raises:
             KeyError: no column ``scan``.
-            ConfigError: a column that is no scalar of the model.
+            ConfigError: a column that is no scalar of the model, or two columns of one name.
         """
-        rows = []
-        for cells in model_input.to_dict("records"):
-            given = {str(name): value for name, value in cells.items() if name != SCAN and not pd.isna(value)}
-            rows.append(self.model.predict(cells[SCAN], given))
+        if twice := sorted(map(str, model_input.columns[model_input.columns.duplicated()])):
+            raise ConfigError(f"{', '.join(twice)}: more than one column of that name; leave one")
+        for name in model_input.columns.drop(SCAN):
+            choose(str(name), [v.name for v in self.model.schema.scalars], "scalar")
+        rows = [
+            self._row({str(name): cell for name, cell in cells.items()}) for cells in model_input.to_dict("records")
+        ]
         return pd.DataFrame(rows, index=model_input.index).reindex(columns=list(answers(self.model.schema)))
+
+    def _row(self, cells: dict[str, Any]) -> dict[str, Any]:
+        """The answers about one scan, whose cells may be empty."""
+        known = {name: value for name, value in cells.items() if not pd.isna(value)}
+        if SCAN not in known:
+            return {FLAG: "no scan"}
+        scan = known.pop(SCAN)
+        if len(known) == len(self.model.schema.scalars):
+            return {FLAG: "nothing to predict: every scalar is given"}
+        return self.model.predict(scan, known)
 
 
 def _load_pyfunc(data_path: str) -> PyfuncModel:

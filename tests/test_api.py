@@ -26,6 +26,8 @@ def test_predictions_are_those_of_the_command(tiny_dataset: Path, tiny_model: Pa
     table = read_predictions(tmp_path / "a.tsv")[0].set_index("key")
     assert [row["key"] for row in rows] == dataset.keys() == list(table.index)
     np.testing.assert_allclose([row["age"] for row in rows], table["age"], rtol=1e-5)
+    one = model.predict_people(dataset, ["image", "sex"], "age", "sub-03")  # a single name
+    assert one == [row for row in rows if row["key"] == "sub-03"]
     some = dataset.keys("test")[1:3]
     assert [row["key"] for row in model.predict_people(tiny_dataset, ["image"], ["sex"], some)] == some
     with pytest.raises(ConfigError, match="unknown key 'sub-99'"):
@@ -55,12 +57,18 @@ def test_a_model_of_another_kind_is_refused(tiny_vae: Path, tiny_scalars: Path, 
         mvhpc.load(tiny_early).predict(np.zeros((8, 8, 8)), affine=np.eye(4))
 
 
-def test_an_image_of_nibabel_is_read_as_its_file(tiny_bids: Path, tiny_scalars: Path) -> None:
-    """With its header; voxels whose phase would be dropped, and an affine that would not be used, are refused."""
+def test_an_image_of_nibabel_is_read_as_its_file(tiny_bids: Path, tiny_scalars: Path, tmp_path: Path) -> None:
+    """With its header and scale; voxels whose phase would be dropped, an affine that would not be used, and an image
+    that does not tell left from right are refused."""
     model, path = mvhpc.load(tiny_scalars), tiny_bids / "sub-01" / "anat" / "sub-01_T1w.nii.gz"
     image = nib.load(path)
     assert isinstance(image, nib.Nifti1Image)
     assert model.predict(image) == model.predict(path)
+    scaled = image.get_fdata() / image.get_fdata().max() * 200
+    raw = bytearray(nib.Nifti1Image(scaled.astype(np.uint8), image.affine).to_bytes())
+    raw[112:116] = np.float32(17.4).tobytes()  # scl_slope; nibabel would save the image with another one
+    (tmp_path / "scaled.nii").write_bytes(raw)
+    assert model.predict(nib.load(tmp_path / "scaled.nii")) == model.predict(tmp_path / "scaled.nii")
     image.header.set_xyzt_units("micron")
     assert "wrong units or affine" in model.predict(image)["flag"]
     for scan in (image, path):
@@ -68,6 +76,11 @@ def test_an_image_of_nibabel_is_read_as_its_file(tiny_bids: Path, tiny_scalars: 
             model.predict(scan, affine=np.eye(4))
     with pytest.raises(ValueError, match="complex voxels"):
         model.predict(image.get_fdata() * 1j, affine=image.affine)
+    with pytest.raises(ValueError, match="Analyze format"):
+        model.predict(nib.analyze.AnalyzeImage(np.zeros((4, 4, 4), np.int16), np.eye(4)))
+    for affine in (np.eye(3), np.full((4, 4), np.nan)):
+        with pytest.raises(ValueError, match="an affine of shape"):
+            model.predict(image.get_fdata(), affine=affine)
 
 
 def test_an_unknown_known_variable_is_refused(tiny_scalars: Path) -> None:
@@ -77,6 +90,26 @@ def test_an_unknown_known_variable_is_refused(tiny_scalars: Path) -> None:
             model.predict("scan.nii", {name: 70})
         with pytest.raises(ConfigError, match=f"unknown scalar '{name}'.*{known}"):
             PyfuncModel(model).predict(pd.DataFrame({"scan": ["scan.nii"], name: [70]}))
+
+
+def test_a_row_that_asks_for_nothing_costs_no_other_row_its_answer(tiny_bids: Path, tiny_scalars: Path) -> None:
+    """In a table of MLflow; two columns of one name are refused, of which one would be taken without a word."""
+    model, scan = PyfuncModel(mvhpc.load(tiny_scalars)), str(tiny_bids / "sub-01" / "anat" / "sub-01_T1w.nii.gz")
+    table = pd.DataFrame(
+        {"scan": [None, np.nan, scan, scan], "age": [np.nan, 50, 50, 50], "sex": [None, None, "F", ""]}
+    )
+    found = model.predict(table)
+    assert found["flag"].tolist()[:3] == ["no scan", "no scan", "nothing to predict: every scalar is given"]
+    assert found[["age", "sex"]].iloc[:3].isna().all(axis=None) and "scan" not in found["flag"][3]
+    with pytest.raises(ConfigError, match="age: more than one column"):
+        model.predict(pd.DataFrame([[scan, 40, 50]], columns=["scan", "age", "age"]))
+
+
+def test_a_value_beyond_the_training_is_named_when_people_are_drawn(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mvhpc.load(tiny_model, "cpu").generate(1, {"age": 119})
+    assert "warning: age 119 lies outside of the training's" in capsys.readouterr().err
 
 
 def test_the_notebook_runs(

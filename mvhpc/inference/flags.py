@@ -72,7 +72,7 @@ def row_flag(
                 ["in its overall anatomy or contrast"] * shape + ["in its details (artefacts, noise)"] * detail
             )
             words.append(f"{name} is unlike the scans of the training {what}")
-    words += [text for name, value in given.items() if (text := training.beyond(name, value, schema[name].unit or ""))]
+    words += training.beyond(given, schema)
     for name, (low, high) in training.ranges.items():
         predicted = answers.get(name)
         if name in want and predicted is not None and not low <= predicted <= high:

@@ -190,7 +190,7 @@ def run(config: GenerateConfig, run: Run) -> dict[str, Any]:
     sampler = Sampler.of(config)
     schema, grid = sampler.model.schema, sampler.model.grid
     given, training = parse_given(schema, config.given), TrainingPeople.read(sampler.model.meta)
-    warnings = [text for n, value in given.items() if (text := training.beyond(n, value, schema[n].unit or ""))]
+    warnings = training.beyond(given, schema)
     places = {v.name: place_of_training(grid, training, v.name) for v in schema.volumes}
     if not training.recorded:
         warnings.append("the model does not say from whom it learnt, nor where their scans lie (an earlier version)")

@@ -231,7 +231,7 @@ def run(config: InpaintConfig, run: Run) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"image={config.image}: {error}") from error
     training = TrainingPeople.read(sampler.model.meta)
-    warnings = [text for n, value in given.items() if (text := training.beyond(n, value, schema[n].unit or ""))]
+    warnings = training.beyond(given, schema)
     warnings += [SCAN] if training.knows_scan(array_checksum(voxels.astype("<f2"))) else []
     if reasons := verdict(own.scan.figures(), schema[name].suffix):
         warnings.append(f"the scan is unlike those that are packed: {'; '.join(reasons)}")

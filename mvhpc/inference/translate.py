@@ -115,8 +115,7 @@ def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
                 place = places[key]
                 name = place.name(key, wanted.suffix)
                 nib.save(nifti(made[0].numpy(), place.affine), folder / f"{name}.nii.gz")
-                values = {n: dataset.values(key).get(n) for n in config.given}
-                beyond = (training.beyond(n, value, schema[n].unit or "") for n, value in values.items())
+                beyond = training.beyond({n: dataset.values(key).get(n) for n in config.given}, schema)
                 sidecar = {
                     "Description": f"Drawn given {label(config.given)}, not measured.",
                     "SpatialReference": place.reference,

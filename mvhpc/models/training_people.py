@@ -131,8 +131,11 @@ class TrainingPeople:
         others = {r.subject for r in index.records if r.key not in learnt}
         return len(_hashes(sorted(others), self.salt) & self.names)
 
-    def beyond(self, name: str, value: Value, unit: str) -> str:
-        """How a given scalar lies beyond what the model learnt, in words; empty where it does not."""
+    def beyond(self, given: Mapping[str, Value], schema: Schema) -> list[str]:
+        """How given scalars lie beyond what the model learnt, in words; of those that do."""
+        return [text for name, value in given.items() if (text := self._beyond(name, value, schema[name].unit or ""))]
+
+    def _beyond(self, name: str, value: Value, unit: str) -> str:
         facts = self.variables.get(name, {})
         people = f" ({facts['people']} people)" if "people" in facts else ""
         if value is None:
