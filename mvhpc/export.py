@@ -16,7 +16,7 @@ from mvhpc.models.bundle import load
 from mvhpc.models.known_answer import write_known_answer
 from mvhpc.models.model_card import model_card
 from mvhpc.models.model_folder import MANIFEST as MODEL
-from mvhpc.models.model_folder import read_any_manifest, read_weights
+from mvhpc.models.model_folder import read_any_manifest, read_weights, write_sums
 from mvhpc.models.monai_bundle import write_monai_bundle
 from mvhpc.runs.folder import read_record
 from mvhpc.runs.journal import read
@@ -32,7 +32,8 @@ def export(source: Path, out: Path) -> str:
     """Write a model: ``model`` as in a run folder, and around it what its users need.
 
     The folder holds ``README.md`` (model card), ``configs`` with ``schema.json``, ``recipe.json`` of the preprocessing,
-    ``train.yaml`` and the files of a MONAI bundle, and ``known_answer.json``, which `mvhpc predict` checks on loading.
+    ``train.yaml`` and the files of a MONAI bundle, ``known_answer.json``, which `mvhpc predict` checks on loading, and
+    ``SHA256SUMS`` of all files.
 
     Args:
         source: a run folder or model folder, whose model is taken as it is, byte for byte; or a checkpoint
@@ -64,6 +65,7 @@ def export(source: Path, out: Path) -> str:
         if config.is_file():
             values = without_places(yaml.safe_load(config.read_text()))
             (part / "configs" / "train.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        write_sums(part)
     return words
 
 

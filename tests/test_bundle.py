@@ -16,7 +16,7 @@ from mvhpc.export import export
 from mvhpc.inference.open_predictor import open_predictor
 from mvhpc.models.bundle import load, save_baseline
 from mvhpc.models.known_answer import FILE, ellipsoid
-from mvhpc.models.model_folder import ModelError
+from mvhpc.models.model_folder import SUMS, ModelError
 from shards.dataset import open_dataset
 from shards.files import sha256
 from shards.schema import Schema
@@ -58,6 +58,7 @@ def test_another_answer_than_the_known_one_is_refused(tiny_scalars, tiny_dataset
     save_file(weights | {"image.mean": weights["image.mean"] + 0.1}, out / "model" / entry["file"])
     entry["sha256"] = sha256(out / "model" / entry["file"])
     manifest.write_text(json.dumps(meta))
+    (out / SUMS).unlink()
     assert main(["predict", *places, "--split", "all", "--out", str(tmp_path / "b.tsv")]) == 2
     assert f"{FILE}: the model answers" in capsys.readouterr().err
     (out / FILE).write_text("{}")
@@ -107,7 +108,24 @@ def test_an_exported_baseline_and_autoencoder_are_whole(tiny_baseline, tiny_vae,
     assert mvhpc.load(tmp_path / "out", "cpu").schema == load(tiny_baseline).schema
     export(tiny_vae, tmp_path / "vae")
     files = {str(path.relative_to(tmp_path / "vae")) for path in (tmp_path / "vae").rglob("*") if path.is_file()}
-    assert {f for f in files if not f.startswith("model/")} == {"README.md", "configs/metadata.json"}
+    assert {f for f in files if not f.startswith("model/")} == {"README.md", "configs/metadata.json", SUMS}
+
+
+def test_a_damaged_file_of_an_exported_model_is_refused_by_name(tiny_scalars: Path, tmp_path: Path) -> None:
+    """Also where the damaged ``model.json`` can be read: women would be called men. Programs find the other files."""
+    out = tmp_path / "export"
+    export(tiny_scalars, out)
+    for path in (out / "model").iterdir():
+        content = path.read_bytes()
+        path.write_bytes(content.replace(b'"F"', b'"M"').replace(b'"M"', b'"F"', 1) if path.suffix == ".json" else b"")
+        with pytest.raises(ModelError, match=f"{path.name}: damaged"):
+            load(out)
+        path.write_bytes(content)
+    load(out)
+    check = ["sha256sum", "--check", "--quiet", SUMS]
+    assert subprocess.run(check, cwd=out, check=False).returncode == 0
+    (out / "configs" / "schema.json").write_text("{}")
+    assert subprocess.run(check, cwd=out, check=False, capture_output=True).returncode == 1
 
 
 @pytest.mark.slow

@@ -14,10 +14,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mvhpc.config import ConfigError
-from shards.files import write_bytes
+from shards.files import sha256, write_bytes
 
 FORMATS = {"autoencoder": 3, "joint": 8, "baseline": 1, "scalars": 2}  # each counts what changed in its own files
 MANIFEST = "model.json"
+SUMS = "SHA256SUMS"  # of an exported model, beside its folder `model`; `sha256sum --check` reads it
 
 
 class ModelError(ConfigError):
@@ -40,9 +41,10 @@ def read_any_manifest(folder: Path) -> dict[str, Any]:
     """The content of ``model.json``, of whatever kind and format.
 
     Raises:
-        ModelError: a damaged one, or weights outside of ``folder``.
+        ModelError: a damaged one, also where it differs from that of the export, or weights outside of ``folder``.
     """
     path = folder / MANIFEST
+    _check_sum(path)
     try:
         meta: dict[str, Any] = json.loads(path.read_text())
         _ = meta["format"], meta["kind"]
@@ -52,6 +54,22 @@ def read_any_manifest(folder: Path) -> dict[str, Any]:
     if outside := [file for file in files if Path(file).name != file]:
         raise ModelError(f"{path}: names the weights file {outside[0]!r}, which lies in another folder; not read")
     return meta
+
+
+def write_sums(folder: Path) -> None:
+    """Write the SHA-256 of every file of an exported model."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    write_bytes(folder / SUMS, "".join(lines).encode())
+
+
+def _check_sum(path: Path) -> None:
+    """Compare ``model.json`` with the sum of the export, where there is one: its values have no hash of their own."""
+    sums, name = path.parent.parent / SUMS, f"{path.parent.name}/{path.name}"
+    lines = sums.read_text(errors="replace").splitlines() if sums.is_file() else []
+    found = {file: digest for digest, _, file in (line.partition("  ") for line in lines)}
+    if name in found and found[name] != sha256(path):
+        raise ModelError(f"{path}: damaged or changed, its SHA-256 is not the one in {sums}; copy the folder again")
 
 
 def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
