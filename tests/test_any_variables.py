@@ -51,7 +51,7 @@ def test_a_translated_tree_is_one_whatever_subjects_are_called(
     }
     pack(tree, tmp_path / "packed", spacing=8.0, shape=(16, 16, 16), **options)
     places = {"model": str(tiny_model), "data": str(tmp_path / "packed"), "out": str(tmp_path / "t1w")}
-    made = do("translate", given=["age"], want="image", **places, **FEW)
+    made = do("translate", given=["age", "sex"], want="image", **places, **FEW)
     keys = open_dataset(tmp_path / "packed").keys()  # the names are new to the model
     written = sorted(str(p.relative_to(tmp_path / "t1w")) for p in (tmp_path / "t1w").rglob("*.nii.gz"))
     assert written == sorted(f"{key}/anat/{key}_space-T1w_desc-synthetic_T1w.nii.gz" for key in keys)

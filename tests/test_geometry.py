@@ -73,7 +73,7 @@ def test_translations_lie_on_the_scans_and_old_data_say_that_they_cannot(
 ) -> None:
     out = tmp_path / "packed"
     packed(moved(tiny_bids, tmp_path), out, schema=Schema.from_dict(SCHEMA), spacing=8.0, shape=SHAPE)
-    places = {"model": str(tiny_model), "data": str(out), "want": "image", "given": ["age"]}
+    places = {"model": str(tiny_model), "data": str(out), "want": "image", "given": ["sex"]}
 
     def written(name: str) -> Path:
         values = {**places, **FEW, "out": str(tmp_path / name)}
@@ -99,6 +99,18 @@ def test_translations_lie_on_the_scans_and_old_data_say_that_they_cannot(
     assert "packed by an earlier version and does not record where scans lie" in capsys.readouterr().err
     file = next(old.rglob("*.nii.gz"))
     assert "space-" not in file.name and nib.load(file).affine == pytest.approx(np.array(dataset.index.grid["affine"]))
+
+
+def test_nobody_is_drawn_of_whom_nothing_that_is_given_is_known(
+    tiny_model: Path, tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A volume of somebody at random would stand under the person's name; sub-03 has no age."""
+    values = {"model": str(tiny_model), "data": str(tiny_dataset), "split": "all", "want": "image", "given": ["age"]}
+    values |= {**FEW, "out": str(tmp_path / "drawn")}
+    config = load_config(translate.TranslateConfig, "translate", "default", (), values)
+    summary = translate.run(config, Run(tmp_path))
+    assert "11 of 12 people answered; left out: 1 nothing that is given is known (sub-03)" in capsys.readouterr().err
+    assert (summary["subjects"], summary["left_out"]) == (11, 1) and not (tmp_path / "drawn" / "sub-03").exists()
 
 
 def test_drawn_people_lie_at_the_median_place_of_the_training(tiny_model: Path, tiny_dataset: Path, tmp_path: Path):

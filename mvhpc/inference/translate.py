@@ -5,6 +5,7 @@ Where a subject has the wanted volume, the drawn one is compared with it.
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from mvhpc.config import Device, Sampling, Tracking, at_least, choose, to_dict
+from mvhpc.config import ConfigError, Device, Sampling, Tracking, at_least, choose, to_dict
 from mvhpc.evaluation.figures import DIFFERENCE, difference, gallery, slices
 from mvhpc.evaluation.similarity import psnr, ssim
 from mvhpc.evaluation.tables import label, subject_of
+from mvhpc.inference.flags import UNKNOWN
 from mvhpc.inference.geometry import nifti, place_of_record
 from mvhpc.inference.prediction_tables import derivative, write_rows
 from mvhpc.inference.sampler import Sampler, read_given, versions
@@ -25,7 +27,7 @@ from mvhpc.models.training_people import TrainingPeople
 from mvhpc.records import check_data, check_names
 from mvhpc.runs.folder import Run, identity
 from mvhpc.runtime.randomness import generator
-from shards.dataset import open_dataset
+from shards.dataset import Dataset, open_dataset
 from shards.files import atomic_folder, write_text
 from shards.progress import progress
 from shards.schema import Schema
@@ -69,14 +71,15 @@ def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
 
     A volume lies where the subject's own scan of that contrast lies, otherwise where the first given volume does; its
     sidecar says where. ``scores.tsv`` lists for each subject the given variables that it lacks, which are unknown then,
-    and, where it has the wanted volume, PSNR (dB) and SSIM of the drawn one.
+    and, where it has the wanted volume, PSNR (dB) and SSIM of the drawn one. Who lacks everything given is left out.
 
     Returns:
         The number of subjects, the number of those with all given variables, and over these the mean PSNR (dB) and
         SSIM.
 
     Raises:
-        ConfigError: a query that the model does not take, data on another grid, or an empty part.
+        ConfigError: a query that the model does not take, data on another grid, an empty part, or one whose people
+            all lack everything given.
         FileExistsError: ``config.out`` exists.
     """
     sampler = Sampler.of(config)
@@ -85,7 +88,12 @@ def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
     check_data(sampler.model.grid, schema, dataset, config.given, [config.want])
     training = TrainingPeople.read(sampler.model.meta)
     selection = Selection.of(dataset, config.split, config.split_name, training)
-    query, keys = f"{config.want} given {label(config.given)}", selection.keys
+    query = f"{config.want} given {label(config.given)}"
+    lost = (key for key in selection.keys if config.given and not _knows_any(dataset, key, config.given))
+    unanswered = dict.fromkeys(lost, UNKNOWN)
+    keys = [key for key in selection.keys if key not in unanswered]
+    if not keys:
+        raise ConfigError(f"data={config.data}: {UNKNOWN} of any of these people ({label(config.given)})")
     selection.warn(query)
     known = [config.want, *(name for name in config.given if schema[name].kind == "volume")]
     places = {key: place_of_record(dataset.index.grid, schema, dataset.record(key), known) for key in keys}
@@ -136,7 +144,7 @@ def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
             Data=dataset.index.digest,
             Given=config.given,
             Part=selection.part,
-            Answered=selection.describe({}),
+            Answered=selection.describe(unanswered),
             Warnings=selection.warnings,
             Sampling=to_dict(sampler.sampling),
             Seed=config.seed,
@@ -144,9 +152,9 @@ def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
         )
         write_text(tree / "dataset_description.json", json.dumps(about, indent=1))
         write_rows(tree / "scores.tsv", ["key", "not_given", "psnr_db", "ssim"], scores)
-    print(f"{query}: {selection.words({})}", file=sys.stderr)
+    print(f"{query}: {selection.words(unanswered)}", file=sys.stderr)
     complete = [row for row in scores if row[1] is None]
-    left_out = sum(map(len, selection.left_out.values()))
+    left_out = sum(map(len, selection.left_out.values())) + len(unanswered)
     summary: dict[str, Any] = {"subjects": len(keys), "left_out": left_out, "with_all_given": len(complete)}
     if measured := [row[2:] for row in complete if row[2] is not None]:
         summary |= dict(zip(("psnr_db", "ssim"), np.mean(measured, 0).tolist()))
@@ -159,3 +167,9 @@ def run(config: TranslateConfig, run: Run) -> dict[str, Any]:
             spacing = sampler.model.grid["spacing"]
             gallery(rows, path, captions, ["measured", "drawn", DIFFERENCE], title, spacing)
     return summary
+
+
+def _knows_any(dataset: Dataset, key: str, names: Sequence[str]) -> bool:
+    """Whether any of these variables is known of a person."""
+    values = dataset.values(key)
+    return any(dataset.has(key, name) or values.get(name) is not None for name in names)
