@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from numpy.typing import NDArray
 
 from shards.errors import DataError
+from shards.files import file_state
 from shards.nifti import PAIR
 from shards.participant_rows import Row
 from shards.preprocess.derivative import quality_file, read_quality
@@ -127,12 +128,11 @@ def _of_each(row: Row, function: Callable[[Path], T]) -> dict[str, T] | Converte
 
 
 def _states(row: Row, space: Space | None) -> list[tuple[int, ...]]:
-    """Identity, size and time of each file; nothing for a missing one."""
+    """The state of each file; nothing for a missing one."""
     found: list[tuple[int, ...]] = []
     for path in row_files(row, space):
         try:
-            state = path.stat()
-            found.append((state.st_ino, state.st_size, state.st_mtime_ns))
+            found.append(file_state(path))
         except OSError:
             found.append(())
     return found

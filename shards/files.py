@@ -26,6 +26,19 @@ def is_dangling(path: Path) -> bool:
     return path.is_symlink() and not path.exists()
 
 
+def file_state(path: Path) -> tuple[int, int, int, int]:
+    """Inode, size and times of a file: another tuple where its content may be another one.
+
+    The time of the last change of the inode is among them, since `cp -p` and `rsync --inplace` set the time of the
+    content to that of their source.
+
+    Raises:
+        OSError: no such file.
+    """
+    state = path.stat()
+    return state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
 def sync(path: Path) -> None:
     """Flush a file's content, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

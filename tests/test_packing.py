@@ -289,6 +289,11 @@ def test_files_that_are_exchanged_are_seen_whatever_their_size_and_time(
     assert packed(source, out, storage=storage)["converted"] == 2
     packed(source, tmp_path / "disk", storage=storage)
     assert volumes(out) == volumes(tmp_path / "disk")
+    (tmp_path / "scan0.nii").write_bytes(save(tmp_path / "scan8.nii", head(8)).read_bytes())  # as cp -p and rsync do
+    os.utime(tmp_path / "scan0.nii", (1, 1))
+    assert packed(source, out, storage=storage)["converted"] == 1
+    packed(source, tmp_path / "same", storage=storage)
+    assert volumes(out) == volumes(tmp_path / "same")
 
 
 def test_rejected_rows_are_tried_again_when_their_files_change(

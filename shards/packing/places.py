@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.convert import row_files
-from shards.files import sha256
+from shards.files import file_state, sha256
 from shards.nifti import PAIR, file_sha256
 from shards.packing.pool import map_tasks
 from shards.participant_rows import Row
@@ -66,10 +66,9 @@ def stamp(row: Row, parameters: str, space: Space | None) -> str:
     states = []
     for path in row_files(row, space):
         try:
-            state = path.stat()
+            states.append(file_state(path))
         except OSError:
             return ""
-        states.append([state.st_ino, state.st_size, state.st_mtime_ns])
     return digest([parameters, states])[:32]
 
 
