@@ -50,11 +50,15 @@ def find_files(
 
 
 def folder_names(folder: Path) -> list[str]:
-    """What is in a folder, sorted; nothing where it cannot be listed."""
+    """What is in a folder, sorted; nothing where there is no folder.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
     try:
         with os.scandir(folder) as entries:
             return sorted(entry.name for entry in entries)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from shards.bids_files import find_files, folder_names, several
-from shards.errors import DataError, named
+from shards.errors import DataError, counted, named
 from shards.files import NOT_FETCHED, is_dangling
 from shards.participant_rows import ID, LABEL, SESSION, Columns, RowBuilder, Table, check_fetched, prefixed
 from shards.schema import Schema, Variable
@@ -51,12 +51,19 @@ def read_bids(
     folders = _folders(folder, "sub-")
     bare = {_bare(name): name for name in folders}
     digest = hashlib.sha256(sheet.text.encode())
-    empty_sessions = 0
+    empty_sessions: list[str] = []
     without_folder: set[str] = set()  # rows of sessions
     for line, cells in sheet.rows:
         subject = prefixed("sub-", cells[ID])
         if missing(cells[ID]) or not LABEL.fullmatch(subject):  # not a safe path
             builder.add(line, cells, lambda variable: None)
+            continue
+        try:
+            visits = list(_visits(folder / subject, cells, schema, entities))
+            full = [(session, files) for session, files in visits if files or _dangling(folder, subject, session)]
+        except OSError as error:  # a session that is not seen must not be taken for one that is not there
+            where = Path(error.filename or folder / subject).relative_to(folder)
+            builder.reject(line, cells, f"{where} cannot be read: {error.strerror}")
             continue
         table = folder / subject / f"{subject}_sessions.tsv"
         by_session: dict[str, dict[str, str]] = {}
@@ -72,9 +79,9 @@ def read_bids(
             by_session = _by_session(table, sessions, names)
             present = _folders(folder / subject, "ses-")
             without_folder.update(f"{subject}/{name}" for name in by_session if name not in present)
-        visits = list(_visits(folder / subject, cells, schema, entities))
-        full = [(session, files) for session, files in visits if files or _dangling(folder, subject, session)]
-        empty_sessions += len(visits) - len(full) if full else 0
+        if full:
+            seen = {session for session, _ in full}
+            empty_sessions += [f"{subject}/{session}".rstrip("/") for session, _ in visits if session not in seen]
         for session, files in full or visits[:1]:
 
             def find(
@@ -115,7 +122,8 @@ def read_bids(
         text = f"skipped {len(unlisted)} subject {which} no row in participants.tsv, until {added} added"
         notes.append(f"{text}: {named(unlisted)}")
     if empty_sessions:
-        notes.append(f"{empty_sessions} sessions hold none of the volumes and were skipped")
+        text = f"skipped {counted(len(empty_sessions), 'session')} without any of the volumes"
+        notes.append(f"{text}: {named(empty_sessions)}")
     if without_folder:
         notes.append(
             f"{len(without_folder)} rows in tables of sessions have no folder and were skipped, as "
@@ -200,9 +208,14 @@ def _near(label: str, names: Iterable[str]) -> str:
 
 
 def _folders(folder: Path, prefix: str) -> list[str]:
-    """The subfolders with this prefix, sorted; links whose content is not here are folders too."""
-    names = (name for name in folder_names(folder) if name.startswith(prefix))
+    """The subfolders with this prefix, sorted, ses-2 before ses-10; links whose content is not here are folders too."""
+    names = sorted((name for name in folder_names(folder) if name.startswith(prefix)), key=_by_number)
     return [name for name in names if (folder / name).is_dir() or is_dangling(folder / name)]
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts names by the numbers in them."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def _dangling(folder: Path, subject: str, session: str) -> Path | None:

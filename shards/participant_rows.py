@@ -173,6 +173,10 @@ class RowBuilder:
         group = cells.get(self.group, "")
         self.rows.append(Row(line, key, subject, "" if missing(group) else group, part, values, files))
 
+    def reject(self, line: int, cells: Mapping[str, str], reason: str) -> None:
+        """Append a row whose files cannot be looked for."""
+        self.rows.append(Reject(line, prefixed("sub-", cells[ID]), reason))
+
     def _part(self, line: int, cell: str) -> str:
         """The part of a split that a cell names, '' where it is missing."""
         try:

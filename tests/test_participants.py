@@ -1,10 +1,13 @@
 """Tables of participants: no cell moves to another row, and numbers have the unit that the schema says."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -307,6 +310,28 @@ def test_every_session_has_its_own_row_in_a_table_of_sessions(tmp_path: Path) ->
     (source / "participants.tsv").write_text("participant_id\tsession_id\tage\tsex\n01\t01\t31\tF\n")
     sessions.write_text("session_id\tage\nses-02\t33\n")
     assert values(read_table(source, SCHEMA)) == [(31, "F")]  # its own row is in participants.tsv
+
+
+def test_sessions_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """The first of them is what follow-ups are registered to."""
+    found = read_table(visits(tmp_path, "ses-10", "ses-2", "ses-b", "ses-a1"), SCHEMA)
+    assert [row.key for row in found.rows] == [f"sub-01_ses-{name}" for name in ("2", "10", "a1", "b")]
+
+
+@pytest.mark.parametrize("place", ["sub-01", "sub-01/ses-2/anat"])
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    source, scandir = visits(tmp_path, "ses-1", "ses-2"), os.scandir
+
+    def refused(folder: Path) -> Any:
+        if Path(folder) == source / place:
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr("shards.bids_files.os.scandir", refused)
+    (row,) = read_table(source, SCHEMA).rows
+    assert row == Reject(2, "sub-01", f"{place} cannot be read: Permission denied")
 
 
 def test_a_category_that_changes_between_visits_is_noted(tmp_path: Path) -> None:

@@ -308,6 +308,55 @@ def test_a_complete_derivative_of_other_settings_is_left_alone(
     assert not list(out.rglob("*space-*"))  # of the recipe before
 
 
+def test_a_derivative_of_another_contrast_is_left_alone(source: Path, derivative: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(derivative, out)
+    with pytest.raises(DataError, match="out is complete, with other settings: suffix T1w there, T2w now"):
+        preprocess(source, out, QUICK, suffix="T2w", workers=1)
+    assert hashes(out) == hashes(derivative)
+
+
+def test_a_follow_up_is_registered_again_where_the_mask_of_its_first_session_changed(
+    source: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe(steps=("brain", "registration"), brain="mask", spacing=4.0)
+    scans, out, new = tmp_path / "scans", tmp_path / "out", tmp_path / "new"
+    shutil.copytree(source / "sub-a", scans / "sub-a")
+    (scans / "participants.tsv").write_text("participant_id\nsub-a\n")
+    for session in ("ses-1", "ses-2"):
+        anat = scans / "sub-a" / session / "anat"
+        image = read(anat / f"sub-a_{session}_T1w.nii.gz")
+        inside = Volume((image.voxels > 0).astype(np.float32), image.affine)
+        save(anat / f"sub-a_{session}_desc-brain_mask.nii.gz", inside)
+    preprocess(scans, out, recipe, workers=1, keep_suspect=True)
+    first = next(scans.rglob("*ses-1*mask.nii.gz"))
+    mask = read(first)
+    save(first, Volume(ndimage.binary_erosion(mask.voxels > 0, iterations=2).astype(np.float32), mask.affine))
+    preprocess(scans, out, recipe, workers=1, keep_suspect=True)
+    preprocess(scans, new, recipe, workers=1, keep_suspect=True)
+    assert hashes(out) == hashes(new)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_results_that_cannot_be_written_are_no_fault_of_a_scan(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    """As on a full disk. The run ends, and the same command goes on later."""
+    out = tmp_path / "out"
+    obstacle = out / "sub-b" / "anat"
+    obstacle.parent.mkdir(parents=True)
+    (out / ".preprocess.lock").touch()
+    obstacle.touch()
+    command = ["preprocess", str(source), str(out), "--steps", "brain", "--workers", str(workers)]
+    assert main(command) == 2
+    assert "sub-b/anat" in capsys.readouterr().err
+    assert not (out / "rejected.tsv").exists() and not (out / "dataset_description.json").exists()
+    obstacle.unlink()
+    assert main(command) == 0
+    rejected = (out / "rejected.tsv").read_text().splitlines()[1:]
+    assert [line.split("\t")[1] for line in rejected] == ["sub-c", "sub-d"]
+
+
 @pytest.mark.parametrize("kind", ["bids", "csv"])
 def test_an_update_is_what_a_new_derivative_would_be(source: Path, tmp_path: Path, kind: str) -> None:
     """Of scans, sessions, values and descriptions that were withdrawn nothing stays, and nothing is packed."""

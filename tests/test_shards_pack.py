@@ -360,7 +360,7 @@ def test_sessions_are_records_with_their_own_values(tmp_path: Path) -> None:
     assert dataset.keys() == ["sub-00", "sub-01", "sub-two_ses-1", "sub-two_ses-2"]
     assert [dataset.values(f"sub-two_ses-{i}")["age"] for i in (1, 2)] == [70.0, 72.5]
     assert len({dataset.index.split().assignment[f"sub-two_ses-{i}"] for i in (1, 2)}) == 1
-    assert summary["notes"][0] == "1 sessions hold none of the volumes and were skipped"
+    assert summary["notes"][0] == "skipped 1 session without any of the volumes: sub-two/ses-3"
 
 
 # --- reproducible, interrupted, de-identified ---------------------------------------------------------------------

@@ -89,15 +89,22 @@ def _words(value: Any) -> str:
     return " ".join(value) if isinstance(value, tuple) else value or "none"
 
 
-def describe(recipe: Recipe, version: str, centre: tuple[float, float, float] | None) -> dict[str, Any]:
+def describe(recipe: Recipe, version: str, centre: tuple[float, float, float] | None, suffix: str) -> dict[str, Any]:
     """The content of a derivative's ``dataset_description.json``.
 
     Args:
         recipe: of the derivative.
         version: of this package.
         centre: of the template's brain, mm; None without registration.
+        suffix: of the scans, as ``T1w``.
     """
-    generator = {"Name": GENERATOR, "Version": version, "Recipe": recipe.to_dict(), "TemplateCentre": centre}
+    generator = {
+        "Name": GENERATOR,
+        "Version": version,
+        "Recipe": recipe.to_dict(),
+        "TemplateCentre": centre,
+        "Suffix": suffix,
+    }
     return {
         "Name": "Preprocessed scans",
         "BIDSVersion": "1.10.0",
@@ -113,12 +120,10 @@ def read_derivative(folder: Path) -> tuple[Recipe, Space | None] | None:
         DataError: a derivative that is not complete, or a recipe that this version does not know.
     """
     path = folder / DESCRIPTION
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        generator = next(g for g in content["GeneratedBy"] if g["Name"] == GENERATOR)
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+    generator = _generator(folder)
+    if generator is None:
         if (folder / LOCK).exists():
-            raise DataError(f"{folder}: an unfinished derivative; run the same `shards preprocess` again") from None
+            raise DataError(f"{folder}: an unfinished derivative; run the same `shards preprocess` again")
         return None
     try:
         recipe = Recipe.from_dict(generator["Recipe"])
@@ -129,3 +134,17 @@ def read_derivative(folder: Path) -> tuple[Recipe, Space | None] | None:
     except (DataError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: {error}; preprocess again with this version") from error
     return recipe, Space(recipe.space, (x, y, z), TISSUES if "tissue" in recipe.steps else ())
+
+
+def derived_suffix(folder: Path) -> str:
+    """The suffix of the scans that a complete derivative was made of; empty where it does not say so."""
+    return str((_generator(folder) or {}).get("Suffix", ""))
+
+
+def _generator(folder: Path) -> dict[str, Any] | None:
+    """What a derivative says of its making; None of any other folder."""
+    try:
+        content = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        return next(dict(g) for g in content["GeneratedBy"] if g["Name"] == GENERATOR)
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        return None

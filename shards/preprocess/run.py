@@ -14,7 +14,16 @@ from shards.participant_rows import PATH, Reject, Row
 from shards.participants import read_table
 from shards.preprocess.derivative import clear_others, versions
 from shards.preprocess.pool import map_processes
-from shards.preprocess.recipe import DESCRIPTION, LOCK, MNI, Recipe, describe, differences, read_derivative
+from shards.preprocess.recipe import (
+    DESCRIPTION,
+    LOCK,
+    MNI,
+    Recipe,
+    derived_suffix,
+    describe,
+    differences,
+    read_derivative,
+)
 from shards.preprocess.registration import load_template
 from shards.preprocess.requirements import check_packages, check_weights, find_device
 from shards.preprocess.subject import Job, Outcome
@@ -108,7 +117,7 @@ def preprocess(
     table = read_table(source, _schema(suffix, recipe), entities=entities, files_root=files_root or None)
     if not table.rows:
         raise DataError(f"{source}: the table has no rows")
-    _check_folder(Path(source), out, recipe)
+    _check_folder(Path(source), out, recipe, suffix)
     visits = [row for row in table.rows if isinstance(row, Row)]
     subjects: dict[str, list[Row]] = {}
     for row in visits:
@@ -144,7 +153,8 @@ def preprocess(
             for name, content in tables.items():
                 if (out / name).parent.is_dir():
                     write_bytes(out / name, content)
-            write_text(out / DESCRIPTION, json.dumps(describe(recipe, versions()["mvhpc"], centre), indent=1) + "\n")
+            description = describe(recipe, versions()["mvhpc"], centre, suffix)
+            write_text(out / DESCRIPTION, json.dumps(description, indent=1) + "\n")
     except BlockingIOError:
         raise DataError(f"{out} is being written by another process") from None
     return Summary(
@@ -214,12 +224,14 @@ def _rejects(rows: Sequence[Row | Reject], outcomes: dict[str, Outcome]) -> Iter
             yield row.line, row.key, outcomes[row.key].reason
 
 
-def _check_folder(source: Path, out: Path, recipe: Recipe) -> None:
+def _check_folder(source: Path, out: Path, recipe: Recipe, suffix: str) -> None:
     """Refuse a folder with content of something else, or of another recipe."""
     check_output(source, out)
     if out.is_dir() and any(out.iterdir()) and not (out / LOCK).exists() and read_derivative(out) is None:
         raise DataError(f"{out} holds something other than a derivative of this command; choose another folder")
-    if found := other_recipe(out, recipe):
+    before = derived_suffix(out)
+    found = f"suffix {before} there, {suffix} now" if before and before != suffix else other_recipe(out, recipe)
+    if found:
         raise DataError(f"{out} is complete, with other settings: {found}; choose another folder, or remove it")
 
 

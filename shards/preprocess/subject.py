@@ -1,11 +1,13 @@
 """All scans of one subject, in order: follow-ups are registered to the first session."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from shards.errors import FULL
 from shards.nifti import file_sha256, read
 from shards.participant_rows import Row
 from shards.preprocess.derivative import clear_visit, read_sidecar, result_files, write_result
@@ -13,7 +15,7 @@ from shards.preprocess.extraction import deepbet, hd_bet
 from shards.preprocess.images import Volume
 from shards.preprocess.recipe import Recipe
 from shards.preprocess.registration import Template, load_template
-from shards.preprocess.scan import Extractor, preprocess_scan
+from shards.preprocess.scan import Extractor, Result, preprocess_scan
 
 
 @dataclass(frozen=True)
@@ -64,38 +66,50 @@ class Worker:
         return deepbet(self.job.device)
 
     def __call__(self, rows: Sequence[Row]) -> list[Outcome]:
-        """Preprocess the scans of one subject; a scan that fails does not stop the others."""
+        """Preprocess the scans of one subject; a scan that fails does not stop the others.
+
+        Raises:
+            OSError: the derivative cannot be written, or a disk is full, which is no fault of a scan.
+        """
         outcomes = []
-        first: tuple[Row, str] | None = None  # row and hash of the first scan that could be registered
+        first: tuple[Row, str] | None = None  # the first scan that could be registered, and the hash of its files
         for row in rows:
+            result: Result | None = None
+            unchanged, reason, sources = False, "", {}
             try:
                 sources = {name: file_sha256(path) for name, path in row.files.items()}
+                own = _identity(sources)
                 if first and self.template is not None:
                     sources["reference"] = first[1]
                 unchanged = self._is_unchanged(row, sources)
                 if not unchanged:
-                    self._preprocess(row, sources, first[0] if first else None)
-                first = first or (row, sources["image"])
-                outcomes.append(Outcome(row.key, unchanged=unchanged))
+                    result = self._preprocess(row, first[0] if first else None)
+                first = first or (row, own)
             except ValueError as error:
-                outcomes.append(Outcome(row.key, str(error)))
+                reason = str(error)
             except OSError as error:
-                outcomes.append(Outcome(row.key, error.strerror or "file cannot be read"))
+                if error.errno in FULL:  # that of temporary files
+                    raise
+                reason = error.strerror or "file cannot be read"
             except MemoryError:
-                outcomes.append(Outcome(row.key, "too large for this machine's memory"))
+                reason = "too large for this machine's memory"
             except Exception as error:  # of a library; the other scans go on
-                outcomes.append(Outcome(row.key, f"{type(error).__name__}: {error}"))
+                reason = f"{type(error).__name__}: {error}"
+            if not unchanged:
+                clear_visit(self.job.out, row)
+            if result is not None:
+                write_result(self.job.out, row, self.job.suffix, self.job.recipe, result, sources)
+            outcomes.append(Outcome(row.key, reason, unchanged))
         return outcomes
 
-    def _preprocess(self, row: Row, sources: Mapping[str, str], first: Row | None) -> None:
+    def _preprocess(self, row: Row, first: Row | None) -> Result:
         job = self.job
-        clear_visit(job.out, row)
         if "image" not in row.files:
             raise ValueError(f"no file *_{job.suffix}")
         template = self.template
         if template is not None and first is not None:
             template = self._reference(first)
-        result = preprocess_scan(
+        return preprocess_scan(
             row.files["image"],
             job.recipe,
             template,
@@ -104,7 +118,6 @@ class Worker:
             job.suffix,
             job.keep_suspect,
         )
-        write_result(job.out, row, job.suffix, job.recipe, result, sources)
 
     def _reference(self, row: Row) -> Template:
         """A registered scan of the subject, as a template."""
@@ -123,3 +136,10 @@ class Worker:
             and sidecar.get("Recipe") == json.loads(json.dumps(job.recipe.to_dict()))
             and all(path.is_file() for path in result_files(job.out, row, job.suffix, job.recipe).values())
         )
+
+
+def _identity(sources: Mapping[str, str]) -> str:
+    """A hash of all files that a result is made of; that of the scan itself where there is no other."""
+    if [*sources] == ["image"]:
+        return sources["image"]
+    return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()
