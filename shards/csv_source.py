@@ -51,10 +51,13 @@ def read_csv(
             cell = cells[columns[variable.name]]
             if missing(cell):
                 return None
-            file = _file_of(path, files_root, cell)
-            check_fetched(variable.name, file)
-            if not file.is_file():
-                raise ValueError(f"{variable.name}: no file where column {columns[variable.name]} points")
+            file, where = _file_of(path, files_root, cell), f"where column {columns[variable.name]} points"
+            try:
+                check_fetched(variable.name, file)
+                if not file.is_file():
+                    raise ValueError(f"{variable.name}: no file {where}")
+            except OSError as error:  # a name that is too long, or a folder that may not be entered
+                raise ValueError(f"{variable.name}: no file can be read {where}: {error.strerror}") from error
             return file
 
         builder.add(line, cells, find, description=description)

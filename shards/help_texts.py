@@ -84,5 +84,8 @@ examples:
 """
 
 RENAME = "columns of the table under the schema's names, as gender=sex"
-FILES_ROOT = "all files of a CSV must lie in this folder, where its relative paths begin (default: that of the CSV)"
+FILES_ROOT = (
+    "all files of a CSV must lie in this folder, where its relative paths begin; without it relative paths stay in the "
+    "folder of the CSV, and absolute ones may lead anywhere"
+)
 ENTITIES = "of the volumes' names in a BIDS folder, as space=MNI152NLin2009cAsym,desc=preproc"

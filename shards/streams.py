@@ -1,5 +1,6 @@
 """Records of tar shards that are read as streams by `webdataset`: selected by part, checked, and counted."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import compress
@@ -15,6 +16,7 @@ from shards.errors import DataError, IntegrityError
 from shards.index import array_checksum
 from shards.record_table import Keys, Records
 
+NAME = re.compile(r"shard-\d+\.tar")
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -45,23 +47,28 @@ class StreamedRecords:
         row = records.row(key)
         return row >= 0 and bool(self.wanted[row])
 
+    def count(self, opened: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """A stage behind the one that opens shards; the next shard is opened when all records of one were taken.
+
+        Raises:
+            IntegrityError: a shard without all of its records, or without any.
+            DataError: a shard that the data set does not have.
+        """
+        for source in opened:
+            shard = _Shard(source["url"])
+            yield {**source, "url": shard}
+            self._check_count(shard)
+
     def __call__(self, source: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Arrays]]:
         """Decode webdataset's samples.
 
         Raises:
-            IntegrityError: a damaged array, or a shard without all of its records.
-            DataError: a shard that the data set does not have.
+            IntegrityError: a damaged array.
         """
-        url = ""
-        found: set[str] = set()
         for sample in source:
             key = sample["__key__"]
-            if sample["__url__"] != url or key in found:  # the same shard may come twice in a row
-                self._check_count(url, len(found))
-                url, found = sample["__url__"], set()
-            found.add(key)
+            sample["__url__"].found += 1
             yield key, {variable: self._array(sample, key, variable) for variable in self.variables}
-        self._check_count(url, len(found))
 
     def _array(self, sample: dict[str, Any], key: str, variable: str) -> NDArray[Any]:
         spec, record = self.dataset.index.arrays[variable], self.dataset.record(key)
@@ -75,14 +82,23 @@ class StreamedRecords:
             raise IntegrityError(f"{sample['__url__']}: {key} {variable} is damaged (checksum)")
         return array
 
-    def _check_count(self, url: str, found: int) -> None:
-        """A stream that is cut off between two members ends without an error of its own."""
-        if not url:
-            return
-        shard = url.rpartition("/")[2]
-        if shard not in self.counts:
+    def _check_count(self, url: "_Shard") -> None:
+        """A stream that is cut off between two members, or holds zeros, ends without an error of its own."""
+        shard = shard_name(url)
+        if url.found and shard not in self.counts:
             raise DataError(
                 f"{url}: no shard of {self.dataset.folder} that holds wanted records; shards keep their names"
             )
-        if found != self.counts[shard]:
-            raise IntegrityError(f"{url}: {found} of {self.counts[shard]} records; the file is cut off or damaged")
+        if url.found != self.counts[shard]:
+            raise IntegrityError(f"{url}: {url.found} of {self.counts[shard]} records; the file is cut off or damaged")
+
+
+def shard_name(url: str) -> str:
+    """The name of the shard in a URL, with more behind it in ``pipe:aws s3 cp URL -`` and signed URLs do."""
+    return (NAME.findall(url) or [""])[-1]
+
+
+class _Shard(str):
+    """The URL of an opened shard, with the number of its records so far."""
+
+    found = 0

@@ -1,10 +1,13 @@
 """Packed data sets for PyTorch: a map-style data set, batches in the order of training, and streams of tar shards."""
 
 import functools
+import hashlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -12,10 +15,10 @@ from torch.utils.data import Dataset as MapDataset
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from shards.dataset import Dataset, open_dataset
-from shards.errors import DataError, nearest
+from shards.errors import DataError, named, nearest
 from shards.order import Order
 from shards.schema import Schema, Value
-from shards.streams import StreamedRecords
+from shards.streams import StreamedRecords, shard_name
 
 Sample = dict[str, Any]
 MAP_SCALE = 1 / 255  # of tissue maps, which have no scale in the index
@@ -129,7 +132,9 @@ class Batches(IterableDataset[Sample]):
     def _identity(self) -> dict[str, Any]:
         """What the order depends on."""
         index = self.volumes.dataset.index
-        return {"data": index.digest, "samples": self.order.n, "batch": self.order.batch, "seed": self.order.seed}
+        rows = hashlib.sha256(np.asarray(self.volumes.keys.rows, "<i8").tobytes()).hexdigest()[:16]
+        order = {"samples": self.order.n, "batch": self.order.batch, "seed": self.order.seed}
+        return {"data": index.digest, "records": rows, **order}
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what the order depends on."""
@@ -139,7 +144,7 @@ class Batches(IterableDataset[Sample]):
         """Begin each ``iter()`` at ``state["step"]``.
 
         Raises:
-            DataError: a state of other data, another batch or another seed.
+            DataError: a state of other data, another part or split, another batch or another seed.
         """
         for name, here in self._identity().items():
             if state.get(name, here) != here:
@@ -190,8 +195,27 @@ def stream(
         source = [str(dataset.folder / name) for name in dataset.index.files if name.endswith(".tar")]
     records = StreamedRecords(dataset, volumes.keys, volumes.variables)
     options = {"shardshuffle": False, "nodesplitter": webdataset.split_by_node, **options}
+    _warn_of_others(source, records, part)
     pipeline = webdataset.WebDataset(source, select_files=records.wants, **options)
+    openers = (webdataset.cache.StreamingOpen, webdataset.cache.FileCache)
+    opening = next(i for i, stage in enumerate(pipeline.pipeline) if isinstance(stage, openers))
+    pipeline.pipeline.insert(opening + 1, records.count)
     return pipeline.compose(records).map(functools.partial(to_sample, dataset))
+
+
+def _warn_of_others(source: Any, records: StreamedRecords, part: str) -> None:
+    """Warn of shards that hold wanted records and are not among the URLs, as those of a data set that has grown."""
+    from webdataset.shardlists import expand_urls
+
+    urls = expand_urls(source) if isinstance(source, str) else source if isinstance(source, (list, tuple)) else []
+    others = sorted(set(records.counts) - {shard_name(str(url)) for url in urls})
+    if urls and others:
+        left = sum(records.counts[name] for name in others)
+        warnings.warn(
+            f"{left:,} of {records.counts.total():,} records of part {part!r} are in shards that the URLs leave out: "
+            f"{named(others)}",
+            stacklevel=3,
+        )
 
 
 def to_sample(dataset: Dataset, record: tuple[str, Mapping[str, NDArray[Any]]]) -> Sample:

@@ -312,6 +312,19 @@ def test_every_session_has_its_own_row_in_a_table_of_sessions(tmp_path: Path) ->
     assert values(read_table(source, SCHEMA)) == [(31, "F")]  # its own row is in participants.tsv
 
 
+def test_a_path_that_cannot_be_looked_up_rejects_its_row_alone(tmp_path: Path) -> None:
+    (tmp_path / "scan.nii").write_bytes(b"")
+    lines = [
+        "participant_id,path,age,sex",
+        f"a,{'x' * 300}.nii,50,F",
+        f"b,/{'y' * 300}/scan.nii,50,F",
+        "c,scan.nii,50,F",
+    ]
+    (tmp_path / "scans.csv").write_text("\n".join(lines) + "\n")
+    reason = "image: no file can be read where column path points: File name too long"
+    assert values(read_table(tmp_path / "scans.csv", SCHEMA)) == [reason, reason, (50, "F")]
+
+
 def test_sessions_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     """The first of them is what follow-ups are registered to."""
     found = read_table(visits(tmp_path, "ses-10", "ses-2", "ses-b", "ses-a1"), SCHEMA)

@@ -130,6 +130,8 @@ def test_the_state_of_an_iteration_is_restored_by_name(folder: Path) -> None:
     for name, other in (("batch", Batches(folder, batch=5, seed=3)), ("seed", Batches(folder, batch=4))):
         with pytest.raises(DataError, match=f"the state has {name}"):
             other.load_state_dict(state)
+    with pytest.raises(DataError, match="the state has records"):
+        Batches(folder, "all", batch=4, seed=3).load_state_dict({**state, "samples": 9})
     again.load_state_dict({**state, "worker": [1, 2]})
     with pytest.raises(DataError, match="keep num_workers"):
         next(iter(again))
@@ -195,6 +197,9 @@ def test_no_damage_of_a_shard_is_read_in_silence(tars: Path) -> None:
         shard.write_bytes(intact[:end])
         with pytest.raises(Exception, match=r"cut off|unexpected end|empty file|shard-00000"):
             list(stream(tars))
+    shard.write_bytes(bytes(len(intact)))  # as some file systems leave it after a crash
+    with pytest.raises(IntegrityError, match=r"shard-00000\.tar: 0 of 2 records"):
+        list(stream(tars))
     shard.write_bytes(intact)
     assert len(list(stream(tars))) == 6
 
@@ -204,12 +209,24 @@ def test_a_shard_is_counted_each_time_that_it_is_drawn(tars: Path) -> None:
     for seed in range(3):
         assert len(list(itertools.islice(stream(tars, resampled=True, seed=seed), 40))) == 40
     shard = tars / "shards/shard-00000.tar"
-    assert len(list(itertools.islice(stream([str(shard)], index=tars, resampled=True), 9))) == 9
+    with pytest.warns(UserWarning, match="4 of 6 records"):
+        assert len(list(itertools.islice(stream([str(shard)], index=tars, resampled=True), 9))) == 9
     with tarfile.open(shard) as members:
         end = next(member.offset for member in members if member.name.startswith("sub-1."))
     shard.write_bytes(shard.read_bytes()[:end])
-    with pytest.raises(IntegrityError, match="1 of 2 records"):
+    with pytest.warns(UserWarning), pytest.raises(IntegrityError, match="1 of 2 records"):
         list(itertools.islice(stream([str(shard)], index=tars, resampled=True), 9))
+
+
+def test_a_shard_is_known_in_whatever_a_url_has_behind_it(tars: Path) -> None:
+    urls = [f"pipe:cat {shard} | cat -" for shard in sorted((tars / "shards").iterdir())]
+    assert len(list(stream(urls, index=tars))) == 6
+
+
+def test_shards_that_the_urls_leave_out_are_named(tars: Path) -> None:
+    urls = f"{tars}/shards/shard-{{00000..00002}}.tar"
+    with pytest.warns(UserWarning, match="1 of 6 records of part 'train' are in shards .*: shard-00003.tar$"):
+        assert len(list(stream(urls, index=tars))) == 5
 
 
 def test_plain_webdataset_reads_urls_with_braces(tars: Path) -> None:
