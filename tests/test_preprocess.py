@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -20,6 +21,7 @@ from mvhpc.data_stages import PreprocessConfig
 from mvhpc.execute import execute, plan
 from mvhpc.pipeline.plan import Pipeline, PipelineConfig
 from mvhpc.pipeline.run import do
+from mvhpc.runtime.ray_subjects import map_subjects_by_ray
 from shards.__main__ import main
 from shards.dataset import open_dataset
 from shards.errors import DataError, TooManyRejects
@@ -475,6 +477,16 @@ def test_ray_gives_the_same_bits(source: Path, derivative: Path, tmp_path: Path)
     summary = execute(plan("preprocess", config))
     assert (summary["processed"], summary["rejected"]) == (3, 2)
     assert hashes(tmp_path / "out") == hashes(derivative)
+
+
+def test_ray_gives_the_error_of_a_disk_as_it_is(source: Path, tmp_path: Path) -> None:
+    """Not with all frames of Ray and of the actor."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".preprocess.lock").touch()
+    (out / "sub-b").touch()  # where a folder should be
+    with pytest.raises(OSError, match=r"^\[Errno 20\] Not a directory: '.*sub-b/anat'$"):
+        preprocess(source, out, PLAIN, map_subjects=partial(map_subjects_by_ray, logs=tmp_path / "logs"))
 
 
 def test_a_suspect_scan_is_rejected_or_kept_with_its_flags(brain: tuple[Volume, Tissues], tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Packing of shards on all cores of a Ray cluster."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,13 @@ from shards.packing.plan import Task
 
 
 class _Actor:
-    """Makes shards, whose numbers come as a column of Ray Data."""
+    """Makes the shard of a task with some number."""
 
     def __init__(self, job: Job, tasks: Sequence[Task]) -> None:
         self.job, self.tasks = job, tasks
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        made = [make_shard(self.tasks[int(index)], self.job) for index in batch["index"]]
-        return {"shards": [json.dumps(shard.to_dict()) for shard in made]}
+    def __call__(self, index: int) -> dict[str, Any]:
+        return make_shard(self.tasks[index], self.job).to_dict()
 
 
 def map_shards_by_ray(job: Job, tasks: Sequence[Task], *, logs: Path) -> Iterator[Shard]:
@@ -37,8 +35,8 @@ def map_shards_by_ray(job: Job, tasks: Sequence[Task], *, logs: Path) -> Iterato
         return
     job = dataclasses.replace(job, folder=job.folder.absolute(), partial=job.partial.absolute())
     tasks = [_absolute(task) for task in tasks]
-    for row in map_by_ray(_Actor, (job, tasks), len(tasks), logs):
-        yield Shard.from_dict(json.loads(row["shards"]))
+    for shard in map_by_ray(_Actor, (job, tasks), len(tasks), logs):
+        yield Shard.from_dict(shard)
 
 
 def _absolute(task: Task) -> Task:

@@ -1,7 +1,6 @@
 """Preprocessing of subjects on all cores or GPUs of a Ray cluster."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,13 @@ from shards.preprocess.subject import Job, Outcome, Worker
 
 
 class _Actor:
-    """Preprocesses subjects, whose numbers come as a column of Ray Data."""
+    """Preprocesses the subject with some number."""
 
     def __init__(self, job: Job, subjects: Sequence[list[Row]]) -> None:
         self.worker, self.subjects = Worker(job), subjects
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        done = [self.worker(self.subjects[int(index)]) for index in batch["index"]]
-        return {"outcomes": [json.dumps([dataclasses.asdict(o) for o in outcomes]) for outcomes in done]}
+    def __call__(self, index: int) -> list[dict[str, Any]]:
+        return [dataclasses.asdict(outcome) for outcome in self.worker(self.subjects[index])]
 
 
 def map_subjects_by_ray(job: Job, subjects: Sequence[list[Row]], *, logs: Path) -> Iterator[list[Outcome]]:
@@ -38,5 +36,5 @@ def map_subjects_by_ray(job: Job, subjects: Sequence[list[Row]], *, logs: Path) 
         [dataclasses.replace(row, files={name: path.absolute() for name, path in row.files.items()}) for row in rows]
         for rows in subjects
     ]
-    for row in map_by_ray(_Actor, (job, subjects), len(subjects), logs, unit):
-        yield [Outcome(**outcome) for outcome in json.loads(row["outcomes"])]
+    for outcomes in map_by_ray(_Actor, (job, subjects), len(subjects), logs, unit):
+        yield [Outcome(**outcome) for outcome in outcomes]
