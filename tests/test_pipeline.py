@@ -24,7 +24,7 @@ from shards.index import Index
 SMALL = {
     "queries": [{"want": ["age"], "given": ["image", "sex"]}, {"want": ["sex"], "given": []}],
     "phantom": {"subjects": 16, "shape": [16, 16, 16]},
-    "pack": {"spacing": 12.0, "shape": [16, 16, 16], "workers": 1},
+    "pack": {"spacing": 12.0, "shape": [16, 16, 16], "split": [0.5, 0.1, 0.4], "workers": 1},  # six for testing
     "vae": {
         "model": {"channels": [8, 8, 8, 8], "norm_groups": 4},
         "training": {"epochs": 1},

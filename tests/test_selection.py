@@ -59,7 +59,7 @@ def test_of_the_own_data_the_test_part_is_answered_and_the_others_are_named(
     out = {entry["reason"]: entry["people"] for entry in description["answered"]["left_out"]}
     assert out == {f"in the {part} part": dataset.keys(part) for part in ("train", "validation")}
     printed = capsys.readouterr().err
-    assert "6 of 12 people answered; left out: " in printed and "warning" not in printed
+    assert "6 of 12 people answered; left out: " in printed and "the model learnt from" not in printed
     _, frame, description = answer(tiny_model, tiny_dataset, tmp_path / "b.tsv", split="all")
     learnt = {key: PERSON in flag or SCAN in flag for key, flag in zip(frame["key"], frame["flag"])}
     assert [key for key, known in learnt.items() if known] == [k for k in learnt if k not in dataset.keys("test")]
