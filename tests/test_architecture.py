@@ -28,7 +28,7 @@ LAYERS = [
     ["__main__", "pyfunc"],
 ]
 ONLY = {  # slow or optional libraries, and who may import them
-    "ray": {"mvhpc.runtime.ray_cluster", "mvhpc.inference.ray_pool"},
+    "ray": {"mvhpc.runtime.ray_cluster", "mvhpc.runtime.ray_map", "mvhpc.inference.ray_pool"},
     "deepspeed": {"mvhpc.training.engines.deepspeed", "mvhpc.checkpoints.consolidate"},
     "mlflow": {"mvhpc.runs.mlflow_app", "mvhpc.runs.mlflow_store"},
 }

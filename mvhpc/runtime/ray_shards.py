@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mvhpc.runtime.ray_cluster import map_by_ray
+from mvhpc.runtime.ray_map import map_by_ray
 from shards.packing.make import Job, Shard, make_shard
 from shards.packing.plan import Task
 
@@ -24,7 +24,7 @@ def map_shards_by_ray(job: Job, tasks: Sequence[Task], *, logs: Path) -> Iterato
     """The shards of each task, in the order in which they are done.
 
     Paths of the source and of the data set have to be the same on all nodes; see
-    :func:`mvhpc.runtime.ray_cluster.map_by_ray`.
+    :func:`mvhpc.runtime.ray_map.map_by_ray`.
 
     Args:
         job: what the shards have in common.

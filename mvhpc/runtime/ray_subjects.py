@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mvhpc.runtime.ray_cluster import map_by_ray
+from mvhpc.runtime.ray_map import map_by_ray
 from shards.participant_rows import Row
 from shards.preprocess.subject import Job, Outcome, Worker
 
@@ -24,7 +24,7 @@ def map_subjects_by_ray(job: Job, subjects: Sequence[list[Row]], *, logs: Path) 
     """The outcomes of each subject, in the order in which they are done.
 
     There is one actor for each core of the cluster, or for each GPU if the job's device is ``cuda``. Paths of the
-    source and of the results have to be the same on all nodes; see :func:`mvhpc.runtime.ray_cluster.map_by_ray`.
+    source and of the results have to be the same on all nodes; see :func:`mvhpc.runtime.ray_map.map_by_ray`.
 
     Args:
         job: settings of the preprocessing.
